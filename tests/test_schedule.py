@@ -1,0 +1,213 @@
+"""The learning-rate paths against the paper's own numbers and against formulas written out again here."""
+
+import csv
+import io
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import cost
+from schedule import SCHEDULES, Plan, plan
+
+PAPER = json.loads((ROOT / "tests" / "paper.json").read_text())
+BASE = Plan([10000] * 4, 2000, 3e-4, alpha=0.6)
+
+
+def script(*args):
+    return subprocess.run([sys.executable, "schedule.py", *args], cwd=ROOT, capture_output=True, text=True)
+
+
+def variant(**kw):
+    return Plan(**{**vars(BASE), **kw})
+
+
+def total(paradigm, p):
+    return sum(s.end - s.start for s in plan(paradigm, p))
+
+
+@pytest.mark.parametrize("n, expected", [(4, (100_000, 40_000, 58_000)), (10, (550_000, 100_000, 154_000))])
+def test_costs_of_section_3_2(n, expected):
+    p = variant(increments=[10000] * n)
+    assert tuple(total(x, p) for x in ("ptfs", "cpt", "ours")) == expected
+    assert tuple(cost.steps(x, p) for x in ("ptfs", "cpt", "ours")) == expected
+
+
+@pytest.mark.parametrize("row", PAPER["table2_alpha"], ids=lambda r: f"{r['schedule']}-{r['alpha']}")
+def test_costs_of_table_2_under_its_own_convention(row):
+    p = variant(schedule=row["schedule"], alpha=row["alpha"])
+    ours, ptfs = (cost.steps(x, p, "table2") for x in ("ours", "ptfs"))
+    assert ours / ptfs == pytest.approx((4 + 2 * row["alpha"]) / 9)
+    assert round(ours / ptfs, 2) == row["cost"]
+
+
+@pytest.mark.parametrize("row", PAPER["table1_3"], ids=lambda r: f"{r['schedule']}-{r['paradigm']}")
+def test_relative_costs_of_tables_1_and_3(row):
+    p = variant(schedule=row["schedule"])
+    assert total(row["paradigm"], p) / total("ptfs", p) == pytest.approx(row["cost"])
+
+
+def test_costs_of_unequal_increments_are_the_formulas():
+    T, d = [700, 500, 900], 300
+    p = Plan(T, 100, 1e-3, decay_steps=d)
+    assert total("ptfs", p) == sum(sum(T[:i]) for i in (1, 2, 3))
+    assert total("cpt", p) == sum(T)
+    assert total("ours", p) == sum(T) + 2 * d
+    assert [(s.start, s.end) for s in plan("ours", p)] == [(0, 1800), (400, 700), (900, 1200), (1800, 2100)]
+
+
+def test_where_branches_leave_the_main_path():
+    segments = plan("ours", BASE)
+    assert [(s.name, s.version, s.parent, s.start, s.end) for s in segments] == [
+        ("main", 4, None, 0, 34000),
+        ("ours-cosine/v1", 1, ("main", 4000), 4000, 10000),
+        ("ours-cosine/v2", 2, ("main", 14000), 14000, 20000),
+        ("ours-cosine/v3", 3, ("main", 24000), 24000, 30000),
+        ("ours-cosine/v4", 4, ("main", 34000), 34000, 40000),
+    ]
+    main = segments[0]
+    assert [main.lr(s) for s in (0, 999, 1999, 2000, 33999)] == pytest.approx([1.5e-7, 1.5e-4, 3e-4, 3e-4, 3e-4], rel=1e-15)
+
+
+@pytest.mark.parametrize("version, alpha", [(2, 0.4), (3, 0.6), (4, 0.8)])
+def test_multistep_ptfs_is_ours_update_by_update(version, alpha):
+    """The identity behind 20.28/20.29, 18.88/18.88 and 18.06/18.06 in Tables 1 and 2."""
+    p = variant(schedule="multistep", alpha=alpha)
+    ptfs = plan("ptfs", p)[version - 1]
+    main, branch = plan("ours", p)[0], plan("ours", p)[version]
+    ours = [main.lr(s) for s in range(branch.start)] + [branch.lr(s) for s in range(branch.start, branch.end)]
+    assert [ptfs.lr(s) for s in range(ptfs.end)] == ours
+
+
+@pytest.mark.parametrize("T", [7, 10, 15, 35, 105])
+def test_the_identity_holds_where_the_parts_are_not_whole_steps(T):
+    for version, alpha in ((2, 0.4), (3, 0.6), (4, 0.8)):
+        p = Plan([T] * 4, 1, 1e-3, "multistep", alpha=alpha)
+        ptfs, ours = plan("ptfs", p)[version - 1], plan("ours", p)
+        assert [ptfs.lr(s) for s in range(ours[version].start, ptfs.end)] == [ours[version].lr(s) for s in range(ours[version].start, ptfs.end)]
+
+
+COMPLETE = [s for s in SCHEDULES if s not in ("constant", "inverse_sqrt")]
+
+
+@pytest.mark.parametrize("schedule", COMPLETE)
+@pytest.mark.parametrize("increments", [[10000] * 4, [700, 500, 903]])
+def test_a_complete_decay_ends_at_exactly_min_lr_and_never_starts_at_0(schedule, increments):
+    p = Plan(increments, 101, 3e-4, schedule, alpha=0.37)
+    assert p.lo == 3e-5
+    for paradigm in ("ptfs", "cpt", "ours"):
+        for s in plan(paradigm, p):
+            assert s.lr(s.start) > 0
+            if s.name != "main":
+                assert s.lr(s.end - 1) == 3e-5
+                assert s.lr(s.end - 2) >= 3e-5
+                rates = [s.lr(i) for i in range(s.start, s.end)]
+                assert max(rates) <= 3e-4 and min(rates[101:]) >= 3e-5
+
+
+def test_cosine_against_the_formula():
+    s = plan("ptfs", BASE)[1]  # 20K steps, the decay from 2K on
+    steps = np.arange(2000, 20000)
+    expected = 3e-5 + (3e-4 - 3e-5) * 0.5 * (1 + np.cos(np.pi * (steps - 1999) / 18000))
+    np.testing.assert_allclose([s.lr(int(i)) for i in steps], expected, rtol=1e-14)  # a few roundings of fp64
+    branch = plan("ours", BASE)[2]
+    steps = np.arange(14000, 20000)
+    expected = 3e-5 + (3e-4 - 3e-5) * 0.5 * (1 + np.cos(np.pi * (steps - 13999) / 6000))
+    np.testing.assert_allclose([branch.lr(int(i)) for i in steps], expected, rtol=1e-14)
+
+
+def test_knee_and_multistep_against_the_method():
+    knee = plan("ptfs", variant(schedule="knee"))[1]
+    assert knee.lr(9999) == 3e-4 and knee.lr(10000) == pytest.approx(3e-4 - 2.7e-4 / 10000) and knee.lr(14999) == pytest.approx(1.65e-4)
+    cpt = plan("cpt", variant(schedule="knee"))[1]
+    assert cpt.lr(10000) == cpt.lr(14999) == 3e-4 and cpt.lr(19999) == 3e-5
+    multi = plan("ours", variant(schedule="multistep"))[1]
+    assert multi.lr(4000) == multi.lr(6999) == pytest.approx(math.sqrt(0.1) * 3e-4) and multi.lr(7000) == multi.lr(9999) == 3e-5
+
+
+def test_the_other_schedules_against_their_papers():
+    inverse = plan("ptfs", variant(schedule="inverse_sqrt"))[3]
+    assert inverse.lr(7999) == pytest.approx(3e-4 * math.sqrt(2000 / 8000))
+    wsd = plan("ptfs", variant(schedule="wsd"))[0]  # the last tenth, equal ratios
+    assert wsd.lr(8999) == 3e-4 and wsd.lr(9500) / wsd.lr(9499) == pytest.approx(0.1 ** (1 / 1000))
+    sqrt = plan("ours", variant(schedule="1-sqrt"))[1]
+    assert sqrt.lr(4000 + 1500 - 1) == pytest.approx(3e-5 + 2.7e-4 * (1 - math.sqrt(0.25)))
+    assert {plan("ptfs", variant(schedule="constant"))[0].lr(s) for s in range(2000, 10000)} == {3e-4}
+    line = plan("ptfs", variant(schedule="linear"))[0]
+    assert line.lr(5999) == pytest.approx(3e-4 - 2.7e-4 / 2)
+
+
+def test_cpt_variants():
+    reset, rewarm, keep = (plan("cpt", variant(cpt_variant=v)) for v in ("reset_max", "rewarm_max", "keep_min"))
+    ptfs = plan("ptfs", BASE)[0]
+    for segments in (reset, rewarm, keep):
+        assert segments[0].name == ptfs.name and [segments[0].lr(s) for s in range(10000)] == [ptfs.lr(s) for s in range(10000)]
+        assert [s.parent for s in segments[1:]] == [(a.name, a.end) for a in segments[:-1]]
+    assert reset[1].lr(10000) == pytest.approx(3e-4, rel=1e-6) and reset[1].lr(19999) == 3e-5
+    assert rewarm[1].lr(10000) == pytest.approx(3e-5 + 2.7e-4 / 2000) and rewarm[1].lr(11999) == 3e-4 and rewarm[1].lr(19999) == 3e-5
+    assert {keep[2].lr(s) for s in range(20000, 30000)} == {3e-5}
+
+
+def test_cycles_longer_than_the_run():
+    """Figures 4 and 5: a cycle of the run's length is the ordinary cosine, an infinite one the main path, others lie between."""
+    one, two, inf = (plan("ptfs", variant(increments=[10000], cycle=c))[0] for c in (10000, 20000, math.inf))
+    ordinary, main = plan("ptfs", variant(increments=[10000]))[0], plan("ours", BASE)[0]
+    assert [one.lr(s) for s in range(10000)] == [ordinary.lr(s) for s in range(10000)]
+    assert [inf.lr(s) for s in range(10000)] == [main.lr(s) for s in range(10000)]
+    whole = plan("ptfs", variant(increments=[20000]))[0]
+    assert [two.lr(s) for s in range(10000)] == [whole.lr(s) for s in range(10000)]
+    # second stage: from 10K at max LR, a cycle of 20K cut after 10K stands half-way
+    second = plan("ours", Plan([20000], 2000, 3e-4, decay_steps=10000, cycle=20000))[1]
+    assert (second.start, second.end) == (10000, 20000) and second.lr(19999) == pytest.approx((3e-4 + 3e-5) / 2)
+    assert len({s.name for s in (one, two, inf, ordinary)}) == 4
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ("--schedule sine", "schedule: got 'sine'"),
+        ("--alpha 0", "alpha: got 0.0"),
+        ("--alpha 1.2", "alpha: got 1.2"),
+        ("--alpha nan", "alpha: got nan"),
+        ("--alpha 0.9", "inside the warm-up of 2000; expected at most 8000 steps (alpha 0.8)"),
+        ("--alpha 0.5 --decay_steps 10", "alpha and decay_steps"),
+        ("--decay_steps 0", "decay_steps: got 0"),
+        ("--max_lr 0", "max_lr: got 0.0"),
+        ("--max_lr inf", "max_lr: got inf"),
+        ("--min_lr 1", "min_lr: got 1.0"),
+        ("--warmup 10000", "warmup: got 10000"),
+        ("--warmup -1", "warmup: got -1"),
+        ("--versions 0", "increments: got []"),
+        ("--increments 5,x", "--increments: got '5,x'"),
+        ("--increments 5000,0", "increments: got [5000, 0]"),
+        ("--cycle 100 --paradigm ptfs", "cycle: got 100.0"),
+        ("--cycle inf --schedule knee", "cycle: goes with the cosine schedule"),
+        ("--paradigm cpt --cpt_variant up", "cpt_variant: got 'up'"),
+        ("--schedule inverse_sqrt --warmup 0", "warmup: got 0"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(args, words):
+    r = script(*args.split())
+    assert r.returncode == 2 and r.stdout == "" and len(r.stderr.splitlines()) == 1 and words in r.stderr
+
+
+def test_several_problems_are_reported_at_once():
+    assert len(script("--alpha", "2", "--max_lr", "-1", "--schedule", "x").stderr.splitlines()) == 3
+
+
+def test_the_script_lists_segments_and_every_update(tmp_path):
+    args = "--paradigm ours --schedule cosine --increments 700,500,900 --warmup 20 --alpha 0.3 --max_lr 3e-4".split()
+    segments = json.loads(script(*args, "--json").stdout)
+    assert [s["name"] for s in segments] == ["main", "ours-cosine/v1", "ours-cosine/v2", "ours-cosine/v3"]
+    assert segments[2] == {"name": "ours-cosine/v2", "version": 2, "parent": ["main", 990], "start": 990, "end": 1200}
+    rows = list(csv.DictReader(io.StringIO(script(*args, "--csv").stdout)))
+    by_name = {s.name: s for s in plan("ours", Plan([700, 500, 900], 20, 3e-4, alpha=0.3))}
+    assert len(rows) == sum(s["end"] - s["start"] for s in segments)
+    assert all(float(r["lr"]) == by_name[r["segment"]].lr(int(r["step"])) for r in rows)
+    assert "2,520" in script(*args).stdout.splitlines()[-1]  # 2,100 of the increments and 2 x 210
+    assert script(*args, "--plot", str(tmp_path / "p.png")).returncode == 0
+    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"

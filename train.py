@@ -1,0 +1,422 @@
+"""Train one segment of a plan: `python train.py` or `torchrun --nproc_per_node 8 train.py`.
+
+    --mode main                the main path, and every fork point that the plan names (the default)
+    --mode branch --version 2  leave the main path and decay: version 2 of path switching
+    --mode ptfs   --version 2  version 2 from scratch
+    --mode cpt    --version 2  version 2 from version 1's finished checkpoint
+
+Called again, it goes on from its last checkpoint; finished, it says so. SIGTERM and Ctrl-C save and exit with 143 and
+130; a second one exits at once. `--dry_run` says what would be done and touches nothing.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import signal
+import struct
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoint
+import config
+import data
+import model as llama
+import schedule
+from config import UserError
+
+MODES = {"main": "ours", "branch": "ours", "ptfs": "ptfs", "cpt": "cpt"}  # mode: paradigm
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s of the data sheets
+
+# ----------------------------------------------------------------------------------------------------------
+# What is to be done: the segment, where it starts, what would stop it
+
+
+def make_plan(c: config.Config, version: int | None = None) -> schedule.Plan:
+    """The plan of a config; a version past the planned ones prolongs it by increments of the same length."""
+    increments = c.increments
+    if version and version > len(increments) and not c.plan.increments:
+        increments = [c.plan.steps] * version
+    rest = {k: v for k, v in vars(c.plan).items() if k not in ("versions", "steps", "increments")}
+    return schedule.Plan(increments, **rest)
+
+
+def make_segments(paradigm: str, p: schedule.Plan) -> list[schedule.Segment]:
+    """schedule.plan, its complaints under the config's names."""
+    try:
+        return schedule.plan(paradigm, p)
+    except ValueError as e:
+        raise UserError("\n".join(f"plan.{line}" for line in str(e).splitlines())) from None
+
+
+def pick(c: config.Config, mode: str, version: int | None) -> tuple[schedule.Plan, list[schedule.Segment], schedule.Segment]:
+    """(plan, segments of the paradigm, the one to train). UserError where the plan makes no sense."""
+    p = make_plan(c, version)
+    if version and version > len(p.increments):
+        raise UserError(f"--version: got {version}, but plan.increments has {len(p.increments)}; add its steps there")
+    if mode == "main" and version:  # the main path as far as this version's fork point
+        p = replace(p, increments=p.increments[:version])
+    segments = make_segments(MODES[mode], p)
+    if mode == "main":
+        return p, segments, segments[0]
+    if version is None:
+        raise UserError(f"--version: not given; --mode {mode} expects one of 1..{len(p.increments)}")
+    return p, segments, next(s for s in segments if s.version == version and s.name != "main")
+
+
+def fingerprint(s: schedule.Segment, ends: list[int], step: int) -> dict[str, Any]:
+    """The learning-rate path and the data of a segment up to `step`, whatever keys of the plan they came from.
+
+    The main path may be prolonged, so its end is no part of what it was up to a step.
+    """
+    rates = b"".join(struct.pack("<d", s.lr(i)) for i in range(s.start, step))
+    end = None if s.name == "main" else s.end
+    return {"start": s.start, "end": end, "parent": list(s.parent) if s.parent else None,
+            "lr_sha256": hashlib.sha256(rates).hexdigest(), "increments": [e for e in ends if e < step]}  # fmt: skip
+
+
+def check_lineage(where: Path, meta: dict[str, Any], c: config.Config, s: schedule.Segment, tokens: data.Tokens) -> None:
+    """Is a checkpoint of segment `s` what this config would have made? UserError names the keys or files that say no."""
+    now = config.flatten(c)
+    different = [k for k, (f, v) in now.items() if not f.metadata["free"] and not k.startswith("plan.") and meta["config"].get(k) != v]
+    if meta["path"] != fingerprint(s, tokens.ends, meta["step"]):
+        plan_keys = [k for k, (_, v) in now.items() if k.startswith("plan.") and meta["config"].get(k) != v]
+        different += plan_keys or ["plan"]
+    if different:
+        was = ", ".join(f"{k}: {meta['config'].get(k)} there, {now[k][1] if k in now else '?'} here" for k in different)
+        raise UserError(f"{where}: was made with another config ({was}); go back to it, or choose another --out")
+    identity = tokens.identity(meta["step"])
+    if meta["data"]["tokenizer"] != identity["tokenizer"]:
+        raise UserError(f"{where}: was trained with another tokenizer than data.path {tokens.folder}; choose the data it was trained on")
+    if meta["data"]["increments"] != identity["increments"]:
+        raise UserError(f"{where}: was trained on other increments than those of data.path {tokens.folder}; choose the data it was trained on")
+
+
+def resume_step(folder: Path, required: list[int]) -> int | None:
+    """The last checkpoint before the first required one that is missing; None: begin. All there: the last required."""
+    there = checkpoint.steps(folder)
+    missing = [r for r in required if r not in there]
+    usable = [s for s in there if s <= (min(missing) if missing else required[-1])]
+    return max(usable, default=None)
+
+
+def command(**changes: Any) -> str:
+    """This command line with some flags changed: what an error tells the user to type."""
+    argv, skip = [], False
+    for a in sys.argv[1:]:
+        if not skip and a.removeprefix("--").partition("=")[0] not in changes:
+            argv.append(a)
+            continue
+        skip = not skip and "=" not in a
+    return shlex.join(["python", "train.py", *argv, *(w for k, v in changes.items() for w in (f"--{k}", str(v)))])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The device
+
+
+def pick_device(name: str, local_rank: int) -> torch.device:
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(k for k, there in have.items() if there)
+    elif not have[name]:
+        raise UserError(f"train.device: got {name}, which this machine does not have; expected one of {', '.join(k for k in have if have[k])}")
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """FLOP/s that a step could reach at best, and where the number is from: a data sheet, or a matrix product timed here."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
+    for gpu, flops in PEAK.items():
+        if gpu in name and dtype == torch.bfloat16:
+            return flops, "data sheet"
+    n = 1024 if device.type == "cpu" else 4096
+    a, best, until = torch.randn(n, n, device=device, dtype=dtype), float("inf"), time.perf_counter() + 0.3
+    while time.perf_counter() < until:
+        t = time.perf_counter()
+        (a @ a)[0, 0].item()  # .item() waits for the device
+        best = min(best, time.perf_counter() - t)
+    return 2 * n**3 / best, f"{n}^3 matrix product timed at the start, {torch.get_num_threads()} threads"
+
+
+def git_commit() -> str:
+    try:
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=data.HERE, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+# ----------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    a = config.Parser(prog="train.py", description=__doc__, usage="train.py [--config NAME] [--mode MODE] [--version I] [--dry_run] [--section.key VALUE ..]")
+    a.add_argument("--mode", default="main", help=", ".join(MODES))
+    a.add_argument("--version", help="the version to train; main: the version at whose fork point it ends [the last planned]")
+    a.add_argument("--dry_run", action="store_true", help="say what would be done, touch nothing")
+    a.add_config()
+    rank, local_rank, ranks = config.world()
+    with config.user_errors("train.py", show=rank == 0):
+        # The config for the device, where none is named
+        cuda = torch.cuda.is_available()
+        small = config.load("small")
+        default = "small" if cuda and Path(small.data.path).exists() else "tiny"
+        o, c = a.parse_config(default=default)
+        say = print if rank == 0 else lambda *a, **k: None
+        if not o.config:
+            say(f"no --config given: {default}" + (f" (small once {small.data.path} is there: see configs/small.toml)" if cuda and default == "tiny" else ""))
+
+        # What is wrong is said at once, before anything is touched
+        problems = [] if o.mode in MODES else [f"--mode: got {o.mode!r}, expected one of {', '.join(MODES)}"]
+        version = None
+        if o.version is not None:
+            if o.version.isdecimal() and int(o.version) > 0:
+                version = int(o.version)
+            else:
+                problems.append(f"--version: got {o.version!r}, expected a whole number of 1 or more")
+        problems += config.check_batch(c, ranks)
+        try:
+            p, segments, segment = pick(c, o.mode if o.mode in MODES else "main", version)
+        except UserError as e:
+            problems.append(str(e))
+        if problems:
+            raise UserError("\n".join(problems))
+        run = Path(c.out)
+        folder = run / segment.name
+        forks = [s.start for s in segments if s.parent] if o.mode == "main" else []
+        required = forks or [segment.end]
+
+        if o.dry_run:
+            dry_run(say, c, p, segment, segments, folder, required, ranks)
+            return
+
+        # Data: enough of it, whole, and of this vocabulary
+        if rank == 0:
+            data.ship(c.data.path)
+        while rank and c.data.path == config.Data().path and not Path(c.data.path).exists():
+            time.sleep(0.1)  # for rank 0; if it fails, torchrun ends the others
+        tokens = data.Tokens(c.data.path, c.model.context, c.batch_sequences, p.increments, c.train.seed, c.data.repeat)
+        if tokens.meta["vocab_size"] != c.model.vocab_size:
+            raise UserError(f"model.vocab_size: got {c.model.vocab_size}, expected {tokens.meta['vocab_size']}, the vocabulary of data.path {c.data.path}")
+        if problems := tokens.problems(segment.start, segment.end):
+            raise UserError("\n".join(problems))
+
+        # Where it begins: its own last checkpoint (resume), its parent's (branch, CPT), or random weights
+        resume = resume_step(folder, required)
+        parent = run / segment.parent[0] if segment.parent else None
+        origin: Path | None = None
+        if resume is not None:
+            origin = checkpoint.path(folder, resume)
+            check_lineage(origin, meta := checkpoint.read_meta(origin), c, segment, tokens)
+            lineage = meta["parent"]
+        elif parent and segment.parent:
+            origin = checkpoint.path(parent, segment.parent[1])
+            if segment.parent[1] not in checkpoint.steps(parent):
+                maker = {"mode": "main", "version": segment.version} if o.mode == "branch" else {"mode": "cpt", "version": segment.version - 1}
+                raise UserError(f"{origin}: is not there, and {segment.name} starts from it; make it: {command(**maker)}")
+            check_lineage(origin, meta := checkpoint.read_meta(origin), c, next(s for s in segments if s.name == segment.parent[0]), tokens)
+            lineage = {"segment": segment.parent[0], "step": segment.parent[1], "hash": meta["hash"]}
+        else:
+            lineage = None
+        start = resume if resume is not None else segment.start
+        if start >= segment.end:
+            say(f"{folder}: finished at step {segment.end}; nothing to do")
+            return
+        if rank == 0 and c.data.verify:
+            data.check_files(tokens.folder, [name for name, _, _ in tokens.needs(start, segment.end)] + ["val"])
+
+        # From here on the device and the disk are used
+        device = pick_device(c.train.device, local_rank)
+        with ExitStack() as held:
+            if rank == 0:
+                held.enter_context(checkpoint.lock(folder))
+                if not (run / "config.toml").exists():
+                    (run / "config.toml").write_text(config.to_toml(c))
+            train(c, p, segment, folder, required, tokens, origin, lineage, start, device, rank, ranks)
+
+
+def dry_run(say: Any, c: config.Config, p: schedule.Plan, segment: schedule.Segment, segments: list[schedule.Segment],
+            folder: Path, required: list[int], ranks: int) -> None:  # fmt: skip
+    """What would be done: the segment, its LR at the milestones, sizes, the batch, the tokens needed and there."""
+    m, t = c.model, c.train
+    steps, flops = segment.end - segment.start, llama.flops_per_token(m)
+    say(f"segment      {segment.name}: steps {segment.start:,} .. {segment.end:,} ({steps:,}), from {f'{segment.parent[0]} at step {segment.parent[1]:,}' if segment.parent else 'random weights'}")
+    stones = {segment.start, p.warmup - 1, *(p.end(i + 1) - 1 for i in range(len(p.increments))), *required, segment.end - 1}
+    say("LR           " + "\n             ".join(f"update {s:>9,}: {segment.lr(s):.6g}" for s in sorted(stones) if segment.start <= s < segment.end))
+    say(f"saves        {', '.join(f'{s:,}' for s in required)}, in {folder}")
+    say(f"parameters   {llama.parameters(m):,}")
+    say(f"FLOPs        {flops / 1e9:,.4g} GFLOP a token, {flops * steps * t.batch_tokens:.4g} in all")
+    accumulate = t.batch_tokens // (t.micro_batch * m.context * ranks)
+    say(f"batch        {t.batch_tokens:,} tokens = micro-batch {t.micro_batch} x context {m.context} x accumulation {accumulate} x {ranks} rank{'s' * (ranks > 1)}")
+    there = (Path(c.data.path) / "meta.json").exists()
+    if not there:
+        say(f"data         {c.data.path}: not there yet; needs {steps * t.batch_tokens:,} tokens; make it: python data.py prepare --out {c.data.path}")
+        return
+    tokens = data.Tokens(c.data.path, m.context, c.batch_sequences, p.increments, t.seed, c.data.repeat)
+    for name, need, have in tokens.needs(segment.start, segment.end):
+        say(f"data         {tokens.folder / name}.bin: {need:,} tokens needed, {have:,} there")
+    if tokens.meta["vocab_size"] != m.vocab_size:
+        say(f"             its vocabulary is {tokens.meta['vocab_size']:,}, model.vocab_size {m.vocab_size:,}: train.py would refuse")
+
+
+def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder: Path, required: list[int], tokens: data.Tokens,
+          origin: Path | None, lineage: dict | None, start: int, device: torch.device, rank: int, ranks: int) -> None:  # fmt: skip
+    """Updates `start` .. `segment.end - 1`. A checkpoint named `step` holds the state after exactly `step` updates."""
+    t, T, end = c.train, c.model.context, segment.end
+    if ranks > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    bf16 = t.dtype == "bfloat16" or (t.dtype == "auto" and device.type == "cuda")
+    autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+    torch.set_float32_matmul_precision("high" if bf16 else "highest")  # where bf16 is wanted, fp32 products may be TF32
+
+    # -- Model and optimizer: fp32 weights, decay on matrices only. The initial weights are drawn on the CPU, the same everywhere.
+    torch.manual_seed(t.seed)
+    net = llama.Transformer(c.model).to(device)
+    matrices = [w for w in net.parameters() if w.dim() >= 2]
+    vectors = [w for w in net.parameters() if w.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": t.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(t.beta1, t.beta2), fused=True)
+    if origin:
+        checkpoint.load(origin, checkpoint.state(net, optimizer))
+    compiled = t.compile == "on" or (t.compile == "auto" and device.type == "cuda")
+    model: torch.nn.Module = torch.compile(net) if compiled else net  # type: ignore[assignment]
+    if ranks > 1:
+        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+    # -- Batch: B rows = accumulation x ranks x micro-batch. 1 and 8 GPUs see the same rows in the same step.
+    accumulation = t.batch_tokens // (t.micro_batch * T * ranks)
+
+    def to_device(arrays: tuple[Any, Any]) -> list[torch.Tensor]:
+        return [torch.from_numpy(a).to(device, non_blocking=True) for a in arrays]
+
+    def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+        if ranks > 1:
+            dist.all_reduce(values)
+        return values / ranks
+
+    def validate() -> float:
+        """Loss in nats over the first `eval_tokens` of the validation set, each rank a share of them."""
+        total = torch.zeros(2, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+        with torch.no_grad(), autocast:
+            for arrays in tokens.validation(t.micro_batch, t.eval_tokens, rank, ranks):
+                x, y = to_device(arrays)
+                total += torch.tensor([net(x, y).item() * y.numel(), y.numel()], dtype=torch.float64)
+        nats, count = mean_over_ranks(total).tolist()
+        return nats / count
+
+    def save(step: int) -> None:
+        pinned = step in required or step == end
+        if rank == 0:
+            values = config.values(c)
+            record = {"segment": segment.name, "version": segment.version, "path": fingerprint(segment, tokens.ends, step), "finished": step == end,
+                      "parent": lineage, "tokens": step * t.batch_tokens, "pinned": pinned, "config": values,
+                      "config_sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest(),
+                      "data": tokens.identity(step), "versions": versions}  # fmt: skip
+            checkpoint.save(folder, step, checkpoint.state(net, optimizer), record)
+            if pinned:
+                checkpoint.pin(checkpoint.path(folder, step))
+            checkpoint.prune(folder, t.keep)
+
+    # -- Log: the first record says what runs where, then a record each `log_every` steps and each validation
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    flops = llama.flops_per_token(c.model)
+    peak, peak_from = peak_flops(device, torch.bfloat16 if bf16 else torch.float32)
+    log_file = open(folder / "log.jsonl", "a") if rank == 0 else None
+
+    def log(record: dict[str, Any]) -> None:
+        if log_file:
+            print(json.dumps(record), file=log_file, flush=True)
+            if not bar.disable:
+                bar.set_postfix({k: f"{v:.4g}" for k, v in record.items() if k in ("loss", "val_loss", "lr", "tokens_per_second")}, refresh=False)
+            elif "config" not in record:
+                print(", ".join(f"{k} {v:.6g}" for k, v in record.items()), flush=True)
+
+    bar = tqdm(total=end, initial=start, desc=segment.name, unit="step", disable=None if rank == 0 else True)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {platform.machine()}"
+    log({"segment": segment.name, "start": start, "end": end, "from": str(origin) if origin else None, "config": config.values(c),
+         "commit": git_commit(), "versions": versions, "device": name, "ranks": ranks, "dtype": "bfloat16" if bf16 else "float32",
+         "peak_flops": peak, "peak_from": peak_from, "time": time.strftime("%Y-%m-%dT%H:%M:%S")})  # fmt: skip
+
+    # -- Signals: the first asks for a save, the second ends at once
+    asked = []
+
+    def on_signal(number: int, frame: Any) -> None:
+        if asked:
+            os._exit(128 + number)
+        asked.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+
+    # -- The loop: evaluate, save, stop, one optimizer step, log
+    stop, seconds, since = 0.0, 0.0, start
+    total_seconds = 0.0
+    for step in range(start, end + 1):
+        last = step == end
+        if last or (t.eval_every and step % t.eval_every == 0 and step > start):
+            log({"step": step, "tokens": step * t.batch_tokens, "val_loss": validate()})
+        if step > start and (last or stop or step in required or (t.checkpoint_every and step % t.checkpoint_every == 0)):
+            save(step)
+        if last or stop:
+            break
+
+        began = time.perf_counter()
+        lr = segment.lr(step)  # a pure function of the step: what a loaded optimizer says is never used
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = torch.zeros((), device=device)
+        for micro in range(accumulation):
+            first = (micro * ranks + rank) * t.micro_batch
+            x, y = to_device(tokens.batch(step, slice(first, first + t.micro_batch)))
+            exchange = micro == accumulation - 1  # gradients cross ranks once a step
+            with nullcontext() if exchange or ranks == 1 else model.no_sync():  # type: ignore[operator]
+                with autocast:
+                    part = model(x, y) / accumulation
+                part.backward()
+            loss += part.detach()
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), t.clip)
+        loss_value, norm_value, wish = mean_over_ranks(torch.stack([loss, norm, torch.tensor(float(len(asked)), device=device)])).tolist()
+        if not (abs(loss_value) < float("inf") and norm_value < float("inf")):
+            name, k = f"v{tokens.place(step)[0] + 1}", tokens.place(step)[1]
+            raise UserError(f"step {step}: loss {loss_value}, gradient norm {norm_value}: stopped before the update. It is batch {k} of increment {name}; "
+                            f"lower plan.max_lr or look at that text. The last checkpoint is at step {max(checkpoint.steps(folder), default='none')}")  # fmt: skip
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        stop = wish
+        seconds += time.perf_counter() - began
+
+        # everything below is only logging
+        bar.update()
+        if (step + 1) % t.log_every == 0 or step + 1 == end:
+            speed = (step + 1 - since) * t.batch_tokens / seconds
+            log({"step": step, "tokens": (step + 1) * t.batch_tokens, "lr": lr, "loss": loss_value, "grad_norm": norm_value,
+                 "tokens_per_second": speed, "mfu": speed * flops / (peak * ranks)})  # fmt: skip
+            total_seconds, seconds, since = total_seconds + seconds, 0.0, step + 1
+
+    bar.close()
+    if rank == 0:
+        speed = (step - start) * t.batch_tokens / max(total_seconds + seconds, 1e-9)
+        how = "finished" if step == end else "stopped, and goes on when called again,"
+        print(f"{folder}: {how} at step {step}; {speed:,.0f} tokens/s, {speed * flops / (peak * ranks):.0%} of {peak / 1e9:,.0f} GFLOP/s ({peak_from})")
+    if ranks > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if asked and step < end:
+        sys.exit(128 + asked[0])
+
+
+if __name__ == "__main__":
+    main()
