@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from config import UserError
 
@@ -86,7 +87,10 @@ def save(segment: Path, step: int, tensors: dict[str, Tensor], record: dict[str,
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True), no_dist=True)
+            try:
+                dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True), no_dist=True)
+            except CheckpointException as e:  # a wrapper; what the disk said is inside
+                raise next(iter(e.failures.values()))[0] from None
         files = sorted(partial.iterdir())
         for f in files:
             sync(f)

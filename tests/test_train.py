@@ -1,0 +1,440 @@
+"""Segments run for real on a tiny shape: resume, branch and prolong are exact, and bad input changes nothing on disk."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import BASE, ROOT
+
+import checkpoint
+import config
+import data
+import model
+import train
+
+# with steps 10, warm-up 2, alpha 0.6: forks at 4, 14, 24, 34
+MODES = {"main": ("--mode", "main", "--version", "2"), "branch": ("--mode", "branch", "--version", "2"),
+         "ptfs": ("--mode", "ptfs", "--version", "2"), "cpt": ("--mode", "cpt", "--version", "2")}  # fmt: skip
+FOLDER = {"main": "main", "branch": "ours-cosine/v2", "ptfs": "ptfs-cosine/v2", "cpt": "cpt-cosine/v2"}
+SPAN = {"main": (0, 14), "branch": (14, 20), "ptfs": (0, 20), "cpt": (10, 20)}
+
+
+def tensors(path):
+    """Everything in a checkpoint, read without our own code."""
+    from safetensors import safe_open
+
+    out = {}
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, "pt") as f:
+            out |= {k: f.get_tensor(k) for k in f.keys()}
+    return out
+
+
+def equal(a, b):
+    a, b = tensors(a), tensors(b)
+    assert a.keys() == b.keys() and len(a) > 20
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def losses(folder):
+    """{step: loss} of a log; a step logged twice must have said the same."""
+    out = {}
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        r = json.loads(line)
+        if "loss" in r:
+            assert out.setdefault(r["step"], r["loss"]) == r["loss"]
+    return out
+
+
+@pytest.fixture
+def parents(train_cli, tmp_path):
+    """A run folder with what branch and CPT of version 2 start from, made once and copied."""
+    made = Path(tmp_path.parent) / "parents"
+    if not made.exists():
+        assert train_cli("--mode", "main", "--version", "2", out=made) == 0
+        assert train_cli("--mode", "cpt", "--version", "1", out=made) == 0
+
+    def copy(name, mode):
+        source = {"branch": "main", "cpt": "ptfs-cosine/v1"}.get(mode)
+        if source:
+            shutil.copytree(made / source, tmp_path / name / source)
+
+    return copy
+
+
+def stop_after(monkeypatch, step):
+    """SIGTERM while batch `step` is read, the real signal to the real handler."""
+    original, sent = data.Tokens.batch, []
+
+    def batch(self, s, *args):
+        if s == step and not sent:
+            sent.append(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, s, *args)
+
+    monkeypatch.setattr(data.Tokens, "batch", batch)
+    return lambda: monkeypatch.setattr(data.Tokens, "batch", original)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_interrupted_at_any_step_and_resumed_is_bit_for_bit_uninterrupted(mode, train_cli, parents, tmp_path, monkeypatch):
+    start, end = SPAN[mode]
+    log_all = ("--train.log_every", "1")
+    parents("whole", mode)
+    assert train_cli(*MODES[mode], *log_all, out="whole") == 0
+    whole = tmp_path / "whole" / FOLDER[mode]
+    for at in range(start, end):
+        name = f"cut{at}"
+        parents(name, mode)
+        undo = stop_after(monkeypatch, at)
+        code = train_cli(*MODES[mode], *log_all, out=name)
+        undo()
+        cut = tmp_path / name / FOLDER[mode]
+        if at < end - 1:
+            assert code == 143 and checkpoint.steps(cut)[-1] == at + 1  # the step under way was finished, then saved
+            assert train_cli(*MODES[mode], *log_all, out=name) == 0
+        assert equal(checkpoint.path(cut, end), checkpoint.path(whole, end))
+        assert losses(cut) == losses(whole)
+        shutil.rmtree(tmp_path / name)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_and_resumed(mode, parents, tmp_path, prepared):
+    """SIGKILL in another process, wherever it is, and the same command again."""
+    parents("run", mode)
+    parents("whole", mode)
+    args = [sys.executable, str(ROOT / "train.py"), "--config", "tiny", *BASE, "--data.path", str(prepared), *MODES[mode]]
+    args += ["--train.checkpoint_every", "1", "--train.log_every", "1"]
+    folder = tmp_path / "run" / FOLDER[mode]
+    p = subprocess.Popen([*args, "--out", str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    for line in p.stdout:
+        if line.startswith("step") and int(line.split()[1].strip(",")) >= SPAN[mode][0] + 3:
+            p.kill()
+            break
+    assert p.wait() == -signal.SIGKILL or checkpoint.steps(folder)[-1] == SPAN[mode][1]
+    p.stdout.close()
+    for name in ("run", "whole"):
+        assert subprocess.run([*args, "--out", str(tmp_path / name)], capture_output=True).returncode == 0
+    end = SPAN[mode][1]
+    assert equal(checkpoint.path(folder, end), checkpoint.path(tmp_path / "whole" / FOLDER[mode], end))
+    assert losses(folder) == losses(tmp_path / "whole" / FOLDER[mode])
+
+
+def test_the_main_path_does_not_depend_on_branches_and_can_be_prolonged(train_cli, tmp_path, capsys):
+    # at once to version 3's fork point, against version 1, a branch, version 2, another branch, version 3
+    assert train_cli("--mode", "main", "--version", "3", out="a") == 0
+    for i in (1, 2):
+        assert train_cli("--mode", "main", "--version", str(i), out="b") == 0
+        assert train_cli("--mode", "branch", "--version", str(i), out="b") == 0
+    assert train_cli("--mode", "main", "--version", "3", out="b") == 0
+    assert checkpoint.steps(tmp_path / "a" / "main") == checkpoint.steps(tmp_path / "b" / "main") == [4, 14, 24]
+    for step in (4, 14, 24):
+        assert equal(tmp_path / "a" / "main" / f"step-{step:06d}", tmp_path / "b" / "main" / f"step-{step:06d}")
+    capsys.readouterr()
+    assert train_cli("--mode", "main", "--version", "3", out="b") == 0
+    assert "finished at step 24; nothing to do" in capsys.readouterr().out
+
+
+def test_a_version_past_the_plan(train_cli, tmp_path, prepared):
+    """--version 5 on a run planned for four, once increment 5 is there, is what a plan for five gives."""
+    copy = shutil.copytree(prepared, tmp_path / "data")
+    assert train_cli("--mode", "main", out="a", data=copy) == 0
+    assert train_cli("--mode", "main", "--version", "5", out="a", data=copy) == 2  # no text yet
+    (tmp_path / "new.txt").write_text("\n\n".join(f"new prose {i} " * 40 for i in range(200)))
+    data.add(str(copy), [str(tmp_path / "new.txt")], jobs=1, quiet=True)
+    assert train_cli("--mode", "main", "--version", "5", out="a", data=copy) == 0
+    assert train_cli("--mode", "main", "--plan.versions", "5", out="b", data=copy) == 0
+    assert checkpoint.steps(tmp_path / "a" / "main") == checkpoint.steps(tmp_path / "b" / "main") == [4, 14, 24, 34, 44]
+    assert equal(tmp_path / "a" / "main" / "step-000044", tmp_path / "b" / "main" / "step-000044")
+    assert train_cli("--mode", "branch", "--version", "5", out="a", data=copy) == 0
+
+
+def test_another_alpha_adds_its_fork_points_to_the_same_main_path(train_cli, tmp_path):
+    assert train_cli("--mode", "main", "--version", "2", out="a") == 0
+    assert train_cli("--mode", "main", "--version", "2", "--plan.alpha", "0.4", out="a") == 0
+    assert train_cli("--mode", "main", "--version", "2", "--plan.alpha", "0.4", out="b") == 0
+    assert checkpoint.steps(tmp_path / "a" / "main") == [4, 6, 14, 16]
+    for step in (6, 16):
+        assert equal(tmp_path / "a" / "main" / f"step-{step:06d}", tmp_path / "b" / "main" / f"step-{step:06d}")
+
+
+def test_a_branch_starts_from_its_parents_weights_moments_and_batches(train_cli, tmp_path, monkeypatch):
+    assert train_cli("--mode", "main", "--version", "2") == 0
+    seen, original = [], train.checkpoint.load
+
+    def load(path, into):
+        meta = original(path, into)
+        seen.append((path, {k: v.clone() for k, v in into.items()}))
+        return meta
+
+    batches, original_batch = [], data.Tokens.batch
+    monkeypatch.setattr(checkpoint, "load", load)
+    monkeypatch.setattr(data.Tokens, "batch", lambda self, s, *a: batches.append(s) or original_batch(self, s, *a))
+    assert train_cli("--mode", "branch", "--version", "2") == 0
+    ((path, loaded),) = seen
+    parent = tmp_path / "run" / "main" / "step-000014"
+    stored = tensors(parent)
+    assert path == parent and loaded.keys() == stored.keys() and all(torch.equal(loaded[k], stored[k]) for k in stored)
+    assert any(k.startswith("exp_avg.") and v.abs().sum() > 0 for k, v in stored.items()) and stored["updates.embed.weight"] == 14
+    assert sorted(set(batches)) == list(range(14, 20))
+    meta = checkpoint.read_meta(tmp_path / "run" / "ours-cosine" / "v2" / "step-000020")
+    assert meta["parent"] == {"segment": "main", "step": 14, "hash": checkpoint.read_meta(parent)["hash"]}
+
+
+def test_multistep_ours_and_ptfs_end_in_the_same_bits(train_cli, tmp_path):
+    """The identity of the learning-rate paths, all the way to the weights: V2 at alpha 0.4."""
+    for args in (("--mode", "main", "--version", "2"), ("--mode", "branch", "--version", "2"), ("--mode", "ptfs", "--version", "2")):
+        assert train_cli(*args, "--plan.schedule", "multistep", "--plan.alpha", "0.4") == 0
+    assert equal(tmp_path / "run" / "ours-multistep" / "v2" / "step-000020", tmp_path / "run" / "ptfs-multistep" / "v2" / "step-000020")
+
+
+def test_the_loop_is_adamw_written_out(train_cli, tmp_path, prepared):
+    """Four updates of warm-up and decay against AdamW with clipping in fp64, from the same weights and batches."""
+    assert train_cli("--mode", "ptfs", "--version", "1", "--plan.steps", "4", "--train.micro_batch", "2") == 0
+    got = tensors(tmp_path / "run" / "ptfs-cosine" / "v1" / "step-000004")
+    c = config.load("tiny", dict(zip([a[2:] for a in BASE[::2]], BASE[1::2], strict=True)) | {"plan.steps": "4"})
+    torch.manual_seed(c.train.seed)
+    net = model.Transformer(c.model).double()
+    tokens = data.Tokens(str(prepared), 32, 8, [4], c.train.seed)
+    lr = train.make_segments("ptfs", train.make_plan(c))[0].lr
+    moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in net.named_parameters()}
+    for step in range(4):
+        x, y = map(torch.from_numpy, tokens.batch(step))
+        logits = net(x)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+        grads = dict(zip(moments, torch.autograd.grad(loss, list(net.parameters())), strict=True))
+        norm = sum((g**2).sum() for g in grads.values()).sqrt()
+        scale = min(1.0, c.train.clip / (norm.item() + 1e-6))
+        with torch.no_grad():
+            for n, p in net.named_parameters():
+                m, v = moments[n]
+                g = grads[n] * scale
+                m.mul_(0.9).add_(g, alpha=0.1)
+                v.mul_(0.95).add_(g**2, alpha=0.05)
+                p.mul_(1 - lr(step) * (c.train.weight_decay if p.dim() >= 2 else 0))
+                p.sub_(lr(step) * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8))
+    for n, p in net.named_parameters():
+        # fp32 gradients have an error of some 1e-6 relative to their largest; Adam divides by sqrt(v), so an update of size lr = 4e-3
+        # carries it on for entries near the largest and more for the small ones: 1e-4 of 4 updates of 4e-3
+        torch.testing.assert_close(got[f"model.{n}"].double(), p.detach(), rtol=0, atol=4 * 4e-3 * 1e-3)
+        assert (got[f"model.{n}"].double() - p.detach()).abs().mean() < 4 * 4e-3 * 1e-5
+
+
+def test_two_processes_see_the_same_batches_and_agree(tmp_path, prepared, train_cli):
+    assert train_cli("--mode", "ptfs", "--version", "1", "--train.log_every", "1", "--train.micro_batch", "2", out="one") == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train.py"), "--config", "tiny", *BASE,
+               "--data.path", str(prepared), "--out", str(tmp_path / "two"), "--mode", "ptfs", "--version", "1", "--train.log_every", "1", "--train.micro_batch", "2"]  # fmt: skip
+    r = subprocess.run(command, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    a, b = (losses(tmp_path / n / "ptfs-cosine" / "v1") for n in ("one", "two"))
+    assert a.keys() == b.keys()
+    # a mean over 256 tokens in another order: fp32's eps of 6e-8 times a few, grown over 10 updates
+    np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)
+    x, y = (tensors(tmp_path / n / "ptfs-cosine" / "v1" / "step-000010") for n in ("one", "two"))
+    for k in x:
+        if k.startswith("model."):
+            assert (x[k] - y[k]).abs().mean() < 1e-5  # updates of 4e-3 each
+    rows = data.Tokens(str(prepared), 32, 8, [10], 1)
+    whole = rows.batch(3)[0]
+    parts = [rows.batch(3, slice((m * 2 + r) * 2, (m * 2 + r) * 2 + 2))[0] for m in range(2) for r in range(2)]
+    assert np.array_equal(np.concatenate(parts), whole)
+
+
+def test_accumulation_does_not_change_the_run(train_cli, tmp_path):
+    for m in (1, 8):
+        assert train_cli("--mode", "ptfs", "--version", "1", "--train.log_every", "1", "--train.micro_batch", str(m), out=f"m{m}") == 0
+    a, b = (losses(tmp_path / f"m{m}" / "ptfs-cosine" / "v1") for m in (1, 8))
+    np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)  # as above
+
+
+def test_a_second_signal_exits_at_once(tmp_path, prepared):
+    args = [sys.executable, str(ROOT / "train.py"), "--config", "tiny", *BASE, "--data.path", str(prepared), "--out", str(tmp_path / "run"),
+            "--mode", "main", "--train.log_every", "1", "--train.batch_tokens", "16384", "--data.repeat", "true", "--plan.steps", "1000"]  # fmt: skip
+    p = subprocess.Popen(args, stdout=subprocess.PIPE, text=True)
+    p.stdout.readline()
+    p.send_signal(signal.SIGTERM)
+    p.send_signal(signal.SIGINT)
+    # the second may come before or after the save of the first
+    assert p.wait(timeout=30) in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    p.stdout.close()
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(train_cli, tmp_path, monkeypatch, capsys):
+    original = model.Transformer.forward
+    calls = []
+
+    def forward(self, *args, **kw):
+        out = original(self, *args, **kw)
+        calls.append(1)
+        return out * float("nan") if len(calls) == 2 * 13 else out  # micro-batch 2 of update 12, the third of increment 2
+
+    monkeypatch.setattr(model.Transformer, "forward", forward)
+    assert train_cli("--mode", "ptfs", "--version", "2", "--train.checkpoint_every", "5") == 2
+    error = capsys.readouterr().err
+    assert "step 12: loss nan" in error and "batch 2 of increment v2" in error and "last checkpoint is at step 10" in error
+    assert checkpoint.steps(tmp_path / "run" / "ptfs-cosine" / "v2") == [5, 10]
+
+
+def snapshot(folder):
+    return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--mode", "mian"], ["--mode: got 'mian', expected one of main, branch, ptfs, cpt"]),
+        (["--mode", "branch"], ["--version: not given"]),
+        (["--mode", "branch", "--version", "two"], ["--version: got 'two'"]),
+        (["--plan.schedule", "sine"], ["plan.schedule: got 'sine'"]),
+        (["--plan.alpha", "0"], ["plan.alpha: got 0.0"]),
+        (["--plan.alpha", "0.9"], ["inside the warm-up of 2"]),
+        (["--plan.alpha", "0.5", "--plan.decay_steps", "3"], ["plan.alpha and decay_steps"]),
+        (["--plan.max_lr", "0"], ["plan.max_lr: got 0.0"]),
+        (["--plan.min_lr", "1"], ["plan.min_lr: got 1.0"]),
+        (["--plan.warmup", "10"], ["plan.warmup: got 10"]),
+        (["--train.batch_tokens", "300"], ["train.batch_tokens: got 300", "the nearest is 256"]),
+        (["--model.n_head", "5"], ["model.n_head: got 5"]),
+        (["--plan.alpah", "0.5"], ["unknown argument --plan.alpah; did you mean plan.alpha?"]),
+        (["--plan.steps", "many"], ["plan.steps: got 'many', expected a whole number"]),
+        (["--mode", "branch", "--version", "2"], ["main/step-000014: is not there", "--mode main --version 2"]),
+        (["--mode", "cpt", "--version", "3"], ["cpt-cosine/v2/step-000020: is not there", "--mode cpt --version 2"]),
+        (["--plan.steps", "1000", "--mode", "ptfs", "--version", "1"], ["v1 has", "tokens and", "are needed", "--data.repeat true"]),
+        (["--plan.increments", "10,10,10,10,10"], ["has no increment v5; append it: python data.py add"]),
+        (["--plan.increments", "10,10", "--version", "3"], ["--version: got 3, but plan.increments has 2"]),
+        (["--model.vocab_size", "300"], ["model.vocab_size: got 300, expected 257"]),
+        (["--data.path", "nowhere"], ["nowhere: no prepared data; make it"]),
+        (["--train.device", "cuda"], ["train.device: got cuda, which this machine does not have"]),
+        (["--config", "tinny"], ["--config tinny: there is no"]),
+        (["--mode"], ["expected one argument"]),
+        (["--version", "1", "extra"], ["unexpected 'extra'"]),
+    ],
+)
+def test_bad_input_is_said_and_changes_nothing(train_cli, tmp_path, args, words, capsys):
+    before = snapshot(tmp_path)
+    assert train_cli(*args) == 2
+    err = capsys.readouterr().err
+    assert all(w in err for w in words) and len(err.splitlines()) == 1, err
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="auto would find the GPU")
+def test_several_problems_at_once(train_cli, capsys):
+    assert train_cli("--mode", "x", "--plan.alpha", "2", "--plan.max_lr", "-1", "--train.batch_tokens", "100") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 4
+
+
+def test_resume_with_another_config_names_the_keys(train_cli, tmp_path, capsys, monkeypatch):
+    undo = stop_after(monkeypatch, 5)
+    assert train_cli("--mode", "ptfs", "--version", "1") == 143
+    undo()
+    before = snapshot(tmp_path)
+    for args, words in [
+        (["--train.weight_decay", "0.2"], "train.weight_decay: 0.1 there, 0.2 here"),
+        (["--plan.max_lr", "1e-3"], "plan.max_lr: 0.004 there, 0.001 here"),
+        (["--model.ffn", "40"], "model.ffn: None there, 40 here"),
+        (["--plan.steps", "12", "--train.seed", "5"], "train.seed: 1 there, 5 here, plan.steps: 10 there, 12 here"),
+    ]:
+        assert train_cli("--mode", "ptfs", "--version", "1", *args) == 2
+        assert words in capsys.readouterr().err and snapshot(tmp_path) == before
+    # what does not change the run may change
+    assert train_cli("--mode", "ptfs", "--version", "1", "--train.log_every", "3", "--plan.alpha", "0.5", "--plan.versions", "3") == 0
+
+
+def test_a_parent_of_another_shape_tokenizer_or_text_is_refused(train_cli, tmp_path, capsys, prepared):
+    assert train_cli("--mode", "main", "--version", "1") == 0
+    assert train_cli("--mode", "branch", "--version", "1", "--model.n_layer", "2") == 2
+    assert "model.n_layer: 1 there, 2 here" in capsys.readouterr().err
+    other = shutil.copytree(prepared, tmp_path / "other")
+    meta = json.loads((other / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps({**meta, "tokenizer_sha256": "0" * 64}))
+    assert train_cli("--mode", "branch", "--version", "1", data=other) == 2
+    assert "was trained with another tokenizer" in capsys.readouterr().err
+    meta["increments"][0]["sha256"]["bin"] = "0" * 64
+    (other / "meta.json").write_text(json.dumps(meta))
+    assert train_cli("--mode", "branch", "--version", "1", data=other) == 2
+    assert "was trained on other increments" in capsys.readouterr().err
+
+
+def test_damaged_data_and_checkpoints_are_found_before_training(train_cli, tmp_path, capsys, prepared, monkeypatch):
+    copy = shutil.copytree(prepared, tmp_path / "data")
+    raw = bytearray((copy / "v1.bin").read_bytes())
+    raw[1001] = 7  # id 7 * 256 + ..: outside the vocabulary of 257
+    (copy / "v1.bin").write_bytes(raw)
+    before = snapshot(tmp_path)
+    assert train_cli("--mode", "ptfs", "--version", "1", data=copy) == 2
+    assert "v1.bin: SHA-256 is" in capsys.readouterr().err and snapshot(tmp_path) == before
+    # and where the check is switched off, the id is found when it is read
+    assert train_cli("--mode", "ptfs", "--version", "1", "--data.verify", "false", "--data.repeat", "true", "--plan.steps", "200", data=copy) == 2
+    assert "expected below the vocabulary's 257" in capsys.readouterr().err
+
+    undo = stop_after(monkeypatch, 5)
+    assert train_cli("--mode", "ptfs", "--version", "1", "--train.checkpoint_every", "3", out="r") == 143
+    undo()
+    file = next((tmp_path / "r" / "ptfs-cosine" / "v1" / "step-000006").glob("*.safetensors"))
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    assert train_cli("--mode", "ptfs", "--version", "1", out="r") == 2
+    assert "its bytes have changed" in (err := capsys.readouterr().err) and "to go on from step-000003" in err
+
+
+def test_a_second_process_in_the_same_folder_is_refused(train_cli, tmp_path, capsys):
+    with checkpoint.lock(tmp_path / "run" / "ptfs-cosine" / "v1"):
+        assert train_cli("--mode", "ptfs", "--version", "1") == 2
+    assert "another process is training here" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(train_cli, tmp_path, monkeypatch, capsys):
+    original, calls = checkpoint.dcp.save, []
+
+    def full(*args, **kw):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device", "shard")
+        return original(*args, **kw)
+
+    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    assert train_cli("--mode", "ptfs", "--version", "1", "--train.checkpoint_every", "4") == 2
+    assert "shard: No space left on device" in capsys.readouterr().err
+    assert checkpoint.steps(tmp_path / "run" / "ptfs-cosine" / "v1") == [4]
+    assert train_cli("--mode", "ptfs", "--version", "1") == 0
+
+
+NAMES = sorted(f.stem for f in (ROOT / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_dry_run_of_every_config_touches_nothing(name, ranks, monkeypatch, capsys, tmp_path):
+    ranks = min(ranks, 2 if name in ("tiny", "small") else 8)  # their batches are not 8 micro-batches
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    for mode in MODES.values():
+        monkeypatch.setattr(sys, "argv", ["train.py", "--config", name, *mode, "--dry_run"])
+        train.main()
+        out = capsys.readouterr().out
+        c = config.load(name)
+        assert f"{model.parameters(c.model):,}" in out and f"x {ranks} rank" in out and "not there yet" in out
+    assert list(tmp_path.iterdir()) == []
+    assert f"{c.train.batch_tokens:,} tokens = micro-batch {c.train.micro_batch} x context {c.model.context} x accumulation" in out
+
+
+def test_dry_run_says_tokens_needed_and_there(train_cli, capsys, tmp_path):
+    assert train_cli("--mode", "ptfs", "--version", "2", "--dry_run") == 0
+    out = capsys.readouterr().out
+    assert "v2.bin: 2,561 tokens needed" in out and "update         1: 0.004" in out and "update        19: 0.0004" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_arguments_it_says_what_it_takes(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--dry_run"])
+    train.main()
+    assert capsys.readouterr().out.startswith("no --config given: ")
