@@ -11,7 +11,7 @@ test: .venv/dev
 lint: .venv/dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy .
+	.venv/bin/mypy *.py
 
 .venv/demo: requirements.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv

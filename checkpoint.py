@@ -143,7 +143,7 @@ def load(checkpoint: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
             raise UserError(f"{file}: got {file.stat().st_size} bytes, expected {expected['bytes']}; {_instead(checkpoint)}")
         if sha256(file) != expected["sha256"]:
             raise UserError(f"{file}: its bytes have changed (SHA-256); {_instead(checkpoint)}")
-    stored = dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    stored: dict[str, Any] = dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     for name, t in list(tensors.items()):
         if name not in stored and name == "rng.cuda":  # made on another kind of device
             del tensors[name]

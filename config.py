@@ -233,7 +233,9 @@ def check(c: Config) -> list[str]:
     if m.hidden % m.n_head or m.hidden // m.n_head % 2:
         fits = [h for h in range(1, m.hidden + 1) if m.hidden % h == 0 and m.hidden // h % 2 == 0]
         best = f"the nearest is {min(fits, key=lambda h: abs(h - m.n_head))}" if fits else "make model.hidden even"
-        found.append(f"model.n_head: got {m.n_head}, expected a divisor of model.hidden = {m.hidden} with heads of an even size (RoPE turns pairs); {best}")
+        found.append(
+            f"model.n_head: got {m.n_head}, expected a divisor of model.hidden = {m.hidden} with heads of an even size (RoPE turns pairs); {best}"
+        )
     if m.n_kv_head and m.n_head % m.n_kv_head:
         found.append(f"model.n_kv_head: got {m.n_kv_head}, expected a divisor of model.n_head = {m.n_head}")
     return found

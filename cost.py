@@ -11,6 +11,7 @@ CPT's V1 stays in both, since later versions start from it, and PTFS's V1 is the
 
 import json
 import math
+from typing import Any
 
 import config
 import model
@@ -29,9 +30,10 @@ def steps(paradigm: str, p: schedule.Plan, convention: str = "section3.2") -> in
     return sum(s.end - s.start for s in segments)
 
 
-def table(c: config.Config, convention: str, mfu: float, peak: float, price: float) -> list[dict[str, float | str]]:
+def table(c: config.Config, convention: str, mfu: float, peak: float, price: float) -> list[dict[str, Any]]:
     """A row a paradigm: steps, tokens, FLOPs, GPU-hours, price, and its cost relative to PTFS."""
-    p, rows = train.make_plan(c), []
+    p = train.make_plan(c)
+    rows: list[dict[str, Any]] = []
     counts = {paradigm: steps(paradigm, p, convention) for paradigm in schedule.PARADIGMS}
     for paradigm, n in counts.items():
         tokens = n * c.train.batch_tokens
@@ -43,7 +45,9 @@ def table(c: config.Config, convention: str, mfu: float, peak: float, price: flo
 
 
 def main() -> None:
-    a = config.Parser(prog="cost.py", description=__doc__, usage="cost.py [--config NAME] [--convention C] [--mfu F] [--price P] [--json] [--section.key VALUE ..]")
+    a = config.Parser(
+        prog="cost.py", description=__doc__, usage="cost.py [--config NAME] [--convention C] [--mfu F] [--price P] [--json] [--section.key VALUE ..]"
+    )
     a.add_argument("--convention", default="section3.2", choices=CONVENTIONS)
     a.add_argument("--mfu", type=float, default=0.4, help="part of the peak that training reaches [0.4]")
     a.add_argument("--peak", type=float, default=989e12, help="FLOP/s of a GPU at its peak [989e12, an H100 in bf16]")
@@ -59,12 +63,30 @@ def main() -> None:
         raise UserError(f"--price: got {o.price}, expected 0 or more")
     rows = table(c, o.convention, o.mfu, o.peak, o.price)
     if o.json:
-        print(json.dumps({"convention": o.convention, "parameters": model.parameters(c.model), "flops_per_token": model.flops_per_token(c.model), "rows": rows}, indent=1))
+        print(
+            json.dumps(
+                {
+                    "convention": o.convention,
+                    "parameters": model.parameters(c.model),
+                    "flops_per_token": model.flops_per_token(c.model),
+                    "rows": rows,
+                },
+                indent=1,
+            )
+        )
         return
-    print(f"{model.parameters(c.model):,} parameters, {model.flops_per_token(c.model) / 1e9:.4g} GFLOP a token, {c.train.batch_tokens:,} tokens a step; counted as in {o.convention}")
-    print(f"{'paradigm':8} {'steps':>10} {'in T':>8} {'relative':>9} {'tokens':>10} {'FLOPs':>10} {'GPU-hours':>11}" + (f" {'price':>12}" if o.price else ""))
+    print(
+        f"{model.parameters(c.model):,} parameters, {model.flops_per_token(c.model) / 1e9:.4g} GFLOP a token, {c.train.batch_tokens:,} tokens a step; counted as in {o.convention}"
+    )
+    print(
+        f"{'paradigm':8} {'steps':>10} {'in T':>8} {'relative':>9} {'tokens':>10} {'FLOPs':>10} {'GPU-hours':>11}"
+        + (f" {'price':>12}" if o.price else "")
+    )
     for r in rows:
-        print(f"{r['paradigm']:8} {r['steps']:10,} {r['T']:7.4g}T {r['relative']:8.2f}x {r['tokens']:10.4g} {r['flops']:10.4g} {r['gpu_hours']:11,.4g}" + (f" {r['price']:12,.0f}" if o.price else ""))
+        print(
+            f"{r['paradigm']:8} {r['steps']:10,} {r['T']:7.4g}T {r['relative']:8.2f}x {r['tokens']:10.4g} {r['flops']:10.4g} {r['gpu_hours']:11,.4g}"
+            + (f" {r['price']:12,.0f}" if o.price else "")
+        )
     print(f"GPU-hours at {o.mfu:.0%} of {o.peak:.4g} FLOP/s")
 
 

@@ -1,4 +1,4 @@
-"""Text -> token files by increment (`prepare`, `add`, `verify`, `vocab`), and `Tokens.batch(step)`.
+"""Text -> token files by increment: `prepare`, `add`, `verify`, and `vocab` for a tokenizer of one's own.
 
     data/<name>/  meta.json  v1.bin .. vN.bin  val.bin      token ids, uint16 or uint32, <|endoftext|> after each document
                   v1.ids .. vN.ids  val.ids                 the documents' hashes, sorted, uint64
@@ -6,215 +6,38 @@
 A document's place is decided by a hash of its text alone: the 64-bit number h in [0, 2^64) puts it into
 validation or an increment (ranges of h) and orders it there. So the split is without replacement, needs no
 memory, is the same on any number of machines and in any order of the input, and equal documents meet.
-
-`batch(step)` is a pure function of (seed, increments, step): nothing of it is saved in a checkpoint.
 """
 
 import base64
 import collections
 import fcntl
-import glob
-import gzip
 import hashlib
 import itertools
 import json
-import lzma
 import os
 import shutil
 import signal
 import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 import config
 from config import UserError
+from reader import check_files, id_dtype, read_meta, tok_path, tokenizer_of
+from text import KINDS, PATTERN, Tokenizer, all_documents, files_of, optional
 
 HERE = Path(__file__).parent
 TEXT = HERE / "corpus" / "embedded.jsonl.xz"  # the text that ships with the project, the default source
 RANKS = HERE / "corpus" / "bpe-1024.tiktoken"  # and its tokenizer, made by `data.py vocab`
-KINDS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
-PIECE = 8000  # characters of a document cut from a .txt or .md file
 BUCKETS = 1024  # temporary files; one of them at a time is held in memory
-
-# ----------------------------------------------------------------------------------------------------------
-# Tokenizers
-
-
-# cl100k's pattern in its plain form, which trainers accept too: contractions, words, numbers of up to 3 digits, punctuation, spaces
-PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-class Tokenizer:
-    """`bytes`, a tiktoken encoding by name, or a rank file (lines of base64 and rank, as tiktoken reads them)."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.sha256 = hashlib.sha256(name.encode()).hexdigest()
-        if name == "bytes":
-            self.eot, self.vocab_size = 256, 257
-            return
-        import tiktoken
-
-        if os.sep in name or name.endswith(".tiktoken"):
-            try:
-                text = Path(name).read_bytes()
-            except OSError as e:
-                raise UserError(f"tokenizer {name}: {e.strerror}; expected a rank file, a tiktoken encoding or bytes") from None
-            try:
-                ranks = {base64.b64decode(k, validate=True): int(v) for k, v in (line.split() for line in text.splitlines() if line)}
-                if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
-                    raise ValueError("ranks must be 0, 1, 2, .. and contain all 256 bytes")
-                self.encoding = tiktoken.Encoding("ranks", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)})
-            except ValueError as e:
-                raise UserError(f"tokenizer {name}: not a rank file: {e}; expected lines of base64 and rank, as tiktoken's") from None
-            self.sha256 = hashlib.sha256(text).hexdigest()
-        else:
-            if name not in tiktoken.list_encoding_names():
-                raise UserError(f"tokenizer {name}: unknown; expected bytes, a .tiktoken rank file or one of {', '.join(tiktoken.list_encoding_names())}")
-            try:
-                self.encoding = tiktoken.get_encoding(name)
-            except Exception as e:  # whatever the network does
-                why = str(e).splitlines()[0][:120]
-                raise UserError(f"tokenizer {name}: tiktoken fetches its file once from the network, and could not ({why}); set TIKTOKEN_CACHE_DIR to a folder that has it, or use bytes or a rank file") from None
-        self.eot, self.vocab_size = self.encoding.eot_token, self.encoding.n_vocab
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode()) if self.name == "bytes" else self.encoding.encode_ordinary(text)
-
-    def decode(self, ids: list[int]) -> str:
-        """The text up to the first <|endoftext|>; bytes that are not UTF-8 become replacement characters."""
-        ids = list(itertools.takewhile(lambda i: i != self.eot, ids))
-        return bytes(ids).decode(errors="replace") if self.name == "bytes" else self.encoding.decode(ids)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Sources: documents of files, folders, globs and Hugging Face datasets
-
-
-def files_of(source: str) -> list[Path]:
-    """The files behind a source, sorted. UserError if there is none or its kind is unknown."""
-    p = Path(source)
-    if p.is_dir():
-        found = sorted(f for f in p.rglob("*") if f.name.endswith(KINDS) and f.is_file())
-    elif p.is_file():
-        found = [p]
-    else:
-        found = sorted(Path(f) for f in glob.glob(source, recursive=True) if Path(f).is_file())
-    if not found:
-        what = f"has no {', '.join(KINDS)} in it" if p.is_dir() else "does not exist"
-        raise UserError(f"--source {source}: {what}; expected a file, a folder, a glob or hf:NAME")
-    for f in found:
-        if not f.name.endswith(KINDS):
-            raise UserError(f"--source {f}: unknown kind; expected one of {', '.join(KINDS)}")
-    return found
-
-
-def optional(module: str, package: str, why: str) -> Any:
-    """An optional package, or an error that names its install command."""
-    try:
-        return __import__(module, fromlist=["_"])
-    except ImportError:
-        raise UserError(f"{why} needs the package {package}: pip install {package}") from None
-
-
-def documents(file: Path, progress: Callable[[int], Any]) -> Iterator[str]:
-    """The documents of one file, streamed; `progress` is told the bytes read."""
-    if file.suffix == ".parquet":
-        parquet = optional("pyarrow.parquet", "pyarrow", str(file))
-        try:
-            f = parquet.ParquetFile(file)
-            if "text" not in f.schema_arrow.names:
-                raise UserError(f'{file}: has columns {", ".join(f.schema_arrow.names)}; expected one named "text"')
-            for batch in f.iter_batches(columns=["text"], batch_size=1024):
-                yield from (t for t in batch.column(0).to_pylist() if t)
-                progress(file.stat().st_size * batch.num_rows // max(1, f.metadata.num_rows))
-        except (ValueError, OSError) as e:  # pyarrow's own errors are these
-            raise UserError(f"{file}: not a readable parquet file: {e}") from None
-        return
-    with open(file, "rb") as raw:
-        stream: IO[bytes] = raw
-        if file.suffix == ".gz":
-            stream = gzip.open(raw)  # type: ignore[assignment]
-        elif file.suffix == ".xz":
-            stream = lzma.open(raw)
-        elif file.suffix == ".zst":
-            import io
-
-            stream = io.BufferedReader(optional("zstandard", "zstandard", str(file)).ZstdDecompressor().stream_reader(raw))
-        read, number, piece = 0, 0, ""
-        try:
-            while line := stream.readline(-1 if ".jsonl" in file.name else 1 << 16):
-                number += 1
-                if raw.tell() - read > 1 << 16:
-                    progress(raw.tell() - read)
-                    read = raw.tell()
-                if ".jsonl" in file.name:
-                    if line.strip():
-                        yield json_text(line, file, number)
-                    continue
-                # a text file is cut where a line is empty, so that a book spreads over the increments as a corpus does
-                piece += line.decode()
-                if len(piece) >= PIECE and (not line.strip() or len(piece) > 4 * PIECE):
-                    yield piece
-                    piece = ""
-        except UnicodeDecodeError as e:
-            raise UserError(f"{file}:{number}: not UTF-8: {e.reason}") from None
-        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, OSError) as e:
-            raise UserError(f"{file}:{number}: cannot be read further: {e}") from None
-        except Exception as e:
-            if type(e).__name__ != "ZstdError":
-                raise
-            raise UserError(f"{file}:{number}: cannot be read further: {e}") from None
-        if piece.strip():
-            yield piece
-        progress(raw.tell() - read)
-
-
-def json_text(line: bytes, file: Path, number: int) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
-        text = None
-    if not isinstance(text, str):
-        raise UserError(f'{file}:{number}: got {line[:60]!r}, expected a JSON object with a text under "text"')
-    return text
-
-
-def all_documents(sources: list[str], quiet: bool = False) -> Iterator[tuple[int, str]]:
-    """(index of its source, text) of every document that is not blank, under one progress bar."""
-    found = [[] if s.startswith("hf:") else files_of(s) for s in sources]
-    total = sum(f.stat().st_size for files in found for f in files)
-    hub = any(s.startswith("hf:") for s in sources)
-    with tqdm(total=None if hub else total, unit="B", unit_scale=True, desc="tokenizing", disable=True if quiet else None) as bar:
-        for i, source in enumerate(sources):
-            texts: Iterable[str] = itertools.chain.from_iterable(documents(f, bar.update) for f in found[i])
-            if source.startswith("hf:"):
-                name, _, subset = source[3:].partition(":")
-                hf = optional("datasets", "datasets", f"--source {source}")
-                try:
-                    rows = hf.load_dataset(name, subset or None, split="train", streaming=True)
-                    texts = (row["text"] for row in rows)
-                    texts = itertools.chain([next(texts)], texts)
-                except KeyError:
-                    raise UserError(f'--source {source}: its rows have no "text"') from None
-                except Exception as e:  # the hub's errors have many types
-                    raise UserError(f"--source {source}: {type(e).__name__}: {str(e).splitlines()[0][:200]}") from None
-            for text in texts:
-                if not text.isspace() and text:
-                    yield i, text
-
-
-# ----------------------------------------------------------------------------------------------------------
-# prepare and add
 
 _tokenizer: Tokenizer
 _RECORD = struct.Struct("<QQII")  # hash, draw, source, number of tokens; then the tokens
@@ -243,10 +66,6 @@ def _encode(batch: list[tuple[int, str]]) -> list[tuple[int, int, bytes]]:
     return out
 
 
-def id_dtype(vocab_size: int) -> str:
-    return "<u2" if vocab_size <= 1 << 16 else "<u4"
-
-
 def batches(docs: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
     """Documents in lists of about a million characters."""
     batch, size = [], 0
@@ -265,7 +84,8 @@ def scatter(sources: list[str], tokenizer: str, work: Path, jobs: int, quiet: bo
 
     At most 3 batches a process are under way and 256 MB of records wait, whatever the size of the input.
     """
-    tokens, waiting, size = [0] * len(sources), collections.defaultdict(bytearray), 0
+    tokens, size = [0] * len(sources), 0
+    waiting: dict[int, bytearray] = collections.defaultdict(bytearray)
     under_way: collections.deque[Future] = collections.deque()
 
     def flush() -> None:
@@ -319,7 +139,9 @@ class Writer:
         return {"name": self.name, "documents": self.documents, "tokens": self.tokens, "sha256": {k: s.hexdigest() for k, s in self.sha.items()}}
 
 
-def gather(work: Path, out: Path, parts: list[tuple[str, float]], keep: list[float], dtype: str, held: list[np.ndarray]) -> tuple[list[dict], int, int]:
+def gather(
+    work: Path, out: Path, parts: list[tuple[str, float]], keep: list[float], dtype: str, held: list[np.ndarray]
+) -> tuple[list[dict], int, int]:
     """Buckets, in order of the hash -> the files of `parts` (name, share). Returns their records, duplicates, documents held elsewhere.
 
     `keep` is each source's part of documents to keep, `held` the hashes of documents that are not to be taken again.
@@ -339,7 +161,11 @@ def gather(work: Path, out: Path, parts: list[tuple[str, float]], keep: list[flo
             if draw < keep[source] * 2**64:
                 records.append((h, at - n * item, at))
         records.sort()
-        known = np.concatenate([a[np.searchsorted(a, records[0][0]) : np.searchsorted(a, records[-1][0], "right")] for a in held]) if held and records else ()
+        known = (
+            np.concatenate([a[np.searchsorted(a, records[0][0]) : np.searchsorted(a, records[-1][0], "right")] for a in held])
+            if held and records
+            else ()
+        )
         known_set, last = {int(h) for h in known}, -1
         for h, a, b in records:
             if h == last:
@@ -416,7 +242,9 @@ def prepare(out: str, sources: list[str], tokenizer: str = str(RANKS), increment
     """
     folder = Path(out)
     if folder.exists():
-        raise UserError(f"{folder}: is there already and is never overwritten; choose another --out, or append to it: python data.py add --out {out} --source ...")
+        raise UserError(
+            f"{folder}: is there already and is never overwritten; choose another --out, or append to it: python data.py add --out {out} --source ..."
+        )
     tok = Tokenizer(tokenizer)
     for s in sources:
         _ = s.startswith("hf:") or files_of(s)
@@ -430,7 +258,9 @@ def prepare(out: str, sources: list[str], tokenizer: str = str(RANKS), increment
         written, duplicates, _ = gather(work / "buckets", work / "out", parts, shares(sources, weights, tokens), dtype, [])
         for part in written:
             if not part["documents"]:
-                raise UserError(f"{part['name']}: no document falls into it, of {sum(p['documents'] for p in written)} in all; expected more text or fewer increments")
+                raise UserError(
+                    f"{part['name']}: no document falls into it, of {sum(p['documents'] for p in written)} in all; expected more text or fewer increments"
+                )
         if os.sep in tokenizer or tokenizer.endswith(".tiktoken"):
             shutil.copyfile(tokenizer, work / "out" / "tokenizer.tiktoken")
         kind = tokenizer if tok.name == "bytes" or not (work / "out" / "tokenizer.tiktoken").exists() else "tokenizer.tiktoken"
@@ -459,7 +289,7 @@ def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: 
         meta = read_meta(folder)  # again, now that no other process can change it
         for s in sources:
             _ = s.startswith("hf:") or files_of(s)
-        held = [np.memmap(folder / f"{p['name']}.ids", "<u8", "r") for p in [meta["val"], *meta["increments"]]]
+        held: list[np.ndarray] = [np.memmap(folder / f"{p['name']}.ids", "<u8", "r") for p in [meta["val"], *meta["increments"]]]
         tokens = scatter(sources, str(tok_path(folder, meta)), work / "buckets", jobs or os.cpu_count() or 1, quiet)
         written, duplicates, again = gather(work / "buckets", work / "out", [(name, 1.0)], shares(sources, weights, tokens), meta["dtype"], held)
         if not written[0]["documents"]:
@@ -472,187 +302,6 @@ def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: 
     report(folder, meta, written, duplicates, again, quiet)
     assert tok.vocab_size == meta["vocab_size"]
     return meta, again
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Reading
-
-
-def read_meta(folder: Path) -> dict[str, Any]:
-    """meta.json of a prepared folder. UserError if it is not one."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        if meta["format"] != 1:
-            raise UserError(f"{folder / 'meta.json'}: format {meta['format']}, expected 1; prepare it with this version of data.py")
-        _ = [meta[k] for k in ("tokenizer", "tokenizer_sha256", "vocab_size", "eot", "dtype", "val", "increments")]
-        return meta
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no prepared data; make it: python data.py prepare --out {folder}") from None
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{folder / 'meta.json'}: damaged ({type(e).__name__}: {e}); restore it or prepare the data again") from None
-
-
-def tok_path(folder: Path, meta: dict[str, Any]) -> str:
-    return str(folder / "tokenizer.tiktoken") if meta["tokenizer"] == "tokenizer.tiktoken" else meta["tokenizer"]
-
-
-def tokenizer_of(folder: Path) -> Tokenizer:
-    """The tokenizer that made a folder."""
-    meta = read_meta(folder)
-    tok = Tokenizer(tok_path(folder, meta))
-    if tok.sha256 != meta["tokenizer_sha256"]:
-        raise UserError(f"{tok_path(folder, meta)}: is not the tokenizer that {folder} was made with (SHA-256 differs); restore it")
-    return tok
-
-
-def check_files(folder: Path, names: list[str] | None = None, checksums: bool = True, quiet: bool = False) -> int:
-    """Compare the files of `names` ("val", "v1", ..; None: all, with their hashes) with meta.json; returns how many bytes were read."""
-    meta = read_meta(folder)
-    parts = [p for p in [meta["val"], *meta["increments"]] if names is None or p["name"] in names]
-    wanted = []
-    for p in parts:
-        for kind, size in (("bin", p["tokens"] * np.dtype(meta["dtype"]).itemsize), ("ids", p["documents"] * 8)):
-            if kind == "ids" and names is not None:
-                continue
-            file = folder / f"{p['name']}.{kind}"
-            if not file.is_file():
-                raise UserError(f"{file}: is missing; restore it or prepare the data again")
-            if file.stat().st_size != size:
-                raise UserError(f"{file}: got {file.stat().st_size} bytes, expected {size}; restore it or prepare the data again")
-            wanted.append((file, size, p["sha256"][kind]))
-    if checksums:
-        with tqdm(total=sum(w[1] for w in wanted), unit="B", unit_scale=True, desc="verifying", disable=True if quiet else None, delay=2) as bar:
-            for file, _, sha in wanted:
-                digest = hashlib.sha256()
-                with open(file, "rb") as f:
-                    while block := f.read(1 << 22):
-                        digest.update(block)
-                        bar.update(len(block))
-                if digest.hexdigest() != sha:
-                    raise UserError(f"{file}: SHA-256 is {digest.hexdigest()[:16]}.., expected {sha[:16]}..; its bytes have changed: restore it or prepare the data again")
-    return sum(w[1] for w in wanted)
-
-
-def mix64(x: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64: a bijection of uint64 in which every input bit moves every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def permute(i: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
-    """Where a seeded permutation of 0..n-1 sends the indices i, with no memory of size n.
-
-    A Feistel network of four rounds permutes the least 4^k that holds n; an image outside 0..n-1 is sent on until it is inside.
-    """
-    half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
-    mask = np.uint64((1 << int(half)) - 1)
-    key = np.zeros(1, np.uint64)
-    for s in seed:
-        key = mix64(key + np.uint64(s) + np.uint64(0x9E3779B97F4A7C15))
-    keys = [mix64(key + np.uint64(r)) for r in range(4)]
-    x = i.astype(np.uint64)
-    outside = np.ones(len(x), bool)
-    while outside.any():
-        left, right = x[outside] >> half, x[outside] & mask
-        for k in keys:
-            left, right = right, left ^ (mix64(right + k) & mask)
-        x[outside] = left << half | right
-        outside = x >= n
-    return x.astype(np.int64)
-
-
-class Tokens:
-    """The prepared data as one run reads it: global batch `step` of B sequences, for every step of every increment."""
-
-    def __init__(self, folder: str, context: int, B: int, increments: list[int], seed: int, repeat: bool = False) -> None:
-        self.folder, self.context, self.B, self.seed, self.repeat = Path(folder), context, B, seed, repeat
-        self.meta = read_meta(self.folder)
-        self.ends = list(itertools.accumulate(increments))  # increment i covers steps ends[i-1] .. ends[i] - 1
-        self.files: dict[str, np.ndarray] = {}
-
-    def tokens(self, name: str) -> np.ndarray:
-        """The token ids of "v1" .. or "val", mapped into memory."""
-        if name not in self.files:
-            self.files[name] = np.memmap(self.folder / f"{name}.bin", self.meta["dtype"], "r")
-        return self.files[name]
-
-    def place(self, step: int) -> tuple[int, int]:
-        """(increment from 0, step within it) of a global step."""
-        i = next(i for i, end in enumerate(self.ends) if step < end)
-        return i, step - (self.ends[i - 1] if i else 0)
-
-    def needs(self, start: int, end: float) -> list[tuple[str, int, int]]:
-        """(increment, tokens needed, tokens there) of every increment that steps start .. end - 1 read."""
-        out = []
-        for i, stop in enumerate(self.ends):
-            first = self.ends[i - 1] if i else 0
-            if first < end and stop > start:
-                there = self.meta["increments"][i]["tokens"] if i < len(self.meta["increments"]) else 0
-                out.append((f"v{i + 1}", int(min(stop, end) - first) * self.B * self.context + 1, there))
-        return out
-
-    def problems(self, start: int, end: float) -> list[str]:
-        """Increments that steps start .. end - 1 need and that are missing or too short, a line each."""
-        found = []
-        for name, need, there in self.needs(start, end):
-            if there == 0:
-                found.append(f"data.path {self.folder}: has no increment {name}; append it: python data.py add --out {self.folder} --source ...")
-            elif there <= self.context:
-                found.append(f"data.path {self.folder}: {name} has {there:,} tokens, not one sequence of {self.context}")
-            elif there < need and not self.repeat:
-                steps = (there - 1) // (self.B * self.context)
-                found.append(f"data.path {self.folder}: {name} has {there:,} tokens and {need:,} are needed; give it more text, at most {steps} steps, or --data.repeat true")
-        return found
-
-    def identity(self, step: int) -> dict[str, Any]:
-        """What a checkpoint at `step` records of the data it has seen: the hashes of tokenizer and increments."""
-        seen = self.place(step - 1)[0] + 1 if step else 0
-        return {"tokenizer": self.meta["tokenizer_sha256"], "increments": [p["sha256"]["bin"] for p in self.meta["increments"][:seen]]}
-
-    def batch(self, step: int, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of global batch `step`: (inputs, targets), each int64 (rows, context).
-
-        An increment is cut into sequences of `context` tokens (and one more, the last target); update k of the increment reads
-        sequences k*B .. of a permutation seeded by (seed, increment, epoch).
-        """
-        increment, k = self.place(step)
-        name, T = f"v{increment + 1}", self.context
-        tokens = self.tokens(name)
-        n = (len(tokens) - 1) // T
-        index = np.arange(self.B)[rows] + k * self.B
-        epoch = index // n
-        where = np.empty_like(index)
-        for e in np.unique(epoch):
-            where[epoch == e] = permute(index[epoch == e] % n, n, (self.seed, increment, int(e)))
-        window = tokens[where[:, None] * T + np.arange(T + 1)].astype(np.int64)  # (rows, T + 1)
-        self.check(window, name)
-        return window[:, :-1], window[:, 1:]
-
-    def check(self, ids: np.ndarray, name: str) -> None:
-        if ids.max() >= self.meta["vocab_size"]:
-            raise UserError(f"{self.folder / name}.bin: token id {ids.max()}, expected below the vocabulary's {self.meta['vocab_size']}; prepare the data again")
-
-    def validation(self, rows: int, limit: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The validation set in order, `rows` sequences at a time, this rank's share of them; its last sequence may be shorter.
-
-        `limit` tokens, 0: all. Every token but the very first is a target once.
-        """
-        tokens, T = self.tokens("val"), self.context
-        end = min(len(tokens) - 1, limit or len(tokens))
-        whole = end // T
-        for first in range(rank * rows, whole, ranks * rows):
-            n = min(rows, whole - first)
-            window = tokens[(first + np.arange(n))[:, None] * T + np.arange(T + 1)].astype(np.int64)
-            self.check(window, "val")
-            yield window[:, :-1], window[:, 1:]
-        if end % T and rank == ranks - 1:
-            window = tokens[whole * T : end + 1].astype(np.int64)[None]
-            self.check(window, "val")
-            yield window[:, :-1], window[:, 1:]
-
-
-# ----------------------------------------------------------------------------------------------------------
 
 
 def vocab(out: str, sources: list[str], size: int, increments: list[float], val: float) -> None:
@@ -690,14 +339,20 @@ def numbers(flag: str, text: str | None) -> list[float] | None:
 
 
 def main() -> None:
-    a = config.Parser(prog="data.py", description="Text to token files by increment.", epilog=f"sources: {', '.join(KINDS)}, a folder or glob of them, or hf:NAME[:SUBSET] (its train split, streamed)")
+    a = config.Parser(
+        prog="data.py",
+        description="Text to token files by increment.",
+        epilog=f"sources: {', '.join(KINDS)}, a folder or glob of them, or hf:NAME[:SUBSET] (its train split, streamed)",
+    )
     verbs = a.add_subparsers(dest="verb", required=True, parser_class=config.Parser)
     p = verbs.add_parser("prepare", help="make a folder of increments and a validation set")
     q = verbs.add_parser("add", help="append an increment to a folder")
     r = verbs.add_parser("verify", help="check a folder's sizes and SHA-256")
     v = verbs.add_parser("vocab", help="train a rank file on the first increment (needs rustbpe)")
     for verb in (p, q, v):
-        verb.add_argument("--source", action="append", help="text; again for more" + ("" if verb is q else f" [{TEXT.relative_to(HERE)}]"), required=verb is q)
+        verb.add_argument(
+            "--source", action="append", help="text; again for more" + ("" if verb is q else f" [{TEXT.relative_to(HERE)}]"), required=verb is q
+        )
     for verb in (p, q):
         verb.add_argument("--weights", help="tokens of the sources in this ratio, such as 3,1 [all there is]")
         verb.add_argument("--jobs", type=int, default=0, help="processes [one a core]")

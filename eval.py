@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 import checkpoint
 import config
-import data
 import model as llama
+import reader
 from config import UserError
 from train import pick_device
 
@@ -76,12 +76,14 @@ def load_model(path: Path, device: torch.device) -> tuple[llama.Transformer, dic
     return net.to(device).eval(), meta
 
 
-def open_data(meta: dict[str, Any], folder: str | None) -> data.Tokens:
+def open_data(meta: dict[str, Any], folder: str | None) -> reader.Tokens:
     """The data of a checkpoint, or another folder made with the same tokenizer."""
     context = meta["config"]["model.context"]
-    tokens = data.Tokens(folder or meta["config"]["data.path"], context, 1, [1], 0)
+    tokens = reader.Tokens(folder or meta["config"]["data.path"], context, 1, [1], 0)
     if tokens.meta["tokenizer_sha256"] != meta["data"]["tokenizer"]:
-        raise UserError(f"--data {tokens.folder}: its tokenizer is not the one that the checkpoint was trained with; choose the data it was trained on")
+        raise UserError(
+            f"--data {tokens.folder}: its tokenizer is not the one that the checkpoint was trained with; choose the data it was trained on"
+        )
     return tokens
 
 
@@ -90,13 +92,16 @@ def score(path: Path, device: torch.device, folder: str | None = None, rows: int
     """Score a checkpoint on the whole validation set of its data; every token but the very first is a target once."""
     net, meta = load_model(path, device)
     tokens = open_data(meta, folder)
-    data.check_files(tokens.folder, ["val"], quiet=True)
+    reader.check_files(tokens.folder, ["val"], quiet=True)
     stream = np.asarray(tokens.tokens("val"))
     # the document of each target: <|endoftext|> belongs to the document that it ends
     document = np.concatenate(([0], np.cumsum(stream[1:-1] == tokens.meta["eot"]) + (stream[0] == tokens.meta["eot"])))
     losses = []
     autocast = torch.autocast(device.type, torch.bfloat16) if device.type == "cuda" else nullcontext()
-    with autocast, tqdm(total=len(document), unit="token", unit_scale=True, desc=str(path), disable=True if quiet else None, delay=2, leave=False) as bar:
+    with (
+        autocast,
+        tqdm(total=len(document), unit="token", unit_scale=True, desc=str(path), disable=True if quiet else None, delay=2, leave=False) as bar,
+    ):
         for arrays in tokens.validation(rows):
             x, y = (torch.from_numpy(a).to(device) for a in arrays)
             losses.append(net(x, y, reduction="none").flatten().cpu().numpy().astype(np.float64))
@@ -125,7 +130,7 @@ def sample(path: Path, device: torch.device, prompt: str, length: int, seed: int
     """The prompt and `length` tokens drawn after it, or fewer where the text ends."""
     net, meta = load_model(path, device)
     tokens = open_data(meta, folder)
-    tok = data.tokenizer_of(tokens.folder)
+    tok = reader.tokenizer_of(tokens.folder)
     torch.manual_seed(seed)
     ids = torch.tensor([tok.encode(prompt) or [tok.eot]], device=device)
     start = ids.shape[1] if prompt else 1
@@ -167,7 +172,19 @@ def main() -> None:
             known[p] = score(p, device, o.data)
         scores = {name: {v: known[p] for v, p in sorted(versions.items())} for name, versions in run.items()}
         if o.json:
-            print(json.dumps({n: {"ppl": {v: s.ppl for v, s in vs.items()}, "se": {v: s.se for v, s in vs.items()}, "appl": appl({v: s.ppl for v, s in vs.items()})} for n, vs in scores.items()}, indent=1))
+            print(
+                json.dumps(
+                    {
+                        n: {
+                            "ppl": {v: s.ppl for v, s in vs.items()},
+                            "se": {v: s.se for v, s in vs.items()},
+                            "appl": appl({v: s.ppl for v, s in vs.items()}),
+                        }
+                        for n, vs in scores.items()
+                    },
+                    indent=1,
+                )
+            )
             return
         columns = sorted({v for vs in scores.values() for v in vs})
         print(f"{'PPL':28}" + "".join(f"{f'V{v}':>18}" for v in columns) + f"{'APPL':>10}")
@@ -179,7 +196,12 @@ def main() -> None:
 
     results = {str(p): score(p, device, o.data) for p in paths}
     if o.json:
-        print(json.dumps({p: {"ppl": s.ppl, "se": s.se, "loss": s.loss, "tokens": int(s.tokens.sum()), "documents": len(s.nats)} for p, s in results.items()}, indent=1))
+        print(
+            json.dumps(
+                {p: {"ppl": s.ppl, "se": s.se, "loss": s.loss, "tokens": int(s.tokens.sum()), "documents": len(s.nats)} for p, s in results.items()},
+                indent=1,
+            )
+        )
         return
     first = results[str(paths[0])]
     for name, s in results.items():

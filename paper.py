@@ -26,7 +26,9 @@ import config
 import cost
 import data
 import eval as evaluation
+import reader
 import schedule
+import text
 import train
 from config import UserError
 
@@ -188,7 +190,16 @@ def table3(c: config.Config, schedules: list[str], run: Path, jobs: int) -> dict
         by = {paradigm: {v: found[where[name, paradigm, v]] for v in range(1, len(c.increments) + 1)} for paradigm in schedule.PARADIGMS}
         for paradigm, of in by.items():
             ppl = {v: s.ppl for v, s in of.items()}
-            rows.append({"schedule": name, "paradigm": paradigm, "cost": costs[name, paradigm], "ppl": ppl, "se": {v: s.se for v, s in of.items()}, "appl": evaluation.appl(ppl)})
+            rows.append(
+                {
+                    "schedule": name,
+                    "paradigm": paradigm,
+                    "cost": costs[name, paradigm],
+                    "ppl": ppl,
+                    "se": {v: s.se for v, s in of.items()},
+                    "appl": evaluation.appl(ppl),
+                }
+            )
         for a, b in (("ours", "cpt"), ("ours", "ptfs"), ("cpt", "ptfs")):
             pairs = {v: by[a][v].minus(by[b][v]) for v in versions}
             differences.append({"schedule": name, "minus": [a, b], "ppl": {v: d for v, (d, _) in pairs.items()}, "se": {v: se for v, (_, se) in pairs.items()},
@@ -265,7 +276,11 @@ def fig2(result: dict[str, Any], run: Path) -> None:
 
 
 def main() -> None:
-    a = config.Parser(prog="paper.py", description=__doc__, usage="paper.py {table3,fig1,fig2} .. [--config NAME] [--jobs N] [--schedules A,B] [--section.key VALUE ..]")
+    a = config.Parser(
+        prog="paper.py",
+        description=__doc__,
+        usage="paper.py {table3,fig1,fig2} .. [--config NAME] [--jobs N] [--schedules A,B] [--section.key VALUE ..]",
+    )
     a.add_argument("what", nargs="+", choices=("table3", "fig1", "fig2"))
     a.add_argument("--jobs", type=int, help="segments side by side [one a GPU, or one a core]")
     a.add_argument("--schedules", help="such as cosine,knee,multistep [plan.schedule]")
@@ -278,7 +293,7 @@ def main() -> None:
         raise UserError(f"--jobs: got {o.jobs}, expected 1 or more")
     if len(c.increments) < 2 and {"table3", "fig2"} & set(o.what):
         raise UserError(f"plan.versions: got {len(c.increments)}, expected 2 or more: the tables start at version 2")
-    data.optional("matplotlib", "matplotlib", "drawing")
+    text.optional("matplotlib", "matplotlib", "drawing")
     if problems := config.check_batch(c, 1):
         raise UserError("\n".join(problems))
     cells = graph(c, schedules)
@@ -287,7 +302,7 @@ def main() -> None:
     jobs = o.jobs or gpus or os.cpu_count() or 1
     if {"table3", "fig2"} & set(o.what):
         data.ship(c.data.path)
-        tokens = data.Tokens(c.data.path, c.model.context, c.batch_sequences, c.increments, c.train.seed, c.data.repeat)
+        tokens = reader.Tokens(c.data.path, c.model.context, c.batch_sequences, c.increments, c.train.seed, c.data.repeat)
         if problems := tokens.problems(0, math.inf):
             raise UserError("\n".join(problems))
     run.mkdir(parents=True, exist_ok=True)

@@ -255,7 +255,7 @@ def draw(plans: dict[str, list[Segment]], file: str) -> None:
 
     colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito: told apart by the colour-blind
     titles = {"ptfs": "Pre-training from scratch (PTFS)", "cpt": "Continual pre-training (CPT)", "ours": "Path switching (ours)"}
-    fig, axes = plt.subplots(1, len(plans), figsize=(5 * len(plans), 3.2), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(plans), figsize=(5 * len(plans), 3.4), sharey=True, squeeze=False)
     for ax, (paradigm, segments) in zip(axes[0], plans.items(), strict=True):
         # the longest first, so that the shorter runs of PTFS, equal to it in the warm-up, stay visible
         for g in sorted(segments, key=lambda g: g.start - g.end):
@@ -268,10 +268,10 @@ def draw(plans: dict[str, list[Segment]], file: str) -> None:
         ax.set_xlabel("step")
         ax.set_ylim(bottom=0)
         ax.grid(alpha=0.25)
-        handles, labels = ax.get_legend_handles_labels()
-        ax.legend(*zip(*sorted(zip(handles, labels, strict=True), key=lambda h: h[1]), strict=True), fontsize=8, loc="lower right")
     axes[0][0].set_ylabel("learning rate")
-    fig.tight_layout()
+    key = {label: line for ax in axes[0] for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.legend([key[k] for k in sorted(key)], sorted(key), loc="lower center", ncols=len(key), fontsize=9, frameon=False)
+    fig.tight_layout(rect=(0, 0.07, 1, 1))
     fig.savefig(file, dpi=150)
     plt.close(fig)
 
@@ -315,7 +315,9 @@ def main() -> None:
         print(f"{'segment':32} {'version':>7} {'parent':>16} {'start':>9} {'end':>9} {'steps':>9}   LR of first .. last update")
         for g in segments:
             parent = f"{g.parent[0]}@{g.parent[1]}" if g.parent else "-"
-            print(f"{g.name:32} {g.version:7} {parent:>16} {g.start:9,} {g.end:9,} {g.end - g.start:9,}   {g.lr(g.start):.6g} .. {g.lr(g.end - 1):.6g}")
+            print(
+                f"{g.name:32} {g.version:7} {parent:>16} {g.start:9,} {g.end:9,} {g.end - g.start:9,}   {g.lr(g.start):.6g} .. {g.lr(g.end - 1):.6g}"
+            )
         print(f"{'total':32} {'':7} {'':16} {'':9} {'':9} {sum(g.end - g.start for g in segments):9,}")
     if o.plot:
         try:

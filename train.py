@@ -33,6 +33,7 @@ import checkpoint
 import config
 import data
 import model as llama
+import reader
 import schedule
 from config import UserError
 
@@ -86,7 +87,7 @@ def fingerprint(s: schedule.Segment, ends: list[int], step: int) -> dict[str, An
             "lr_sha256": hashlib.sha256(rates).hexdigest(), "increments": [e for e in ends if e < step]}  # fmt: skip
 
 
-def check_lineage(where: Path, meta: dict[str, Any], c: config.Config, s: schedule.Segment, tokens: data.Tokens) -> None:
+def check_lineage(where: Path, meta: dict[str, Any], c: config.Config, s: schedule.Segment, tokens: reader.Tokens) -> None:
     """Is a checkpoint of segment `s` what this config would have made? UserError names the keys or files that say no."""
     now = config.flatten(c)
     different = [k for k, (f, v) in now.items() if not f.metadata["free"] and not k.startswith("plan.") and meta["config"].get(k) != v]
@@ -162,7 +163,9 @@ def git_commit() -> str:
 
 
 def main() -> None:
-    a = config.Parser(prog="train.py", description=__doc__, usage="train.py [--config NAME] [--mode MODE] [--version I] [--dry_run] [--section.key VALUE ..]")
+    a = config.Parser(
+        prog="train.py", description=__doc__, usage="train.py [--config NAME] [--mode MODE] [--version I] [--dry_run] [--section.key VALUE ..]"
+    )
     a.add_argument("--mode", default="main", help=", ".join(MODES))
     a.add_argument("--version", help="the version to train; main: the version at whose fork point it ends [the last planned]")
     a.add_argument("--dry_run", action="store_true", help="say what would be done, touch nothing")
@@ -176,7 +179,10 @@ def main() -> None:
         o, c = a.parse_config(default=default)
         say = print if rank == 0 else lambda *a, **k: None
         if not o.config:
-            say(f"no --config given: {default}" + (f" (small once {small.data.path} is there: see configs/small.toml)" if cuda and default == "tiny" else ""))
+            say(
+                f"no --config given: {default}"
+                + (f" (small once {small.data.path} is there: see configs/small.toml)" if cuda and default == "tiny" else "")
+            )
 
         # What is wrong is said at once, before anything is touched
         problems = [] if o.mode in MODES else [f"--mode: got {o.mode!r}, expected one of {', '.join(MODES)}"]
@@ -205,9 +211,11 @@ def main() -> None:
             data.ship(c.data.path)
         while rank and c.data.path == config.Data().path and not Path(c.data.path).exists():
             time.sleep(0.1)  # for rank 0; if it fails, torchrun ends the others
-        tokens = data.Tokens(c.data.path, c.model.context, c.batch_sequences, p.increments, c.train.seed, c.data.repeat)
+        tokens = reader.Tokens(c.data.path, c.model.context, c.batch_sequences, p.increments, c.train.seed, c.data.repeat)
         if tokens.meta["vocab_size"] != c.model.vocab_size:
-            raise UserError(f"model.vocab_size: got {c.model.vocab_size}, expected {tokens.meta['vocab_size']}, the vocabulary of data.path {c.data.path}")
+            raise UserError(
+                f"model.vocab_size: got {c.model.vocab_size}, expected {tokens.meta['vocab_size']}, the vocabulary of data.path {c.data.path}"
+            )
         if problems := tokens.problems(segment.start, segment.end):
             raise UserError("\n".join(problems))
 
@@ -233,7 +241,7 @@ def main() -> None:
             say(f"{folder}: finished at step {segment.end}; nothing to do")
             return
         if rank == 0 and c.data.verify:
-            data.check_files(tokens.folder, [name for name, _, _ in tokens.needs(start, segment.end)] + ["val"])
+            reader.check_files(tokens.folder, [name for name, _, _ in tokens.needs(start, segment.end)] + ["val"])
 
         # From here on the device and the disk are used
         device = pick_device(c.train.device, local_rank)
@@ -250,26 +258,32 @@ def dry_run(say: Any, c: config.Config, p: schedule.Plan, segment: schedule.Segm
     """What would be done: the segment, its LR at the milestones, sizes, the batch, the tokens needed and there."""
     m, t = c.model, c.train
     steps, flops = segment.end - segment.start, llama.flops_per_token(m)
-    say(f"segment      {segment.name}: steps {segment.start:,} .. {segment.end:,} ({steps:,}), from {f'{segment.parent[0]} at step {segment.parent[1]:,}' if segment.parent else 'random weights'}")
+    say(
+        f"segment      {segment.name}: steps {segment.start:,} .. {segment.end:,} ({steps:,}), from {f'{segment.parent[0]} at step {segment.parent[1]:,}' if segment.parent else 'random weights'}"
+    )
     stones = {segment.start, p.warmup - 1, *(p.end(i + 1) - 1 for i in range(len(p.increments))), *required, segment.end - 1}
     say("LR           " + "\n             ".join(f"update {s:>9,}: {segment.lr(s):.6g}" for s in sorted(stones) if segment.start <= s < segment.end))
     say(f"saves        {', '.join(f'{s:,}' for s in required)}, in {folder}")
     say(f"parameters   {llama.parameters(m):,}")
     say(f"FLOPs        {flops / 1e9:,.4g} GFLOP a token, {flops * steps * t.batch_tokens:.4g} in all")
     accumulate = t.batch_tokens // (t.micro_batch * m.context * ranks)
-    say(f"batch        {t.batch_tokens:,} tokens = micro-batch {t.micro_batch} x context {m.context} x accumulation {accumulate} x {ranks} rank{'s' * (ranks > 1)}")
+    say(
+        f"batch        {t.batch_tokens:,} tokens = micro-batch {t.micro_batch} x context {m.context} x accumulation {accumulate} x {ranks} rank{'s' * (ranks > 1)}"
+    )
     there = (Path(c.data.path) / "meta.json").exists()
     if not there:
-        say(f"data         {c.data.path}: not there yet; needs {steps * t.batch_tokens:,} tokens; make it: python data.py prepare --out {c.data.path}")
+        say(
+            f"data         {c.data.path}: not there yet; needs {steps * t.batch_tokens:,} tokens; make it: python data.py prepare --out {c.data.path}"
+        )
         return
-    tokens = data.Tokens(c.data.path, m.context, c.batch_sequences, p.increments, t.seed, c.data.repeat)
+    tokens = reader.Tokens(c.data.path, m.context, c.batch_sequences, p.increments, t.seed, c.data.repeat)
     for name, need, have in tokens.needs(segment.start, segment.end):
         say(f"data         {tokens.folder / name}.bin: {need:,} tokens needed, {have:,} there")
     if tokens.meta["vocab_size"] != m.vocab_size:
         say(f"             its vocabulary is {tokens.meta['vocab_size']:,}, model.vocab_size {m.vocab_size:,}: train.py would refuse")
 
 
-def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder: Path, required: list[int], tokens: data.Tokens,
+def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder: Path, required: list[int], tokens: reader.Tokens,
           origin: Path | None, lineage: dict | None, start: int, device: torch.device, rank: int, ranks: int) -> None:  # fmt: skip
     """Updates `start` .. `segment.end - 1`. A checkpoint named `step` holds the state after exactly `step` updates."""
     t, T, end = c.train, c.model.context, segment.end
@@ -350,7 +364,7 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
          "peak_flops": peak, "peak_from": peak_from, "time": time.strftime("%Y-%m-%dT%H:%M:%S")})  # fmt: skip
 
     # -- Signals: the first asks for a save, the second ends at once
-    asked = []
+    asked: list[int] = []
 
     def on_signal(number: int, frame: Any) -> None:
         if asked:
@@ -409,7 +423,9 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
     if rank == 0:
         speed = (step - start) * t.batch_tokens / max(total_seconds + seconds, 1e-9)
         how = "finished" if step == end else "stopped, and goes on when called again,"
-        print(f"{folder}: {how} at step {step}; {speed:,.0f} tokens/s, {speed * flops / (peak * ranks):.0%} of {peak / 1e9:,.0f} GFLOP/s ({peak_from})")
+        print(
+            f"{folder}: {how} at step {step}; {speed:,.0f} tokens/s, {speed * flops / (peak * ranks):.0%} of {peak / 1e9:,.0f} GFLOP/s ({peak_from})"
+        )
     if ranks > 1:
         dist.barrier()
         dist.destroy_process_group()

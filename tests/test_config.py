@@ -27,7 +27,10 @@ def test_resolved_config_can_be_loaded_again(name, tmp_path):
 
 
 def test_overrides_are_typed():
-    c = config.load("tiny", {"plan.alpha": "none", "plan.decay_steps": "7", "plan.increments": "700,500", "data.repeat": "true", "plan.cycle": "inf", "plan.max_lr": "1"})
+    c = config.load(
+        "tiny",
+        {"plan.alpha": "none", "plan.decay_steps": "7", "plan.increments": "700,500", "data.repeat": "true", "plan.cycle": "inf", "plan.max_lr": "1"},
+    )
     assert (c.plan.alpha, c.plan.decay_steps, c.increments, c.data.repeat, c.plan.cycle) == (None, 7, [700, 500], True, float("inf"))
     assert type(c.plan.max_lr) is float
 
@@ -46,7 +49,10 @@ def test_overrides_are_typed():
         (("train.clip", "nan"), "train.clip: got nan, expected 1e-12 or more"),
         (("train.beta2", "1"), "train.beta2: got 1.0, expected below 1"),
         (("train.device", "tpu"), "train.device: got 'tpu', expected one of auto, cuda, mps, cpu"),
-        (("model.n_head", "3"), "model.n_head: got 3, expected a divisor of model.hidden = 64 with heads of an even size (RoPE turns pairs); the nearest is 2"),
+        (
+            ("model.n_head", "3"),
+            "model.n_head: got 3, expected a divisor of model.hidden = 64 with heads of an even size (RoPE turns pairs); the nearest is 2",
+        ),
         (("model.n_kv_head", "3"), "model.n_kv_head: got 3, expected a divisor of model.n_head = 2"),
     ],
 )

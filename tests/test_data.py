@@ -18,6 +18,8 @@ import pytest
 from conftest import ROOT
 
 import data
+import reader
+import text
 from config import UserError
 
 
@@ -35,7 +37,7 @@ def write(file, docs):
 
 def read(folder, name):
     """The documents of one file, decoded again."""
-    meta, tok = data.read_meta(folder), data.tokenizer_of(folder)
+    meta, tok = reader.read_meta(folder), reader.tokenizer_of(folder)
     ids = np.fromfile(folder / f"{name}.bin", meta["dtype"])
     ends = np.flatnonzero(ids == meta["eot"])
     assert len(ends) == 0 or ends[-1] == len(ids) - 1
@@ -43,7 +45,7 @@ def read(folder, name):
 
 
 def parts(folder):
-    return ["val", *(p["name"] for p in data.read_meta(folder)["increments"])]
+    return ["val", *(p["name"] for p in reader.read_meta(folder)["increments"])]
 
 
 def prepare(folder, sources, tokenizer="bytes", **kw):
@@ -91,10 +93,10 @@ def test_add_appends_only_what_is_new(tmp_path):
     meta, again = data.add(str(folder), [write(tmp_path / "b.jsonl", docs[:120] + new + new[:5])], jobs=1, quiet=True)
     assert again == 120 and sorted(read(folder, "v3")) == sorted(new) and meta["increments"][2]["documents"] == 50
     assert all((folder / name).read_bytes() == content for name, content in before.items())
-    data.check_files(folder, quiet=True)
+    reader.check_files(folder, quiet=True)
     with pytest.raises(UserError, match="has no new document; 170"):
         data.add(str(folder), [str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl")][:1], jobs=1, quiet=True)
-    assert len(data.read_meta(folder)["increments"]) == 3
+    assert len(reader.read_meta(folder)["increments"]) == 3
 
 
 def test_kinds_of_sources(tmp_path):
@@ -114,21 +116,22 @@ def test_kinds_of_sources(tmp_path):
 
 
 def test_a_text_file_is_cut_at_empty_lines_and_nothing_is_lost(tmp_path):
-    text = "\n\n".join("line of prose\n" * 30 for _ in range(200)) + "end"
-    (tmp_path / "book.txt").write_text(text)
-    found = list(data.documents(tmp_path / "book.txt", lambda n: None))
-    assert "".join(found) == text and len(found) > 5 and all(d.endswith("\n\n") for d in found[:-1])
-    (tmp_path / "one.md").write_text("x" * 200_000)  # a single line
-    assert [len(d) <= 1 << 17 for d in data.documents(tmp_path / "one.md", lambda n: None)] and "".join(data.documents(tmp_path / "one.md", lambda n: None)) == "x" * 200_000
+    prose = "\n\n".join("line of prose\n" * 30 for _ in range(200)) + "end"
+    (tmp_path / "book.txt").write_text(prose)
+    found = list(text.documents(tmp_path / "book.txt", lambda n: None))
+    assert "".join(found) == prose and len(found) > 5 and all(d.endswith("\n\n") for d in found[:-1])
+    (tmp_path / "one.md").write_text("x" * 200_000)  # a single line is read and cut in blocks
+    found = list(text.documents(tmp_path / "one.md", lambda n: None))
+    assert "".join(found) == "x" * 200_000 and max(map(len, found)) <= 1 << 17
 
 
-def test_tokenizers_give_back_the_text(tmp_path, monkeypatch):
-    text = "The whale, 1234567 miles; naïve café — 鲸鱼在海里。\n\n  def f(x):\n\treturn x <|endoftext|> \r\n"
+def test_tokenizers_give_back_the_text():
+    prose = "The whale, 1234567 miles; naïve café — 鲸鱼在海里。\n\n  def f(x):\n\treturn x <|endoftext|> \r\n"
     for name in ("bytes", str(data.RANKS)):
-        tok = data.Tokenizer(name)
-        ids = tok.encode(text)
-        assert max(ids) < tok.eot == tok.vocab_size - 1 and tok.decode([*ids, tok.eot, *ids]) == text
-    assert data.Tokenizer(str(data.RANKS)).vocab_size == 1024 and data.id_dtype(1024) == "<u2" and data.id_dtype(100277) == "<u4"
+        tok = text.Tokenizer(name)
+        ids = tok.encode(prose)
+        assert max(ids) < tok.eot == tok.vocab_size - 1 and tok.decode([*ids, tok.eot, *ids]) == prose
+    assert text.Tokenizer(str(data.RANKS)).vocab_size == 1024 and reader.id_dtype(1024) == "<u2" and reader.id_dtype(100277) == "<u4"
 
 
 def cl100k_cache(folder):
@@ -148,7 +151,9 @@ def test_an_encoding_by_name(tmp_path, monkeypatch):
 
 
 def test_the_shipped_ranks_are_reproduced(tmp_path):
-    r = subprocess.run([sys.executable, "data.py", "vocab", "--vocab_size", "1024", "--out", str(tmp_path / "r.tiktoken")], cwd=ROOT, capture_output=True, text=True)
+    r = subprocess.run(
+        [sys.executable, "data.py", "vocab", "--vocab_size", "1024", "--out", str(tmp_path / "r.tiktoken")], cwd=ROOT, capture_output=True, text=True
+    )
     assert r.returncode == 0 and (tmp_path / "r.tiktoken").read_bytes() == data.RANKS.read_bytes()
 
 
@@ -157,27 +162,27 @@ def test_the_shipped_ranks_are_reproduced(tmp_path):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 17, 64, 1000, 4097])
 def test_permute_is_a_permutation(n):
-    out = data.permute(np.arange(n), n, (1, 2, 3))
+    out = reader.permute(np.arange(n), n, (1, 2, 3))
     assert sorted(out.tolist()) == list(range(n))
     if n > 16:
-        assert out.tolist() != data.permute(np.arange(n), n, (1, 2, 4)).tolist() != list(range(n))
-        assert out[5:9].tolist() == data.permute(np.arange(5, 9), n, (1, 2, 3)).tolist()
+        assert out.tolist() != reader.permute(np.arange(n), n, (1, 2, 4)).tolist() != list(range(n))
+        assert out[5:9].tolist() == reader.permute(np.arange(5, 9), n, (1, 2, 3)).tolist()
 
 
 def test_permute_looks_random():
     """Uniform: the chi-squared of (index, image) on a 16 x 16 grid, mean of 20 seeds; 225 degrees of freedom, standard error 4.7."""
     n, x = 4096, []
     for seed in range(20):
-        counts, _, _ = np.histogram2d(np.arange(n), data.permute(np.arange(n), n, (seed,)), bins=16)
+        counts, _, _ = np.histogram2d(np.arange(n), reader.permute(np.arange(n), n, (seed,)), bins=16)
         x.append(((counts - 16) ** 2 / 16).sum())
     assert 200 < np.mean(x) < 250
 
 
 def test_batches_read_every_sequence_of_an_increment_once(prepared):
-    t = data.Tokens(str(prepared), 32, 8, [20, 1000, 5, 5], seed=3, repeat=True)
+    t = reader.Tokens(str(prepared), 32, 8, [20, 1000, 5, 5], seed=3, repeat=True)
     stream = np.asarray(t.tokens("v1")).astype(np.int64)
     n = (len(stream) - 1) // 32
-    t = data.Tokens(str(prepared), 32, 8, [n // 8, 5, 5, 5], seed=3)
+    t = reader.Tokens(str(prepared), 32, 8, [n // 8, 5, 5, 5], seed=3)
     starts = set()
     where = {stream[i * 32 : i * 32 + 33].tobytes(): i for i in range(n)}
     for step in range(n // 8):
@@ -187,14 +192,14 @@ def test_batches_read_every_sequence_of_an_increment_once(prepared):
     assert len(starts) == n // 8 * 8
     # the next increment starts with its own text, whatever came before, and rows are slices of the whole
     x, _ = t.batch(n // 8)
-    other = data.Tokens(str(prepared), 32, 8, [7, 5, 5, 5], seed=3)
+    other = reader.Tokens(str(prepared), 32, 8, [7, 5, 5, 5], seed=3)
     assert np.array_equal(x, other.batch(7)[0]) and np.array_equal(x[2:5], t.batch(n // 8, slice(2, 5))[0])
-    assert not np.array_equal(x, data.Tokens(str(prepared), 32, 8, [7, 5, 5, 5], seed=4).batch(7)[0])
+    assert not np.array_equal(x, reader.Tokens(str(prepared), 32, 8, [7, 5, 5, 5], seed=4).batch(7)[0])
 
 
 def test_repeat_is_another_order_of_the_same(prepared):
-    n = (data.read_meta(prepared)["increments"][0]["tokens"] - 1) // 32
-    t = data.Tokens(str(prepared), 32, n, [3, 1, 1, 1], seed=1, repeat=True)
+    n = (reader.read_meta(prepared)["increments"][0]["tokens"] - 1) // 32
+    t = reader.Tokens(str(prepared), 32, n, [3, 1, 1, 1], seed=1, repeat=True)
     a, b = t.batch(0)[0], t.batch(1)[0]
     assert not np.array_equal(a, b) and sorted(map(bytes, a)) == sorted(map(bytes, b))
     assert t.problems(0, 3) == []
@@ -203,7 +208,7 @@ def test_repeat_is_another_order_of_the_same(prepared):
 
 
 def test_validation_covers_every_token_once_on_any_number_of_ranks(prepared):
-    t = data.Tokens(str(prepared), 32, 8, [1], seed=1)
+    t = reader.Tokens(str(prepared), 32, 8, [1], seed=1)
     stream = np.asarray(t.tokens("val")).astype(np.int64)
     for rows, ranks in ((5, 1), (3, 2), (64, 3)):
         targets = [y.flatten() for r in range(ranks) for _, y in t.validation(rows, 0, r, ranks)]
@@ -242,7 +247,7 @@ def flip(file, at=100):
 def test_verify_finds_damage(copy, damage, words):
     damage(copy)
     with pytest.raises(UserError, match=words.replace("(", r"\(")):
-        data.check_files(copy, quiet=True)
+        reader.check_files(copy, quiet=True)
 
 
 def cli(*args, **kw):
@@ -257,7 +262,7 @@ def cli(*args, **kw):
         (["--source", "{t}/empty"], "has no .txt"),
         (["--source", "{t}/blank.txt"], "the text is empty"),
         (["--source", "{t}/bad.jsonl"], "bad.jsonl:2: got b'{\"tex"),
-        (["--source", "{t}/key.jsonl"], 'key.jsonl:1: got b\'{"body'),
+        (["--source", "{t}/key.jsonl"], "key.jsonl:1: got b'{\"body"),
         (["--source", "{t}/latin.txt"], "not UTF-8"),
         (["--source", "{t}/cut.jsonl.gz"], "cannot be read further"),
         (["--source", "{t}/cut.parquet"], "not a readable parquet file"),
@@ -312,7 +317,7 @@ def test_a_killed_prepare_leaves_nothing_that_looks_finished(tmp_path):
         assert p.wait() != 0 and not (tmp_path / "d").exists()
     assert not (tmp_path / ".d.partial").exists()  # Ctrl-C tidies up, also what the killed one left
     prepare(tmp_path / "d", [str(tmp_path / "a.jsonl")])
-    assert data.check_files(tmp_path / "d", quiet=True)
+    assert reader.check_files(tmp_path / "d", quiet=True)
 
 
 def test_a_second_process_in_the_same_folder_is_refused(tmp_path):

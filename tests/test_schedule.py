@@ -200,7 +200,7 @@ def test_several_problems_are_reported_at_once():
 
 
 def test_the_script_lists_segments_and_every_update(tmp_path):
-    args = "--paradigm ours --schedule cosine --increments 700,500,900 --warmup 20 --alpha 0.3 --max_lr 3e-4".split()
+    args = ["--paradigm", "ours", "--schedule", "cosine", "--increments", "700,500,900", "--warmup", "20", "--alpha", "0.3", "--max_lr", "3e-4"]
     segments = json.loads(script(*args, "--json").stdout)
     assert [s["name"] for s in segments] == ["main", "ours-cosine/v1", "ours-cosine/v2", "ours-cosine/v3"]
     assert segments[2] == {"name": "ours-cosine/v2", "version": 2, "parent": ["main", 990], "start": 990, "end": 1200}

@@ -17,6 +17,7 @@ import checkpoint
 import config
 import data
 import model
+import reader
 import train
 
 # with steps 10, warm-up 2, alpha 0.6: forks at 4, 14, 24, 34
@@ -71,7 +72,7 @@ def parents(train_cli, tmp_path):
 
 def stop_after(monkeypatch, step):
     """SIGTERM while batch `step` is read, the real signal to the real handler."""
-    original, sent = data.Tokens.batch, []
+    original, sent = reader.Tokens.batch, []
 
     def batch(self, s, *args):
         if s == step and not sent:
@@ -79,8 +80,8 @@ def stop_after(monkeypatch, step):
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, s, *args)
 
-    monkeypatch.setattr(data.Tokens, "batch", batch)
-    return lambda: monkeypatch.setattr(data.Tokens, "batch", original)
+    monkeypatch.setattr(reader.Tokens, "batch", batch)
+    return lambda: monkeypatch.setattr(reader.Tokens, "batch", original)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -174,9 +175,9 @@ def test_a_branch_starts_from_its_parents_weights_moments_and_batches(train_cli,
         seen.append((path, {k: v.clone() for k, v in into.items()}))
         return meta
 
-    batches, original_batch = [], data.Tokens.batch
+    batches, original_batch = [], reader.Tokens.batch
     monkeypatch.setattr(checkpoint, "load", load)
-    monkeypatch.setattr(data.Tokens, "batch", lambda self, s, *a: batches.append(s) or original_batch(self, s, *a))
+    monkeypatch.setattr(reader.Tokens, "batch", lambda self, s, *a: batches.append(s) or original_batch(self, s, *a))
     assert train_cli("--mode", "branch", "--version", "2") == 0
     ((path, loaded),) = seen
     parent = tmp_path / "run" / "main" / "step-000014"
@@ -202,7 +203,7 @@ def test_the_loop_is_adamw_written_out(train_cli, tmp_path, prepared):
     c = config.load("tiny", dict(zip([a[2:] for a in BASE[::2]], BASE[1::2], strict=True)) | {"plan.steps": "4"})
     torch.manual_seed(c.train.seed)
     net = model.Transformer(c.model).double()
-    tokens = data.Tokens(str(prepared), 32, 8, [4], c.train.seed)
+    tokens = reader.Tokens(str(prepared), 32, 8, [4], c.train.seed)
     lr = train.make_segments("ptfs", train.make_plan(c))[0].lr
     moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in net.named_parameters()}
     for step in range(4):
@@ -241,7 +242,7 @@ def test_two_processes_see_the_same_batches_and_agree(tmp_path, prepared, train_
     for k in x:
         if k.startswith("model."):
             assert (x[k] - y[k]).abs().mean() < 1e-5  # updates of 4e-3 each
-    rows = data.Tokens(str(prepared), 32, 8, [10], 1)
+    rows = reader.Tokens(str(prepared), 32, 8, [10], 1)
     whole = rows.batch(3)[0]
     parts = [rows.batch(3, slice((m * 2 + r) * 2, (m * 2 + r) * 2 + 2))[0] for m in range(2) for r in range(2)]
     assert np.array_equal(np.concatenate(parts), whole)

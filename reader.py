@@ -1,0 +1,202 @@
+"""Token files -> batches: `Tokens.batch(step)` is a pure function of (seed, increments, step).
+
+Nothing of it is saved in a checkpoint, a seek costs nothing, and the world size does not matter: each rank asks for its
+rows of the same global batch. The files are those of data.py; `check_files` compares them with their checksums.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from config import UserError
+from text import Tokenizer
+
+
+def id_dtype(vocab_size: int) -> str:
+    return "<u2" if vocab_size <= 1 << 16 else "<u4"
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """meta.json of a prepared folder. UserError if it is not one."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        if meta["format"] != 1:
+            raise UserError(f"{folder / 'meta.json'}: format {meta['format']}, expected 1; prepare it with this version of data.py")
+        _ = [meta[k] for k in ("tokenizer", "tokenizer_sha256", "vocab_size", "eot", "dtype", "val", "increments")]
+        return meta
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no prepared data; make it: python data.py prepare --out {folder}") from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{folder / 'meta.json'}: damaged ({type(e).__name__}: {e}); restore it or prepare the data again") from None
+
+
+def tok_path(folder: Path, meta: dict[str, Any]) -> str:
+    return str(folder / "tokenizer.tiktoken") if meta["tokenizer"] == "tokenizer.tiktoken" else meta["tokenizer"]
+
+
+def tokenizer_of(folder: Path) -> Tokenizer:
+    """The tokenizer that made a folder."""
+    meta = read_meta(folder)
+    tok = Tokenizer(tok_path(folder, meta))
+    if tok.sha256 != meta["tokenizer_sha256"]:
+        raise UserError(f"{tok_path(folder, meta)}: is not the tokenizer that {folder} was made with (SHA-256 differs); restore it")
+    return tok
+
+
+def check_files(folder: Path, names: list[str] | None = None, checksums: bool = True, quiet: bool = False) -> int:
+    """Compare the files of `names` ("val", "v1", ..; None: all, with their hashes) with meta.json; returns how many bytes were read."""
+    meta = read_meta(folder)
+    parts = [p for p in [meta["val"], *meta["increments"]] if names is None or p["name"] in names]
+    wanted = []
+    for p in parts:
+        for kind, size in (("bin", p["tokens"] * np.dtype(meta["dtype"]).itemsize), ("ids", p["documents"] * 8)):
+            if kind == "ids" and names is not None:
+                continue
+            file = folder / f"{p['name']}.{kind}"
+            if not file.is_file():
+                raise UserError(f"{file}: is missing; restore it or prepare the data again")
+            if file.stat().st_size != size:
+                raise UserError(f"{file}: got {file.stat().st_size} bytes, expected {size}; restore it or prepare the data again")
+            wanted.append((file, size, p["sha256"][kind]))
+    if checksums:
+        with tqdm(total=sum(w[1] for w in wanted), unit="B", unit_scale=True, desc="verifying", disable=True if quiet else None, delay=2) as bar:
+            for file, _, sha in wanted:
+                digest = hashlib.sha256()
+                with open(file, "rb") as f:
+                    while block := f.read(1 << 22):
+                        digest.update(block)
+                        bar.update(len(block))
+                if digest.hexdigest() != sha:
+                    raise UserError(
+                        f"{file}: SHA-256 is {digest.hexdigest()[:16]}.., expected {sha[:16]}..; its bytes have changed: restore it or prepare the data again"
+                    )
+    return sum(w[1] for w in wanted)
+
+
+def mix64(x: np.ndarray) -> np.ndarray:
+    """The finalizer of splitmix64: a bijection of uint64 in which every input bit moves every output bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permute(i: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
+    """Where a seeded permutation of 0..n-1 sends the indices i, with no memory of size n.
+
+    A Feistel network of four rounds permutes the least 4^k that holds n; an image outside 0..n-1 is sent on until it is inside.
+    """
+    half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    key = np.zeros(1, np.uint64)
+    for s in seed:
+        key = mix64(key + np.uint64(s) + np.uint64(0x9E3779B97F4A7C15))
+    keys = [mix64(key + np.uint64(r)) for r in range(4)]
+    x = i.astype(np.uint64)
+    outside = np.ones(len(x), bool)
+    while outside.any():
+        left, right = x[outside] >> half, x[outside] & mask
+        for k in keys:
+            left, right = right, left ^ (mix64(right + k) & mask)
+        x[outside] = left << half | right
+        outside = x >= n
+    return x.astype(np.int64)
+
+
+class Tokens:
+    """The prepared data as one run reads it: global batch `step` of B sequences, for every step of every increment."""
+
+    def __init__(self, folder: str, context: int, B: int, increments: list[int], seed: int, repeat: bool = False) -> None:
+        self.folder, self.context, self.B, self.seed, self.repeat = Path(folder), context, B, seed, repeat
+        self.meta = read_meta(self.folder)
+        self.ends = list(itertools.accumulate(increments))  # increment i covers steps ends[i-1] .. ends[i] - 1
+        self.files: dict[str, np.ndarray] = {}
+
+    def tokens(self, name: str) -> np.ndarray:
+        """The token ids of "v1" .. or "val", mapped into memory."""
+        if name not in self.files:
+            self.files[name] = np.memmap(self.folder / f"{name}.bin", self.meta["dtype"], "r")
+        return self.files[name]
+
+    def place(self, step: int) -> tuple[int, int]:
+        """(increment from 0, step within it) of a global step."""
+        i = next(i for i, end in enumerate(self.ends) if step < end)
+        return i, step - (self.ends[i - 1] if i else 0)
+
+    def needs(self, start: int, end: float) -> list[tuple[str, int, int]]:
+        """(increment, tokens needed, tokens there) of every increment that steps start .. end - 1 read."""
+        out = []
+        for i, stop in enumerate(self.ends):
+            first = self.ends[i - 1] if i else 0
+            if first < end and stop > start:
+                there = self.meta["increments"][i]["tokens"] if i < len(self.meta["increments"]) else 0
+                out.append((f"v{i + 1}", int(min(stop, end) - first) * self.B * self.context + 1, there))
+        return out
+
+    def problems(self, start: int, end: float) -> list[str]:
+        """Increments that steps start .. end - 1 need and that are missing or too short, a line each."""
+        found = []
+        for name, need, there in self.needs(start, end):
+            if there == 0:
+                found.append(f"data.path {self.folder}: has no increment {name}; append it: python data.py add --out {self.folder} --source ...")
+            elif there <= self.context:
+                found.append(f"data.path {self.folder}: {name} has {there:,} tokens, not one sequence of {self.context}")
+            elif there < need and not self.repeat:
+                steps = (there - 1) // (self.B * self.context)
+                found.append(
+                    f"data.path {self.folder}: {name} has {there:,} tokens and {need:,} are needed; give it more text, at most {steps} steps, or --data.repeat true"
+                )
+        return found
+
+    def identity(self, step: int) -> dict[str, Any]:
+        """What a checkpoint at `step` records of the data it has seen: the hashes of tokenizer and increments."""
+        seen = self.place(step - 1)[0] + 1 if step else 0
+        return {"tokenizer": self.meta["tokenizer_sha256"], "increments": [p["sha256"]["bin"] for p in self.meta["increments"][:seen]]}
+
+    def batch(self, step: int, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of global batch `step`: (inputs, targets), each int64 (rows, context).
+
+        An increment is cut into sequences of `context` tokens (and one more, the last target); update k of the increment reads
+        sequences k*B .. of a permutation seeded by (seed, increment, epoch).
+        """
+        increment, k = self.place(step)
+        name, T = f"v{increment + 1}", self.context
+        tokens = self.tokens(name)
+        n = (len(tokens) - 1) // T
+        index = np.arange(self.B)[rows] + k * self.B
+        epoch = index // n
+        where = np.empty_like(index)
+        for e in np.unique(epoch):
+            where[epoch == e] = permute(index[epoch == e] % n, n, (self.seed, increment, int(e)))
+        window = tokens[where[:, None] * T + np.arange(T + 1)].astype(np.int64)  # (rows, T + 1)
+        self.check(window, name)
+        return window[:, :-1], window[:, 1:]
+
+    def check(self, ids: np.ndarray, name: str) -> None:
+        if ids.max() >= self.meta["vocab_size"]:
+            raise UserError(
+                f"{self.folder / name}.bin: token id {ids.max()}, expected below the vocabulary's {self.meta['vocab_size']}; prepare the data again"
+            )
+
+    def validation(self, rows: int, limit: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The validation set in order, `rows` sequences at a time, this rank's share of them; its last sequence may be shorter.
+
+        `limit` tokens, 0: all. Every token but the very first is a target once.
+        """
+        tokens, T = self.tokens("val"), self.context
+        end = min(len(tokens) - 1, limit or len(tokens))
+        whole = end // T
+        for first in range(rank * rows, whole, ranks * rows):
+            n = min(rows, whole - first)
+            window = tokens[(first + np.arange(n))[:, None] * T + np.arange(T + 1)].astype(np.int64)
+            self.check(window, "val")
+            yield window[:, :-1], window[:, 1:]
+        if end % T and rank == ranks - 1:
+            window = tokens[whole * T : end + 1].astype(np.int64)[None]
+            self.check(window, "val")
+            yield window[:, :-1], window[:, 1:]

@@ -1,0 +1,117 @@
+"""Perplexity, its standard errors and samples, against slow independent versions of them."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import checkpoint
+import config
+import data
+import eval as evaluation
+from config import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def trained(train_cli, tmp_path):
+    assert train_cli("--mode", "ptfs", "--version", "1") == 0
+    return tmp_path / "run" / "ptfs-cosine" / "v1" / "step-000010"
+
+
+def cli(*args):
+    return subprocess.run([sys.executable, "eval.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_score_is_the_mean_over_every_token_and_by_document(trained, prepared):
+    s = evaluation.score(trained, CPU, quiet=True)
+    net, _ = evaluation.load_model(trained, CPU)
+    stream = np.fromfile(prepared / "val.bin", "<u2").astype(np.int64)
+    nats, document, by_document = [], 0, {}
+    for i in range(0, len(stream) - 1, 32):  # one sequence at a time
+        x, y = stream[i : i + 32][: len(stream) - 1 - i], stream[i + 1 : i + 33]
+        logp = torch.log_softmax(net(torch.from_numpy(x)[None])[0].double(), -1)
+        for t, target in enumerate(y):
+            nats.append(-logp[t, target].item())
+            by_document.setdefault(document, []).append(nats[-1])
+            document += int(target == 256)
+    assert len(nats) == len(stream) - 1 == s.tokens.sum()
+    assert s.ppl == pytest.approx(math.exp(np.mean(nats)), rel=1e-5)  # fp32 logits against fp64
+    assert [len(v) for v in by_document.values()] == s.tokens.tolist()
+    np.testing.assert_allclose([sum(v) for v in by_document.values()], s.nats, rtol=1e-4)
+
+
+def test_standard_errors_are_those_of_a_bootstrap_over_documents():
+    r = np.random.default_rng(0)
+    n = 400
+    tokens = r.integers(50, 500, n)
+    hard = r.normal(3, 0.5, n)
+    a = evaluation.Score(tokens * (hard + r.normal(0, 0.05, n)), tokens)
+    b = evaluation.Score(tokens * (hard + 0.1 + r.normal(0, 0.05, n)), tokens)
+    drawn = r.integers(0, n, (4000, n))
+    ppl = [np.exp(s.nats[drawn].sum(1) / s.tokens[drawn].sum(1)) for s in (a, b)]
+    # 4,000 draws give a standard deviation to 1.1 %; the delta method is off by the square of a relative error of 3 %
+    assert a.se == pytest.approx(ppl[0].std(), rel=0.05)
+    difference, se = a.minus(b)
+    assert difference == a.ppl - b.ppl and se == pytest.approx((ppl[0] - ppl[1]).std(), rel=0.05)
+    assert se < a.se / 3  # pairing is what makes small differences visible
+
+
+def test_appl():
+    assert evaluation.appl({1: 99.0, 2: 20.0, 3: 22.0, 4: 27.0}) == 23.0
+
+
+def test_a_table_of_a_run_and_single_checkpoints(trained, train_cli, tmp_path):
+    assert train_cli("--mode", "cpt", "--version", "2") == 0
+    run = tmp_path / "run"
+    table = json.loads(cli(run, "--json").stdout)
+    one = json.loads(cli(trained, tmp_path / "run" / "cpt-cosine" / "v2" / "step-000020", "--json").stdout)
+    ppls = [v["ppl"] for v in one.values()]
+    assert table["ptfs-cosine"]["ppl"] == {"1": ppls[0]} and table["cpt-cosine"]["ppl"] == {"1": ppls[0], "2": ppls[1]}
+    assert table["cpt-cosine"]["appl"] == ppls[1]
+    text = cli(run).stdout
+    assert f"{ppls[1]:.2f}" in text and "V2" in text and "documents" in text
+    assert f"{ppls[1] - ppls[0]:+.3f} (SE" in cli(trained, run / "cpt-cosine" / "v2" / "step-000020").stdout
+
+
+def test_a_sample_continues_its_prompt_and_repeats_with_its_seed(trained):
+    a, b, c = (evaluation.sample(trained, CPU, "The whale", 20, seed, None) for seed in (1, 1, 2))
+    assert a == b != c and a.startswith("The whale") and len(a) > len("The whale")
+    assert cli(trained, "--sample", "The whale", "--length", "20").stdout == a + "\n"
+    assert len(evaluation.sample(trained, CPU, "x" * 100, 3, 1, None)) > 100  # a prompt longer than the context
+
+
+def test_bad_input(trained, tmp_path, prepared):
+    (tmp_path / "empty").mkdir()
+    for args, words in [
+        ([tmp_path / "nowhere"], "does not exist"),
+        ([tmp_path / "empty"], "holds no finished version"),
+        ([trained, tmp_path / "empty"], "is no checkpoint"),
+        ([trained, "--data", tmp_path / "empty"], "no prepared data"),
+        ([trained, "--length", "x", "--sample", "a"], "invalid int value"),
+    ]:
+        r = cli(*args)
+        assert r.returncode == 2 and words in r.stderr and len(r.stderr.splitlines()) == 1, r.stderr
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(50)))
+    data.prepare(str(tmp_path / "other"), [str(tmp_path / "t.jsonl")], str(data.RANKS), [1], 0.5, jobs=1, quiet=True)
+    with pytest.raises(UserError, match="its tokenizer is not the one"):
+        evaluation.score(trained, CPU, str(tmp_path / "other"), quiet=True)
+    meta = checkpoint.read_meta(trained)
+    meta["config"]["model.n_layer"] = "two"
+    (trained / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="its model section makes no model"):
+        evaluation.load_model(trained, CPU)
+
+
+def test_models_are_those_of_their_configs(trained):
+    net, meta = evaluation.load_model(trained, CPU)
+    import model
+
+    shape = config.Model(n_layer=1, n_head=2, hidden=16, vocab_size=257, context=32)
+    assert sum(p.numel() for p in net.parameters()) == model.parameters(shape) and meta["step"] == 10

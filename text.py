@@ -1,0 +1,190 @@
+"""Text: the documents of files, folders, globs and Hugging Face datasets, and the tokenizers."""
+
+import base64
+import glob
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import lzma
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from config import UserError
+
+KINDS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
+PIECE = 8000  # characters of a document cut from a .txt or .md file
+
+# ----------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+# cl100k's pattern in its plain form, which trainers accept too: contractions, words, numbers of up to 3 digits, punctuation, spaces
+PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+class Tokenizer:
+    """`bytes`, a tiktoken encoding by name, or a rank file (lines of base64 and rank, as tiktoken reads them)."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.sha256 = hashlib.sha256(name.encode()).hexdigest()
+        if name == "bytes":
+            self.eot, self.vocab_size = 256, 257
+            return
+        import tiktoken
+
+        if os.sep in name or name.endswith(".tiktoken"):
+            try:
+                text = Path(name).read_bytes()
+            except OSError as e:
+                raise UserError(f"tokenizer {name}: {e.strerror}; expected a rank file, a tiktoken encoding or bytes") from None
+            try:
+                ranks = {base64.b64decode(k, validate=True): int(v) for k, v in (line.split() for line in text.splitlines() if line)}
+                if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
+                    raise ValueError("ranks must be 0, 1, 2, .. and contain all 256 bytes")
+                self.encoding = tiktoken.Encoding("ranks", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)})
+            except ValueError as e:
+                raise UserError(f"tokenizer {name}: not a rank file: {e}; expected lines of base64 and rank, as tiktoken's") from None
+            self.sha256 = hashlib.sha256(text).hexdigest()
+        else:
+            if name not in tiktoken.list_encoding_names():
+                raise UserError(
+                    f"tokenizer {name}: unknown; expected bytes, a .tiktoken rank file or one of {', '.join(tiktoken.list_encoding_names())}"
+                )
+            try:
+                self.encoding = tiktoken.get_encoding(name)
+            except Exception as e:  # whatever the network does
+                why = str(e).splitlines()[0][:120]
+                raise UserError(
+                    f"tokenizer {name}: tiktoken fetches its file once from the network, and could not ({why}); set TIKTOKEN_CACHE_DIR to a folder that has it, or use bytes or a rank file"
+                ) from None
+        self.eot, self.vocab_size = self.encoding.eot_token, self.encoding.n_vocab
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode()) if self.name == "bytes" else self.encoding.encode_ordinary(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text up to the first <|endoftext|>; bytes that are not UTF-8 become replacement characters."""
+        ids = list(itertools.takewhile(lambda i: i != self.eot, ids))
+        return bytes(ids).decode(errors="replace") if self.name == "bytes" else self.encoding.decode(ids)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Sources: documents of files, folders, globs and Hugging Face datasets
+
+
+def files_of(source: str) -> list[Path]:
+    """The files behind a source, sorted. UserError if there is none or its kind is unknown."""
+    p = Path(source)
+    if p.is_dir():
+        found = sorted(f for f in p.rglob("*") if f.name.endswith(KINDS) and f.is_file())
+    elif p.is_file():
+        found = [p]
+    else:
+        found = sorted(Path(f) for f in glob.glob(source, recursive=True) if Path(f).is_file())
+    if not found:
+        what = f"has no {', '.join(KINDS)} in it" if p.is_dir() else "does not exist"
+        raise UserError(f"--source {source}: {what}; expected a file, a folder, a glob or hf:NAME")
+    for f in found:
+        if not f.name.endswith(KINDS):
+            raise UserError(f"--source {f}: unknown kind; expected one of {', '.join(KINDS)}")
+    return found
+
+
+def optional(module: str, package: str, why: str) -> Any:
+    """An optional package, or an error that names its install command."""
+    try:
+        return __import__(module, fromlist=["_"])
+    except ImportError:
+        raise UserError(f"{why} needs the package {package}: pip install {package}") from None
+
+
+def documents(file: Path, progress: Callable[[int], Any]) -> Iterator[str]:
+    """The documents of one file, streamed; `progress` is told the bytes read."""
+    if file.suffix == ".parquet":
+        parquet = optional("pyarrow.parquet", "pyarrow", str(file))
+        try:
+            f = parquet.ParquetFile(file)
+            if "text" not in f.schema_arrow.names:
+                raise UserError(f'{file}: has columns {", ".join(f.schema_arrow.names)}; expected one named "text"')
+            for batch in f.iter_batches(columns=["text"], batch_size=1024):
+                yield from (t for t in batch.column(0).to_pylist() if t)
+                progress(file.stat().st_size * batch.num_rows // max(1, f.metadata.num_rows))
+        except (ValueError, OSError) as e:  # pyarrow's own errors are these
+            raise UserError(f"{file}: not a readable parquet file: {e}") from None
+        return
+    with open(file, "rb") as raw:
+        stream: IO[bytes] = raw
+        if file.suffix == ".gz":
+            stream = gzip.open(raw)  # type: ignore[assignment]
+        elif file.suffix == ".xz":
+            stream = lzma.open(raw)
+        elif file.suffix == ".zst":
+            stream = io.BufferedReader(optional("zstandard", "zstandard", str(file)).ZstdDecompressor().stream_reader(raw))
+        read, number, piece = 0, 0, ""
+        try:
+            while line := stream.readline(-1 if ".jsonl" in file.name else 1 << 16):
+                number += 1
+                if raw.tell() - read > 1 << 16:
+                    progress(raw.tell() - read)
+                    read = raw.tell()
+                if ".jsonl" in file.name:
+                    if line.strip():
+                        yield json_text(line, file, number)
+                    continue
+                # a text file is cut where a line is empty, so that a book spreads over the increments as a corpus does
+                piece += line.decode()
+                if len(piece) >= PIECE and (not line.strip() or len(piece) > 4 * PIECE):
+                    yield piece
+                    piece = ""
+        except UnicodeDecodeError as e:
+            raise UserError(f"{file}:{number}: not UTF-8: {e.reason}") from None
+        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, OSError) as e:
+            raise UserError(f"{file}:{number}: cannot be read further: {e}") from None
+        except Exception as e:
+            if type(e).__name__ != "ZstdError":
+                raise
+            raise UserError(f"{file}:{number}: cannot be read further: {e}") from None
+        if piece.strip():
+            yield piece
+        progress(raw.tell() - read)
+
+
+def json_text(line: bytes, file: Path, number: int) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise UserError(f'{file}:{number}: got {line[:60]!r}, expected a JSON object with a text under "text"')
+    return text
+
+
+def all_documents(sources: list[str], quiet: bool = False) -> Iterator[tuple[int, str]]:
+    """(index of its source, text) of every document that is not blank, under one progress bar."""
+    found = [[] if s.startswith("hf:") else files_of(s) for s in sources]
+    total = sum(f.stat().st_size for files in found for f in files)
+    hub = any(s.startswith("hf:") for s in sources)
+    with tqdm(total=None if hub else total, unit="B", unit_scale=True, desc="tokenizing", disable=True if quiet else None) as bar:
+        for i, source in enumerate(sources):
+            texts: Iterable[str] = itertools.chain.from_iterable(documents(f, bar.update) for f in found[i])
+            if source.startswith("hf:"):
+                name, _, subset = source[3:].partition(":")
+                hf = optional("datasets", "datasets", f"--source {source}")
+                try:
+                    rows = hf.load_dataset(name, subset or None, split="train", streaming=True)
+                    texts = (row["text"] for row in rows)
+                    texts = itertools.chain([next(texts)], texts)
+                except KeyError:
+                    raise UserError(f'--source {source}: its rows have no "text"') from None
+                except Exception as e:  # the hub's errors have many types
+                    raise UserError(f"--source {source}: {type(e).__name__}: {str(e).splitlines()[0][:200]}") from None
+            for text in texts:
+                if not text.isspace() and text:
+                    yield i, text
