@@ -88,7 +88,8 @@ def save(segment: Path, step: int, tensors: dict[str, Tensor], record: dict[str,
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             try:
-                dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True), no_dist=True)
+                on_cpu = {name: t.cpu() for name, t in tensors.items()}
+                dcp.save(on_cpu, storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True), no_dist=True)
             except CheckpointException as e:  # a wrapper; what the disk said is inside
                 raise next(iter(e.failures.values()))[0] from None
         files = sorted(partial.iterdir())
@@ -150,9 +151,12 @@ def load(checkpoint: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         elif name not in stored or tuple(stored[name].size) != tuple(t.shape):
             have = tuple(stored[name].size) if name in stored else "nothing"
             raise UserError(f"{checkpoint}: {name} has shape {have}, expected {tuple(t.shape)}: it is a model of another shape")
+    on_cpu = {name: torch.empty_like(t, device="cpu") for name, t in tensors.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+        dcp.load(on_cpu, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    for name, t in tensors.items():
+        t.copy_(on_cpu[name])
     for name, setter in (("rng.cpu", torch.set_rng_state), ("rng.cuda", torch.cuda.set_rng_state)):
         if name in tensors:
             setter(tensors[name])

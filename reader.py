@@ -28,7 +28,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
         meta = json.loads((folder / "meta.json").read_text())
         if meta["format"] != 1:
             raise UserError(f"{folder / 'meta.json'}: format {meta['format']}, expected 1; prepare it with this version of data.py")
-        _ = [meta[k] for k in ("tokenizer", "tokenizer_sha256", "vocab_size", "eot", "dtype", "val", "increments")]
+        _ = [meta[k] for k in ("tokenizer", "tokenizer_sha256", "vocab_size", "eot", "dtype")]
+        sums: dict[str, str] = {}
+        for part in [meta["val"], *meta["increments"]]:
+            _ = part["documents"], part["tokens"]
+            if (same := sums.setdefault(part["sha256"]["bin"], part["name"])) != part["name"]:
+                raise UserError(
+                    f"{folder / 'meta.json'}: {same} and {part['name']} are the same text, but increments must not overlap; prepare the data again"
+                )
         return meta
     except FileNotFoundError:
         raise UserError(f"{folder}: no prepared data; make it: python data.py prepare --out {folder}") from None
@@ -76,6 +83,15 @@ def check_files(folder: Path, names: list[str] | None = None, checksums: bool = 
                     raise UserError(
                         f"{file}: SHA-256 is {digest.hexdigest()[:16]}.., expected {sha[:16]}..; its bytes have changed: restore it or prepare the data again"
                     )
+    if names is None:
+        ids = {p["name"]: np.memmap(folder / f"{p['name']}.ids", "<u8", "r") for p in parts if p["documents"]}
+        for low in range(0, 2**64, 2**56):  # a range of hashes at a time, so that memory stays small
+            limits = np.array([low, low + 2**56 - 1], np.uint64)
+            cut = {name: a[np.searchsorted(a, limits[0]) : np.searchsorted(a, limits[1], "right")] for name, a in ids.items()}
+            values, counts = np.unique(np.concatenate(list(cut.values())), return_counts=True)
+            if (counts > 1).any():
+                twice = [name for name, a in cut.items() if values[counts > 1][0] in a]
+                raise UserError(f"{folder}: {' and '.join(twice)} hold the same document, but increments must not overlap; prepare the data again")
     return sum(w[1] for w in wanted)
 
 

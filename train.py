@@ -250,6 +250,7 @@ def main() -> None:
                 held.enter_context(checkpoint.lock(folder))
                 if not (run / "config.toml").exists():
                     (run / "config.toml").write_text(config.to_toml(c))
+            held.enter_context(config.user_errors("train.py"))  # from here on one rank may fail alone, and says so
             train(c, p, segment, folder, required, tokens, origin, lineage, start, device, rank, ranks)
 
 
@@ -326,7 +327,7 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
         with torch.no_grad(), autocast:
             for arrays in tokens.validation(t.micro_batch, t.eval_tokens, rank, ranks):
                 x, y = to_device(arrays)
-                total += torch.tensor([net(x, y).item() * y.numel(), y.numel()], dtype=torch.float64)
+                total += torch.tensor([net(x, y).item() * y.numel(), y.numel()], dtype=torch.float64, device=total.device)
         nats, count = mean_over_ranks(total).tolist()
         return nats / count
 

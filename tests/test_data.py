@@ -1,6 +1,7 @@
 """prepare, add, verify and batch: nothing lost, nothing twice, the same everywhere."""
 
 import gzip
+import hashlib
 import importlib.metadata
 import json
 import lzma
@@ -248,6 +249,22 @@ def test_verify_finds_damage(copy, damage, words):
     damage(copy)
     with pytest.raises(UserError, match=words.replace("(", r"\(")):
         reader.check_files(copy, quiet=True)
+
+
+def test_increments_that_overlap_are_refused(copy):
+    meta = reader.read_meta(copy)
+    shared = np.fromfile(copy / "v1.ids", "<u8")[3]  # a document of v1 in v3 as well
+    ids = np.sort(np.append(np.fromfile(copy / "v3.ids", "<u8"), shared).astype("<u8"))
+    ids.tofile(copy / "v3.ids")
+    meta["increments"][2]["documents"] += 1
+    meta["increments"][2]["sha256"]["ids"] = hashlib.sha256(ids.tobytes()).hexdigest()
+    (copy / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="v1 and v3 hold the same document"):
+        reader.check_files(copy, quiet=True)
+    meta["increments"][2] = {**meta["increments"][0], "name": "v3"}
+    (copy / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="v1 and v3 are the same text"):
+        reader.read_meta(copy)
 
 
 def cli(*args, **kw):

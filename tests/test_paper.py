@@ -22,9 +22,9 @@ def test_the_graph_trains_what_is_shared_once():
     cells = paper.graph(c, ["cosine", "knee"])
     names = set(cells)
     assert len(names) == 1 + 2 * (4 + 3 + 4)  # one main path; PTFS's V1 is CPT's
-    assert cells["cpt-cosine/v2"].segment.parent == ("ptfs-cosine/v1", 250)
-    assert cells["main"].required == (100, 350, 600, 850)
-    assert sum(x.steps for n, x in cells.items() if "knee" not in n) == 18.8 * 250
+    assert cells["cpt-cosine/v2"].segment.parent == ("ptfs-cosine/v1", 200)
+    assert cells["main"].required == (80, 280, 480, 680)
+    assert sum(x.steps for n, x in cells.items() if "knee" not in n) == 18.8 * 200
 
 
 def command(out, prepared, *args):
