@@ -25,7 +25,7 @@ class UserError(Exception):
 
 
 @contextmanager
-def user_errors(program: str, show: bool = True) -> Iterator[None]:
+def user_errors(program: str, show: bool = True, at_once: bool = False) -> Iterator[None]:
     """Turn UserError, and what the disk refuses, into one line and exit code 2."""
     try:
         yield
@@ -36,7 +36,9 @@ def user_errors(program: str, show: bool = True) -> Iterator[None]:
     else:
         return
     for line in lines if show else []:
-        print(f"{program}: error: {line}", file=sys.stderr)
+        print(f"{program}: error: {line}", file=sys.stderr, flush=True)
+    if at_once:
+        os._exit(2)
     sys.exit(2)
 
 

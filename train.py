@@ -250,7 +250,8 @@ def main() -> None:
                 held.enter_context(checkpoint.lock(folder))
                 if not (run / "config.toml").exists():
                     (run / "config.toml").write_text(config.to_toml(c))
-            held.enter_context(config.user_errors("train.py"))  # from here on one rank may fail alone, and says so
+            # From here on one rank may fail alone. It says so, and leaves at once: an orderly exit could wait for the others
+            held.enter_context(config.user_errors("train.py", at_once=ranks > 1))
             train(c, p, segment, folder, required, tokens, origin, lineage, start, device, rank, ranks)
 
 
@@ -429,6 +430,7 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
         )
     if ranks > 1:
         dist.barrier()
+        del model  # DDP's C++ half must let go of the process group first; the other way around can hang
         dist.destroy_process_group()
     if asked and step < end:
         sys.exit(128 + asked[0])
