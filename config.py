@@ -38,6 +38,7 @@ def user_errors(program: str, show: bool = True, at_once: bool = False) -> Itera
     for line in lines if show else []:
         print(f"{program}: error: {line}", file=sys.stderr, flush=True)
     if at_once:
+        sys.stdout.flush()
         os._exit(2)
     sys.exit(2)
 

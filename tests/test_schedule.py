@@ -211,3 +211,20 @@ def test_the_script_lists_segments_and_every_update(tmp_path):
     assert "2,520" in script(*args).stdout.splitlines()[-1]  # 2,100 of the increments and 2 x 210
     assert script(*args, "--plot", str(tmp_path / "p.png")).returncode == 0
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_schedule_that_the_readme_adds(monkeypatch):
+    """Its function and its line, taken from the README as they stand there."""
+    import re
+
+    import schedule
+
+    function, line = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    space = dict(vars(schedule))
+    exec(function, space)
+    name, entry = next(iter(eval("{" + line + "}", space).items()))
+    monkeypatch.setitem(SCHEDULES, name, entry)
+    for paradigm in ("ptfs", "cpt", "ours"):
+        for s in plan(paradigm, variant(schedule=name)):
+            assert s.name == "main" or s.lr(s.end - 1) == 3e-5
+    assert plan("ours", variant(schedule=name))[1].lr(4000 + 3600 - 1) == pytest.approx(3e-5 + 2.7e-4 * 0.8)  # 3-4-5: half-way and a bit down
