@@ -7,15 +7,12 @@ or not, write and read the same format. A save is complete or not there: all is 
 metadata last, everything fsynced, and then renamed. A deletion takes the metadata first.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+import disk
 from config import UserError
 
 STEP = re.compile(r"step-(\d{6,})")
@@ -58,24 +56,6 @@ def state(model: torch.nn.Module, optimizer: torch.optim.AdamW | None = None) ->
     return tensors
 
 
-def sha256(file: Path) -> str:
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def sync(file: Path) -> None:
-    fd = os.open(file, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
-
-
-def write_json(file: Path, content: Any) -> None:
-    with open(file, "w") as f:
-        json.dump(content, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-
-
 def save(segment: Path, step: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> dict[str, Any]:
     """Write `tensors` and `record` as the checkpoint of `step`; returns its meta. One that is there is left as it is."""
     final = path(segment, step)
@@ -94,13 +74,12 @@ def save(segment: Path, step: int, tensors: dict[str, Tensor], record: dict[str,
                 raise next(iter(e.failures.values()))[0] from None
         files = sorted(partial.iterdir())
         for f in files:
-            sync(f)
-        sums = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
+            disk.sync(f)
+        sums = {f.name: {"bytes": f.stat().st_size, "sha256": disk.sha256(f)} for f in files}
         meta = {"format": 1, "step": step, **record, "files": sums, "hash": hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()}
-        write_json(partial / "meta.json", meta)
-        sync(partial)
+        disk.write_json(partial / "meta.json", meta)
         os.rename(partial, final)
-        sync(segment)
+        disk.sync(segment)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -142,7 +121,7 @@ def load(checkpoint: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
             raise UserError(f"{file}: is missing; {_instead(checkpoint)}")
         if file.stat().st_size != expected["bytes"]:
             raise UserError(f"{file}: got {file.stat().st_size} bytes, expected {expected['bytes']}; {_instead(checkpoint)}")
-        if sha256(file) != expected["sha256"]:
+        if disk.sha256(file) != expected["sha256"]:
             raise UserError(f"{file}: its bytes have changed (SHA-256); {_instead(checkpoint)}")
     stored: dict[str, Any] = dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     for name, t in list(tensors.items()):
@@ -167,9 +146,7 @@ def pin(checkpoint: Path) -> None:
     """Keep a checkpoint for ever."""
     meta = read_meta(checkpoint)
     if not meta.get("pinned"):
-        write_json(checkpoint / ".meta.json.partial", {**meta, "pinned": True})
-        os.rename(checkpoint / ".meta.json.partial", checkpoint / "meta.json")
-        sync(checkpoint)
+        disk.write_json(checkpoint / "meta.json", {**meta, "pinned": True})
 
 
 def prune(segment: Path, keep: int) -> None:
@@ -177,17 +154,5 @@ def prune(segment: Path, keep: int) -> None:
     loose = [s for s in steps(segment) if not read_meta(path(segment, s)).get("pinned")]
     for s in loose[:-keep]:
         (path(segment, s) / "meta.json").unlink()
-        sync(path(segment, s))
+        disk.sync(path(segment, s))
         shutil.rmtree(path(segment, s))
-
-
-@contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Hold a segment's folder, made if need be; a second process is refused. The system lets go of it when this process ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another process is training here; wait for it or choose another --out") from None
-        yield

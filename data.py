@@ -10,10 +10,8 @@ memory, is the same on any number of machines and in any order of the input, and
 
 import base64
 import collections
-import fcntl
 import hashlib
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -30,6 +28,7 @@ from typing import Any
 import numpy as np
 
 import config
+import disk
 from config import UserError
 from reader import check_files, id_dtype, read_meta, tok_path, tokenizer_of
 from text import KINDS, PATTERN, Tokenizer, all_documents, files_of, optional
@@ -182,27 +181,15 @@ def gather(
 @contextmanager
 def workspace(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder`, for one process at a time; removed whatever happens, and what a killed one left as well."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = open(folder.parent / f".{folder.name}.lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{folder}: another process is preparing it; wait for it or choose another --out") from None
     work = folder.parent / f".{folder.name}.partial"
-    try:
-        shutil.rmtree(work, ignore_errors=True)
-        (work / "buckets").mkdir(parents=True)
-        (work / "out").mkdir()
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        lock.close()
-
-
-def fsync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
+    with disk.lock(folder.parent / f".{folder.name}.lock", f"{folder}: another process is preparing it; wait for it or choose another --out"):
+        try:
+            shutil.rmtree(work, ignore_errors=True)
+            (work / "buckets").mkdir(parents=True)
+            (work / "out").mkdir()
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def shares(sources: list[str], weights: list[float] | None, tokens: list[int]) -> list[float]:
@@ -214,16 +201,6 @@ def shares(sources: list[str], weights: list[float] | None, tokens: list[int]) -
             raise UserError(f"--source {s}: has no text, so it can have no weight")
     ratio = [w / n for w, n in zip(weights, tokens, strict=True)]
     return [r / max(ratio) for r in ratio]
-
-
-def write_meta(folder: Path, meta: dict[str, Any]) -> None:
-    temporary = folder / "meta.json.partial"
-    with open(temporary, "w") as f:
-        json.dump(meta, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.rename(folder / "meta.json")
-    fsync_folder(folder)
 
 
 def report(folder: Path, meta: dict[str, Any], written: list[dict], duplicates: int, again: int, quiet: bool) -> None:
@@ -266,9 +243,9 @@ def prepare(out: str, sources: list[str], tokenizer: str = str(RANKS), increment
         kind = tokenizer if tok.name == "bytes" or not (work / "out" / "tokenizer.tiktoken").exists() else "tokenizer.tiktoken"
         meta = {"format": 1, "tokenizer": kind, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size, "eot": tok.eot, "dtype": dtype,
                 "sources": [{"increments": len(increments), "from": sources, "weights": weights}], "val": written[0], "increments": written[1:]}  # fmt: skip
-        write_meta(work / "out", meta)
+        disk.write_json(work / "out" / "meta.json", meta)
         os.rename(work / "out", folder)
-        fsync_folder(folder.parent)
+        disk.sync(folder.parent)
     report(folder, meta, written, duplicates, 0, quiet)
     return meta
 
@@ -283,7 +260,8 @@ def ship(out: str) -> None:
 def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: int = 0, quiet: bool = False) -> tuple[dict[str, Any], int]:
     """Append increment N+1 without touching the others; returns the meta and how many documents they held already."""
     folder = Path(out)
-    meta, tok = read_meta(folder), tokenizer_of(folder)
+    tokenizer_of(folder)  # is the one it was made with
+    meta = read_meta(folder)
     name = f"v{len(meta['increments']) + 1}"
     with workspace(folder) as work:
         meta = read_meta(folder)  # again, now that no other process can change it
@@ -298,9 +276,8 @@ def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: 
             os.rename(file, folder / file.name)
         meta["increments"] += written
         meta["sources"].append({"increments": 1, "from": sources, "weights": weights})
-        write_meta(folder, meta)
+        disk.write_json(folder / "meta.json", meta)
     report(folder, meta, written, duplicates, again, quiet)
-    assert tok.vocab_size == meta["vocab_size"]
     return meta, again
 
 

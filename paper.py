@@ -25,6 +25,7 @@ import checkpoint
 import config
 import cost
 import data
+import disk
 import eval as evaluation
 import reader
 import schedule
@@ -311,7 +312,7 @@ def main() -> None:
     if {"table3", "fig2"} & set(o.what):
         given = [w for k in config.flatten(c) if getattr(o, k) is not None and k != "out" for w in (f"--{k}", getattr(o, k))]
         began = time.perf_counter()
-        with checkpoint.lock(run):
+        with disk.lock(run / ".lock", f"{run}: another paper.py is at work here; wait for it or choose another --out"):
             run_graph(cells, run, [*(("--config", o.config) if o.config else ("--config", "tiny")), *given, "--out", c.out], jobs, gpus)
             result = table3(c, schedules, run, jobs)
         fig2(result, run)

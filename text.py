@@ -9,7 +9,7 @@ import itertools
 import json
 import lzma
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -163,28 +163,30 @@ def json_text(line: bytes, file: Path, number: int) -> str:
         text = None
     if not isinstance(text, str):
         raise UserError(f'{file}:{number}: got {line[:60]!r}, expected a JSON object with a text under "text"')
-    return text
+    return text.encode("utf-8", "replace").decode()  # half of a surrogate pair, which JSON can spell, becomes "?"
+
+
+def hub(source: str) -> Iterator[str]:
+    """The documents of hf:NAME or hf:NAME:SUBSET, its train split, streamed."""
+    datasets = optional("datasets", "datasets", f"--source {source}")
+    name, _, subset = source.removeprefix("hf:").partition(":")
+    try:
+        for row in datasets.load_dataset(name, subset or None, split="train", streaming=True):
+            yield row["text"]
+    except KeyError as e:
+        raise UserError(f'--source {source}: has no {e}, expected rows with a "text"') from None
+    except Exception as e:  # the hub's errors have many types
+        raise UserError(f"--source {source}: {type(e).__name__}: {str(e).splitlines()[0][:200]}") from None
 
 
 def all_documents(sources: list[str], quiet: bool = False) -> Iterator[tuple[int, str]]:
     """(index of its source, text) of every document that is not blank, under one progress bar."""
     found = [[] if s.startswith("hf:") else files_of(s) for s in sources]
     total = sum(f.stat().st_size for files in found for f in files)
-    hub = any(s.startswith("hf:") for s in sources)
-    with tqdm(total=None if hub else total, unit="B", unit_scale=True, desc="tokenizing", disable=True if quiet else None) as bar:
+    streamed = any(s.startswith("hf:") for s in sources)
+    with tqdm(total=None if streamed else total, unit="B", unit_scale=True, desc="tokenizing", disable=True if quiet else None) as bar:
         for i, source in enumerate(sources):
-            texts: Iterable[str] = itertools.chain.from_iterable(documents(f, bar.update) for f in found[i])
-            if source.startswith("hf:"):
-                name, _, subset = source[3:].partition(":")
-                hf = optional("datasets", "datasets", f"--source {source}")
-                try:
-                    rows = hf.load_dataset(name, subset or None, split="train", streaming=True)
-                    texts = (row["text"] for row in rows)
-                    texts = itertools.chain([next(texts)], texts)
-                except KeyError:
-                    raise UserError(f'--source {source}: its rows have no "text"') from None
-                except Exception as e:  # the hub's errors have many types
-                    raise UserError(f"--source {source}: {type(e).__name__}: {str(e).splitlines()[0][:200]}") from None
+            texts = hub(source) if source.startswith("hf:") else itertools.chain.from_iterable(documents(f, bar.update) for f in found[i])
             for text in texts:
-                if not text.isspace() and text:
+                if text and not text.isspace():
                     yield i, text

@@ -32,6 +32,7 @@ from tqdm import tqdm
 import checkpoint
 import config
 import data
+import disk
 import model as llama
 import reader
 import schedule
@@ -247,7 +248,7 @@ def main() -> None:
         device = pick_device(c.train.device, local_rank)
         with ExitStack() as held:
             if rank == 0:
-                held.enter_context(checkpoint.lock(folder))
+                held.enter_context(disk.lock(folder / ".lock", f"{folder}: another process is training here; wait for it or choose another --out"))
                 if not (run / "config.toml").exists():
                     (run / "config.toml").write_text(config.to_toml(c))
             # From here on one rank may fail alone. It says so, and leaves at once: an orderly exit could wait for the others

@@ -16,6 +16,7 @@ from conftest import BASE, ROOT
 import checkpoint
 import config
 import data
+import disk
 import model
 import reader
 import train
@@ -387,7 +388,7 @@ def test_damaged_data_and_checkpoints_are_found_before_training(train_cli, tmp_p
 
 
 def test_a_second_process_in_the_same_folder_is_refused(train_cli, tmp_path, capsys):
-    with checkpoint.lock(tmp_path / "run" / "ptfs-cosine" / "v1"):
+    with disk.lock(tmp_path / "run" / "ptfs-cosine" / "v1" / ".lock", ""):
         assert train_cli("--mode", "ptfs", "--version", "1") == 2
     assert "another process is training here" in capsys.readouterr().err
 
