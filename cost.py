@@ -14,9 +14,9 @@ import math
 from typing import Any
 
 import config
+import lineage
 import model
 import schedule
-import train
 from config import UserError
 
 CONVENTIONS = ("section3.2", "table2")
@@ -24,7 +24,7 @@ CONVENTIONS = ("section3.2", "table2")
 
 def steps(paradigm: str, p: schedule.Plan, convention: str = "section3.2") -> int:
     """Steps of all versions of a paradigm: C_ptfs, C_cpt or C_ours of section 3.2."""
-    segments = train.make_segments(paradigm, p)
+    segments = lineage.make_segments(paradigm, p)
     if convention == "table2" and paradigm != "cpt":
         segments = [s for s in segments if s.version > 1 or s.name == "main"]
     return sum(s.end - s.start for s in segments)
@@ -32,7 +32,7 @@ def steps(paradigm: str, p: schedule.Plan, convention: str = "section3.2") -> in
 
 def table(c: config.Config, convention: str, mfu: float, peak: float, price: float) -> list[dict[str, Any]]:
     """A row a paradigm: steps, tokens, FLOPs, GPU-hours, price, and its cost relative to PTFS."""
-    p = train.make_plan(c)
+    p = lineage.make_plan(c)
     rows: list[dict[str, Any]] = []
     counts = {paradigm: steps(paradigm, p, convention) for paradigm in schedule.PARADIGMS}
     for paradigm, n in counts.items():

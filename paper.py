@@ -27,6 +27,7 @@ import cost
 import data
 import disk
 import eval as evaluation
+import lineage
 import reader
 import schedule
 import text
@@ -56,9 +57,9 @@ def graph(c: config.Config, schedules: list[str]) -> dict[str, Cell]:
     """Every segment of the three paradigms under these schedules, by name; what they share is there once."""
     cells: dict[str, Cell] = {}
     for name in schedules:
-        p = replace(train.make_plan(c), schedule=name)
+        p = replace(lineage.make_plan(c), schedule=name)
         for paradigm in schedule.PARADIGMS:
-            segments = train.make_segments(paradigm, p)
+            segments = lineage.make_segments(paradigm, p)
             forks = tuple(s.start for s in segments if s.parent and s.parent[0] == "main")
             for s in segments:
                 mode = "main" if s.name == "main" else "branch" if paradigm == "ours" else s.name.partition("-")[0]
@@ -177,7 +178,7 @@ def table3(c: config.Config, schedules: list[str], run: Path, jobs: int) -> dict
     where: dict[tuple[str, str, int], Path] = {}
     costs: dict[tuple[str, str], float] = {}
     for name in schedules:
-        p = replace(train.make_plan(c), schedule=name)
+        p = replace(lineage.make_plan(c), schedule=name)
         total = cost.steps("ptfs", p)
         for paradigm in schedule.PARADIGMS:
             costs[name, paradigm] = cost.steps(paradigm, p) / total
@@ -246,8 +247,8 @@ def table3_text(result: dict[str, Any], versions: list[int]) -> str:
 
 def fig1(c: config.Config, run: Path) -> None:
     """Figure 1: the learning-rate paths of the three paradigms."""
-    p = train.make_plan(c)
-    schedule.draw({paradigm: train.make_segments(paradigm, p) for paradigm in schedule.PARADIGMS}, str(run / "fig1.png"))
+    p = lineage.make_plan(c)
+    schedule.draw({paradigm: lineage.make_segments(paradigm, p) for paradigm in schedule.PARADIGMS}, str(run / "fig1.png"))
     print(run / "fig1.png")
 
 

@@ -15,12 +15,10 @@ import os
 import platform
 import shlex
 import signal
-import struct
 import subprocess
 import sys
 import time
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,84 +31,13 @@ import checkpoint
 import config
 import data
 import disk
+import lineage
 import model as llama
 import reader
 import schedule
 from config import UserError
 
-MODES = {"main": "ours", "branch": "ours", "ptfs": "ptfs", "cpt": "cpt"}  # mode: paradigm
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s of the data sheets
-
-# ----------------------------------------------------------------------------------------------------------
-# What is to be done: the segment, where it starts, what would stop it
-
-
-def make_plan(c: config.Config, version: int | None = None) -> schedule.Plan:
-    """The plan of a config; a version past the planned ones prolongs it by increments of the same length."""
-    increments = c.increments
-    if version and version > len(increments) and not c.plan.increments:
-        increments = [c.plan.steps] * version
-    rest = {k: v for k, v in vars(c.plan).items() if k not in ("versions", "steps", "increments")}
-    return schedule.Plan(increments, **rest)
-
-
-def make_segments(paradigm: str, p: schedule.Plan) -> list[schedule.Segment]:
-    """schedule.plan, its complaints under the config's names."""
-    try:
-        return schedule.plan(paradigm, p)
-    except ValueError as e:
-        raise UserError("\n".join(f"plan.{line}" for line in str(e).splitlines())) from None
-
-
-def pick(c: config.Config, mode: str, version: int | None) -> tuple[schedule.Plan, list[schedule.Segment], schedule.Segment]:
-    """(plan, segments of the paradigm, the one to train). UserError where the plan makes no sense."""
-    p = make_plan(c, version)
-    if version and version > len(p.increments):
-        raise UserError(f"--version: got {version}, but plan.increments has {len(p.increments)}; add its steps there")
-    if mode == "main" and version:  # the main path as far as this version's fork point
-        p = replace(p, increments=p.increments[:version])
-    segments = make_segments(MODES[mode], p)
-    if mode == "main":
-        return p, segments, segments[0]
-    if version is None:
-        raise UserError(f"--version: not given; --mode {mode} expects one of 1..{len(p.increments)}")
-    return p, segments, next(s for s in segments if s.version == version and s.name != "main")
-
-
-def fingerprint(s: schedule.Segment, ends: list[int], step: int) -> dict[str, Any]:
-    """The learning-rate path and the data of a segment up to `step`, whatever keys of the plan they came from.
-
-    The main path may be prolonged, so its end is no part of what it was up to a step.
-    """
-    rates = b"".join(struct.pack("<d", s.lr(i)) for i in range(s.start, step))
-    end = None if s.name == "main" else s.end
-    return {"start": s.start, "end": end, "parent": list(s.parent) if s.parent else None,
-            "lr_sha256": hashlib.sha256(rates).hexdigest(), "increments": [e for e in ends if e < step]}  # fmt: skip
-
-
-def check_lineage(where: Path, meta: dict[str, Any], c: config.Config, s: schedule.Segment, tokens: reader.Tokens) -> None:
-    """Is a checkpoint of segment `s` what this config would have made? UserError names the keys or files that say no."""
-    now = config.flatten(c)
-    different = [k for k, (f, v) in now.items() if not f.metadata["free"] and not k.startswith("plan.") and meta["config"].get(k) != v]
-    if meta["path"] != fingerprint(s, tokens.ends, meta["step"]):
-        plan_keys = [k for k, (_, v) in now.items() if k.startswith("plan.") and meta["config"].get(k) != v]
-        different += plan_keys or ["plan"]
-    if different:
-        was = ", ".join(f"{k}: {meta['config'].get(k)} there, {now[k][1] if k in now else '?'} here" for k in different)
-        raise UserError(f"{where}: was made with another config ({was}); go back to it, or choose another --out")
-    identity = tokens.identity(meta["step"])
-    if meta["data"]["tokenizer"] != identity["tokenizer"]:
-        raise UserError(f"{where}: was trained with another tokenizer than data.path {tokens.folder}; choose the data it was trained on")
-    if meta["data"]["increments"] != identity["increments"]:
-        raise UserError(f"{where}: was trained on other increments than those of data.path {tokens.folder}; choose the data it was trained on")
-
-
-def resume_step(folder: Path, required: list[int]) -> int | None:
-    """The last checkpoint before the first required one that is missing; None: begin. All there: the last required."""
-    there = checkpoint.steps(folder)
-    missing = [r for r in required if r not in there]
-    usable = [s for s in there if s <= (min(missing) if missing else required[-1])]
-    return max(usable, default=None)
 
 
 def command(**changes: Any) -> str:
@@ -167,7 +94,7 @@ def main() -> None:
     a = config.Parser(
         prog="train.py", description=__doc__, usage="train.py [--config NAME] [--mode MODE] [--version I] [--dry_run] [--section.key VALUE ..]"
     )
-    a.add_argument("--mode", default="main", help=", ".join(MODES))
+    a.add_argument("--mode", default="main", help=", ".join(lineage.MODES))
     a.add_argument("--version", help="the version to train; main: the version at whose fork point it ends [the last planned]")
     a.add_argument("--dry_run", action="store_true", help="say what would be done, touch nothing")
     a.add_config()
@@ -175,25 +102,21 @@ def main() -> None:
     with config.user_errors("train.py", show=rank == 0):
         # The config for the device, where none is named
         cuda = torch.cuda.is_available()
-        small = config.load("small")
-        default = "small" if cuda and Path(small.data.path).exists() else "tiny"
+        default = "small" if cuda and Path(config.load("small").data.path).exists() else "tiny"
         o, c = a.parse_config(default=default)
         say = print if rank == 0 else lambda *a, **k: None
         if not o.config:
-            say(
-                f"no --config given: {default}"
-                + (f" (small once {small.data.path} is there: see configs/small.toml)" if cuda and default == "tiny" else "")
-            )
+            say(f"no --config given: {default}" + (" (small once data/small is there: see configs/small.toml)" if cuda and default == "tiny" else ""))
 
         # What is wrong is said at once, before anything is touched
-        problems = [] if o.mode in MODES else [f"--mode: got {o.mode!r}, expected one of {', '.join(MODES)}"]
+        problems = [] if o.mode in lineage.MODES else [f"--mode: got {o.mode!r}, expected one of {', '.join(lineage.MODES)}"]
         version = int(o.version) if o.version and o.version.isdecimal() and int(o.version) > 0 else None
         if o.version is not None and version is None:
             problems.append(f"--version: got {o.version!r}, expected a whole number of 1 or more")
         mode = "main" if problems else o.mode
         problems += config.check_batch(c, ranks)
         try:
-            p, segments, segment = pick(c, mode, version)
+            p, segments, segment = lineage.pick(c, mode, version)
         except UserError as e:
             problems.append(str(e))
         if problems:
@@ -221,22 +144,22 @@ def main() -> None:
             raise UserError("\n".join(problems))
 
         # Where it begins: its own last checkpoint (resume), its parent's (branch, CPT), or random weights
-        resume = resume_step(folder, required)
+        resume = lineage.resume_step(folder, required)
         parent = run / segment.parent[0] if segment.parent else None
         origin: Path | None = None
         if resume is not None:
             origin = checkpoint.path(folder, resume)
-            check_lineage(origin, meta := checkpoint.read_meta(origin), c, segment, tokens)
-            lineage = meta["parent"]
+            lineage.check_lineage(origin, meta := checkpoint.read_meta(origin), c, segment, tokens)
+            parent_record = meta["parent"]
         elif parent and segment.parent:
             origin = checkpoint.path(parent, segment.parent[1])
             if segment.parent[1] not in checkpoint.steps(parent):
                 maker = {"mode": "main", "version": segment.version} if o.mode == "branch" else {"mode": "cpt", "version": segment.version - 1}
                 raise UserError(f"{origin}: is not there, and {segment.name} starts from it; make it: {command(**maker)}")
-            check_lineage(origin, meta := checkpoint.read_meta(origin), c, next(s for s in segments if s.name == segment.parent[0]), tokens)
-            lineage = {"segment": segment.parent[0], "step": segment.parent[1], "hash": meta["hash"]}
+            lineage.check_lineage(origin, meta := checkpoint.read_meta(origin), c, next(s for s in segments if s.name == segment.parent[0]), tokens)
+            parent_record = {"segment": segment.parent[0], "step": segment.parent[1], "hash": meta["hash"]}
         else:
-            lineage = None
+            parent_record = None
         start = resume if resume is not None else segment.start
         if start >= segment.end:
             say(f"{folder}: finished at step {segment.end}; nothing to do")
@@ -253,7 +176,7 @@ def main() -> None:
                     (run / "config.toml").write_text(config.to_toml(c))
             # From here on one rank may fail alone. It says so, and leaves at once: an orderly exit could wait for the others
             held.enter_context(config.user_errors("train.py", at_once=ranks > 1))
-            train(c, p, segment, folder, required, tokens, origin, lineage, start, device, rank, ranks)
+            train(c, p, segment, folder, required, tokens, origin, parent_record, start, device, rank, ranks)
 
 
 def dry_run(say: Any, c: config.Config, p: schedule.Plan, segment: schedule.Segment, segments: list[schedule.Segment],
@@ -287,7 +210,7 @@ def dry_run(say: Any, c: config.Config, p: schedule.Plan, segment: schedule.Segm
 
 
 def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder: Path, required: list[int], tokens: reader.Tokens,
-          origin: Path | None, lineage: dict | None, start: int, device: torch.device, rank: int, ranks: int) -> None:  # fmt: skip
+          origin: Path | None, parent_record: dict | None, start: int, device: torch.device, rank: int, ranks: int) -> None:  # fmt: skip
     """Updates `start` .. `segment.end - 1`. A checkpoint named `step` holds the state after exactly `step` updates."""
     t, T, end = c.train, c.model.context, segment.end
     if ranks > 1:
@@ -337,8 +260,8 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
         pinned = step in required or step == end
         if rank == 0:
             values = config.values(c)
-            record = {"segment": segment.name, "version": segment.version, "path": fingerprint(segment, tokens.ends, step), "finished": step == end,
-                      "parent": lineage, "tokens": step * t.batch_tokens, "pinned": pinned, "config": values,
+            record = {"segment": segment.name, "version": segment.version, "path": lineage.fingerprint(segment, tokens.ends, step), "finished": step == end,
+                      "parent": parent_record, "tokens": step * t.batch_tokens, "pinned": pinned, "config": values,
                       "config_sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest(),
                       "data": tokens.identity(step), "versions": versions}  # fmt: skip
             checkpoint.save(folder, step, checkpoint.state(net, optimizer), record)

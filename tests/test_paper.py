@@ -13,6 +13,7 @@ import checkpoint
 import config
 import cost
 import eval as evaluation
+import lineage
 import model
 import paper
 
@@ -123,4 +124,4 @@ def test_cost_bad_input(args, words):
 
 def test_cost_refuses_an_impossible_plan():
     with pytest.raises(config.UserError, match=r"plan.alpha: got 2"):
-        cost.steps("ours", paper.replace(paper.train.make_plan(config.load("tiny")), alpha=2.0))
+        cost.steps("ours", paper.replace(lineage.make_plan(config.load("tiny")), alpha=2.0))

@@ -17,6 +17,7 @@ import checkpoint
 import config
 import data
 import disk
+import lineage
 import model
 import reader
 import train
@@ -205,7 +206,7 @@ def test_the_loop_is_adamw_written_out(train_cli, tmp_path, prepared):
     torch.manual_seed(c.train.seed)
     net = model.Transformer(c.model).double()
     tokens = reader.Tokens(str(prepared), 32, 8, [4], c.train.seed)
-    lr = train.make_segments("ptfs", train.make_plan(c))[0].lr
+    lr = lineage.make_segments("ptfs", lineage.make_plan(c))[0].lr
     moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in net.named_parameters()}
     for step in range(4):
         x, y = map(torch.from_numpy, tokens.batch(step))

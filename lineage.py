@@ -1,0 +1,87 @@
+"""From a config to a segment, and to what it may start from.
+
+A segment starts from random weights, from its own last checkpoint (resume) or from its parent's (branch, CPT). A
+checkpoint is taken only where this config would have made it, bit for bit: same keys, same learning rates, same text.
+"""
+
+import hashlib
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import checkpoint
+import config
+import reader
+import schedule
+from config import UserError
+
+MODES = {"main": "ours", "branch": "ours", "ptfs": "ptfs", "cpt": "cpt"}  # mode: paradigm
+
+
+def make_plan(c: config.Config, version: int | None = None) -> schedule.Plan:
+    """The plan of a config; a version past the planned ones prolongs it by increments of the same length."""
+    increments = c.increments
+    if version and version > len(increments) and not c.plan.increments:
+        increments = [c.plan.steps] * version
+    rest = {k: v for k, v in vars(c.plan).items() if k not in ("versions", "steps", "increments")}
+    return schedule.Plan(increments, **rest)
+
+
+def make_segments(paradigm: str, p: schedule.Plan) -> list[schedule.Segment]:
+    """schedule.plan, its complaints under the config's names."""
+    try:
+        return schedule.plan(paradigm, p)
+    except ValueError as e:
+        raise UserError("\n".join(f"plan.{line}" for line in str(e).splitlines())) from None
+
+
+def pick(c: config.Config, mode: str, version: int | None) -> tuple[schedule.Plan, list[schedule.Segment], schedule.Segment]:
+    """(plan, segments of the paradigm, the one to train). UserError where the plan makes no sense."""
+    p = make_plan(c, version)
+    if version and version > len(p.increments):
+        raise UserError(f"--version: got {version}, but plan.increments has {len(p.increments)}; add its steps there")
+    if mode == "main" and version:  # the main path as far as this version's fork point
+        p = replace(p, increments=p.increments[:version])
+    segments = make_segments(MODES[mode], p)
+    if mode == "main":
+        return p, segments, segments[0]
+    if version is None:
+        raise UserError(f"--version: not given; --mode {mode} expects one of 1..{len(p.increments)}")
+    return p, segments, next(s for s in segments if s.version == version and s.name != "main")
+
+
+def fingerprint(s: schedule.Segment, ends: list[int], step: int) -> dict[str, Any]:
+    """The learning-rate path and the data of a segment up to `step`, whatever keys of the plan they came from.
+
+    The main path may be prolonged, so its end is no part of what it was up to a step.
+    """
+    rates = b"".join(struct.pack("<d", s.lr(i)) for i in range(s.start, step))
+    end = None if s.name == "main" else s.end
+    return {"start": s.start, "end": end, "parent": list(s.parent) if s.parent else None,
+            "lr_sha256": hashlib.sha256(rates).hexdigest(), "increments": [e for e in ends if e < step]}  # fmt: skip
+
+
+def check_lineage(where: Path, meta: dict[str, Any], c: config.Config, s: schedule.Segment, tokens: reader.Tokens) -> None:
+    """Is a checkpoint of segment `s` what this config would have made? UserError names the keys or files that say no."""
+    now = config.flatten(c)
+    different = [k for k, (f, v) in now.items() if not f.metadata["free"] and not k.startswith("plan.") and meta["config"].get(k) != v]
+    if meta["path"] != fingerprint(s, tokens.ends, meta["step"]):
+        plan_keys = [k for k, (_, v) in now.items() if k.startswith("plan.") and meta["config"].get(k) != v]
+        different += plan_keys or ["plan"]
+    if different:
+        was = ", ".join(f"{k}: {meta['config'].get(k)} there, {now[k][1] if k in now else '?'} here" for k in different)
+        raise UserError(f"{where}: was made with another config ({was}); go back to it, or choose another --out")
+    identity = tokens.identity(meta["step"])
+    if meta["data"]["tokenizer"] != identity["tokenizer"]:
+        raise UserError(f"{where}: was trained with another tokenizer than data.path {tokens.folder}; choose the data it was trained on")
+    if meta["data"]["increments"] != identity["increments"]:
+        raise UserError(f"{where}: was trained on other increments than those of data.path {tokens.folder}; choose the data it was trained on")
+
+
+def resume_step(folder: Path, required: list[int]) -> int | None:
+    """The last checkpoint before the first required one that is missing; None: begin. All there: the last required."""
+    there = checkpoint.steps(folder)
+    missing = [r for r in required if r not in there]
+    usable = [s for s in there if s <= (min(missing) if missing else required[-1])]
+    return max(usable, default=None)
