@@ -76,7 +76,8 @@ def save(segment: Path, step: int, tensors: dict[str, Tensor], record: dict[str,
         for f in files:
             disk.sync(f)
         sums = {f.name: {"bytes": f.stat().st_size, "sha256": disk.sha256(f)} for f in files}
-        meta = {"format": 1, "step": step, **record, "files": sums, "hash": hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()}
+        meta = {"format": 1, "step": step, **record, "files": sums}
+        meta["hash"] = content_hash(meta)
         disk.write_json(partial / "meta.json", meta)
         os.rename(partial, final)
         disk.sync(segment)
@@ -84,6 +85,12 @@ def save(segment: Path, step: int, tensors: dict[str, Tensor], record: dict[str,
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return meta
+
+
+def content_hash(meta: dict[str, Any]) -> str:
+    """SHA-256 over all that a checkpoint is, its files' checksums included; being pinned is no part of it."""
+    content = {k: v for k, v in meta.items() if k not in ("hash", "pinned")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:
@@ -96,8 +103,10 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
         if meta["format"] != 1:
             raise UserError(f"{file}: format {meta['format']}, expected 1")
         _ = [meta[k] for k in ("step", "segment", "version", "path", "parent", "config", "data", "hash")]
+        if meta["hash"] != content_hash(meta):
+            raise ValueError("its hash does not fit its content")
         if not all(re.fullmatch(r"[\w.-]+\.safetensors", name) for name in meta["files"]):
-            raise ValueError("file names")
+            raise ValueError("names of files")
         return meta
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{checkpoint}: is no checkpoint (no meta.json); expected a folder such as out/demo/main/step-000100") from None
@@ -112,10 +121,12 @@ def _instead(checkpoint: Path) -> str:
     return f"restore it, or move {checkpoint} away {remedy}"
 
 
-def load(checkpoint: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Fill `tensors` (those of `state`, or some of them) from a checkpoint whose files are first compared with their checksums."""
-    meta = read_meta(checkpoint)
-    for name, expected in meta["files"].items():
+def verify(checkpoint: Path) -> None:
+    """Compare a checkpoint's files with their checksums. UserError names the one that is not as it was written."""
+    files = read_meta(checkpoint)["files"]
+    if extra := {f.name for f in checkpoint.glob("*.safetensors")} - files.keys():
+        raise UserError(f"{checkpoint / min(extra)}: is no part of this checkpoint; move it away")
+    for name, expected in files.items():
         file = checkpoint / name
         if not file.is_file():
             raise UserError(f"{file}: is missing; {_instead(checkpoint)}")
@@ -123,6 +134,10 @@ def load(checkpoint: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
             raise UserError(f"{file}: got {file.stat().st_size} bytes, expected {expected['bytes']}; {_instead(checkpoint)}")
         if disk.sha256(file) != expected["sha256"]:
             raise UserError(f"{file}: its bytes have changed (SHA-256); {_instead(checkpoint)}")
+
+
+def load(checkpoint: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Fill `tensors` (those of `state`, or some of them) from a checkpoint that `verify` found whole; returns its meta."""
     stored: dict[str, Any] = dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     for name, t in list(tensors.items()):
         if name not in stored and name == "rng.cuda":  # made on another kind of device
@@ -139,7 +154,7 @@ def load(checkpoint: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     for name, setter in (("rng.cpu", torch.set_rng_state), ("rng.cuda", torch.cuda.set_rng_state)):
         if name in tensors:
             setter(tensors[name])
-    return meta
+    return read_meta(checkpoint)
 
 
 def pin(checkpoint: Path) -> None:

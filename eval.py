@@ -67,11 +67,8 @@ def appl(ppls: dict[int, float]) -> float:
 def load_model(path: Path, device: torch.device) -> tuple[llama.Transformer, dict[str, Any]]:
     """The model of a checkpoint and its meta."""
     meta = checkpoint.read_meta(path)
-    try:
-        shape = config.Model(**{f.name: meta["config"][f"model.{f.name}"] for f in fields(config.Model)})
-        net = llama.Transformer(shape)
-    except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise UserError(f"{path / 'meta.json'}: its model section makes no model ({type(e).__name__}: {e})") from None
+    checkpoint.verify(path)
+    net = llama.Transformer(config.Model(**{f.name: meta["config"][f"model.{f.name}"] for f in fields(config.Model)}))
     checkpoint.load(path, checkpoint.state(net))
     return net.to(device).eval(), meta
 

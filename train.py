@@ -166,6 +166,8 @@ def main() -> None:
             return
         if rank == 0 and c.data.verify:
             reader.check_files(tokens.folder, [name for name, _, _ in tokens.needs(start, segment.end)] + ["val"])
+        if rank == 0 and origin:
+            checkpoint.verify(origin)
 
         # From here on the device and the disk are used
         device = pick_device(c.train.device, local_rank)

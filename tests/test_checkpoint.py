@@ -78,6 +78,7 @@ def test_a_save_that_fails_anywhere_leaves_the_last_good_one(tmp_path, monkeypat
             done = False
         monkeypatch.setattr(os, call, real)
         for step in checkpoint.steps(tmp_path):
+            checkpoint.verify(checkpoint.path(tmp_path, step))
             checkpoint.load(checkpoint.path(tmp_path, step), tensors(9))
         assert 1 in checkpoint.steps(tmp_path) and not list(tmp_path.glob(".*partial"))
         if done:
@@ -95,23 +96,36 @@ def damaged(folder, damage):
         file.write_bytes(raw)
     elif damage == "meta":
         (folder / "meta.json").write_text("{}")
+    elif damage == "bit":
+        text = (folder / "meta.json").read_text()
+        (folder / "meta.json").write_text(text.replace('"version": 1', '"version": 3'))
+    elif damage == "extra":
+        (folder / "more.safetensors").write_bytes(bytes(raw))
     elif damage == "path":
         meta = json.loads((folder / "meta.json").read_text())
         meta["files"] = {"../../evil.safetensors": {"bytes": 1, "sha256": ""}}
+        meta["hash"] = checkpoint.content_hash(meta)
         (folder / "meta.json").write_text(json.dumps(meta))
     else:
         file.write_bytes(raw[: int(len(raw) * damage)])
 
 
-@pytest.mark.parametrize("damage, words", [("missing", "is missing"), ("flipped", "its bytes have changed"), (0, "got 0 bytes"), (0.5, "bytes, expected"), (0.99, "bytes, expected"), ("meta", "damaged"), ("path", "damaged")])  # fmt: skip
+@pytest.mark.parametrize("damage, words", [("missing", "is missing"), ("flipped", "its bytes have changed"), (0, "got 0 bytes"), (0.5, "bytes, expected"), (0.99, "bytes, expected"), ("meta", "damaged"), ("bit", "damaged"), ("path", "names of files")])  # fmt: skip
 def test_damage_is_named_and_the_earlier_one_offered(tmp_path, damage, words):
     save(tmp_path, 1)
     save(tmp_path, 2)
     damaged(tmp_path / "step-000002", damage)
     with pytest.raises(UserError) as e:
-        checkpoint.load(tmp_path / "step-000002", tensors())
+        checkpoint.verify(tmp_path / "step-000002")
     assert words in str(e.value) and "to go on from step-000001" in str(e.value)
-    checkpoint.load(tmp_path / "step-000001", tensors())
+    checkpoint.verify(tmp_path / "step-000001")
+
+
+def test_a_file_that_does_not_belong_is_refused(tmp_path):
+    save(tmp_path, 1)
+    damaged(tmp_path / "step-000001", "extra")
+    with pytest.raises(UserError, match=r"more\.safetensors: is no part of this checkpoint"):
+        checkpoint.verify(tmp_path / "step-000001")
 
 
 def test_another_shape_is_refused(tmp_path):
@@ -121,7 +135,7 @@ def test_another_shape_is_refused(tmp_path):
     with pytest.raises(UserError, match="model.b has shape nothing"):
         checkpoint.load(tmp_path / "step-000001", {"model.b": torch.zeros(5, 8)})
     with pytest.raises(UserError, match="is no checkpoint"):
-        checkpoint.load(tmp_path, {})
+        checkpoint.verify(tmp_path)
 
 
 def test_a_lock_is_held_by_one_and_let_go(tmp_path):

@@ -103,9 +103,9 @@ def test_bad_input(trained, tmp_path, prepared):
     with pytest.raises(UserError, match="its tokenizer is not the one"):
         evaluation.score(trained, CPU, str(tmp_path / "other"), quiet=True)
     meta = checkpoint.read_meta(trained)
-    meta["config"]["model.n_layer"] = "two"
+    meta["config"]["model.n_layer"] = 2
     (trained / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(UserError, match="its model section makes no model"):
+    with pytest.raises(UserError, match="its hash does not fit its content"):
         evaluation.load_model(trained, CPU)
 
 
