@@ -9,9 +9,10 @@ import itertools
 import json
 import lzma
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tqdm import tqdm
 
@@ -113,6 +114,8 @@ def documents(file: Path, progress: Callable[[int], Any]) -> Iterator[str]:
             f = parquet.ParquetFile(file)
             if "text" not in f.schema_arrow.names:
                 raise UserError(f'{file}: has columns {", ".join(f.schema_arrow.names)}; expected one named "text"')
+            if "string" not in (kind := str(f.schema_arrow.field("text").type)):
+                raise UserError(f'{file}: its column "text" is {kind}, expected strings')
             for batch in f.iter_batches(columns=["text"], batch_size=1024):
                 yield from (t for t in batch.column(0).to_pylist() if t)
                 progress(file.stat().st_size * batch.num_rows // max(1, f.metadata.num_rows))
@@ -120,16 +123,18 @@ def documents(file: Path, progress: Callable[[int], Any]) -> Iterator[str]:
             raise UserError(f"{file}: not a readable parquet file: {e}") from None
         return
     with open(file, "rb") as raw:
-        stream: IO[bytes] = raw
+        stream: Any = raw
         if file.suffix == ".gz":
-            stream = gzip.open(raw)  # type: ignore[assignment]
+            stream = gzip.open(raw)
         elif file.suffix == ".xz":
             stream = lzma.open(raw)
         elif file.suffix == ".zst":
-            stream = io.BufferedReader(optional("zstandard", "zstandard", str(file)).ZstdDecompressor().stream_reader(raw))
+            # not the package zstandard, which takes a file that was cut short for a whole one
+            stream = optional("backports.zstd", "backports.zstd", str(file)).open(raw)
+        lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
         read, number, piece = 0, 0, ""
         try:
-            while line := stream.readline(-1 if ".jsonl" in file.name else 1 << 16):
+            while line := lines.readline(-1 if ".jsonl" in file.name else 1 << 16):
                 number += 1
                 if raw.tell() - read > 1 << 16:
                     progress(raw.tell() - read)
@@ -139,24 +144,24 @@ def documents(file: Path, progress: Callable[[int], Any]) -> Iterator[str]:
                         yield json_text(line, file, number)
                     continue
                 # a text file is cut where a line is empty, so that a book spreads over the increments as a corpus does
-                piece += line.decode()
+                piece += line
                 if len(piece) >= PIECE and (not line.strip() or len(piece) > 4 * PIECE):
                     yield piece
                     piece = ""
         except UnicodeDecodeError as e:
-            raise UserError(f"{file}:{number}: not UTF-8: {e.reason}") from None
-        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, OSError) as e:
-            raise UserError(f"{file}:{number}: cannot be read further: {e}") from None
+            raise UserError(f"{file}: not UTF-8 after line {number}: {e.reason}") from None
+        except (EOFError, OSError, lzma.LZMAError, zlib.error) as e:
+            raise UserError(f"{file}: cannot be read after line {number}: {e}") from None
         except Exception as e:
-            if type(e).__name__ != "ZstdError":
+            if type(e).__name__ != "ZstdError":  # of a package that need not be there
                 raise
-            raise UserError(f"{file}:{number}: cannot be read further: {e}") from None
-        if piece.strip():
+            raise UserError(f"{file}: cannot be read after line {number}: {e}") from None
+        if piece:
             yield piece
         progress(raw.tell() - read)
 
 
-def json_text(line: bytes, file: Path, number: int) -> str:
+def json_text(line: str, file: Path, number: int) -> str:
     try:
         text = json.loads(line)["text"]
     except (ValueError, KeyError, TypeError):

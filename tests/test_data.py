@@ -15,7 +15,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
+from backports import zstd
 from conftest import ROOT
 
 import data
@@ -102,13 +104,9 @@ def test_add_appends_only_what_is_new(tmp_path):
 
 def test_kinds_of_sources(tmp_path):
     docs = documents(60)
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-    import zstandard
-
-    pyarrow.parquet.write_table(pa.table({"text": docs, "n": list(range(60))}), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": docs, "n": list(range(60))}), tmp_path / "a.parquet")
     write(tmp_path / "b.jsonl", docs)
-    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress((tmp_path / "b.jsonl").read_bytes()))
+    (tmp_path / "c.jsonl.zst").write_bytes(zstd.compress((tmp_path / "b.jsonl").read_bytes()))
     (tmp_path / "hub").mkdir()
     shutil.copy(tmp_path / "b.jsonl", tmp_path / "hub" / "train.jsonl")
     metas = [prepare(tmp_path / f"d{i}", [s], increments=[1], val=0.2) for i, s in enumerate(
@@ -121,9 +119,17 @@ def test_a_text_file_is_cut_at_empty_lines_and_nothing_is_lost(tmp_path):
     (tmp_path / "book.txt").write_text(prose)
     found = list(text.documents(tmp_path / "book.txt", lambda n: None))
     assert "".join(found) == prose and len(found) > 5 and all(d.endswith("\n\n") for d in found[:-1])
+    (tmp_path / "wide.txt").write_text("\ufeff" + "中" * 50_000)  # blocks end inside no character, and a byte order mark is no text
+    assert "".join(text.documents(tmp_path / "wide.txt", lambda n: None)) == "中" * 50_000
     (tmp_path / "one.md").write_text("x" * 200_000)  # a single line is read and cut in blocks
     found = list(text.documents(tmp_path / "one.md", lambda n: None))
     assert "".join(found) == "x" * 200_000 and max(map(len, found)) <= 1 << 17
+
+
+def test_half_a_surrogate_pair_in_json_is_replaced(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"a\ud800b {i}"}) + "\n" for i in range(30)))
+    prepare(tmp_path / "d", [str(tmp_path / "a.jsonl")], increments=[1], val=0.3)
+    assert sorted(read(tmp_path / "d", "v1") + read(tmp_path / "d", "val")) == sorted(f"a?b {i}" for i in range(30))
 
 
 def test_tokenizers_give_back_the_text():
@@ -278,10 +284,14 @@ def cli(*args, **kw):
         (["--source", "{t}/pic.png"], "unknown kind; expected one of .txt"),
         (["--source", "{t}/empty"], "has no .txt"),
         (["--source", "{t}/blank.txt"], "the text is empty"),
-        (["--source", "{t}/bad.jsonl"], "bad.jsonl:2: got b'{\"tex"),
-        (["--source", "{t}/key.jsonl"], "key.jsonl:1: got b'{\"body"),
+        (["--source", "{t}/bad.jsonl"], "bad.jsonl:2: got '{\"tex"),
+        (["--source", "{t}/key.jsonl"], "key.jsonl:1: got '{\"body"),
         (["--source", "{t}/latin.txt"], "not UTF-8"),
-        (["--source", "{t}/cut.jsonl.gz"], "cannot be read further"),
+        (["--source", "{t}/cut.jsonl.gz"], "cannot be read after line"),
+        (["--source", "{t}/cut.jsonl.zst"], "cannot be read after line"),
+        (["--source", "{t}/junk.jsonl.zst"], "cannot be read after line 0"),
+        (["--source", "{t}/flip.jsonl.gz"], "cannot be read after line"),
+        (["--source", "{t}/int.parquet"], 'its column "text" is int64'),
         (["--source", "{t}/cut.parquet"], "not a readable parquet file"),
         (["--source", "{t}/few.jsonl"], "no document falls into it"),
         (["--tokenizer", "cl1000k"], "tokenizer cl1000k: unknown; expected bytes"),
@@ -305,6 +315,12 @@ def test_bad_input_to_prepare(tmp_path, args, words):
     write(tmp_path / "cut.jsonl.gz", documents(500))
     os.truncate(tmp_path / "cut.jsonl.gz", 5000)
     (tmp_path / "cut.parquet").write_bytes(b"PAR1xxxx")
+    write(tmp_path / "flip.jsonl.gz", documents(500))
+    flip(tmp_path / "flip.jsonl.gz", 4000)
+    write(tmp_path / "all.jsonl", documents(500))
+    (tmp_path / "cut.jsonl.zst").write_bytes(zstd.compress((tmp_path / "all.jsonl").read_bytes())[:-5])
+    (tmp_path / "junk.jsonl.zst").write_bytes(b"junk" * 9)
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "int.parquet")
     write(tmp_path / "few.jsonl", documents(2))
     (tmp_path / "bad.tiktoken").write_text("YQ== 0\nYg== 5\n")
     before = sorted(p.name for p in tmp_path.rglob("*"))
