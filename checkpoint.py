@@ -7,8 +7,7 @@ or not, write and read the same format. A save is complete or not there: all is 
 metadata last, everything fsynced, and then renamed. A deletion takes the metadata first.
 """
 
-import hashlib
-import json
+import contextlib
 import os
 import re
 import shutil
@@ -25,7 +24,7 @@ import disk
 from config import UserError
 
 STEP = re.compile(r"step-(\d{6,})")
-META_LIMIT = 1 << 24  # bytes; a larger meta.json is no meta.json of ours
+UNHASHED = ("pinned",)  # of the metadata: a checkpoint is the same one when it is pinned later
 
 
 def path(segment: Path, step: int) -> Path:
@@ -76,9 +75,7 @@ def save(segment: Path, step: int, tensors: dict[str, Tensor], record: dict[str,
         for f in files:
             disk.sync(f)
         sums = {f.name: {"bytes": f.stat().st_size, "sha256": disk.sha256(f)} for f in files}
-        meta = {"format": 1, "step": step, **record, "files": sums}
-        meta["hash"] = content_hash(meta)
-        disk.write_json(partial / "meta.json", meta)
+        meta = disk.write_json(partial / "meta.json", {"format": 1, "step": step, **record, "files": sums}, UNHASHED)
         os.rename(partial, final)
         disk.sync(segment)
     except BaseException:
@@ -87,24 +84,15 @@ def save(segment: Path, step: int, tensors: dict[str, Tensor], record: dict[str,
     return meta
 
 
-def content_hash(meta: dict[str, Any]) -> str:
-    """SHA-256 over all that a checkpoint is, its files' checksums included; being pinned is no part of it."""
-    content = {k: v for k, v in meta.items() if k not in ("hash", "pinned")}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def read_meta(checkpoint: Path) -> dict[str, Any]:
     """meta.json of a checkpoint. UserError if it is none or damaged."""
     file = checkpoint / "meta.json"
     try:
-        if file.stat().st_size > META_LIMIT:
-            raise ValueError(f"{file.stat().st_size} bytes")
-        meta = json.loads(file.read_text())
+        meta = disk.read_json(file, UNHASHED)
         if meta["format"] != 1:
             raise UserError(f"{file}: format {meta['format']}, expected 1")
-        _ = [meta[k] for k in ("step", "segment", "version", "path", "parent", "config", "data", "hash")]
-        if meta["hash"] != content_hash(meta):
-            raise ValueError("its hash does not fit its content")
+        if (match := STEP.fullmatch(checkpoint.name)) and int(match[1]) != meta["step"]:
+            raise ValueError(f"it is that of step {meta['step']}")
         if not all(re.fullmatch(r"[\w.-]+\.safetensors", name) for name in meta["files"]):
             raise ValueError("names of files")
         return meta
@@ -161,13 +149,26 @@ def pin(checkpoint: Path) -> None:
     """Keep a checkpoint for ever."""
     meta = read_meta(checkpoint)
     if not meta.get("pinned"):
-        disk.write_json(checkpoint / "meta.json", {**meta, "pinned": True})
+        disk.write_json(checkpoint / "meta.json", {**meta, "pinned": True}, UNHASHED)
 
 
-def prune(segment: Path, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints that are not pinned, each one's metadata first."""
-    loose = [s for s in steps(segment) if not read_meta(path(segment, s)).get("pinned")]
+def prune(segment: Path, keep: int, step: int) -> None:
+    """Of the checkpoints up to `step` that are not pinned delete all but the last `keep`, each one's metadata first.
+
+    Later ones, left by a pass that went further, and damaged ones, which the user may want to see, stay.
+    """
+    loose = []
+    for s in steps(segment):
+        with contextlib.suppress(UserError):
+            if s <= step and not read_meta(path(segment, s))["pinned"]:
+                loose.append(s)
     for s in loose[:-keep]:
         (path(segment, s) / "meta.json").unlink()
         disk.sync(path(segment, s))
         shutil.rmtree(path(segment, s))
+
+
+def tidy(segment: Path) -> None:
+    """Remove what a save that was killed left behind."""
+    for partial in segment.glob(".step-*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)

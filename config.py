@@ -19,6 +19,8 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+MOST = 10_000  # versions of a plan; more is a slip of the hand
+
 
 class UserError(Exception):
     """Something only the user can mend. Its text, a line a problem, is all that is shown; the exit code is 2."""
@@ -31,6 +33,10 @@ def user_errors(program: str, show: bool = True, at_once: bool = False) -> Itera
         yield
     except UserError as e:
         lines = str(e).splitlines()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away, as head does
+        os._exit(141)
     except OSError as e:
         lines = [f"{e.filename or 'disk'}: {e.strerror or e}"]
     else:
@@ -74,7 +80,7 @@ class Data:
 class Plan:
     """See schedule.Plan, which checks these."""
 
-    schedule: str = key("cosine", "decay: cosine, knee, multistep, linear, 1-sqrt, wsd, inverse_sqrt, constant")
+    schedule: str = key("cosine", "the decay, a name in SCHEDULES of schedule.py")
     versions: int = key(4, "versions planned, N", low=1)
     steps: int = key(100, "steps of every increment, T", low=1)
     increments: list[int] = key([], "steps of each increment where they differ, such as 700,500,900; in place of versions and steps")
@@ -155,8 +161,10 @@ def typed(t: Any, value: Any) -> Any:
         return float(value)
     if typing.get_origin(t) is list and isinstance(value, list):
         return [typed(int, v) for v in value]
-    if type(value) is not t:
+    if type(value) is not t or (t is int and abs(value) >= 2**63):
         raise ValueError
+    if t is str:
+        value.encode()  # bytes of a command line that are no UTF-8 could not be written down again
     return value
 
 
@@ -190,7 +198,7 @@ def load(name: str, overrides: dict[str, str] | None = None, unknown: list[str] 
         raise UserError(f"--config {name}: there is no {file}; expected a .toml file or one of {have}")
     try:
         tree = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # not TOML, not UTF-8
         raise UserError(f"{file}: not TOML: {e}") from None
     given: list[tuple[str, str, Any, bool]] = []  # where, key, value, is text
     for k, v in tree.items():
@@ -229,13 +237,15 @@ def check(c: Config) -> list[str]:
             found.append(f"{k}: got {v}, expected {low:g} or more")
         if choices and v not in choices:
             found.append(f"{k}: got {v!r}, expected one of {', '.join(choices)}")
+    if max(c.plan.versions, len(c.plan.increments)) > MOST:
+        found.append(f"plan.versions: got {c.plan.versions}, expected at most {MOST}")
     found += [f"train.{b}: got {getattr(c.train, b)}, expected below 1" for b in ("beta1", "beta2") if getattr(c.train, b) >= 1]
     m = c.model
     if min(m.n_head, m.hidden) < 1:
         return found
     if m.hidden % m.n_head or m.hidden // m.n_head % 2:
-        fits = [h for h in range(1, m.hidden + 1) if m.hidden % h == 0 and m.hidden // h % 2 == 0]
-        best = f"the nearest is {min(fits, key=lambda h: abs(h - m.n_head))}" if fits else "make model.hidden even"
+        near = (h for d in range(4096) for h in (m.n_head - d, m.n_head + d) if h > 0 and m.hidden % h == 0 and m.hidden // h % 2 == 0)
+        best = f"the nearest is {next(near, 1)}" if m.hidden % 2 == 0 else "make model.hidden even"
         found.append(
             f"model.n_head: got {m.n_head}, expected a divisor of model.hidden = {m.hidden} with heads of an even size (RoPE turns pairs); {best}"
         )
@@ -250,9 +260,11 @@ def check_batch(c: Config, ranks: int) -> list[str]:
     if c.train.batch_tokens % unit == 0:
         return []
     near = max(1, round(c.train.batch_tokens / unit)) * unit
+    fits = [m for m in range(min(c.train.micro_batch, 1 << 16), 0, -1) if c.train.batch_tokens % (m * c.model.context * ranks) == 0]
     return [
         f"train.batch_tokens: got {c.train.batch_tokens}, expected a multiple of micro_batch {c.train.micro_batch} x context {c.model.context} "
         f"x {ranks} ranks = {unit}; the nearest is {near}"
+        + (f"; or lower train.micro_batch to {fits[0]}, which changes nothing else" if fits else "")
     ]
 
 

@@ -17,6 +17,8 @@ import shutil
 import signal
 import struct
 import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -30,7 +32,7 @@ import numpy as np
 import config
 import disk
 from config import UserError
-from reader import check_files, id_dtype, read_meta, tok_path, tokenizer_of
+from reader import between, check_files, id_dtype, read_meta, tok_path, tokenizer_of
 from text import KINDS, PATTERN, Tokenizer, all_documents, files_of, optional
 
 HERE = Path(__file__).parent
@@ -45,7 +47,15 @@ _RECORD = struct.Struct("<QQII")  # hash, draw, source, number of tokens; then t
 def _worker(name: str) -> None:
     global _tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     _tokenizer = Tokenizer(name)
+
+
+def _end_with(parent: int) -> None:
+    """A parent that was killed tells nobody; its workers notice that they have another one."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def hashes(text: str) -> tuple[int, int]:
@@ -54,14 +64,14 @@ def hashes(text: str) -> tuple[int, int]:
     return a, b
 
 
-def _encode(batch: list[tuple[int, str]]) -> list[tuple[int, int, bytes]]:
-    """(bucket, tokens, record) of each document."""
+def _encode(batch: list[tuple[int, str]]) -> list[tuple[int, bytes]]:
+    """(bucket, record) of each document."""
     dtype, eot = id_dtype(_tokenizer.vocab_size), _tokenizer.eot
     out = []
     for source, text in batch:
         h, draw = hashes(text)
         ids = np.array(_tokenizer.encode(text) + [eot], dtype)
-        out.append((h * BUCKETS >> 64, len(ids), _RECORD.pack(h, draw, source, len(ids)) + ids.tobytes()))
+        out.append((h * BUCKETS >> 64, _RECORD.pack(h, draw, source, len(ids)) + ids.tobytes()))
     return out
 
 
@@ -78,12 +88,12 @@ def batches(docs: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
         yield batch
 
 
-def scatter(sources: list[str], tokenizer: str, work: Path, jobs: int, quiet: bool) -> list[int]:
-    """Tokenize every document into the bucket file of its hash; returns the tokens of each source.
+def scatter(sources: list[str], tokenizer: str, work: Path, jobs: int, quiet: bool) -> int:
+    """Tokenize every document into the bucket file of its hash; returns how many there were.
 
     At most 3 batches a process are under way and 256 MB of records wait, whatever the size of the input.
     """
-    tokens, size = [0] * len(sources), 0
+    count = size = 0
     waiting: dict[int, bytearray] = collections.defaultdict(bytearray)
     under_way: collections.deque[Future] = collections.deque()
 
@@ -99,9 +109,9 @@ def scatter(sources: list[str], tokenizer: str, work: Path, jobs: int, quiet: bo
                 if batch:
                     under_way.append(pool.submit(_encode, batch))
                 if under_way and (not batch or len(under_way) >= 3 * jobs):
-                    for bucket, n, record in under_way.popleft().result():
+                    for bucket, record in under_way.popleft().result():
                         waiting[bucket] += record
-                        tokens[_RECORD.unpack_from(record)[2]] += n
+                        count += 1
                         size += len(record)
                     if size > 256 << 20:
                         flush()
@@ -111,7 +121,7 @@ def scatter(sources: list[str], tokenizer: str, work: Path, jobs: int, quiet: bo
         finally:
             pool.shutdown(cancel_futures=True)
     flush()
-    return tokens
+    return count
 
 
 class Writer:
@@ -138,43 +148,58 @@ class Writer:
         return {"name": self.name, "documents": self.documents, "tokens": self.tokens, "sha256": {k: s.hexdigest() for k, s in self.sha.items()}}
 
 
-def gather(
-    work: Path, out: Path, parts: list[tuple[str, float]], keep: list[float], dtype: str, held: list[np.ndarray]
-) -> tuple[list[dict], int, int]:
+def gather(work: Path, out: Path, parts: list[tuple[str, float]], dtype: str, sources: list[str], weights: list[float] | None,
+           held: list[np.ndarray]) -> tuple[list[dict], int, int]:  # fmt: skip
     """Buckets, in order of the hash -> the files of `parts` (name, share). Returns their records, duplicates, documents held elsewhere.
 
-    `keep` is each source's part of documents to keep, `held` the hashes of documents that are not to be taken again.
+    `held` are the sorted hashes of documents that are not to be taken again.
     """
-    edges = np.cumsum([share for _, share in parts]) / sum(share for _, share in parts)
-    limits = [int(e * 2**64) for e in edges[:-1]] + [2**64]
-    writers = [Writer(out, name, dtype) for name, _ in parts]
+
     item, duplicates, again = np.dtype(dtype).itemsize, 0, 0
-    for bucket in range(BUCKETS):
-        file = work / str(bucket)
-        if not file.exists():
-            continue
-        raw, at, records = file.read_bytes(), 0, []
+
+    def documents(bucket: int) -> Iterator[tuple[int, int, int, bytes]]:
+        """(h, draw, source, tokens) of a bucket's documents in order of h, each text once and none that is held."""
+        nonlocal duplicates, again
+        raw, at, records = (work / str(bucket)).read_bytes(), 0, []
         while at < len(raw):
             h, draw, source, n = _RECORD.unpack_from(raw, at)
             at += _RECORD.size + n * item
-            if draw < keep[source] * 2**64:
-                records.append((h, at - n * item, at))
+            records.append((h, source, draw, at - n * item, at))
         records.sort()
-        known = (
-            np.concatenate([a[np.searchsorted(a, records[0][0]) : np.searchsorted(a, records[-1][0], "right")] for a in held])
-            if held and records
-            else ()
-        )
-        known_set, last = {int(h) for h in known}, -1
-        for h, a, b in records:
-            if h == last:
-                duplicates += 1
-            elif h in known_set:
+        known = {int(h) for a in held for h in between(a, records[0][0], records[-1][0])}
+        last = -1
+        for h, source, draw, a, b in records:
+            if h in known:
                 again += 1
+            elif h == last:
+                duplicates += 1
             else:
-                writers[next(i for i, limit in enumerate(limits) if h < limit)].write(h, raw[a:b])
+                yield h, draw, source, raw[a:b]
             last = h
-        file.unlink()
+
+    buckets = sorted(int(f.name) for f in work.iterdir())
+    keep = [1.0] * len(sources)
+    if weights:
+        # the part of each source to keep, so that their tokens stand in the ratio of the weights, as much as there is
+        tokens = [0] * len(sources)
+        for bucket in buckets:
+            for _, _, source, ids in documents(bucket):
+                tokens[source] += len(ids) // item
+        for s, n in zip(sources, tokens, strict=True):
+            if n == 0:
+                raise UserError(f"--source {s}: has no text of its own, so it can have no weight")
+        ratio = [w / n for w, n in zip(weights, tokens, strict=True)]
+        keep = [r / max(ratio) for r in ratio]
+        duplicates = again = 0
+
+    edges = np.cumsum([share for _, share in parts]) / sum(share for _, share in parts)
+    limits = [int(e * 2**64) for e in edges[:-1]] + [2**64]
+    writers = [Writer(out, name, dtype) for name, _ in parts]
+    for bucket in buckets:
+        for h, draw, source, ids in documents(bucket):
+            if draw < keep[source] * 2**64:
+                writers[next(i for i, limit in enumerate(limits) if h < limit)].write(h, ids)
+        (work / str(bucket)).unlink()
     return [w.close() for w in writers], duplicates, again
 
 
@@ -192,17 +217,6 @@ def workspace(folder: Path) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def shares(sources: list[str], weights: list[float] | None, tokens: list[int]) -> list[float]:
-    """The part of each source to keep so that their tokens stand in the ratio of the weights, as much as there is."""
-    if weights is None:
-        return [1.0] * len(sources)
-    for s, n in zip(sources, tokens, strict=True):
-        if n == 0:
-            raise UserError(f"--source {s}: has no text, so it can have no weight")
-    ratio = [w / n for w, n in zip(weights, tokens, strict=True)]
-    return [r / max(ratio) for r in ratio]
-
-
 def report(folder: Path, meta: dict[str, Any], written: list[dict], duplicates: int, again: int, quiet: bool) -> None:
     if quiet:
         return
@@ -217,7 +231,7 @@ def prepare(out: str, sources: list[str], tokenizer: str = str(RANKS), increment
 
     Returns the meta. UserError if `out` is there, a source is not, or a part of the split would be empty.
     """
-    folder = Path(out)
+    folder = Path(out).resolve()  # two names of one folder are one folder
     if folder.exists():
         raise UserError(
             f"{folder}: is there already and is never overwritten; choose another --out, or append to it: python data.py add --out {out} --source ..."
@@ -227,12 +241,11 @@ def prepare(out: str, sources: list[str], tokenizer: str = str(RANKS), increment
         _ = s.startswith("hf:") or files_of(s)
     increments = increments or [1.0] * 4
     with workspace(folder) as work:
-        tokens = scatter(sources, tokenizer, work / "buckets", jobs or os.cpu_count() or 1, quiet)
-        if not sum(tokens):
+        if not scatter(sources, tokenizer, work / "buckets", jobs or os.cpu_count() or 1, quiet):
             raise UserError(f"--source {', '.join(sources)}: the text is empty")
         dtype = id_dtype(tok.vocab_size)
         parts = [("val", val)] + [(f"v{i}", (1 - val) * w / sum(increments)) for i, w in enumerate(increments, 1)]
-        written, duplicates, _ = gather(work / "buckets", work / "out", parts, shares(sources, weights, tokens), dtype, [])
+        written, duplicates, _ = gather(work / "buckets", work / "out", parts, dtype, sources, weights, [])
         for part in written:
             if not part["documents"]:
                 raise UserError(
@@ -259,17 +272,18 @@ def ship(out: str) -> None:
 
 def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: int = 0, quiet: bool = False) -> tuple[dict[str, Any], int]:
     """Append increment N+1 without touching the others; returns the meta and how many documents they held already."""
-    folder = Path(out)
+    folder = Path(out).resolve()  # two names of one folder are one folder
     tokenizer_of(folder)  # is the one it was made with
     meta = read_meta(folder)
     name = f"v{len(meta['increments']) + 1}"
     with workspace(folder) as work:
         meta = read_meta(folder)  # again, now that no other process can change it
+        check_files(folder, quiet=quiet)  # what is held must be known for certain
         for s in sources:
             _ = s.startswith("hf:") or files_of(s)
         held: list[np.ndarray] = [np.memmap(folder / f"{p['name']}.ids", "<u8", "r") for p in [meta["val"], *meta["increments"]]]
-        tokens = scatter(sources, str(tok_path(folder, meta)), work / "buckets", jobs or os.cpu_count() or 1, quiet)
-        written, duplicates, again = gather(work / "buckets", work / "out", [(name, 1.0)], shares(sources, weights, tokens), meta["dtype"], held)
+        scatter(sources, str(tok_path(folder, meta)), work / "buckets", jobs or os.cpu_count() or 1, quiet)
+        written, duplicates, again = gather(work / "buckets", work / "out", [(name, 1.0)], meta["dtype"], sources, weights, held)
         if not written[0]["documents"]:
             raise UserError(f"--source {', '.join(sources)}: has no new document; {again:,} are held by an earlier increment or by validation")
         for file in (work / "out").iterdir():
@@ -307,8 +321,8 @@ def numbers(flag: str, text: str | None) -> list[float] | None:
     try:
         found = [float(v) for v in text.split(",")]
         if flag == "increments" and len(found) == 1:
-            found = [1.0] * int(text)
-        if found and all(0 < v < float("inf") for v in found):
+            found = [1.0] * min(int(text), 10001)
+        if 0 < len(found) <= 10000 and all(0 < v < float("inf") for v in found):
             return found
     except ValueError:
         pass
@@ -355,8 +369,8 @@ def main() -> None:
     weights = numbers("weights", getattr(o, "weights", None))
     if weights and len(weights) != len(sources):
         raise UserError(f"--weights: got {len(weights)} for {len(sources)} sources, expected one each")
-    if getattr(o, "jobs", 0) < 0:
-        raise UserError(f"--jobs: got {o.jobs}, expected 1 or more")
+    if not 0 <= getattr(o, "jobs", 0) <= 1024:
+        raise UserError(f"--jobs: got {o.jobs}, expected 1 to 1024, or 0 for one a core")
     if o.verb == "prepare":
         prepare(o.out, sources, o.tokenizer, increments, o.val, weights, o.jobs)
     elif o.verb == "add":
@@ -368,7 +382,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     with config.user_errors("data.py"):
-        try:
-            main()
-        except KeyboardInterrupt:
-            sys.exit(130)
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # tidies up as Ctrl-C does
+        main()

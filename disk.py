@@ -11,6 +11,8 @@ from typing import Any
 
 from config import UserError
 
+LIMIT = 1 << 24  # bytes of a JSON file; a larger one is none of ours
+
 
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
@@ -21,15 +23,45 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
-def write_json(file: Path, content: Any) -> None:
+def write(file: Path, text: str) -> None:
     """Write or replace `file` at once: whoever looks sees the old text or the new, whatever happens."""
     partial = file.with_name(f".{file.name}.partial")
-    with open(partial, "w") as f:
-        json.dump(content, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    os.rename(partial, file)
+    try:
+        with open(partial, "w") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.rename(partial, file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     sync(file.parent)
+
+
+def write_json(file: Path, content: dict[str, Any], unhashed: tuple[str, ...] = ()) -> dict[str, Any]:
+    """`content` and its "hash", as JSON; the keys in `unhashed` may change without it. Returns what was written."""
+    content = {**content, "hash": content_hash(content, unhashed)}
+    write(file, json.dumps(content, indent=1))
+    return content
+
+
+def content_hash(content: dict[str, Any], unhashed: tuple[str, ...] = ()) -> str:
+    """SHA-256 over all of `content` but "hash" itself and the keys in `unhashed`."""
+    rest = {k: v for k, v in content.items() if k != "hash" and k not in unhashed}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_json(file: Path, unhashed: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What `write_json` wrote. ValueError if it is anything else; FileNotFoundError if it is not there."""
+    if file.stat().st_size > LIMIT:
+        raise ValueError(f"{file.stat().st_size} bytes")
+    try:
+        content = json.loads(file.read_text())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(content, dict) or content.get("hash") != content_hash(content, unhashed):
+        raise ValueError("its hash does not fit its content")
+    return content
 
 
 def sha256(file: Path) -> str:
@@ -47,3 +79,15 @@ def lock(file: Path, busy: str) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(busy) from None
         yield
+
+
+def held(file: Path) -> bool:
+    """Does another process hold this lock?"""
+    try:
+        with open(file) as f:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

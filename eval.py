@@ -10,6 +10,7 @@ independent, so a document is the unit, and two checkpoints are compared documen
 
 import json
 import math
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -58,10 +59,14 @@ class Score:
         return self.ppl - other.ppl, float(np.sqrt(((self.influence - other.influence) ** 2).sum()))
 
 
-def appl(ppls: dict[int, float]) -> float:
-    """Mean PPL of versions 2..N (Figure 2)."""
-    later = [p for version, p in ppls.items() if version > 1]
-    return sum(later) / len(later) if later else math.nan
+def appl(ppls: dict[int, float], versions: Iterable[int]) -> float:
+    """Mean PPL over `versions`, which are 2..N in Figure 2."""
+    return sum(ppls[v] for v in versions) / len(list(versions))
+
+
+def common(runs: Iterable[dict[int, Any]]) -> list[int]:
+    """Versions after the first that all of these have: the ones whose mean compares."""
+    return sorted(set.intersection(*(set(r) for r in runs)) - {1})
 
 
 def load_model(path: Path, device: torch.device) -> tuple[llama.Transformer, dict[str, Any]]:
@@ -149,6 +154,8 @@ def main() -> None:
     a.add_argument("--length", type=int, default=100, help="tokens of the continuation [100]")
     a.add_argument("--seed", type=int, default=1, help="of the continuation [1]")
     o = a.parse_args()
+    if not 0 <= o.seed < 2**63 or o.length < 0:
+        raise UserError(f"--seed, --length: got {o.seed} and {o.length}, expected 0 or more, and the seed below 2^63")
     device = pick_device(o.device, 0)
     paths = [Path(p) for p in o.path]
     for p in paths:
@@ -168,30 +175,27 @@ def main() -> None:
         for p in sorted({p for versions in run.values() for p in versions.values()}):
             known[p] = score(p, device, o.data)
         scores = {name: {v: known[p] for v, p in sorted(versions.items())} for name, versions in run.items()}
+        shared = common(scores.values())
+        mean = {n: appl({v: s.ppl for v, s in vs.items()}, shared) if shared else math.nan for n, vs in scores.items()}
         if o.json:
-            print(
-                json.dumps(
-                    {
-                        n: {
-                            "ppl": {v: s.ppl for v, s in vs.items()},
-                            "se": {v: s.se for v, s in vs.items()},
-                            "appl": appl({v: s.ppl for v, s in vs.items()}),
-                        }
-                        for n, vs in scores.items()
-                    },
-                    indent=1,
-                )
-            )
+            rows = {
+                n: {"ppl": {v: s.ppl for v, s in vs.items()}, "se": {v: s.se for v, s in vs.items()}, "appl": mean[n]} for n, vs in scores.items()
+            }
+            print(json.dumps({**rows, "appl_versions": shared}, indent=1))
             return
         columns = sorted({v for vs in scores.values() for v in vs})
-        print(f"{'PPL':28}" + "".join(f"{f'V{v}':>18}" for v in columns) + f"{'APPL':>10}")
+        table = [["PPL (SE)", *(f"V{v}" for v in columns), "APPL of " + ", ".join(f"V{v}" for v in shared) if shared else "APPL"]]
         for n, vs in scores.items():
-            cells = "".join(f"{f'{vs[v].ppl:.2f} (SE {vs[v].se:.2f})' if v in vs else '-':>18}" for v in columns)
-            print(f"{n:28}{cells}{appl({v: s.ppl for v, s in vs.items()}):10.2f}")
+            table.append([n, *(f"{vs[v].ppl:.2f} ({vs[v].se:.2f})" if v in vs else "-" for v in columns), f"{mean[n]:.2f}" if shared else "-"])
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for row in table:
+            print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]))
         print(f"SE over {len(next(iter(known.values())).nats)} documents")
         return
 
     results = {str(p): score(p, device, o.data) for p in paths}
+    if len({(len(s.nats), s.tokens.sum()) for s in results.values()}) > 1:
+        raise UserError("the checkpoints were trained on different data, so their validation sets differ; name one with --data")
     if o.json:
         print(
             json.dumps(

@@ -64,6 +64,8 @@ def fingerprint(s: schedule.Segment, ends: list[int], step: int) -> dict[str, An
 
 def check_lineage(where: Path, meta: dict[str, Any], c: config.Config, s: schedule.Segment, tokens: reader.Tokens) -> None:
     """Is a checkpoint of segment `s` what this config would have made? UserError names the keys or files that say no."""
+    if meta["segment"] != s.name:
+        raise UserError(f"{where}: is a checkpoint of {meta['segment']}, expected one of {s.name}; move it back")
     now = config.flatten(c)
     different = [k for k, (f, v) in now.items() if not f.metadata["free"] and not k.startswith("plan.") and meta["config"].get(k) != v]
     if meta["path"] != fingerprint(s, tokens.ends, meta["step"]):

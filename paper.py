@@ -5,6 +5,7 @@ skipped, independent segments run side by side (`--jobs`, by default one a GPU, 
 after a crash it goes on where it was. Everything lands in the run's folder: table3.md, table3.json, fig1.png, fig2.png.
 """
 
+import itertools
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +48,7 @@ class Cell:
 
     segment: schedule.Segment
     arguments: tuple[str, ...]
+    schedule: str
     required: tuple[int, ...]  # steps whose checkpoints others need, the last one its end
 
     @property
@@ -64,7 +67,7 @@ def graph(c: config.Config, schedules: list[str]) -> dict[str, Cell]:
             for s in segments:
                 mode = "main" if s.name == "main" else "branch" if paradigm == "ours" else s.name.partition("-")[0]
                 arguments = ("--mode", mode, "--version", str(s.version), "--plan.schedule", name)
-                cells.setdefault(s.name, Cell(s, arguments, forks if s.name == "main" else (s.end,)))
+                cells.setdefault(s.name, Cell(s, arguments, name, forks if s.name == "main" else (s.end,)))
     return cells
 
 
@@ -77,6 +80,21 @@ def progress(folder: Path, s: schedule.Segment) -> int:
         return min(s.end, last.get("step", last.get("start", s.start) - 1) + 1) - s.start
     except (OSError, ValueError, IndexError):
         return 0
+
+
+def check_done(cells: dict[str, Cell], run: Path, c: config.Config) -> None:
+    """What is there already must be what this config would make: a table never mixes two configs. UserError names the keys."""
+    for name, cell in cells.items():
+        own = replace_schedule(c, cell.schedule)
+        tokens = reader.Tokens(c.data.path, c.model.context, c.batch_sequences, c.increments, c.train.seed, c.data.repeat)
+        for step in checkpoint.steps(run / name):
+            if step <= cell.segment.end:
+                where = checkpoint.path(run / name, step)
+                lineage.check_lineage(where, checkpoint.read_meta(where), own, cell.segment, tokens)
+
+
+def replace_schedule(c: config.Config, name: str) -> config.Config:
+    return replace(c, plan=replace(c.plan, schedule=name))
 
 
 def run_graph(cells: dict[str, Cell], run: Path, arguments: list[str], jobs: int, gpus: int) -> None:
@@ -98,15 +116,18 @@ def run_graph(cells: dict[str, Cell], run: Path, arguments: list[str], jobs: int
     output.mkdir(parents=True, exist_ok=True)
     stop: list[int] = []
     handlers = {n: signal.signal(n, lambda number, frame: stop.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
-    bar = tqdm(total=sum(c.steps for c in cells.values()), unit="step", desc=f"{len(cells)} segments", initial=0)
     done = sum(c.steps for n, c in cells.items() if n not in waiting)
-    bar.initial = done
+    bar = tqdm(total=sum(c.steps for c in cells.values()), initial=done, unit="step", desc=f"{len(cells)} segments",
+               mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
     try:
         while (waiting or running) and not stop:
+            for name in [n for n in waiting if all(saved(n, r) for r in cells[n].required)]:
+                waiting.remove(name)  # by that other process
+                done += cells[name].steps
             for name in list(waiting):
                 parent = cells[name].segment.parent
-                if not free or (parent and not saved(*parent)):
-                    continue
+                if not free or (parent and not saved(*parent)) or disk.held(run / name / ".lock"):
+                    continue  # the lock: the child of a paper.py that was killed may still be at it
                 waiting.remove(name)
                 slot = free.pop(0)
                 threads = "1" if gpus else str(max(1, (os.cpu_count() or 1) // jobs))
@@ -125,11 +146,11 @@ def run_graph(cells: dict[str, Cell], run: Path, arguments: list[str], jobs: int
                         failed[name] = said[-1] if said else f"exit code {child.returncode}"
                     else:
                         done += cells[name].steps
-            if not running and waiting and not any(p is None or saved(*p) for p in (cells[n].segment.parent for n in waiting)):
+            others = [n for n in cells if n not in running and disk.held(run / n / ".lock")]
+            if not running and not others and not any(p is None or saved(*p) for p in (cells[n].segment.parent for n in waiting)):
                 break  # what is left hangs on a segment that failed
-            bar.n = done + sum(progress(run / n, cells[n].segment) for n in running)
-            bar.set_postfix_str(", ".join(running) or "-", refresh=False)
-            bar.refresh()
+            bar.set_postfix_str(", ".join([*running, *(f"{n} (another process)" for n in others)]), refresh=False)
+            bar.update(max(0, done + sum(progress(run / n, cells[n].segment) for n in running) - bar.n))
             time.sleep(0.2)
     finally:
         for child, _ in running.values():
@@ -160,13 +181,15 @@ def scores(checkpoints: list[Path], run: Path, jobs: int) -> dict[Path, evaluati
         meta = checkpoint.read_meta(path)
         tokens = evaluation.open_data(meta, None)
         file = kept / f"{meta['hash'][:24]}-{tokens.meta['val']['sha256']['bin'][:8]}.npz"
-        if not file.exists():
+        try:
+            with np.load(file) as stored:
+                return evaluation.Score(stored["nats"], stored["tokens"])
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # not there, or not whole
             s = evaluation.score(path, train.pick_device("auto", 0), quiet=True)
             with open(file.with_suffix(".partial"), "wb") as f:
                 np.savez(f, nats=s.nats, tokens=s.tokens)
             file.with_suffix(".partial").rename(file)
-        with np.load(file) as stored:
-            return evaluation.Score(stored["nats"], stored["tokens"])
+            return s
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
     with ThreadPoolExecutor(jobs) as pool:
@@ -199,7 +222,7 @@ def table3(c: config.Config, schedules: list[str], run: Path, jobs: int) -> dict
                     "cost": costs[name, paradigm],
                     "ppl": ppl,
                     "se": {v: s.se for v, s in of.items()},
-                    "appl": evaluation.appl(ppl),
+                    "appl": evaluation.appl(ppl, versions),
                 }
             )
         for a, b in (("ours", "cpt"), ("ours", "ptfs"), ("cpt", "ptfs")):
@@ -259,13 +282,14 @@ def fig2(result: dict[str, Any], run: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(4.8, 3.6))
+    fig, ax = plt.subplots(figsize=(6, 3.6))
     colours = {"ptfs": "#0072B2", "cpt": "#D55E00", "ours": "#009E73"}
-    markers = dict(zip(dict.fromkeys(r["schedule"] for r in result["rows"]), "os^Dv", strict=False))
+    markers = dict(zip(dict.fromkeys(r["schedule"] for r in result["rows"]), itertools.cycle("os^DvP*X"), strict=False))
     for r in result["rows"]:
-        ax.scatter(r["cost"], r["appl"], s=70, color=colours[r["paradigm"]], marker=markers[r["schedule"]])
-        ax.annotate(f"{NAMES[r['paradigm']]}, {r['schedule']}", (r["cost"], r["appl"]), textcoords="offset points",
-                    xytext=(8, 6) if r["cost"] < 0.9 else (-8, 6), ha="left" if r["cost"] < 0.9 else "right", fontsize=9)  # fmt: skip
+        ax.scatter(
+            r["cost"], r["appl"], s=60, color=colours[r["paradigm"]], marker=markers[r["schedule"]], label=f"{NAMES[r['paradigm']]}, {r['schedule']}"
+        )
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     ax.set_xlabel("relative cost (steps, PTFS = 1)")
     ax.set_ylabel(f"APPL (mean PPL of V2..V{len(result['rows'][0]['ppl'])})")
     ax.set_xlim(0, 1.1)
@@ -314,6 +338,7 @@ def main() -> None:
         given = [w for k in config.flatten(c) if getattr(o, k) is not None and k != "out" for w in (f"--{k}", getattr(o, k))]
         began = time.perf_counter()
         with disk.lock(run / ".lock", f"{run}: another paper.py is at work here; wait for it or choose another --out"):
+            check_done(cells, run, c)
             run_graph(cells, run, [*(("--config", o.config) if o.config else ("--config", "tiny")), *given, "--out", c.out], jobs, gpus)
             result = table3(c, schedules, run, jobs)
         fig2(result, run)

@@ -6,7 +6,6 @@ rows of the same global batch. The files are those of data.py; `check_files` com
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+import disk
 from config import UserError
 from text import Tokenizer
 
@@ -25,7 +25,7 @@ def id_dtype(vocab_size: int) -> str:
 def read_meta(folder: Path) -> dict[str, Any]:
     """meta.json of a prepared folder. UserError if it is not one."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = disk.read_json(folder / "meta.json")
         if meta["format"] != 1:
             raise UserError(f"{folder / 'meta.json'}: format {meta['format']}, expected 1; prepare it with this version of data.py")
         _ = [meta[k] for k in ("tokenizer", "tokenizer_sha256", "vocab_size", "eot", "dtype")]
@@ -38,7 +38,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
                 )
         return meta
     except FileNotFoundError:
-        raise UserError(f"{folder}: no prepared data; make it: python data.py prepare --out {folder}") from None
+        raise UserError(f"{folder}: no prepared data; make it: python data.py prepare --out {folder} --tokenizer NAME --source TEXT") from None
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{folder / 'meta.json'}: damaged ({type(e).__name__}: {e}); restore it or prepare the data again") from None
 
@@ -86,13 +86,17 @@ def check_files(folder: Path, names: list[str] | None = None, checksums: bool = 
     if names is None:
         ids = {p["name"]: np.memmap(folder / f"{p['name']}.ids", "<u8", "r") for p in parts if p["documents"]}
         for low in range(0, 2**64, 2**56):  # a range of hashes at a time, so that memory stays small
-            limits = np.array([low, low + 2**56 - 1], np.uint64)
-            cut = {name: a[np.searchsorted(a, limits[0]) : np.searchsorted(a, limits[1], "right")] for name, a in ids.items()}
+            cut = {name: between(a, low, low + 2**56 - 1) for name, a in ids.items()}
             values, counts = np.unique(np.concatenate(list(cut.values())), return_counts=True)
             if (counts > 1).any():
                 twice = [name for name, a in cut.items() if values[counts > 1][0] in a]
                 raise UserError(f"{folder}: {' and '.join(twice)} hold the same document, but increments must not overlap; prepare the data again")
     return sum(w[1] for w in wanted)
+
+
+def between(ids: np.ndarray, low: int, high: int) -> np.ndarray:
+    """The hashes from `low` to `high` of a sorted uint64 file, found without reading it."""
+    return ids[np.searchsorted(ids, np.uint64(low)) : np.searchsorted(ids, np.uint64(high), "right")]
 
 
 def mix64(x: np.ndarray) -> np.ndarray:

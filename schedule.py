@@ -13,6 +13,7 @@ batch s, so a segment that starts at step 14,000 reads on where its parent stopp
 import argparse
 import json
 import math
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def linear(t: int, D: float, hi: float, lo: float, W: int) -> float:
 
 def two_stages(t: int, D: float, hi: float, lo: float, W: int) -> float:
     """Multi-step (Bi et al. 2024): D/2 steps at the geometric mean of `hi` and `lo`, then D/2 at `lo`."""
-    return math.sqrt(hi * lo) if 2 * t <= D else lo
+    return math.sqrt(hi) * math.sqrt(lo) if 2 * t <= D else lo
 
 
 def one_minus_sqrt(t: int, D: float, hi: float, lo: float, W: int) -> float:
@@ -252,6 +253,7 @@ def draw(plans: dict[str, list[Segment]], file: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito: told apart by the colour-blind
     titles = {"ptfs": "Pre-training from scratch (PTFS)", "cpt": "Continual pre-training (CPT)", "ours": "Path switching (ours)"}
@@ -260,12 +262,13 @@ def draw(plans: dict[str, list[Segment]], file: str) -> None:
         # the longest first, so that the shorter runs of PTFS, equal to it in the warm-up, stay visible
         for g in sorted(segments, key=lambda g: g.start - g.end):
             steps = range(g.start, g.end, max(1, (g.end - g.start) // 2000))
-            s = [*steps, g.end - 1]
+            s = [*steps, max(g.start, g.end - 1)]
             main = g.name == "main"
             ax.plot(s, [g.lr(i) for i in s], color="#333333" if main else colours[(g.version - 1) % len(colours)],
                     linewidth=2.6 if main else 1.8, label="main path" if main else f"V{g.version}")  # fmt: skip
         ax.set_title(f"{titles.get(paradigm, paradigm)}: {sum(g.end - g.start for g in segments):,} steps", fontsize=10)
         ax.set_xlabel("step")
+        ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.set_ylim(bottom=0)
         ax.grid(alpha=0.25)
     axes[0][0].set_ylabel("learning rate")
@@ -277,7 +280,9 @@ def draw(plans: dict[str, list[Segment]], file: str) -> None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     a = argparse.ArgumentParser(description="Print, list or draw the learning-rate paths of a paradigm.", allow_abbrev=False)
+    a.error = lambda message: sys.exit(_refuse(message))  # type: ignore[method-assign]
     a.add_argument("--paradigm", choices=PARADIGMS, default="ours")
     a.add_argument("--schedule", default="cosine", help=", ".join(SCHEDULES))
     a.add_argument("--versions", type=int, default=4)
@@ -316,7 +321,7 @@ def main() -> None:
         for g in segments:
             parent = f"{g.parent[0]}@{g.parent[1]}" if g.parent else "-"
             print(
-                f"{g.name:32} {g.version:7} {parent:>16} {g.start:9,} {g.end:9,} {g.end - g.start:9,}   {g.lr(g.start):.6g} .. {g.lr(g.end - 1):.6g}"
+                f"{g.name:32} {g.version:7} {parent:>16} {g.start:9,} {g.end:9,} {g.end - g.start:9,}   {g.lr(g.start):.6g} .. {g.lr(max(g.start, g.end - 1)):.6g}"
             )
         print(f"{'total':32} {'':7} {'':16} {'':9} {'':9} {sum(g.end - g.start for g in segments):9,}")
     if o.plot:

@@ -83,6 +83,8 @@ class Tokenizer:
 def files_of(source: str) -> list[Path]:
     """The files behind a source, sorted. UserError if there is none or its kind is unknown."""
     p = Path(source)
+    if not source:
+        raise UserError("--source: got an empty text, expected a file, a folder, a glob or hf:NAME")
     if p.is_dir():
         found = sorted(f for f in p.rglob("*") if f.name.endswith(KINDS) and f.is_file())
     elif p.is_file():
@@ -164,7 +166,7 @@ def documents(file: Path, progress: Callable[[int], Any]) -> Iterator[str]:
 def json_text(line: str, file: Path, number: int) -> str:
     try:
         text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         text = None
     if not isinstance(text, str):
         raise UserError(f'{file}:{number}: got {line[:60]!r}, expected a JSON object with a text under "text"')

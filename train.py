@@ -110,9 +110,9 @@ def main() -> None:
 
         # What is wrong is said at once, before anything is touched
         problems = [] if o.mode in lineage.MODES else [f"--mode: got {o.mode!r}, expected one of {', '.join(lineage.MODES)}"]
-        version = int(o.version) if o.version and o.version.isdecimal() and int(o.version) > 0 else None
+        version = int(o.version) if o.version and o.version.isdecimal() and len(o.version) < 5 and int(o.version) > 0 else None
         if o.version is not None and version is None:
-            problems.append(f"--version: got {o.version!r}, expected a whole number of 1 or more")
+            problems.append(f"--version: got {o.version!r}, expected a whole number from 1 to 9999")
         mode = "main" if problems else o.mode
         problems += config.check_batch(c, ranks)
         try:
@@ -145,12 +145,14 @@ def main() -> None:
 
         # Where it begins: its own last checkpoint (resume), its parent's (branch, CPT), or random weights
         resume = lineage.resume_step(folder, required)
+        for step in checkpoint.steps(folder):  # all of them, so that one folder never holds two runs
+            if step <= segment.end:
+                lineage.check_lineage(where := checkpoint.path(folder, step), checkpoint.read_meta(where), c, segment, tokens)
         parent = run / segment.parent[0] if segment.parent else None
         origin: Path | None = None
         if resume is not None:
             origin = checkpoint.path(folder, resume)
-            lineage.check_lineage(origin, meta := checkpoint.read_meta(origin), c, segment, tokens)
-            parent_record = meta["parent"]
+            parent_record = checkpoint.read_meta(origin)["parent"]
         elif parent and segment.parent:
             origin = checkpoint.path(parent, segment.parent[1])
             if segment.parent[1] not in checkpoint.steps(parent):
@@ -161,11 +163,13 @@ def main() -> None:
         else:
             parent_record = None
         start = resume if resume is not None else segment.start
-        if start >= segment.end:
+        if all(r in checkpoint.steps(folder) for r in required):
+            for r in required if rank == 0 else []:
+                checkpoint.pin(checkpoint.path(folder, r))
             say(f"{folder}: finished at step {segment.end}; nothing to do")
             return
-        if rank == 0 and c.data.verify:
-            reader.check_files(tokens.folder, [name for name, _, _ in tokens.needs(start, segment.end)] + ["val"])
+        if rank == 0:
+            reader.check_files(tokens.folder, [name for name, _, _ in tokens.needs(start, segment.end)] + ["val"], c.data.verify)
         if rank == 0 and origin:
             checkpoint.verify(origin)
 
@@ -175,7 +179,10 @@ def main() -> None:
             if rank == 0:
                 held.enter_context(disk.lock(folder / ".lock", f"{folder}: another process is training here; wait for it or choose another --out"))
                 if not (run / "config.toml").exists():
-                    (run / "config.toml").write_text(config.to_toml(c))
+                    disk.write(run / "config.toml", config.to_toml(c))
+                checkpoint.tidy(folder)
+                for step in set(required) & set(checkpoint.steps(folder)):
+                    checkpoint.pin(checkpoint.path(folder, step))
             # From here on one rank may fail alone. It says so, and leaves at once: an orderly exit could wait for the others
             held.enter_context(config.user_errors("train.py", at_once=ranks > 1))
             train(c, p, segment, folder, required, tokens, origin, parent_record, start, device, rank, ranks)
@@ -201,7 +208,7 @@ def dry_run(say: Any, c: config.Config, p: schedule.Plan, segment: schedule.Segm
     there = (Path(c.data.path) / "meta.json").exists()
     if not there:
         say(
-            f"data         {c.data.path}: not there yet; needs {steps * t.batch_tokens:,} tokens; make it: python data.py prepare --out {c.data.path}"
+            f"data         {c.data.path}: not there yet; {steps * t.batch_tokens:,} tokens are read; make it: python data.py prepare --out {c.data.path} --tokenizer NAME --source TEXT"
         )
         return
     tokens = reader.Tokens(c.data.path, m.context, c.batch_sequences, p.increments, t.seed, c.data.repeat)
@@ -259,27 +266,27 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
         return nats / count
 
     def save(step: int) -> None:
-        pinned = step in required or step == end
         if rank == 0:
             values = config.values(c)
             record = {"segment": segment.name, "version": segment.version, "path": lineage.fingerprint(segment, tokens.ends, step), "finished": step == end,
-                      "parent": parent_record, "tokens": step * t.batch_tokens, "pinned": pinned, "config": values,
+                      "parent": parent_record, "tokens": step * t.batch_tokens, "pinned": step in required, "config": values,
                       "config_sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest(),
                       "data": tokens.identity(step), "versions": versions}  # fmt: skip
             checkpoint.save(folder, step, checkpoint.state(net, optimizer), record)
-            if pinned:
-                checkpoint.pin(checkpoint.path(folder, step))
-            checkpoint.prune(folder, t.keep)
+            checkpoint.prune(folder, t.keep, step)
 
     # -- Log: the first record says what runs where, then a record each `log_every` steps and each validation
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     flops = llama.flops_per_token(c.model)
     peak, peak_from = peak_flops(device, torch.bfloat16 if bf16 else torch.float32)
-    log_file = open(folder / "log.jsonl", "a") if rank == 0 else None
+    log_file = open(folder / "log.jsonl", "ab+") if rank == 0 else None
+    if log_file and log_file.tell() and log_file.seek(-1, os.SEEK_END) and log_file.read() != b"\n":
+        log_file.write(b"\n")  # a line that a full disk cut short
 
     def log(record: dict[str, Any]) -> None:
         if log_file:
-            print(json.dumps(record), file=log_file, flush=True)
+            log_file.write(json.dumps(record).encode() + b"\n")
+            log_file.flush()
             if not bar.disable:
                 bar.set_postfix({k: f"{v:.4g}" for k, v in record.items() if k in ("loss", "val_loss", "lr", "tokens_per_second")}, refresh=False)
             elif "config" not in record:
@@ -303,13 +310,13 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
         signal.signal(number, on_signal)
 
     # -- The loop: evaluate, save, stop, one optimizer step, log
-    stop, seconds, since = 0.0, 0.0, start
-    total_seconds = 0.0
+    stop = 0.0  # how many ranks were asked to stop, over all ranks
+    seconds, total_seconds, since = 0.0, 0.0, start
     for step in range(start, end + 1):
         last = step == end
         if last or (t.eval_every and step % t.eval_every == 0 and step > start):
             log({"step": step, "tokens": step * t.batch_tokens, "val_loss": validate()})
-        if step > start and (last or stop or step in required or (t.checkpoint_every and step % t.checkpoint_every == 0)):
+        if step in required or (step > start and (last or stop or (t.checkpoint_every and step % t.checkpoint_every == 0))):
             save(step)
         if last or stop:
             break
@@ -329,14 +336,13 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
                 part.backward()
             loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), t.clip)
-        loss_value, norm_value, wish = mean_over_ranks(torch.stack([loss, norm, torch.tensor(float(len(asked)), device=device)])).tolist()
+        loss_value, norm_value, stop = mean_over_ranks(torch.stack([loss, norm, torch.tensor(float(len(asked)), device=device)])).tolist()
         if not (abs(loss_value) < float("inf") and norm_value < float("inf")):
             name, k = f"v{tokens.place(step)[0] + 1}", tokens.place(step)[1]
             raise UserError(f"step {step}: loss {loss_value}, gradient norm {norm_value}: stopped before the update. It is batch {k} of increment {name}; "
                             f"lower plan.max_lr or look at that text. The last checkpoint is at step {max(checkpoint.steps(folder), default='none')}")  # fmt: skip
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        stop = wish
         seconds += time.perf_counter() - began
 
         # everything below is only logging

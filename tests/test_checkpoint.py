@@ -51,9 +51,24 @@ def test_prune_keeps_the_last_and_the_pinned(tmp_path):
     for step in range(1, 8):
         save(tmp_path, step, pinned=step in (2, 4))
     checkpoint.pin(tmp_path / "step-000003")
-    checkpoint.prune(tmp_path, 2)
+    checkpoint.prune(tmp_path, 2, 7)
     assert checkpoint.steps(tmp_path) == [2, 3, 4, 6, 7]
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{s:06d}" for s in (2, 3, 4, 6, 7)]
+
+
+def test_prune_leaves_later_and_damaged_ones_alone(tmp_path):
+    for step in range(1, 8):
+        save(tmp_path, step)
+    (tmp_path / "step-000002" / "meta.json").write_text("{")
+    checkpoint.prune(tmp_path, 2, 5)
+    assert checkpoint.steps(tmp_path) == [2, 4, 5, 6, 7]
+
+
+def test_tidy_removes_what_a_killed_save_left(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / ".step-000002.partial").mkdir()
+    checkpoint.tidy(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename"])
@@ -104,7 +119,7 @@ def damaged(folder, damage):
     elif damage == "path":
         meta = json.loads((folder / "meta.json").read_text())
         meta["files"] = {"../../evil.safetensors": {"bytes": 1, "sha256": ""}}
-        meta["hash"] = checkpoint.content_hash(meta)
+        meta["hash"] = disk.content_hash(meta, checkpoint.UNHASHED)
         (folder / "meta.json").write_text(json.dumps(meta))
     else:
         file.write_bytes(raw[: int(len(raw) * damage)])

@@ -21,6 +21,7 @@ from backports import zstd
 from conftest import ROOT
 
 import data
+import disk
 import reader
 import text
 from config import UserError
@@ -53,6 +54,11 @@ def parts(folder):
 
 def prepare(folder, sources, tokenizer="bytes", **kw):
     return data.prepare(str(folder), sources, tokenizer, jobs=1, quiet=True, **kw)
+
+
+@pytest.fixture
+def copy(prepared, tmp_path):
+    return Path(shutil.copytree(prepared, tmp_path / "copy"))
 
 
 def test_every_document_lands_in_exactly_one_place(tmp_path):
@@ -97,9 +103,34 @@ def test_add_appends_only_what_is_new(tmp_path):
     assert again == 120 and sorted(read(folder, "v3")) == sorted(new) and meta["increments"][2]["documents"] == 50
     assert all((folder / name).read_bytes() == content for name, content in before.items())
     reader.check_files(folder, quiet=True)
-    with pytest.raises(UserError, match="has no new document; 170"):
-        data.add(str(folder), [str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl")][:1], jobs=1, quiet=True)
+    with pytest.raises(UserError, match="has no new document; 175"):
+        data.add(str(folder), [str(tmp_path / "b.jsonl")], jobs=1, quiet=True)
     assert len(reader.read_meta(folder)["increments"]) == 3
+
+
+def test_add_does_not_trust_damaged_hashes(copy):
+    text_ = copy.parent / "a.jsonl"
+    write(text_, documents(50))
+    for damage in (lambda f: os.truncate(f, 80), lambda f: f.write_bytes(b""), lambda f: f.write_bytes(bytes(f.stat().st_size))):
+        whole = (copy / "v1.ids").read_bytes()
+        damage(copy / "v1.ids")
+        with pytest.raises(UserError, match=r"v1\.ids: (got|SHA-256)"):
+            data.add(str(copy), [str(text_)], jobs=1, quiet=True)
+        (copy / "v1.ids").write_bytes(whole)
+
+
+def test_two_names_of_a_folder_are_one(copy):
+    (copy.parent / "link").symlink_to(copy)
+    with data.workspace(copy), pytest.raises(UserError, match="another process is preparing it"):
+        data.add(str(copy.parent / "link"), [write(copy.parent / "a.jsonl", documents(50))], jobs=1, quiet=True)
+
+
+def test_weights_count_each_text_once(tmp_path):
+    a, b = write(tmp_path / "a.jsonl", documents(300, 1) * 5), write(tmp_path / "b.jsonl", documents(300, 2))
+    prepare(tmp_path / "d", [a, b], increments=[1], weights=[1, 1], val=0.1)
+    kept = [d for part in parts(tmp_path / "d") for d in read(tmp_path / "d", part)]
+    # the shorter source is kept whole, the other to within a few documents of the same size
+    assert all(270 < sum(f" {s}-" in d for d in kept) <= 300 for s in (1, 2))
 
 
 def test_kinds_of_sources(tmp_path):
@@ -227,11 +258,6 @@ def test_validation_covers_every_token_once_on_any_number_of_ranks(prepared):
 # ---- bad input
 
 
-@pytest.fixture
-def copy(prepared, tmp_path):
-    return Path(shutil.copytree(prepared, tmp_path / "copy"))
-
-
 def flip(file, at=100):
     raw = bytearray(file.read_bytes())
     raw[at] ^= 1
@@ -247,7 +273,9 @@ def flip(file, at=100):
         (lambda d: flip(d / "v1.ids", 3), "v1.ids: SHA-256 is"),
         (lambda d: (d / "meta.json").write_text("{"), "meta.json: damaged"),
         (lambda d: (d / "meta.json").write_text('{"format": 1}'), "meta.json: damaged"),
-        (lambda d: (d / "meta.json").write_text('{"format": 9}'), "meta.json: format 9, expected 1"),
+        (lambda d: disk.write_json(d / "meta.json", {"format": 9}), "meta.json: format 9, expected 1"),
+        (lambda d: (d / "meta.json").write_text((d / "meta.json").read_text().replace('"eot": 256', '"eot": 255')), "meta.json: damaged"),
+        (lambda d: (d / "meta.json").write_text("[" * 100_000), "meta.json: damaged"),
         (lambda d: (d / "meta.json").unlink(), "no prepared data; make it: python data.py prepare"),
     ],
 )
@@ -264,11 +292,11 @@ def test_increments_that_overlap_are_refused(copy):
     ids.tofile(copy / "v3.ids")
     meta["increments"][2]["documents"] += 1
     meta["increments"][2]["sha256"]["ids"] = hashlib.sha256(ids.tobytes()).hexdigest()
-    (copy / "meta.json").write_text(json.dumps(meta))
+    disk.write_json(copy / "meta.json", meta)
     with pytest.raises(UserError, match="v1 and v3 hold the same document"):
         reader.check_files(copy, quiet=True)
     meta["increments"][2] = {**meta["increments"][0], "name": "v3"}
-    (copy / "meta.json").write_text(json.dumps(meta))
+    disk.write_json(copy / "meta.json", meta)
     with pytest.raises(UserError, match="v1 and v3 are the same text"):
         reader.read_meta(copy)
 
@@ -297,6 +325,10 @@ def cli(*args, **kw):
         (["--tokenizer", "cl1000k"], "tokenizer cl1000k: unknown; expected bytes"),
         (["--tokenizer", "{t}/no.tiktoken"], "no.tiktoken: No such file"),
         (["--tokenizer", "{t}/bad.tiktoken"], "not a rank file"),
+        (["--source", ""], "--source: got an empty text"),
+        (["--source", "{t}/deep.jsonl"], "deep.jsonl:1: got '[[["),
+        (["--jobs", "1000000000000"], "--jobs: got 1000000000000"),
+        (["--increments", "100000000000"], "--increments: got '100000000000'"),
         (["--increments", "0"], "--increments: got '0'"),
         (["--increments", "1,-2"], "--increments: got '1,-2'"),
         (["--val", "1"], "--val: got 1.0"),
@@ -322,6 +354,7 @@ def test_bad_input_to_prepare(tmp_path, args, words):
     (tmp_path / "junk.jsonl.zst").write_bytes(b"junk" * 9)
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "int.parquet")
     write(tmp_path / "few.jsonl", documents(2))
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000 + "\n")
     (tmp_path / "bad.tiktoken").write_text("YQ== 0\nYg== 5\n")
     before = sorted(p.name for p in tmp_path.rglob("*"))
     args = [a.replace("{t}", str(tmp_path)) for a in args]
@@ -339,7 +372,7 @@ def test_no_network_for_an_encoding_is_one_line(tmp_path):
 def test_a_killed_prepare_leaves_nothing_that_looks_finished(tmp_path):
     write(tmp_path / "a.jsonl", documents(60000))
     partial, killed = tmp_path / ".d.partial", None
-    for sig in (signal.SIGKILL, signal.SIGINT):
+    for sig in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         p = subprocess.Popen([sys.executable, "data.py", "prepare", "--source", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "d"), "--tokenizer", "bytes"],
                              cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
         while not (partial / "out").exists() or partial.stat().st_mtime_ns == killed:
@@ -348,6 +381,10 @@ def test_a_killed_prepare_leaves_nothing_that_looks_finished(tmp_path):
         killed = partial.stat().st_mtime_ns
         p.send_signal(sig)
         assert p.wait() != 0 and not (tmp_path / "d").exists()
+        until = time.monotonic() + 30
+        while subprocess.run(["pgrep", "-g", str(p.pid)], capture_output=True).stdout:  # its workers notice within seconds
+            assert time.monotonic() < until
+            time.sleep(0.1)
     assert not (tmp_path / ".d.partial").exists()  # Ctrl-C tidies up, also what the killed one left
     prepare(tmp_path / "d", [str(tmp_path / "a.jsonl")])
     assert reader.check_files(tmp_path / "d", quiet=True)

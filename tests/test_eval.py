@@ -64,7 +64,8 @@ def test_standard_errors_are_those_of_a_bootstrap_over_documents():
 
 
 def test_appl():
-    assert evaluation.appl({1: 99.0, 2: 20.0, 3: 22.0, 4: 27.0}) == 23.0
+    assert evaluation.appl({1: 99.0, 2: 20.0, 3: 22.0, 4: 27.0}, range(2, 5)) == 23.0
+    assert evaluation.common([{1: 0, 2: 0, 3: 0, 5: 0}, {1: 0, 2: 0, 3: 0, 4: 0}]) == [2, 3]  # a mean over others would not compare
 
 
 def test_a_table_of_a_run_and_single_checkpoints(trained, train_cli, tmp_path):
@@ -74,7 +75,9 @@ def test_a_table_of_a_run_and_single_checkpoints(trained, train_cli, tmp_path):
     one = json.loads(cli(trained, tmp_path / "run" / "cpt-cosine" / "v2" / "step-000020", "--json").stdout)
     ppls = [v["ppl"] for v in one.values()]
     assert table["ptfs-cosine"]["ppl"] == {"1": ppls[0]} and table["cpt-cosine"]["ppl"] == {"1": ppls[0], "2": ppls[1]}
-    assert table["cpt-cosine"]["appl"] == ppls[1]
+    assert table["appl_versions"] == [] and math.isnan(table["cpt-cosine"]["appl"])  # PTFS has no version 2 here
+    assert train_cli("--mode", "ptfs", "--version", "2") == 0
+    assert json.loads(cli(run, "--json").stdout)["cpt-cosine"]["appl"] == ppls[1]
     text = cli(run).stdout
     assert f"{ppls[1]:.2f}" in text and "V2" in text and "documents" in text
     assert f"{ppls[1] - ppls[0]:+.3f} (SE" in cli(trained, run / "cpt-cosine" / "v2" / "step-000020").stdout

@@ -52,6 +52,12 @@ def test_table3_end_to_end_stopped_and_gone_on(tmp_path, prepared):
     while not list(run.glob("*/*/step-*")) and not list(run.glob("main/step-*")):
         assert p.poll() is None
         time.sleep(0.05)
+    p.kill()  # its children go on for now, and the next call waits for them
+    p.wait()
+    p = subprocess.Popen(command(run, prepared, "--plan.versions", "2", "--jobs", "2"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not len(list(run.glob("*/*/step-*"))) > 1:
+        assert p.poll() is None
+        time.sleep(0.05)
     p.send_signal(signal.SIGTERM)
     assert p.wait(timeout=60) == 143
     before = {f: f.stat().st_mtime_ns for f in run.rglob("step-*/meta.json")}
@@ -71,6 +77,11 @@ def test_table3_end_to_end_stopped_and_gone_on(tmp_path, prepared):
     assert f"| cosine | Ours | 0.87x | {result['rows'][2]['ppl']['2']:.2f} |" in text and "ours is below CPT: V2" in text
     for figure in ("fig1.png", "fig2.png"):
         assert (run / figure).read_bytes()[:4] == b"\x89PNG"
+    # the table of another config is not made of these
+    for other, words in ((["--train.seed", "7"], "train.seed: 1 there, 7 here"), (["--plan.alpha", "0.5"], "plan.alpha: 0.6 there, 0.5 here")):
+        kept = (run / "table3.json").read_bytes()
+        r = subprocess.run(command(run, prepared, "--plan.versions", "2", *other), capture_output=True, text=True)
+        assert r.returncode == 2 and words in r.stderr and (run / "table3.json").read_bytes() == kept
     meta = checkpoint.read_meta(run / "ours-cosine" / "v2" / "step-000020")
     assert meta["parent"]["segment"] == "main" and meta["parent"]["step"] == 14
 
@@ -125,3 +136,9 @@ def test_cost_bad_input(args, words):
 def test_cost_refuses_an_impossible_plan():
     with pytest.raises(config.UserError, match=r"plan.alpha: got 2"):
         cost.steps("ours", paper.replace(lineage.make_plan(config.load("tiny")), alpha=2.0))
+
+
+def test_fig2_of_all_schedules(tmp_path):
+    rows = [{"schedule": s, "paradigm": p, "cost": 0.5, "appl": 30.0, "ppl": {2: 1, 3: 1}} for s in paper.schedule.SCHEDULES for p in paper.NAMES]
+    paper.fig2({"rows": rows}, tmp_path)
+    assert (tmp_path / "fig2.png").stat().st_size > 10_000

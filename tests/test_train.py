@@ -320,6 +320,11 @@ def snapshot(folder):
         (["--config", "tinny"], ["--config tinny: there is no"]),
         (["--mode"], ["expected one argument"]),
         (["--version", "1", "extra"], ["unexpected 'extra'"]),
+        (["--version", "9" * 5001], ["--version: got '999"]),
+        (["--plan.steps", "9" * 400], ["plan.steps: got '999"]),
+        (["--plan.versions", "1000000000000"], ["plan.versions: got 1000000000000, expected at most 10000"]),
+        (["--model.hidden", "1000000000039"], ["model.n_head: got 2, expected a divisor", "make model.hidden even"]),
+        (["--out", "z\udcff"], ["out: got 'z"]),
     ],
 )
 def test_bad_input_is_said_and_changes_nothing(train_cli, tmp_path, args, words, capsys):
@@ -358,11 +363,11 @@ def test_a_parent_of_another_shape_tokenizer_or_text_is_refused(train_cli, tmp_p
     assert "model.n_layer: 1 there, 2 here" in capsys.readouterr().err
     other = shutil.copytree(prepared, tmp_path / "other")
     meta = json.loads((other / "meta.json").read_text())
-    (other / "meta.json").write_text(json.dumps({**meta, "tokenizer_sha256": "0" * 64}))
+    disk.write_json(other / "meta.json", {**meta, "tokenizer_sha256": "0" * 64})
     assert train_cli("--mode", "branch", "--version", "1", data=other) == 2
     assert "was trained with another tokenizer" in capsys.readouterr().err
     meta["increments"][0]["sha256"]["bin"] = "0" * 64
-    (other / "meta.json").write_text(json.dumps(meta))
+    disk.write_json(other / "meta.json", meta)
     assert train_cli("--mode", "branch", "--version", "1", data=other) == 2
     assert "was trained on other increments" in capsys.readouterr().err
 
@@ -378,6 +383,9 @@ def test_damaged_data_and_checkpoints_are_found_before_training(train_cli, tmp_p
     # and where the check is switched off, the id is found when it is read
     assert train_cli("--mode", "ptfs", "--version", "1", "--data.verify", "false", "--data.repeat", "true", "--plan.steps", "200", data=copy) == 2
     assert "expected below the vocabulary's 257" in capsys.readouterr().err
+    os.truncate(copy / "v1.bin", 2000)
+    assert train_cli("--mode", "ptfs", "--version", "1", "--data.verify", "false", data=copy) == 2
+    assert "v1.bin: got 2000 bytes, expected" in capsys.readouterr().err
 
     undo = stop_after(monkeypatch, 5)
     assert train_cli("--mode", "ptfs", "--version", "1", "--train.checkpoint_every", "3", out="r") == 143
@@ -388,6 +396,52 @@ def test_damaged_data_and_checkpoints_are_found_before_training(train_cli, tmp_p
     file.write_bytes(raw)
     assert train_cli("--mode", "ptfs", "--version", "1", out="r") == 2
     assert "its bytes have changed" in (err := capsys.readouterr().err) and "to go on from step-000003" in err
+
+
+def test_a_segment_keeps_one_config_even_where_nothing_could_be_resumed(train_cli, tmp_path, capsys):
+    assert train_cli("--mode", "main", "--version", "2") == 0
+    # alpha 0.8 forks at 2 and 12, before the first checkpoint at 4: begun anew, but not under another seed
+    assert train_cli("--mode", "main", "--version", "2", "--plan.alpha", "0.8", "--train.seed", "9") == 2
+    assert "train.seed: 1 there, 9 here" in capsys.readouterr().err
+    assert train_cli("--mode", "main", "--version", "2", "--plan.alpha", "0.8") == 0
+    assert checkpoint.steps(tmp_path / "run" / "main") == [2, 4, 12, 14]
+    (tmp_path / "run" / "main" / "step-000014").rename(tmp_path / "run" / "main" / "step-000024")
+    assert train_cli("--mode", "main", "--version", "3") == 2
+    assert "it is that of step 14" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_becomes_a_fork_point_is_pinned(train_cli, tmp_path):
+    every = ("--train.checkpoint_every", "2", "--plan.steps", "20", "--train.keep", "2")
+    assert train_cli("--mode", "main", "--version", "1", "--plan.alpha", "0.5", *every) == 0  # to 10; 6 and 8 are loose
+    assert checkpoint.steps(tmp_path / "run" / "main") == [6, 8, 10]
+    assert train_cli("--mode", "main", "--version", "1", "--plan.alpha", "0.6", *every) == 0  # its end is 8, there already
+    assert train_cli("--mode", "main", "--version", "2", "--plan.alpha", "0.6", *every) == 0  # to 28
+    assert checkpoint.steps(tmp_path / "run" / "main") == [8, 10, 24, 26, 28]
+
+
+def test_what_was_just_saved_is_not_what_is_pruned(train_cli, tmp_path, monkeypatch):
+    every = ("--mode", "ptfs", "--version", "1", "--train.checkpoint_every", "1", "--train.keep", "2")
+    undo = stop_after(monkeypatch, 7)
+    assert train_cli(*every) == 143
+    undo()
+    folder = tmp_path / "run" / "ptfs-cosine" / "v1"
+    assert checkpoint.steps(folder) == [7, 8]
+    assert train_cli("--mode", "main", "--version", "2", "--train.checkpoint_every", "1") == 0
+    shutil.rmtree(tmp_path / "run" / "main" / "step-000004")  # the first fork point: what lies behind it is of no use until it is back
+    undo = stop_after(monkeypatch, 2)
+    assert train_cli("--mode", "main", "--version", "2", "--train.checkpoint_every", "1") == 143
+    undo()
+    assert 3 in checkpoint.steps(tmp_path / "run" / "main")
+    assert train_cli("--mode", "main", "--version", "2") == 0 and {4, 14} <= set(checkpoint.steps(tmp_path / "run" / "main"))
+
+
+def test_a_branch_as_long_as_the_increment(train_cli, tmp_path):
+    """alpha 1 without a warm-up: V1's branch leaves the random weights themselves, at step 0."""
+    plan = ("--plan.alpha", "1", "--plan.warmup", "0")
+    assert train_cli("--mode", "main", "--version", "1", *plan) == 0 and checkpoint.steps(tmp_path / "run" / "main") == [0]
+    assert train_cli("--mode", "branch", "--version", "1", *plan) == 0
+    assert train_cli("--mode", "ptfs", "--version", "1", *plan) == 0  # the same cosine over the same steps
+    assert equal(tmp_path / "run" / "ours-cosine" / "v1" / "step-000010", tmp_path / "run" / "ptfs-cosine" / "v1" / "step-000010")
 
 
 def test_a_second_process_in_the_same_folder_is_refused(train_cli, tmp_path, capsys):
