@@ -251,10 +251,9 @@ def prepare(out: str, sources: list[str], tokenizer: str = str(RANKS), increment
                 raise UserError(
                     f"{part['name']}: no document falls into it, of {sum(p['documents'] for p in written)} in all; expected more text or fewer increments"
                 )
-        if os.sep in tokenizer or tokenizer.endswith(".tiktoken"):
+        if tok.is_file:
             shutil.copyfile(tokenizer, work / "out" / "tokenizer.tiktoken")
-        kind = tokenizer if tok.name == "bytes" or not (work / "out" / "tokenizer.tiktoken").exists() else "tokenizer.tiktoken"
-        meta = {"format": 1, "tokenizer": kind, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size, "eot": tok.eot, "dtype": dtype,
+        meta = {"format": 1, "tokenizer": "tokenizer.tiktoken" if tok.is_file else tokenizer, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size, "eot": tok.eot, "dtype": dtype,
                 "sources": [{"increments": len(increments), "from": sources, "weights": weights}], "val": written[0], "increments": written[1:]}  # fmt: skip
         disk.write_json(work / "out" / "meta.json", meta)
         os.rename(work / "out", folder)
@@ -274,10 +273,9 @@ def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: 
     """Append increment N+1 without touching the others; returns the meta and how many documents they held already."""
     folder = Path(out).resolve()  # two names of one folder are one folder
     tokenizer_of(folder)  # is the one it was made with
-    meta = read_meta(folder)
-    name = f"v{len(meta['increments']) + 1}"
     with workspace(folder) as work:
-        meta = read_meta(folder)  # again, now that no other process can change it
+        meta = read_meta(folder)  # only now: before the lock was held another process may have added an increment
+        name = f"v{len(meta['increments']) + 1}"
         check_files(folder, quiet=quiet)  # what is held must be known for certain
         for s in sources:
             _ = s.startswith("hf:") or files_of(s)

@@ -10,7 +10,7 @@ independent, so a document is the unit, and two checkpoints are compared documen
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -59,9 +59,9 @@ class Score:
         return self.ppl - other.ppl, float(np.sqrt(((self.influence - other.influence) ** 2).sum()))
 
 
-def appl(ppls: dict[int, float], versions: Iterable[int]) -> float:
+def appl(ppls: dict[int, float], versions: Sequence[int]) -> float:
     """Mean PPL over `versions`, which are 2..N in Figure 2."""
-    return sum(ppls[v] for v in versions) / len(list(versions))
+    return sum(ppls[v] for v in versions) / len(versions)
 
 
 def common(runs: Iterable[dict[int, Any]]) -> list[int]:

@@ -84,17 +84,13 @@ def progress(folder: Path, s: schedule.Segment) -> int:
 
 def check_done(cells: dict[str, Cell], run: Path, c: config.Config) -> None:
     """What is there already must be what this config would make: a table never mixes two configs. UserError names the keys."""
+    tokens = reader.Tokens(c.data.path, c.model.context, c.batch_sequences, c.increments, c.train.seed, c.data.repeat)
     for name, cell in cells.items():
-        own = replace_schedule(c, cell.schedule)
-        tokens = reader.Tokens(c.data.path, c.model.context, c.batch_sequences, c.increments, c.train.seed, c.data.repeat)
+        own = replace(c, plan=replace(c.plan, schedule=cell.schedule))
         for step in checkpoint.steps(run / name):
             if step <= cell.segment.end:
                 where = checkpoint.path(run / name, step)
                 lineage.check_lineage(where, checkpoint.read_meta(where), own, cell.segment, tokens)
-
-
-def replace_schedule(c: config.Config, name: str) -> config.Config:
-    return replace(c, plan=replace(c.plan, schedule=name))
 
 
 def run_graph(cells: dict[str, Cell], run: Path, arguments: list[str], jobs: int, gpus: int) -> None:

@@ -34,13 +34,14 @@ class Tokenizer:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.is_file = os.sep in name or name.endswith(".tiktoken")
         self.sha256 = hashlib.sha256(name.encode()).hexdigest()
         if name == "bytes":
             self.eot, self.vocab_size = 256, 257
             return
         import tiktoken
 
-        if os.sep in name or name.endswith(".tiktoken"):
+        if self.is_file:
             try:
                 text = Path(name).read_bytes()
             except OSError as e:

@@ -125,6 +125,21 @@ def test_two_names_of_a_folder_are_one(copy):
         data.add(str(copy.parent / "link"), [write(copy.parent / "a.jsonl", documents(50))], jobs=1, quiet=True)
 
 
+def test_an_increment_added_just_before_the_lock_is_not_overwritten(copy, monkeypatch):
+    """Another add finishes between the start of this one and its lock."""
+    first, second = (write(copy.parent / f"{s}.jsonl", documents(50, s)) for s in (3, 4))
+    workspace = data.workspace
+
+    def late(folder):
+        monkeypatch.setattr(data, "workspace", workspace)
+        data.add(str(copy), [first], jobs=1, quiet=True)
+        return workspace(folder)
+
+    monkeypatch.setattr(data, "workspace", late)
+    data.add(str(copy), [second], jobs=1, quiet=True)
+    assert sorted(read(copy, "v5")) == sorted(documents(50, 3)) and sorted(read(copy, "v6")) == sorted(documents(50, 4))
+
+
 def test_weights_count_each_text_once(tmp_path):
     a, b = write(tmp_path / "a.jsonl", documents(300, 1) * 5), write(tmp_path / "b.jsonl", documents(300, 2))
     prepare(tmp_path / "d", [a, b], increments=[1], weights=[1, 1], val=0.1)
