@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 import disk
+import model as llama
 from config import UserError
 
 STEP = re.compile(r"step-(\d{6,})")
@@ -37,18 +38,21 @@ def steps(segment: Path) -> list[int]:
     return sorted(int(m[1]) for m in found if m and (segment / m[0] / "meta.json").is_file())
 
 
-def state(model: torch.nn.Module, optimizer: torch.optim.AdamW | None = None) -> dict[str, Tensor]:
+def state(model: llama.Transformer, optimizer: torch.optim.AdamW | None = None) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name: model.*, and with an optimizer exp_avg.*, exp_avg_sq.*, updates.* and rng.*.
 
     They share memory with model and optimizer: loading into them loads. An optimizer that has not stepped gets zero moments first.
     """
-    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    tensors = {f"model.{name}": p for name, p in model.true_parameters().items()}
     if optimizer is not None:
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if not (s := optimizer.state[p]):
                 # as torch.optim.AdamW with fused=True makes them at its first step
                 s.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            tensors |= {f"exp_avg.{name}": s["exp_avg"], f"exp_avg_sq.{name}": s["exp_avg_sq"], f"updates.{name}": s["step"]}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            of_all = model.true_parameters(lambda p, moment=moment: optimizer.state[p][moment])
+            tensors |= {f"{moment}.{name}": t for name, t in of_all.items()}
+        tensors |= {f"updates.{name}": optimizer.state[p]["step"] for name, p in model.named_parameters()}
         tensors["rng.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available() and next(model.parameters()).is_cuda:
             tensors["rng.cuda"] = torch.cuda.get_rng_state()

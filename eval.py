@@ -11,7 +11,6 @@ independent, so a document is the unit, and two checkpoints are compared documen
 import json
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,11 @@ from tqdm import tqdm
 
 import checkpoint
 import config
+import kernels
 import model as llama
 import reader
 from config import UserError
-from train import pick_device
+from train import pick_device, steady_malloc
 
 
 @dataclass
@@ -73,7 +73,8 @@ def load_model(path: Path, device: torch.device) -> tuple[llama.Transformer, dic
     """The model of a checkpoint and its meta."""
     meta = checkpoint.read_meta(path)
     checkpoint.verify(path)
-    net = llama.Transformer(config.Model(**{f.name: meta["config"][f"model.{f.name}"] for f in fields(config.Model)}))
+    c = config.Model(**{f.name: meta["config"][f"model.{f.name}"] for f in fields(config.Model)})
+    net = llama.Transformer(c, torch.bfloat16 if device.type == "cuda" else torch.float32, kernels.choose("auto", device, c))
     checkpoint.load(path, checkpoint.state(net))
     return net.to(device).eval(), meta
 
@@ -99,11 +100,7 @@ def score(path: Path, device: torch.device, folder: str | None = None, rows: int
     # the document of each target: <|endoftext|> belongs to the document that it ends
     document = np.concatenate(([0], np.cumsum(stream[1:-1] == tokens.meta["eot"]) + (stream[0] == tokens.meta["eot"])))
     losses = []
-    autocast = torch.autocast(device.type, torch.bfloat16) if device.type == "cuda" else nullcontext()
-    with (
-        autocast,
-        tqdm(total=len(document), unit="token", unit_scale=True, desc=str(path), disable=True if quiet else None, delay=2, leave=False) as bar,
-    ):
+    with tqdm(total=len(document), unit="token", unit_scale=True, desc=str(path), disable=True if quiet else None, delay=2, leave=False) as bar:
         for arrays in tokens.validation(rows):
             x, y = (torch.from_numpy(a).to(device) for a in arrays)
             losses.append(net(x, y, reduction="none").flatten().cpu().numpy().astype(np.float64))
@@ -157,6 +154,7 @@ def main() -> None:
     if not 0 <= o.seed < 2**63 or o.length < 0:
         raise UserError(f"--seed, --length: got {o.seed} and {o.length}, expected 0 or more, and the seed below 2^63")
     device = pick_device(o.device, 0)
+    steady_malloc(device)
     paths = [Path(p) for p in o.path]
     for p in paths:
         if not p.exists():

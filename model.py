@@ -1,129 +1,125 @@
 """The whole transformer: LLaMA, and Qwen by one switch (biases on q, k and v).
 
-Pre-norm blocks of causal attention with rotary positions and SwiGLU, RMSNorm, untied embeddings, no other
-biases. The functions up to `cross_entropy` are the places where a faster kernel can be put: the modules below
-them hold weights and shapes only. Shapes: B sequences, T tokens, C = hidden, H heads of D, K key/value heads, V ids.
+Pre-norm blocks of causal attention with rotary positions and SwiGLU, RMSNorm, untied embeddings, no other biases. The
+modules hold weights and shapes; what they compute is in kernels/. Weights are float32, and are cast where they are used
+to the dtype of the activations. Shapes: B sequences, T tokens, C = hidden, H heads of D, K key/value heads, V ids.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import config
+import kernels
+from kernels.attention import attention
+from kernels.cross_entropy import linear_cross_entropy
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rope import rope, rope_table
+from kernels.swiglu import swiglu
 
-# ----------------------------------------------------------------------------------------------------------
-# The operations
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019)."""
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
-
-
-def rope_table(T: int, D: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles t * theta^(-2i/D), each (T, D/2) in float32 (Su et al. 2021)."""
-    frequencies = theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
-    angles = torch.outer(torch.arange(T, dtype=torch.float64), frequencies)
-    return angles.cos().float(), angles.sin().float()
-
-
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + D/2) of x (B, T, H, D) by the angles of their positions; cos and sin are (T, D/2)."""
-    a, b = x.float().chunk(2, dim=-1)  # (B, T, H, D/2) each
-    cos, sin = cos[:, None], sin[:, None]  # (T, 1, D/2)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal softmax(q k' / sqrt(D)) v; q is (B, T, H, D), k and v are (B, T, K, D) with K dividing H."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D), (B, K, T, D)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    return y.transpose(1, 2)  # (B, T, H, D)
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up (Shazeer 2020)."""
-    return F.silu(gate) * up
-
-
-def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Negative log-likelihood in nats of `targets` (B, T) under the logits x @ weight.T; x (B, T, C), weight (V, C)."""
-    logits = F.linear(x, weight).float()  # (B, T, V)
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
-    return loss.view_as(targets) if reduction == "none" else loss
-
+PAD = 128  # rows of the head come in multiples of this: tensor cores waste no part of a tile
 
 # ----------------------------------------------------------------------------------------------------------
 # The modules
 
 
+class Linear(nn.Linear):
+    """y = x W' + b in the dtype of x: float32 weights are cast at each use, and their gradients are float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias if self.bias is None else self.bias.to(x.dtype))
+
+
 class RMSNorm(nn.Module):
-    def __init__(self, c: config.Model) -> None:
+    def __init__(self, c: config.Model, use: str) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(c.hidden))
         self.eps = c.norm_eps
+        self.use = use
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(the norm of x + residual, x + residual)."""
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps, self.use), x
+        return add_rms_norm(x, residual, self.weight, self.eps, self.use)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + swiglu(norm(x)). q, k, v are one matrix, and so are gate and up: fewer, larger products."""
+    """x + attention(norm(x)), then x + swiglu(norm(x)). q, k, v are one matrix, and so are gate and up: fewer, larger products.
 
-    def __init__(self, c: config.Model) -> None:
+    The residual stream comes in two parts, x and what the layer before wants added: the norm adds them in the same pass.
+    """
+
+    def __init__(self, c: config.Model, use: dict[str, str]) -> None:
         super().__init__()
         self.D = c.hidden // c.n_head
         self.heads = (c.n_head, c.n_kv_head or c.n_head)  # H, K
+        self.use = use
         f = c.ffn or 4 * c.hidden
-        self.attn_norm = RMSNorm(c)
-        self.qkv = nn.Linear(c.hidden, (c.n_head + 2 * self.heads[1]) * self.D, bias=c.qkv_bias)
-        self.attn_out = nn.Linear(c.hidden, c.hidden, bias=False)
-        self.ffn_norm = RMSNorm(c)
-        self.gate_up = nn.Linear(c.hidden, 2 * f, bias=False)
-        self.ffn_out = nn.Linear(f, c.hidden, bias=False)
+        self.attn_norm = RMSNorm(c, use["rms_norm"])
+        self.qkv = Linear(c.hidden, (c.n_head + 2 * self.heads[1]) * self.D, bias=c.qkv_bias)
+        self.attn_out = Linear(c.hidden, c.hidden, bias=False)
+        self.ffn_norm = RMSNorm(c, use["rms_norm"])
+        self.gate_up = Linear(c.hidden, 2 * f, bias=False)
+        self.ffn_out = Linear(f, c.hidden, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        B, T, C = x.shape
-        qkv = self.qkv(self.attn_norm(x)).view(B, T, -1, self.D)  # (B, T, H + 2K, D)
-        H, K = self.heads
-        q, k = rope(qkv[:, :, : H + K], cos, sin).split((H, K), dim=2)
-        y = attention(q, k, qkv[:, :, H + K :])  # (B, T, H, D)
-        x = x + self.attn_out(y.reshape(B, T, C))
-        gate, up = self.gate_up(self.ffn_norm(x)).chunk(2, dim=-1)  # (B, T, f) each
-        return x + self.ffn_out(swiglu(gate, up))
+    def forward(self, added: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        y, x = self.attn_norm(added, x)  # (B, T, C) each
+        B, T, C = y.shape
+        q, k, v = rope(self.qkv(y).view(B, T, -1, self.D), cos, sin, *self.heads, self.use["rope"])  # (B, T, H, D), (B, T, K, D) twice
+        y = attention(q, k, v, self.use["attention"]).reshape(B, T, C)
+        y, x = self.ffn_norm(self.attn_out(y), x)
+        return self.ffn_out(swiglu(self.gate_up(y), self.use["swiglu"])), x  # (B, T, 2f) -> (B, T, f) -> (B, T, C)
 
 
 class Transformer(nn.Module):
-    """Initial weights: normal(0, 0.02), the two matrices that write to the residual stream by 1/sqrt(2 L) smaller (GPT-2); biases 0."""
+    """Initial weights: normal(0, 0.02), the two matrices that write to the residual stream by 1/sqrt(2 L) smaller (GPT-2); biases 0.
+
+    `dtype`: of the activations. `use`: "torch" or "triton" for each operation, as kernels.choose says. `recompute`: keep only
+    the blocks' inputs and compute the rest again in the backward: a third more work for a fraction of the memory.
+    """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, c: config.Model) -> None:
+    def __init__(self, c: config.Model, dtype: torch.dtype = torch.float32, use: dict[str, str] | None = None, recompute: bool = False) -> None:
         super().__init__()
+        self.dtype, self.use, self.recompute = dtype, use or dict.fromkeys(kernels.NAMES, "torch"), recompute
+        self.vocab_size = c.vocab_size
         self.embed = nn.Embedding(c.vocab_size, c.hidden)
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
-        self.norm = RMSNorm(c)
-        self.head = nn.Linear(c.hidden, c.vocab_size, bias=False)
+        self.blocks = nn.ModuleList(Block(c, self.use) for _ in range(c.n_layer))
+        self.norm = RMSNorm(c, self.use["rms_norm"])
+        self.head = Linear(c.hidden, -(-c.vocab_size // PAD) * PAD, bias=False)  # rows from vocab_size on are zero and stay so
         for name, table in zip(("cos", "sin"), rope_table(c.context, c.hidden // c.n_head, c.rope_theta), strict=True):
             self.register_buffer(name, table, persistent=False)
-        for name, p in self.named_parameters():
+        for name, p in self.true_parameters().items():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) if name.endswith("_out.weight") else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
+        nn.init.zeros_(self.head.weight.detach()[c.vocab_size :])
+
+    def true_parameters(self, of: Callable[[nn.Parameter], Tensor] = lambda p: p) -> dict[str, Tensor]:
+        """{name: parameter, or what `of` says belongs to it} without the rows that pad the head: what counts, and what is saved."""
+        all_rows = {name: of(p).detach() for name, p in self.named_parameters()}
+        return {name: t[: self.vocab_size] if name == "head.weight" else t for name, t in all_rows.items()}
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        """Token ids (B, T), T at most the context -> logits (B, T, V); with targets (B, T) -> their loss in nats."""
+        """Token ids (B, T), T at most the context -> logits (B, T, V); with targets (B, T) -> their loss in nats, float32."""
         T = ids.shape[1]
-        x = self.embed(ids)  # (B, T, C)
+        added, x = self.embed(ids).to(self.dtype), None  # (B, T, C)
         for block in self.blocks:
-            x = block(x, self.cos[:T], self.sin[:T])
-        x = self.norm(x)
-        return self.head(x) if targets is None else cross_entropy(x, self.head.weight, targets, reduction)
+            given = (added, x, self.cos[:T], self.sin[:T])
+            added, x = checkpoint(block, *given, use_reentrant=False) if self.recompute else block(*given)
+        y, _ = self.norm(added, x)
+        if targets is None:
+            return self.head(y)[..., : self.vocab_size]
+        return linear_cross_entropy(y, self.head.weight, targets, self.vocab_size, reduction, self.use["cross_entropy"])
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ Called again, it goes on from its last checkpoint; finished, it says so. SIGTERM
 130; a second one exits at once. `--dry_run` says what would be done and touches nothing.
 """
 
+import ctypes
+import gc
 import hashlib
 import json
 import os
@@ -31,6 +33,7 @@ import checkpoint
 import config
 import data
 import disk
+import kernels
 import lineage
 import model as llama
 import reader
@@ -80,6 +83,16 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     return 2 * n**3 / best, f"{n}^3 matrix product timed at the start, {torch.get_num_threads()} threads"
 
 
+def steady_malloc(device: torch.device) -> None:
+    """Let glibc keep freed memory for the next tensor, where it would hand large blocks back and fault them in again, page by page.
+
+    On a CPU that is a quarter of a step's time (bench.py step). Other C libraries have no mallopt, and go without.
+    """
+    if device.type == "cpu" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: at its largest, 32 MiB
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
 def git_commit() -> str:
     try:
         return subprocess.run(["git", "rev-parse", "HEAD"], cwd=data.HERE, capture_output=True, text=True).stdout.strip()
@@ -115,6 +128,10 @@ def main() -> None:
             problems.append(f"--version: got {o.version!r}, expected a whole number from 1 to 9999")
         mode = "main" if problems else o.mode
         problems += config.check_batch(c, ranks)
+        try:
+            problems += kernels.problems(c.train.kernels, cuda and c.train.device in ("auto", "cuda"), c.model)
+        except UserError as e:
+            problems.append(str(e))
         try:
             p, segments, segment = lineage.pick(c, mode, version)
         except UserError as e:
@@ -227,12 +244,14 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     bf16 = t.dtype == "bfloat16" or (t.dtype == "auto" and device.type == "cuda")
-    autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+    dtype = torch.bfloat16 if bf16 else torch.float32
     torch.set_float32_matmul_precision("high" if bf16 else "highest")  # where bf16 is wanted, fp32 products may be TF32
+    steady_malloc(device)
 
-    # -- Model and optimizer: fp32 weights, decay on matrices only. The initial weights are drawn on the CPU, the same everywhere.
+    # -- Model and optimizer: fp32 weights, activations in `dtype`, decay on matrices only. The initial weights are drawn on the CPU, the same everywhere.
     torch.manual_seed(t.seed)
-    net = llama.Transformer(c.model).to(device)
+    use = kernels.choose(t.kernels, device, c.model)
+    net = llama.Transformer(c.model, dtype, use, t.recompute).to(device)
     matrices = [w for w in net.parameters() if w.dim() >= 2]
     vectors = [w for w in net.parameters() if w.dim() < 2]
     groups = [{"params": matrices, "weight_decay": t.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -248,7 +267,9 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
     accumulation = t.batch_tokens // (t.micro_batch * T * ranks)
 
     def to_device(arrays: tuple[Any, Any]) -> list[torch.Tensor]:
-        return [torch.from_numpy(a).to(device, non_blocking=True) for a in arrays]
+        """Pinned memory is copied while the device computes; the host is micro-batches ahead, so the device never waits for data."""
+        host = [torch.from_numpy(a) for a in arrays]
+        return [(h.pin_memory() if device.type == "cuda" else h).to(device, non_blocking=True) for h in host]
 
     def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
         if ranks > 1:
@@ -258,10 +279,11 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
     def validate() -> float:
         """Loss in nats over the first `eval_tokens` of the validation set, each rank a share of them."""
         total = torch.zeros(2, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-        with torch.no_grad(), autocast:
+        with torch.no_grad():
             for arrays in tokens.validation(t.micro_batch, t.eval_tokens, rank, ranks):
                 x, y = to_device(arrays)
-                total += torch.tensor([net(x, y).item() * y.numel(), y.numel()], dtype=torch.float64, device=total.device)
+                total[0] += net(x, y, "sum")
+                total[1] += y.numel()
         nats, count = mean_over_ranks(total).tolist()
         return nats / count
 
@@ -278,7 +300,7 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
     # -- Log: the first record says what runs where, then a record each `log_every` steps and each validation
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     flops = llama.flops_per_token(c.model)
-    peak, peak_from = peak_flops(device, torch.bfloat16 if bf16 else torch.float32)
+    peak, peak_from = peak_flops(device, dtype)
     log_file = open(folder / "log.jsonl", "ab+") if rank == 0 else None
     if log_file and log_file.tell() and log_file.seek(-1, os.SEEK_END) and log_file.read() != b"\n":
         log_file.write(b"\n")  # a line that a full disk cut short
@@ -295,8 +317,8 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
     bar = tqdm(total=end, initial=start, desc=segment.name, unit="step", disable=None if rank == 0 else True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {platform.machine()}"
     log({"segment": segment.name, "start": start, "end": end, "from": str(origin) if origin else None, "config": config.values(c),
-         "commit": git_commit(), "versions": versions, "device": name, "ranks": ranks, "dtype": "bfloat16" if bf16 else "float32",
-         "peak_flops": peak, "peak_from": peak_from, "time": time.strftime("%Y-%m-%dT%H:%M:%S")})  # fmt: skip
+         "commit": git_commit(), "versions": versions, "device": name, "ranks": ranks, "dtype": str(dtype).removeprefix("torch."),
+         "kernels": use, "compiled": compiled,          "peak_flops": peak, "peak_from": peak_from, "time": time.strftime("%Y-%m-%dT%H:%M:%S")})  # fmt: skip
 
     # -- Signals: the first asks for a save, the second ends at once
     asked: list[int] = []
@@ -309,19 +331,42 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
 
+    # -- The host never waits for the device but in `settle`: it would leave it without work. So a step whose loss or gradient
+    # is not finite is noticed there; the device itself has skipped that update and, by `bad`, every one after it
+    none = end + 1
+    bad = torch.full((), none, dtype=torch.int64, device=device)  # the first such step
+    numbers = bad_numbers = torch.zeros(3, device=device)  # loss, gradient norm, ranks that were asked to stop; of the last step, of the bad one
+    seconds, total_seconds, mark, since = 0.0, 0.0, time.perf_counter(), start
+
+    def settle() -> tuple[float, float, float]:
+        """Wait for the device. The last step's loss, gradient norm and ranks asked to stop; UserError if a step was not finite."""
+        nonlocal seconds
+        if (wrong := int(bad.item())) < none:
+            (loss, norm, _), (increment, k) = bad_numbers.tolist(), tokens.place(wrong)
+            raise UserError(f"step {wrong}: loss {loss}, gradient norm {norm}: stopped before the update. It is batch {k} of increment v{increment + 1}; "
+                            f"lower plan.max_lr or look at that text. The last checkpoint is at step {max(checkpoint.steps(folder), default='none')}")  # fmt: skip
+        values = numbers.tolist()
+        seconds += time.perf_counter() - mark
+        return values[0], values[1], values[2]
+
     # -- The loop: evaluate, save, stop, one optimizer step, log
-    stop = 0.0  # how many ranks were asked to stop, over all ranks
-    seconds, total_seconds, since = 0.0, 0.0, start
+    stop = 0.0  # how many ranks were asked to stop, as all ranks know it
+    gc.disable()  # a collection in the middle of a step would hold up the device; `del`eted graphs are freed without one
     for step in range(start, end + 1):
         last = step == end
-        if last or (t.eval_every and step % t.eval_every == 0 and step > start):
-            log({"step": step, "tokens": step * t.batch_tokens, "val_loss": validate()})
-        if step in required or (step > start and (last or stop or (t.checkpoint_every and step % t.checkpoint_every == 0))):
-            save(step)
+        evaluate = last or (t.eval_every and step % t.eval_every == 0 and step > start)
+        keep = step in required or (step > start and (last or stop or (t.checkpoint_every and step % t.checkpoint_every == 0)))
+        if evaluate or keep:
+            settle()
+            gc.collect()
+            if evaluate:
+                log({"step": step, "tokens": step * t.batch_tokens, "val_loss": validate()})
+            if keep:
+                save(step)
+            mark = time.perf_counter()
         if last or stop:
             break
 
-        began = time.perf_counter()
         lr = segment.lr(step)  # a pure function of the step: what a loaded optimizer says is never used
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -331,27 +376,28 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
             x, y = to_device(tokens.batch(step, slice(first, first + t.micro_batch)))
             exchange = micro == accumulation - 1  # gradients cross ranks once a step
             with nullcontext() if exchange or ranks == 1 else model.no_sync():  # type: ignore[operator]
-                with autocast:
-                    part = model(x, y) / accumulation
+                part = model(x, y) / accumulation
                 part.backward()
             loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), t.clip)
-        loss_value, norm_value, stop = mean_over_ranks(torch.stack([loss, norm, torch.tensor(float(len(asked)), device=device)])).tolist()
-        if not (abs(loss_value) < float("inf") and norm_value < float("inf")):
-            name, k = f"v{tokens.place(step)[0] + 1}", tokens.place(step)[1]
-            raise UserError(f"step {step}: loss {loss_value}, gradient norm {norm_value}: stopped before the update. It is batch {k} of increment {name}; "
-                            f"lower plan.max_lr or look at that text. The last checkpoint is at step {max(checkpoint.steps(folder), default='none')}")  # fmt: skip
+        numbers = mean_over_ranks(torch.stack([loss, norm, torch.full((), float(len(asked)), device=device)]))
+        bad_numbers = torch.where(bad < none, bad_numbers, numbers)
+        bad = torch.where(numbers[:2].isfinite().all(), bad, bad.clamp(max=step))
+        optimizer.found_inf = (bad < none).float()  # type: ignore[attr-defined]  # 1: the fused AdamW changes nothing
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        seconds += time.perf_counter() - began
+        stop = len(asked) if ranks == 1 else 0.0
 
         # everything below is only logging
         bar.update()
         if (step + 1) % t.log_every == 0 or step + 1 == end:
+            loss_value, norm_value, stop = settle()
+            mark = time.perf_counter()
             speed = (step + 1 - since) * t.batch_tokens / seconds
             log({"step": step, "tokens": (step + 1) * t.batch_tokens, "lr": lr, "loss": loss_value, "grad_norm": norm_value,
                  "tokens_per_second": speed, "mfu": speed * flops / (peak * ranks)})  # fmt: skip
             total_seconds, seconds, since = total_seconds + seconds, 0.0, step + 1
+    gc.enable()
 
     bar.close()
     if rank == 0:

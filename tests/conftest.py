@@ -3,7 +3,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+# Triton's kernels run on a GPU where there is one, and elsewhere in Triton's interpreter; it is read when they are imported
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # side by side with others; the shapes here gain nothing from more
 ROOT = Path(__file__).parent.parent
 
@@ -37,8 +41,6 @@ BASE = [*SHAPE, "--plan.steps", "10", "--plan.warmup", "2", "--train.batch_token
 @pytest.fixture
 def train_cli(prepared, tmp_path, monkeypatch):
     """run(*args, out=) -> exit code of train.py's main in this process, with a tiny model on the prepared bytes."""
-    import torch
-
     import train
 
     torch.set_num_threads(1)

@@ -19,14 +19,16 @@ def test_parameters_of_table_9(row):
     assert (c.model.hidden, c.model.n_head, c.model.n_layer, c.plan.max_lr) == (row["hidden"], row["heads"], row["layers"], row["max_lr"])
     assert model.parameters(c.model) == row["params_derived"]
     with torch.device("meta"):
-        assert sum(p.numel() for p in model.Transformer(c.model).parameters()) == row["params_derived"]
+        net = model.Transformer(c.model)
+    assert sum(p.numel() for p in net.true_parameters().values()) == row["params_derived"]
+    assert net.head.weight.shape == (100_352, row["hidden"])  # 784 x 128
 
 
 def test_parameters_of_qwen():
     c, llama = config.load("qwen-1.2b").model, config.load("1.2b").model
     assert model.parameters(c) == model.parameters(llama) + 24 * 3 * 1536
     with torch.device("meta"):
-        assert sum(p.numel() for p in model.Transformer(c).parameters()) == model.parameters(c)
+        assert sum(p.numel() for p in model.Transformer(c).true_parameters().values()) == model.parameters(c)
 
 
 @pytest.mark.parametrize("size, gflop", [("203m", 1.063), ("406m", 1.975), ("608m", 3.334), ("1.2b", 6.813), ("2.1b", 12.70), ("3.1b", 18.35)])
@@ -56,7 +58,7 @@ def transformers_twin(c, ours):
     twin = getattr(transformers, f"{kind}ForCausalLM")(settings)
     D, K = c.hidden // c.n_head, c.n_kv_head or c.n_head
     rows = [c.hidden, K * D, K * D]
-    w = {"model.embed_tokens.weight": ours.embed.weight, "model.norm.weight": ours.norm.weight, "lm_head.weight": ours.head.weight}
+    w = {"model.embed_tokens.weight": ours.embed.weight, "model.norm.weight": ours.norm.weight, "lm_head.weight": ours.head.weight[: c.vocab_size]}
     for i, b in enumerate(ours.blocks):
         at = f"model.layers.{i}."
         for name, part in zip("qkv", b.qkv.weight.split(rows), strict=True):
@@ -87,37 +89,10 @@ def test_logits_and_loss_equal_transformers(kw):
     torch.testing.assert_close(ours(ids), expected, rtol=1e-4, atol=2e-5)
     loss = F.cross_entropy(expected[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(ours(ids[:, :-1], ids[:, 1:]), loss, rtol=1e-5, atol=0)
-    each = ours(ids[:, :-1], ids[:, 1:], reduction="none")
+    with torch.no_grad():
+        each = ours(ids[:, :-1], ids[:, 1:], reduction="none")
     assert each.shape == (3, 18)
     torch.testing.assert_close(each.mean(), loss, rtol=1e-5, atol=0)
-
-
-def test_operations_against_fp64():
-    torch.manual_seed(0)
-    x, w = torch.randn(5, 7, 12), torch.randn(12)
-    exact = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * w.double()
-    torch.testing.assert_close(model.rms_norm(x, w, 1e-5).double(), exact, rtol=1e-6, atol=1e-6)  # a few eps of 6e-8
-    g, u = torch.randn(2, 5, 9), torch.randn(2, 5, 9)
-    torch.testing.assert_close(model.swiglu(g, u).double(), g.double() * g.double().sigmoid() * u.double(), rtol=1e-6, atol=1e-6)
-    q, k, v = torch.randn(2, 6, 4, 8), torch.randn(2, 6, 2, 8), torch.randn(2, 6, 2, 8)
-    kk, vv = (t.repeat_interleave(2, dim=2).double() for t in (k, v))
-    s = torch.einsum("bthd,bshd->bhts", q.double(), kk) / 8**0.5
-    s = s.masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), float("-inf"))
-    torch.testing.assert_close(model.attention(q, k, v).double(), torch.einsum("bhts,bshd->bthd", s.softmax(-1), vv), rtol=1e-5, atol=1e-6)
-
-
-def test_rope_turns_by_position_and_keeps_products_relative():
-    cos, sin = model.rope_table(16, 8, 10000.0)
-    torch.manual_seed(0)
-    q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 16, 1, 8)
-    a, b = model.rope(q, cos, sin)[0, :, 0].double(), model.rope(k, cos, sin)[0, :, 0].double()
-    products = a @ b.T  # depends on the distance alone
-    for distance in range(-15, 16):
-        diagonal = products.diagonal(distance)
-        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-5, atol=1e-5)
-    pairs = torch.view_as_complex(torch.stack((q[0, 5, 0, :4], q[0, 5, 0, 4:]), -1).double())
-    turned = pairs * torch.exp(1j * 5 * 10000.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8))
-    torch.testing.assert_close(a[5], torch.cat((turned.real, turned.imag)), rtol=1e-6, atol=1e-6)
 
 
 def test_the_future_is_not_seen():

@@ -1,0 +1,97 @@
+"""The operations that decide the speed of a step, each in a file of its own: formula, gradient, PyTorch reference, Triton kernels.
+
+    rms_norm.py  rope.py  attention.py  swiglu.py  cross_entropy.py
+
+Every public function takes `use`: "torch" is PyTorch's own operations and runs everywhere, "triton" is the kernel and
+needs a CUDA GPU. `choose` turns the key train.kernels into one choice an operation.
+"""
+
+import functools
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+import config
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAVE_TRITON = True
+except ImportError:  # macOS, Windows: the files below can be imported, and "torch" is the only choice
+    HAVE_TRITON = False
+    triton: Any = SimpleNamespace(jit=lambda f: f)  # type: ignore[no-redef]
+    tl: Any = SimpleNamespace(constexpr=None)  # type: ignore[no-redef]
+
+NAMES = ("rms_norm", "rope", "attention", "swiglu", "cross_entropy")
+MEASURED = Path(__file__).parent / "measured.json"  # written by bench.py kernels --save
+HEAD_DIMS = (16, 32, 64, 96, 128)  # what attention.py serves
+
+
+def shape_key(name: str, c: config.Model) -> str:
+    """What the speed of an operation depends on: the key of a measurement."""
+    H, D = c.n_head, c.hidden // c.n_head
+    K, f = c.n_kv_head or H, c.ffn or 4 * c.hidden
+    return {
+        "rms_norm": f"rms_norm C={c.hidden}",
+        "rope": f"rope H={H} K={K} D={D}",
+        "attention": f"attention T={c.context} H={H} K={K} D={D}",
+        "swiglu": f"swiglu f={f}",
+        "cross_entropy": f"cross_entropy C={c.hidden} V={c.vocab_size}",
+    }[name]
+
+
+def parse(text: str) -> dict[str, str]:
+    """ "triton" or "auto,attention=torch" -> a wish for every operation. UserError if it is not of this form."""
+    wishes = dict.fromkeys(NAMES, "auto")
+    for part in text.replace(" ", "").split(","):
+        name, eq, wish = part.rpartition("=")
+        if wish not in ("auto", "triton", "torch") or (eq and name not in NAMES):
+            raise config.UserError(
+                f"train.kernels: got {text!r}, expected auto, triton or torch, and after it exceptions such as ,attention=torch; the kernels are {', '.join(NAMES)}"
+            )
+        wishes.update({name: wish} if eq else dict.fromkeys(NAMES, wish))
+    return wishes
+
+
+def problems(text: str, cuda: bool, c: config.Model) -> list[str]:
+    """Why the kernels that `text` asks for by name cannot run: here, or at this shape."""
+    asked = [name for name, wish in parse(text).items() if wish == "triton"]
+    if not asked:
+        return []
+    if not HAVE_TRITON:
+        return [f"train.kernels: got {text!r}, but Triton is not installed: pip install triton (Linux), or take --train.kernels torch"]
+    if not cuda and not interpreted():
+        return [f"train.kernels: got {text!r}, but the device is no CUDA GPU, and Triton's kernels need one; take --train.kernels torch or auto"]
+    D = c.hidden // c.n_head
+    if "attention" in asked and D not in HEAD_DIMS:
+        return [
+            f"train.kernels: attention serves the head dims {', '.join(map(str, HEAD_DIMS))}, got model.hidden / model.n_head = {D}; take --train.kernels {text},attention=torch"
+        ]
+    return []
+
+
+def choose(text: str, device: torch.device, c: config.Model) -> dict[str, str]:
+    """The choice for every operation. auto: the fastest that bench.py measured on this device at this shape, PyTorch's own where nothing was."""
+    best = measured(torch.cuda.get_device_name(device)) if device.type == "cuda" else {}
+    return {name: best.get(shape_key(name, c), "torch") if wish == "auto" else wish for name, wish in parse(text).items()}
+
+
+def measured(device: str) -> dict[str, str]:
+    """{shape key: the faster of triton and torch} as measured on a device of this name; empty if none was."""
+    return json.loads(MEASURED.read_text()).get(device, {}).get("best", {}) if MEASURED.exists() else {}
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on the CPU: how the tests run them."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def programs(device: torch.device) -> int:
+    """How many programs of a reduction run at once: some for each multiprocessor. Fixed for a device, so that its sums are, too."""
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

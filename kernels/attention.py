@@ -1,0 +1,269 @@
+"""Causal attention with grouped queries, without the T x T matrix in memory (Dao et al. 2022, Dao 2023).
+
+    s = q k' / sqrt(D), -inf above the diagonal      p = softmax(s) by rows      y = p v
+
+Forward, online: a block of queries visits the keys from the left. With the row maximum m and the row sum l so far, a
+new block of s changes them to m' = max(m, max s) and l' = l 2^(m-m') + sum 2^(s-m'), and what is accumulated of y is
+scaled by 2^(m-m'). At the end y / l is written, and L = m + log2(l), the log-sum-exp of each row, is kept. Logarithms
+are to base 2 (s carries the factor log2(e)): the GPU has an instruction for 2^x.
+
+Backward. p = 2^(s - L) is computed again from q, k and L; with d = rowsum(dy y):
+
+    dv = p' dy        dp = dy v'        ds = p (dp - d)        dq = ds k / sqrt(D)        dk = ds' q / sqrt(D)
+
+One kernel holds a block of keys and visits the queries below it (dk, dv; the H/K query heads of a key head in turn),
+another holds a block of queries and visits the keys left of it (dq): each sum has one owner, so nothing is added
+atomically and every run gives the same bits.
+
+Head dims are cut into two powers of two, 96 = 64 + 32, so that no product is padded.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import HEAD_DIMS, tl, triton
+
+LOG2E = math.log2(math.e)
+
+
+def attention_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The formula as it stands: q (B, T, H, D), k and v (B, T, K, D) with K dividing H -> (B, T, H, D)."""
+    T, H, D = q.shape[1:]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))  # (B, H, T, D)
+    s = (q @ k.transpose(2, 3)) / math.sqrt(D)  # (B, H, T, T)
+    above = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    return (s.masked_fill(above, -torch.inf).softmax(dim=-1) @ v).transpose(1, 2)
+
+
+@triton.jit
+def _load(X, rows, T, stride, D0: tl.constexpr, D1: tl.constexpr):
+    """Rows (N,) of a head, cut into D0 and D1 columns; zeros below the last row."""
+    there = (rows < T)[:, None]
+    at = X + rows[:, None].to(tl.int64) * stride
+    a = tl.load(at + tl.arange(0, D0)[None, :], mask=there, other=0.0)
+    b = a
+    if D1:
+        b = tl.load(at + D0 + tl.arange(0, D1)[None, :], mask=there, other=0.0)
+    return a, b
+
+
+@triton.jit
+def _store(X, rows, T, stride, a, b, D0: tl.constexpr, D1: tl.constexpr):
+    there = (rows < T)[:, None]
+    at = X + rows[:, None].to(tl.int64) * stride
+    tl.store(at + tl.arange(0, D0)[None, :], a.to(X.dtype.element_ty), mask=there)
+    if D1:
+        tl.store(at + D0 + tl.arange(0, D1)[None, :], b.to(X.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _dot(a0, a1, b0, b1, D1: tl.constexpr):
+    """a b' over both cuts of the head dim."""
+    s = tl.dot(a0, tl.trans(b0), input_precision="ieee")
+    if D1:
+        s = tl.dot(a1, tl.trans(b1), s, input_precision="ieee")
+    return s
+
+
+@triton.jit
+def _forward(Q, KEY, V, Y, L, T, H, GROUP, scale, BM: tl.constexpr, BN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    D: tl.constexpr = D0 + D1
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
+    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    K = H // GROUP
+    rows = block * BM + tl.arange(0, BM)
+    q0, q1 = _load(Q + (b * T * H + h) * D, rows, T, H * D, D0, D1)
+    m = tl.full((BM,), float("-inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    y0 = tl.zeros((BM, D0), tl.float32)
+    y1 = tl.zeros((BM, D1 if D1 else D0), tl.float32)
+    kv = (b * T * K + h // GROUP) * D
+    for diagonal in tl.static_range(2):  # first the keys left of the block, which all its queries see, then those beside it
+        first, end = 0, block * BM
+        if diagonal:
+            first, end = block * BM, tl.minimum((block + 1) * BM, T)
+        for left in range(first, end, BN):
+            cols = left + tl.arange(0, BN)
+            k0, k1 = _load(KEY + kv, cols, T, K * D, D0, D1)
+            s = _dot(q0, q1, k0, k1, D1) * scale
+            if diagonal:
+                s = tl.where(rows[:, None] >= cols[None, :], s, float("-inf"))
+            m_new = tl.maximum(m, tl.max(s, axis=1))
+            p = tl.exp2(s - m_new[:, None])
+            shrink = tl.exp2(m - m_new)
+            total = total * shrink + tl.sum(p, axis=1)
+            v0, v1 = _load(V + kv, cols, T, K * D, D0, D1)
+            p = p.to(v0.dtype)
+            y0 = tl.dot(p, v0, y0 * shrink[:, None], input_precision="ieee")
+            if D1:
+                y1 = tl.dot(p, v1, y1 * shrink[:, None], input_precision="ieee")
+            m = m_new
+    _store(Y + (b * T * H + h) * D, rows, T, H * D, y0 / total[:, None], y1 / total[:, None], D0, D1)
+    tl.store(L + tl.program_id(1).to(tl.int64) * T + rows, m + tl.log2(total), mask=rows < T)
+
+
+@triton.jit
+def _delta(Y, DY, DELTA, T, H, BM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    D: tl.constexpr = D0 + D1
+    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    at = (b * T * H + h) * D
+    y0, y1 = _load(Y + at, rows, T, H * D, D0, D1)
+    g0, g1 = _load(DY + at, rows, T, H * D, D0, D1)
+    d = tl.sum(y0.to(tl.float32) * g0.to(tl.float32), axis=1)
+    if D1:
+        d += tl.sum(y1.to(tl.float32) * g1.to(tl.float32), axis=1)
+    tl.store(DELTA + tl.program_id(1).to(tl.int64) * T + rows, d, mask=rows < T)
+
+
+@triton.jit
+def _backward_kv(Q, KEY, V, DY, L, DELTA, DK, DV, T, H, GROUP, scale, BM: tl.constexpr, BN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    D: tl.constexpr = D0 + D1
+    K = H // GROUP
+    b, h_kv = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
+    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    kv = (b * T * K + h_kv) * D
+    k0, k1 = _load(KEY + kv, cols, T, K * D, D0, D1)
+    v0, v1 = _load(V + kv, cols, T, K * D, D0, D1)
+    dk0 = tl.zeros((BN, D0), tl.float32)
+    dk1 = tl.zeros((BN, D1 if D1 else D0), tl.float32)
+    dv0 = tl.zeros((BN, D0), tl.float32)
+    dv1 = tl.zeros((BN, D1 if D1 else D0), tl.float32)
+    start = tl.program_id(0) * BN // BM * BM  # queries above this block of keys do not see it,
+    passed = tl.minimum(tl.cdiv((tl.program_id(0) + 1) * BN, BM) * BM, T)  # from here on all see all of it
+    for h in range(h_kv * GROUP, (h_kv + 1) * GROUP):
+        at, row_at = (b * T * H + h) * D, (b * H + h) * T
+        for diagonal in tl.static_range(2):
+            first, end = passed, T
+            if diagonal:
+                first, end = start, passed
+            for top in range(first, end, BM):
+                rows = top + tl.arange(0, BM)
+                q0, q1 = _load(Q + at, rows, T, H * D, D0, D1)
+                g0, g1 = _load(DY + at, rows, T, H * D, D0, D1)  # zeros below the last row: it adds nothing
+                lse = tl.load(L + row_at + rows, mask=rows < T, other=0.0)
+                delta = tl.load(DELTA + row_at + rows, mask=rows < T, other=0.0)
+                p = tl.exp2(_dot(k0, k1, q0, q1, D1) * scale - lse[None, :])  # (BN, BM): transposed, so that no product needs p or ds turned
+                if diagonal:
+                    p = tl.where(rows[None, :] >= cols[:, None], p, 0.0)
+                ds = (p * (_dot(v0, v1, g0, g1, D1) - delta[None, :])).to(q0.dtype)
+                p = p.to(g0.dtype)
+                dv0 = tl.dot(p, g0, dv0, input_precision="ieee")
+                dk0 = tl.dot(ds, q0, dk0, input_precision="ieee")
+                if D1:
+                    dv1 = tl.dot(p, g1, dv1, input_precision="ieee")
+                    dk1 = tl.dot(ds, q1, dk1, input_precision="ieee")
+    natural = scale / 1.4426950408889634  # 1 / sqrt(D)
+    _store(DV + kv, cols, T, K * D, dv0, dv1, D0, D1)
+    _store(DK + kv, cols, T, K * D, dk0 * natural, dk1 * natural, D0, D1)
+
+
+@triton.jit
+def _backward_q(Q, KEY, V, DY, L, DELTA, DQ, T, H, GROUP, scale, BM: tl.constexpr, BN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    D: tl.constexpr = D0 + D1
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    K = H // GROUP
+    rows = block * BM + tl.arange(0, BM)
+    at, kv = (b * T * H + h) * D, (b * T * K + h // GROUP) * D
+    q0, q1 = _load(Q + at, rows, T, H * D, D0, D1)
+    g0, g1 = _load(DY + at, rows, T, H * D, D0, D1)
+    row_at = tl.program_id(1).to(tl.int64) * T
+    lse = tl.load(L + row_at + rows, mask=rows < T, other=0.0)
+    delta = tl.load(DELTA + row_at + rows, mask=rows < T, other=0.0)
+    dq0 = tl.zeros((BM, D0), tl.float32)
+    dq1 = tl.zeros((BM, D1 if D1 else D0), tl.float32)
+    for diagonal in tl.static_range(2):
+        first, end = 0, block * BM
+        if diagonal:
+            first, end = block * BM, tl.minimum((block + 1) * BM, T)
+        for left in range(first, end, BN):
+            cols = left + tl.arange(0, BN)
+            k0, k1 = _load(KEY + kv, cols, T, K * D, D0, D1)
+            v0, v1 = _load(V + kv, cols, T, K * D, D0, D1)
+            p = tl.exp2(_dot(q0, q1, k0, k1, D1) * scale - lse[:, None])
+            if diagonal:
+                p = tl.where(rows[:, None] >= cols[None, :], p, 0.0)
+            ds = (p * (_dot(g0, g1, v0, v1, D1) - delta[:, None])).to(k0.dtype)
+            dq0 = tl.dot(ds, k0, dq0, input_precision="ieee")
+            if D1:
+                dq1 = tl.dot(ds, k1, dq1, input_precision="ieee")
+    natural = scale / 1.4426950408889634
+    _store(DQ + at, rows, T, H * D, dq0 * natural, dq1 * natural, D0, D1)
+
+
+def _cut(D: int) -> tuple[int, int]:
+    """The two powers of two whose sum is D (the second may be 0). ValueError if the kernels do not serve D."""
+    if D not in HEAD_DIMS:
+        raise ValueError(f"attention: head dim {D}; the Triton kernels serve {', '.join(map(str, HEAD_DIMS))}: use 'torch'")
+    first = 1 << (D.bit_length() - 1)
+    return first, D - first
+
+
+def _tiles(D: int, backward: bool) -> tuple[int, int, int, int]:
+    """(queries, keys, warps, stages) of a block: as large as the registers hold without spilling on sm_80 and sm_90."""
+    if backward:
+        return (64, 64, 4, 3) if D <= 64 else (64, 64, 8, 2)
+    return (128, 64, 4, 3) if D <= 64 else (128, 64, 8, 3)
+
+
+@torch.library.custom_op("pathswitch::attention", mutates_args=())
+def _op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    B, T, H, D = q.shape
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    y, L = torch.empty_like(q), torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+    BM, BN, warps, stages = _tiles(D, False)
+    if q.numel():
+        _forward[(triton.cdiv(T, BM), B * H)](
+            q, k, v, y, L, T, H, H // k.shape[2], LOG2E / math.sqrt(D), BM, BN, *_cut(D), num_warps=warps, num_stages=stages
+        )  # type: ignore[arg-type]
+    return y, L
+
+
+@_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    B, T, H, D = q.shape
+    return torch.empty(B, T, H, D, dtype=q.dtype, device=q.device), torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+
+
+@torch.library.custom_op("pathswitch::attention_backward", mutates_args=())
+def _op_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, L: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, H, D = q.shape
+    K = k.shape[2]
+    dy, q, k, v = dy.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
+    dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(L)
+    if q.numel():
+        BM, BN, warps, stages = _tiles(D, True)
+        args, how = (T, H, H // K, LOG2E / math.sqrt(D), BM, BN, *_cut(D)), {"num_warps": warps, "num_stages": stages}
+        _delta[(triton.cdiv(T, BM), B * H)](y, dy, delta, T, H, BM, *_cut(D))  # type: ignore[arg-type]
+        _backward_kv[(triton.cdiv(T, BN), B * K)](q, k, v, dy, L, delta, dk, dv, *args, **how)  # type: ignore[arg-type]
+        _backward_q[(triton.cdiv(T, BM), B * H)](q, k, v, dy, L, delta, dq, *args, **how)  # type: ignore[arg-type]
+    return dq, dk, dv
+
+
+@_op_backward.register_fake
+def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, L: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    return dq, dk, dv
+
+
+_op.register_autograd(
+    lambda ctx, dy, dL: _op_backward(dy, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output),
+)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, use: str = "torch") -> Tensor:
+    """Causal softmax(q k' / sqrt(D)) v; q is (B, T, H, D), k and v are (B, T, K, D) with K dividing H -> (B, T, H, D).
+
+    ValueError if the Triton kernels do not serve the head dim.
+    """
+    if use == "triton":
+        return _op(q, k, v)[0]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D), (B, K, T, D)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return y.transpose(1, 2)

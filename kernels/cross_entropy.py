@@ -1,0 +1,162 @@
+"""The last matrix product and the cross-entropy in one: the logits (N, V) never exist as a whole.
+
+    z = x W'              l_n = log sum_v exp(z_nv) - z_n,t(n)          loss = sum_n l_n c
+    dz = c (softmax(z) - onehot(t))        dx = dz W        dW = dz' x
+
+with c = 1 for the sum and c = 1 / (targets that are not ignored) for the mean. Because the loss is the end of the
+graph, dz is known but for a factor as soon as z is. So a chunk of rows is taken through all three products at once: z,
+then in its place dz, then its parts of dx and dW; the backward only multiplies by the factor that arrives. Extra memory is one
+chunk of logits, instead of four tensors N x V (logits and their gradient, in two precisions).
+
+The rows of W from `vocab` on are padding: they get no probability and no gradient. A target of -100 is ignored; if all are,
+loss and gradients are 0. Any other target outside the vocabulary is an IndexError on the CPU, and on a GPU, which
+cannot raise, a loss of nan. Softmax is in float32; dW is summed over the chunks in float32.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import tl, triton
+
+IGNORE = -100
+CHUNK_BYTES = {"cuda": 3 << 28, "cpu": 1 << 20}  # of logits; bench.py kernels --only cross_entropy tries others
+
+
+def linear_cross_entropy_ref(x: Tensor, weight: Tensor, targets: Tensor, vocab: int | None = None, reduction: str = "mean") -> Tensor:
+    """What linear_cross_entropy computes, with all logits at once; nan as the mean of nothing."""
+    logits = F.linear(x, weight[:vocab])  # (.., V)
+    logits = logits.double() if logits.dtype == torch.float64 else logits.float()
+    loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction, ignore_index=IGNORE)
+    return loss.view_as(targets) if reduction == "none" else loss
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A chunk of logits (n, padded V): the loss of each row, and the gradient in their place
+
+
+def _rows_ref(z: Tensor, targets: Tensor, c: Tensor, vocab: int, gradient: bool) -> tuple[Tensor, Tensor]:
+    """z (n, padded V), targets (n,), c a scalar -> losses (n,) and dz, which may be z itself."""
+    s = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
+    if vocab < z.shape[1]:
+        s[:, vocab:] = -torch.inf
+    t = targets.clamp(0, vocab - 1)[:, None]
+    top, at_target = s.amax(1, keepdim=True), s.gather(1, t)
+    s = s.sub_(top).exp_()
+    total = s.sum(1, keepdim=True)
+    losses = (top + total.log() - at_target)[:, 0]
+    if gradient:
+        scale = c * (targets != IGNORE)[:, None]
+        s.mul_(scale / total).scatter_add_(1, t, -scale)
+    wrong = ((targets < 0) | (targets >= vocab)) & (targets != IGNORE)
+    return losses.masked_fill(targets == IGNORE, 0.0).masked_fill(wrong, torch.nan), s.type_as(z)
+
+
+@triton.jit
+def _rows_kernel(Z, TARGET, LOSS, COUNT, vocab, padded, GRADIENT: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    z = Z + row * padded
+    target = tl.load(TARGET + row)
+    cols = tl.arange(0, BLOCK)
+    m = tl.full((BLOCK,), float("-inf"), tl.float32)  # one running maximum and sum a lane: a single reduction at the end
+    total = tl.zeros((BLOCK,), tl.float32)
+    for left in range(0, vocab, BLOCK):
+        v = left + cols  # loaded up to `padded`, a multiple of 128: 16 bytes at a time
+        s = tl.load(z + v, mask=v < padded, other=0.0).to(tl.float32)
+        s = tl.where(v < vocab, s, float("-inf"))
+        m_new = tl.maximum(m, s)
+        safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a lane that has seen nothing yet
+        total = total * tl.exp(m - safe) + tl.exp(s - safe)
+        m = m_new
+    top = tl.max(m, axis=0)
+    total = tl.sum(total * tl.exp(m - top), axis=0)
+    ok = (target >= 0) & (target < vocab)
+    at_target = tl.load(z + target, mask=ok, other=0.0).to(tl.float32)
+    loss = tl.where(ok, top + tl.log(total) - at_target, tl.where(target == -100, 0.0, float("nan")))
+    tl.store(LOSS + row, loss)
+    if GRADIENT:
+        c = tl.where(ok, 1.0, 0.0)
+        if MEAN:
+            c /= tl.load(COUNT)
+        tl.debug_barrier()  # the target's logit has been read by all before it is overwritten
+        for left in range(0, padded, BLOCK):
+            v = left + cols
+            s = tl.load(z + v, mask=v < padded, other=0.0).to(tl.float32)
+            p = tl.where(v < vocab, tl.exp(s - top) / total, 0.0)
+            d = c * (p - tl.where(v == target, 1.0, 0.0))
+            tl.store(z + v, d.to(Z.dtype.element_ty), mask=v < padded)
+
+
+def _rows(z: Tensor, targets: Tensor, count: Tensor, vocab: int, mean: bool, gradient: bool, use: str) -> tuple[Tensor, Tensor]:
+    if use == "triton":
+        losses = torch.empty(len(z), dtype=torch.float32, device=z.device)
+        _rows_kernel[(len(z),)](z, targets, losses, count, vocab, z.shape[1], gradient, mean, 4096, num_warps=8)  # type: ignore[arg-type]
+        return losses, z
+    c = 1 / count if mean else torch.ones_like(count)
+    return (_compiled() if z.is_cuda else _rows_ref)(z, targets, c, vocab, gradient)
+
+
+@functools.cache
+def _compiled():  # type: ignore[no-untyped-def]
+    return torch.compile(_rows_ref, dynamic=False)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# All chunks
+
+
+@torch.library.custom_op("pathswitch::linear_cross_entropy", mutates_args=())
+def _op(x: Tensor, weight: Tensor, targets: Tensor, vocab: int, reduction: str, gradient: bool, rows: int, use: str) -> tuple[Tensor, Tensor, Tensor]:
+    if targets.device.type == "cpu" and (wrong := ((targets < 0) | (targets >= vocab)) & (targets != IGNORE)).any():
+        raise IndexError(f"targets: got {targets[wrong][0].item()}, expected 0 .. {vocab - 1}, or {IGNORE} to ignore")
+    w = weight.type_as(x)  # (padded V, C): the compute copy of a float32 weight
+    losses = torch.empty(x.shape[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+    count = (targets != IGNORE).sum().clamp(min=1).to(losses.dtype)
+    dx = torch.empty_like(x) if gradient else x.new_empty(0)
+    dw = torch.zeros_like(weight) if gradient else weight.new_empty(0)
+    buffer = torch.empty(min(rows, x.shape[0]), w.shape[0], dtype=x.dtype, device=x.device)
+    for i in range(0, x.shape[0], rows):
+        part = x[i : i + rows]  # (n, C)
+        z = torch.mm(part, w.t(), out=buffer[: len(part)])  # (n, padded V)
+        losses[i : i + rows], dz = _rows(z, targets[i : i + rows], count, vocab, reduction == "mean", gradient, use)
+        if gradient:
+            torch.mm(dz, w, out=dx[i : i + rows])
+            if x.dtype == weight.dtype:
+                dw.addmm_(dz.t(), part)
+            elif x.is_cuda:  # low precision in, float32 out: cuBLAS adds up in float32 as it goes
+                torch.ops.aten.addmm.dtype_out(dw, dz.t(), part, torch.float32, out=dw)
+            else:
+                dw += dz.t() @ part
+    loss = losses if reduction == "none" else losses.sum() / (count if reduction == "mean" else 1)
+    return loss, dx, dw
+
+
+@_op.register_fake
+def _(x: Tensor, weight: Tensor, targets: Tensor, vocab: int, reduction: str, gradient: bool, rows: int, use: str) -> tuple[Tensor, Tensor, Tensor]:
+    loss = torch.empty(
+        x.shape[:1] if reduction == "none" else (), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device
+    )
+    return loss, torch.empty_like(x) if gradient else x.new_empty(0), torch.empty_like(weight) if gradient else weight.new_empty(0)
+
+
+_op.register_autograd(
+    lambda ctx, g, *_: (ctx.saved_tensors[0] * g, ctx.saved_tensors[1] * g, *[None] * 6),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*output[1:]),
+)
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab: int | None = None, reduction: str = "mean",
+                         use: str = "torch", chunk_bytes: int | None = None) -> Tensor:  # fmt: skip
+    """Negative log-likelihood in nats of `targets` (..) under the logits x @ weight[:vocab].T, in float32.
+
+    x (.., C) in the compute dtype, weight (V or more, C) in it or in float32. reduction: mean, sum, or none (.., without gradients).
+    """
+    vocab = vocab or weight.shape[0]
+    gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if gradient and reduction == "none":
+        raise ValueError("linear_cross_entropy: reduction none has no gradient; use mean or sum, or torch.no_grad()")
+    rows = max(64, (chunk_bytes or CHUNK_BYTES.get(x.device.type, 1 << 28)) // (weight.shape[0] * x.element_size()))
+    loss = _op(x.reshape(-1, x.shape[-1]).contiguous(), weight, targets.reshape(-1), vocab, reduction, gradient, rows, use)[0]
+    return loss.view(targets.shape) if reduction == "none" else loss

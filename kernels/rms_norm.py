@@ -1,0 +1,146 @@
+"""RMSNorm (Zhang and Sennrich 2019), with the addition of the residual stream before it in the same pass.
+
+    z = x + residual                     r = 1 / sqrt(mean_C(z^2) + eps)
+    n = z r                              y = n w
+
+Gradient. With dy given, and dz what reaches z by its other way (the stream goes on past the norm):
+
+    g = dy w                             dw = sum over rows of dy n
+    dz += r (g - n mean_C(g n))          dx = dresidual = dz
+
+Reductions are in float32 and results are rounded once, to the dtype of x. z is rounded before it is normed, so that
+the backward, which reads the stored z, differentiates what the forward computed. Forward and backward read and write
+each element once. dw is summed in a fixed order: each program keeps the sum of its rows, and PyTorch adds those up.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import programs, tl, triton
+
+
+def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension of x (.., C); weight is (C,)."""
+    z = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return (z * torch.rsqrt(z.square().mean(-1, keepdim=True) + eps) * weight).type_as(x)
+
+
+@triton.jit
+def _forward(X, RES, W, Z, Y, R, M, C, stride_x, stride_res, eps, ADD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, COLS)
+    there = (rows[:, None] < M) & (cols[None, :] < C)
+    z = tl.load(X + rows[:, None] * stride_x + cols[None, :], mask=there, other=0.0).to(tl.float32)
+    if ADD:
+        z += tl.load(RES + rows[:, None] * stride_res + cols[None, :], mask=there, other=0.0).to(tl.float32)
+        z = z.to(Z.dtype.element_ty)
+        tl.store(Z + rows[:, None] * C + cols[None, :], z, mask=there)
+        z = z.to(tl.float32)
+    r = 1.0 / tl.sqrt(tl.sum(z * z, axis=1) / C + eps)
+    w = tl.load(W + cols, mask=cols < C, other=0.0).to(tl.float32)
+    tl.store(Y + rows[:, None] * C + cols[None, :], (z * r[:, None] * w[None, :]).to(Y.dtype.element_ty), mask=there)
+    tl.store(R + rows, r, mask=rows < M)
+
+
+@triton.jit
+def _backward(DY, DZ, Z, W, R, DX, DW, M, C, stride_z, ADD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    cols = tl.arange(0, COLS)
+    w = tl.load(W + cols, mask=cols < C, other=0.0).to(tl.float32)
+    dw = tl.zeros((COLS,), tl.float32)
+    for first in range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
+        rows = tl.cast(first, tl.int64) + tl.arange(0, ROWS)
+        there = (rows[:, None] < M) & (cols[None, :] < C)
+        at = rows[:, None] * C + cols[None, :]
+        dy = tl.load(DY + at, mask=there, other=0.0).to(tl.float32)
+        r = tl.load(R + rows, mask=rows < M, other=0.0)[:, None]
+        n = tl.load(Z + rows[:, None] * stride_z + cols[None, :], mask=there, other=0.0).to(tl.float32) * r
+        g = dy * w[None, :]
+        dx = r * (g - n * (tl.sum(g * n, axis=1) / C)[:, None])
+        if ADD:
+            dx += tl.load(DZ + at, mask=there, other=0.0).to(tl.float32)
+        tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=there)
+        dw += tl.sum(dy * n, axis=0)
+    tl.store(DW + tl.program_id(0) * C + cols, dw, mask=cols < C)
+
+
+def _tile(C: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of a program: 16 elements a thread where the width allows it."""
+    cols = triton.next_power_of_2(C)
+    rows = max(1, 2048 // cols)
+    return rows, cols, min(16, max(4, rows * cols // 512))
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """x as (M, C) with its elements side by side in each row; a copy only where the strides demand one."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+@torch.library.custom_op("pathswitch::rms_norm", mutates_args=())
+def _op(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    rows, cols, warps = _tile(x.shape[-1])
+    xs = _as_rows(x)
+    res = xs if residual is None else _as_rows(residual)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    z = torch.empty_like(y) if residual is not None else x.new_empty(0)
+    r = torch.empty(xs.shape[0], dtype=torch.float32, device=x.device)
+    if x.numel():
+        grid = (triton.cdiv(xs.shape[0], rows),)
+        _forward[grid](xs, res, weight, z, y, r, *xs.shape, xs.stride(0), res.stride(0), eps, residual is not None, rows, cols, num_warps=warps)  # type: ignore[arg-type]
+    return y, z, r
+
+
+@_op.register_fake
+def _(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    M = x.numel() // x.shape[-1]
+    return y, torch.empty_like(y) if residual is not None else x.new_empty(0), torch.empty(M, dtype=torch.float32, device=x.device)
+
+
+@torch.library.custom_op("pathswitch::rms_norm_backward", mutates_args=())
+def _op_backward(dy: Tensor, dz: Tensor | None, z: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    rows, cols, warps = _tile(z.shape[-1])
+    zs, dy = _as_rows(z), dy.contiguous()
+    dx = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    M, C = zs.shape
+    n = min(programs(z.device), triton.cdiv(M, rows))
+    dw = torch.empty(n, C, dtype=torch.float32, device=z.device)
+    if z.numel():
+        _backward[(n,)](
+            dy, dy if dz is None else dz.contiguous(), zs, weight, r, dx, dw, M, C, zs.stride(0), dz is not None, rows, cols, num_warps=warps
+        )  # type: ignore[arg-type]
+    return dx, dw.sum(0).type_as(weight)
+
+
+@_op_backward.register_fake
+def _(dy: Tensor, dz: Tensor | None, z: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty(z.shape, dtype=z.dtype, device=z.device), torch.empty_like(weight)
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, residual, weight, _ = inputs
+    _, z, r = output
+    ctx.add = residual is not None
+    ctx.save_for_backward(z if ctx.add else x, weight, r)
+
+
+def _gradient(ctx, dy: Tensor, dz: Tensor, dr: Tensor):  # type: ignore[no-untyped-def]
+    z, weight, r = ctx.saved_tensors
+    dx, dw = _op_backward(dy, dz if ctx.add else None, z, weight, r)
+    return dx, dx if ctx.add else None, dw, None
+
+
+_op.register_autograd(_gradient, setup_context=_save)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, use: str = "torch") -> Tensor:
+    """RMSNorm of x (.., C) by weight (C,) -> (.., C) in the dtype of x."""
+    return _op(x, None, weight, eps)[0] if use == "triton" else rms_norm_ref(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, use: str = "torch") -> tuple[Tensor, Tensor]:
+    """z = x + residual, both (.., C) -> (RMSNorm of z, z)."""
+    if use == "triton":
+        return _op(x, residual, weight, eps)[:2]
+    z = x + residual
+    return rms_norm_ref(z, weight, eps), z

@@ -1,0 +1,123 @@
+"""Rotary positions (Su et al. 2021) on q and k together, and the cut of their common matrix product into q, k and v.
+
+The pair (a, b) = (x[i], x[i + D/2]) of each head turns by the angle t theta^(-2i/D) of its position t:
+
+    y[i] = a cos - b sin         y[i + D/2] = b cos + a sin
+
+The inverse of a rotation is its transpose, so the gradient is the rotation by the negative angle. In one pass each: the
+forward reads q, k and v as the product left them, side by side, and writes three tensors; the backward reads three
+gradients and writes the one that the product's backward wants. v is only copied: it costs less than to put three
+gradients together afterwards.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import tl, triton
+
+
+def rope_table(T: int, D: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles t * theta^(-2i/D), each (T, D/2) in float32."""
+    frequencies = theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
+    angles = torch.outer(torch.arange(T, dtype=torch.float64), frequencies)
+    return angles.cos().float(), angles.sin().float()
+
+
+def rope_ref(qkv: Tensor, cos: Tensor, sin: Tensor, H: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv (B, T, H + 2K, D), cos and sin (T, D/2) -> q (B, T, H, D) and k (B, T, K, D) turned, v (B, T, K, D)."""
+    qk, v = qkv.split((H + K, K), dim=2)
+    x = qk.float() if qk.dtype in (torch.bfloat16, torch.float16) else qk
+    cos = torch.cat((cos, cos), dim=1)[:, None]  # (T, 1, D)
+    sin = torch.cat((-sin, sin), dim=1)[:, None]
+    qk = torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).type_as(v)  # rolled by D/2: (b, a)
+    q, k = qk.split((H, K), dim=2)
+    return q, k, v
+
+
+@triton.jit
+def _turn(QKV, Q, KEY, V, COS, SIN, T, H, K, D, BACKWARD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)  # of B * T
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    i = tl.arange(0, HALF)[None, :]
+    half = D // 2
+    there = (h < H + 2 * K) & (i < half)
+    is_q, is_k, is_v = there & (h < H), there & (h >= H) & (h < H + K), there & (h >= H + K)
+    whole = QKV + (token * (H + 2 * K) + h) * D + i
+    q, k, v = Q + (token * H + h) * D + i, KEY + (token * K + h - H) * D + i, V + (token * K + h - H - K) * D + i
+    at = (token % T) * half + i
+    cos = tl.load(COS + at, mask=i < half, other=1.0)
+    sin = tl.load(SIN + at, mask=i < half, other=0.0)
+    cos = tl.where(h < H + K, cos, 1.0)  # v turns by nothing
+    sin = tl.where(h < H + K, sin, 0.0)
+    if BACKWARD:
+        a = tl.load(q, mask=is_q, other=0.0) + tl.load(k, mask=is_k, other=0.0) + tl.load(v, mask=is_v, other=0.0)
+        b = tl.load(q + half, mask=is_q, other=0.0) + tl.load(k + half, mask=is_k, other=0.0) + tl.load(v + half, mask=is_v, other=0.0)
+        a, b = a.to(tl.float32), b.to(tl.float32)
+        tl.store(whole, (a * cos + b * sin).to(QKV.dtype.element_ty), mask=there)
+        tl.store(whole + half, (b * cos - a * sin).to(QKV.dtype.element_ty), mask=there)
+    else:
+        a = tl.load(whole, mask=there, other=0.0).to(tl.float32)
+        b = tl.load(whole + half, mask=there, other=0.0).to(tl.float32)
+        ya = (a * cos - b * sin).to(Q.dtype.element_ty)
+        yb = (b * cos + a * sin).to(Q.dtype.element_ty)
+        tl.store(q, ya, mask=is_q)
+        tl.store(k, ya, mask=is_k)
+        tl.store(v, ya, mask=is_v)
+        tl.store(q + half, yb, mask=is_q)
+        tl.store(k + half, yb, mask=is_k)
+        tl.store(v + half, yb, mask=is_v)
+
+
+def _launch(qkv: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> None:
+    B, T, H, D = q.shape
+    K = k.shape[2]
+    half = triton.next_power_of_2(D // 2)
+    heads = min(triton.next_power_of_2(H + 2 * K), max(1, 1024 // half))
+    if qkv.numel():
+        _turn[(B * T, triton.cdiv(H + 2 * K, heads))](qkv, q, k, v, cos, sin, T, H, K, D, backward, heads, half)  # type: ignore[arg-type]
+
+
+@torch.library.custom_op("pathswitch::rope", mutates_args=())
+def _op(qkv: Tensor, cos: Tensor, sin: Tensor, H: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    out = _empty(qkv, H, K)
+    _launch(qkv.contiguous(), *out, cos.contiguous(), sin.contiguous(), False)
+    return out
+
+
+@_op.register_fake
+def _(qkv: Tensor, cos: Tensor, sin: Tensor, H: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(qkv, H, K)
+
+
+def _empty(qkv: Tensor, H: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, _, D = qkv.shape
+    q, k, v = (torch.empty(B, T, n, D, dtype=qkv.dtype, device=qkv.device) for n in (H, K, K))
+    return q, k, v
+
+
+@torch.library.custom_op("pathswitch::rope_backward", mutates_args=())
+def _op_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    out = _empty_like_qkv(dq, dk)
+    _launch(out, dq.contiguous(), dk.contiguous(), dv.contiguous(), cos.contiguous(), sin.contiguous(), True)
+    return out
+
+
+@_op_backward.register_fake
+def _(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return _empty_like_qkv(dq, dk)
+
+
+def _empty_like_qkv(q: Tensor, k: Tensor) -> Tensor:
+    B, T, H, D = q.shape
+    return torch.empty(B, T, H + 2 * k.shape[2], D, dtype=q.dtype, device=q.device)
+
+
+_op.register_autograd(
+    lambda ctx, dq, dk, dv: (_op_backward(dq, dk, dv, *ctx.saved_tensors), None, None, None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1], inputs[2]),
+)
+
+
+def rope(qkv: Tensor, cos: Tensor, sin: Tensor, H: int, K: int, use: str = "torch") -> tuple[Tensor, Tensor, Tensor]:
+    """qkv (B, T, H + 2K, D), cos and sin (T, D/2) -> q (B, T, H, D) and k (B, T, K, D) turned, v (B, T, K, D)."""
+    return _op(qkv, cos, sin, H, K) if use == "triton" else rope_ref(qkv, cos, sin, H, K)
