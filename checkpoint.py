@@ -45,14 +45,12 @@ def state(model: llama.Transformer, optimizer: torch.optim.AdamW | None = None) 
     """
     tensors = {f"model.{name}": p for name, p in model.true_parameters().items()}
     if optimizer is not None:
-        for p in model.parameters():
+        for name, p in model.named_parameters():
             if not (s := optimizer.state[p]):
                 # as torch.optim.AdamW with fused=True makes them at its first step
                 s.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        for moment in ("exp_avg", "exp_avg_sq"):
-            of_all = model.true_parameters(lambda p, moment=moment: optimizer.state[p][moment])
-            tensors |= {f"{moment}.{name}": t for name, t in of_all.items()}
-        tensors |= {f"updates.{name}": optimizer.state[p]["step"] for name, p in model.named_parameters()}
+            tensors |= {f"{moment}.{name}": model.unpadded(name, s[moment]) for moment in ("exp_avg", "exp_avg_sq")}
+            tensors[f"updates.{name}"] = s["step"]
         tensors["rng.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available() and next(model.parameters()).is_cuda:
             tensors["rng.cuda"] = torch.cuda.get_rng_state()

@@ -6,7 +6,6 @@ to the dtype of the activations. Shapes: B sequences, T tokens, C = hidden, H he
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -104,10 +103,13 @@ class Transformer(nn.Module):
                 nn.init.zeros_(p)
         nn.init.zeros_(self.head.weight.detach()[c.vocab_size :])
 
-    def true_parameters(self, of: Callable[[nn.Parameter], Tensor] = lambda p: p) -> dict[str, Tensor]:
-        """{name: parameter, or what `of` says belongs to it} without the rows that pad the head: what counts, and what is saved."""
-        all_rows = {name: of(p).detach() for name, p in self.named_parameters()}
-        return {name: t[: self.vocab_size] if name == "head.weight" else t for name, t in all_rows.items()}
+    def unpadded(self, name: str, t: Tensor) -> Tensor:
+        """The part of a parameter, or of a tensor like it, that counts and is saved: all but the rows that pad the head."""
+        return t[: self.vocab_size] if name == "head.weight" else t
+
+    def true_parameters(self) -> dict[str, Tensor]:
+        """{name: parameter} without the padding; they share memory with the model."""
+        return {name: self.unpadded(name, p.detach()) for name, p in self.named_parameters()}
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
         """Token ids (B, T), T at most the context -> logits (B, T, V); with targets (B, T) -> their loss in nats, float32."""

@@ -91,6 +91,12 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def served(name: str, x: torch.Tensor) -> None:
+    """TypeError if the dtype of x is one that the kernels would quietly round."""
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise TypeError(f"{name}: got {x.dtype}; the Triton kernels serve bfloat16, float16 and float32: use 'torch'")
+
+
 @functools.cache
 def programs(device: torch.device) -> int:
     """How many programs of a reduction run at once: some for each multiprocessor. Fixed for a device, so that its sums are, too."""

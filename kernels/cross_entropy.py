@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import tl, triton
+from kernels import served, tl, triton
 
 IGNORE = -100
 CHUNK_BYTES = {"cuda": 3 << 28, "cpu": 1 << 20}  # of logits; bench.py kernels --only cross_entropy tries others
@@ -92,14 +92,14 @@ def _rows_kernel(Z, TARGET, LOSS, COUNT, vocab, padded, GRADIENT: tl.constexpr, 
 def _rows(z: Tensor, targets: Tensor, count: Tensor, vocab: int, mean: bool, gradient: bool, use: str) -> tuple[Tensor, Tensor]:
     if use == "triton":
         losses = torch.empty(len(z), dtype=torch.float32, device=z.device)
-        _rows_kernel[(len(z),)](z, targets, losses, count, vocab, z.shape[1], gradient, mean, 4096, num_warps=8)  # type: ignore[arg-type]
+        _rows_kernel[(len(z),)](z, targets, losses, count, vocab, z.shape[1], gradient, mean, 4096, num_warps=8)
         return losses, z
     c = 1 / count if mean else torch.ones_like(count)
     return (_compiled() if z.is_cuda else _rows_ref)(z, targets, c, vocab, gradient)
 
 
 @functools.cache
-def _compiled():  # type: ignore[no-untyped-def]
+def _compiled():
     return torch.compile(_rows_ref, dynamic=False)
 
 
@@ -153,6 +153,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab: int 
 
     x (.., C) in the compute dtype, weight (V or more, C) in it or in float32. reduction: mean, sum, or none (.., without gradients).
     """
+    if use == "triton":
+        served("linear_cross_entropy", x)
     vocab = vocab or weight.shape[0]
     gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if gradient and reduction == "none":

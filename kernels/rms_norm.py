@@ -16,7 +16,7 @@ each element once. dw is summed in a fixed order: each program keeps the sum of 
 import torch
 from torch import Tensor
 
-from kernels import programs, tl, triton
+from kernels import programs, served, tl, triton
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -86,7 +86,7 @@ def _op(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple
     r = torch.empty(xs.shape[0], dtype=torch.float32, device=x.device)
     if x.numel():
         grid = (triton.cdiv(xs.shape[0], rows),)
-        _forward[grid](xs, res, weight, z, y, r, *xs.shape, xs.stride(0), res.stride(0), eps, residual is not None, rows, cols, num_warps=warps)  # type: ignore[arg-type]
+        _forward[grid](xs, res, weight, z, y, r, *xs.shape, xs.stride(0), res.stride(0), eps, residual is not None, rows, cols, num_warps=warps)
     return y, z, r
 
 
@@ -108,7 +108,7 @@ def _op_backward(dy: Tensor, dz: Tensor | None, z: Tensor, weight: Tensor, r: Te
     if z.numel():
         _backward[(n,)](
             dy, dy if dz is None else dz.contiguous(), zs, weight, r, dx, dw, M, C, zs.stride(0), dz is not None, rows, cols, num_warps=warps
-        )  # type: ignore[arg-type]
+        )
     return dx, dw.sum(0).type_as(weight)
 
 
@@ -117,14 +117,14 @@ def _(dy: Tensor, dz: Tensor | None, z: Tensor, weight: Tensor, r: Tensor) -> tu
     return torch.empty(z.shape, dtype=z.dtype, device=z.device), torch.empty_like(weight)
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output):
     x, residual, weight, _ = inputs
     _, z, r = output
     ctx.add = residual is not None
     ctx.save_for_backward(z if ctx.add else x, weight, r)
 
 
-def _gradient(ctx, dy: Tensor, dz: Tensor, dr: Tensor):  # type: ignore[no-untyped-def]
+def _gradient(ctx, dy: Tensor, dz: Tensor, dr: Tensor):
     z, weight, r = ctx.saved_tensors
     dx, dw = _op_backward(dy, dz if ctx.add else None, z, weight, r)
     return dx, dx if ctx.add else None, dw, None
@@ -135,12 +135,16 @@ _op.register_autograd(_gradient, setup_context=_save)
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, use: str = "torch") -> Tensor:
     """RMSNorm of x (.., C) by weight (C,) -> (.., C) in the dtype of x."""
-    return _op(x, None, weight, eps)[0] if use == "triton" else rms_norm_ref(x, weight, eps)
+    if use == "triton":
+        served("rms_norm", x)
+        return _op(x, None, weight, eps)[0]
+    return rms_norm_ref(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, use: str = "torch") -> tuple[Tensor, Tensor]:
     """z = x + residual, both (.., C) -> (RMSNorm of z, z)."""
     if use == "triton":
+        served("rms_norm", x)
         return _op(x, residual, weight, eps)[:2]
     z = x + residual
     return rms_norm_ref(z, weight, eps), z

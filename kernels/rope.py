@@ -13,7 +13,7 @@ gradients together afterwards.
 import torch
 from torch import Tensor
 
-from kernels import tl, triton
+from kernels import served, tl, triton
 
 
 def rope_table(T: int, D: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,7 @@ def _launch(qkv: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tens
     half = triton.next_power_of_2(D // 2)
     heads = min(triton.next_power_of_2(H + 2 * K), max(1, 1024 // half))
     if qkv.numel():
-        _turn[(B * T, triton.cdiv(H + 2 * K, heads))](qkv, q, k, v, cos, sin, T, H, K, D, backward, heads, half)  # type: ignore[arg-type]
+        _turn[(B * T, triton.cdiv(H + 2 * K, heads))](qkv, q, k, v, cos, sin, T, H, K, D, backward, heads, half)
 
 
 @torch.library.custom_op("pathswitch::rope", mutates_args=())
@@ -120,4 +120,7 @@ _op.register_autograd(
 
 def rope(qkv: Tensor, cos: Tensor, sin: Tensor, H: int, K: int, use: str = "torch") -> tuple[Tensor, Tensor, Tensor]:
     """qkv (B, T, H + 2K, D), cos and sin (T, D/2) -> q (B, T, H, D) and k (B, T, K, D) turned, v (B, T, K, D)."""
-    return _op(qkv, cos, sin, H, K) if use == "triton" else rope_ref(qkv, cos, sin, H, K)
+    if use == "triton":
+        served("rope", qkv)
+        return _op(qkv, cos, sin, H, K)
+    return rope_ref(qkv, cos, sin, H, K)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import tl, triton
+from kernels import served, tl, triton
 
 
 def swiglu_ref(gate_up: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ BLOCK = 1024  # with 4 warps 8 elements a thread: 16 bytes of bf16, the widest l
 def _op(gate_up: Tensor) -> Tensor:
     y = torch.empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2, dtype=gate_up.dtype, device=gate_up.device)
     if y.numel():
-        _forward[_grid(y, BLOCK)](gate_up.contiguous(), y, y.shape[-1], BLOCK)  # type: ignore[arg-type]
+        _forward[_grid(y, BLOCK)](gate_up.contiguous(), y, y.shape[-1], BLOCK)
     return y
 
 
@@ -65,7 +65,7 @@ def _(gate_up: Tensor) -> Tensor:
 def _op_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     out = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     if dy.numel():
-        _backward[_grid(dy, BLOCK)](dy.contiguous(), gate_up.contiguous(), out, dy.shape[-1], BLOCK)  # type: ignore[arg-type]
+        _backward[_grid(dy, BLOCK)](dy.contiguous(), gate_up.contiguous(), out, dy.shape[-1], BLOCK)
     return out
 
 
@@ -82,4 +82,7 @@ _op.register_autograd(
 
 def swiglu(gate_up: Tensor, use: str = "torch") -> Tensor:
     """silu(gate) * up of gate_up (.., 2f), gate first -> (.., f)."""
-    return _op(gate_up) if use == "triton" else swiglu_ref(gate_up)
+    if use == "triton":
+        served("swiglu", gate_up)
+        return _op(gate_up)
+    return swiglu_ref(gate_up)

@@ -18,6 +18,7 @@ import checkpoint
 import config
 import data
 import disk
+import kernels
 import lineage
 import model
 import reader
@@ -27,6 +28,7 @@ import train
 MODES = {"main": ("--mode", "main", "--version", "2"), "branch": ("--mode", "branch", "--version", "2"),
          "ptfs": ("--mode", "ptfs", "--version", "2"), "cpt": ("--mode", "cpt", "--version", "2")}  # fmt: skip
 FOLDER = {"main": "main", "branch": "ours-cosine/v2", "ptfs": "ptfs-cosine/v2", "cpt": "cpt-cosine/v2"}
+HEADS = ("--model.n_head", "1")  # a head dim of 16, which the attention kernel serves
 SPAN = {"main": (0, 14), "branch": (14, 20), "ptfs": (0, 20), "cpt": (10, 20)}
 
 
@@ -281,7 +283,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(train_cli, tmp_path, 
 
     def forward(self, *args, **kw):
         out = original(self, *args, **kw)
-        calls.append(1)
+        calls.append(self)
         return out * float("nan") if len(calls) == 2 * 13 else out  # micro-batch 2 of update 12, the third of increment 2
 
     monkeypatch.setattr(model.Transformer, "forward", forward)
@@ -289,6 +291,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(train_cli, tmp_path, 
     error = capsys.readouterr().err
     assert "step 12: loss nan" in error and "batch 2 of increment v2" in error and "last checkpoint is at step 10" in error
     assert checkpoint.steps(tmp_path / "run" / "ptfs-cosine" / "v2") == [5, 10]
+    # the host noticed after update 14, at the checkpoint; the weights are still those before update 12
+    assert len(calls) == 2 * 15
+    monkeypatch.undo()
+    assert train_cli("--mode", "ptfs", "--version", "2", "--train.checkpoint_every", "12", out="whole") == 0
+    before = tensors(tmp_path / "whole" / "ptfs-cosine" / "v2" / "step-000012")
+    for name, p in calls[-1].true_parameters().items():
+        assert torch.equal(before[f"model.{name}"], p)
 
 
 ABSENT = "mps" if torch.cuda.is_available() else "cuda"
@@ -330,6 +339,8 @@ def snapshot(folder):
         (["--plan.steps", "9" * 400], ["plan.steps: got '999"]),
         (["--plan.versions", "1000000000000"], ["plan.versions: got 1000000000000, expected at most 10000"]),
         (["--model.hidden", "1000000000039"], ["model.n_head: got 2, expected a divisor", "make model.hidden even"]),
+        (["--train.kernels", "fast"], ["train.kernels: got 'fast', expected auto, triton or torch"]),
+        (["--train.kernels", "triton"], ["attention serves the head dims 16, 32, 64, 96, 128, got model.hidden / model.n_head = 8"]),
         (["--out", "z\udcff"], ["out: got 'z"]),
     ],
 )
@@ -339,6 +350,15 @@ def test_bad_input_is_said_and_changes_nothing(train_cli, tmp_path, args, words,
     err = capsys.readouterr().err
     assert all(w in err for w in words) and len(err.splitlines()) == 1, err
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine serves them")
+def test_kernels_without_a_gpu_are_an_error_not_a_fallback(train_cli, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert train_cli(*HEADS, "--train.kernels", "auto,swiglu=triton") == 2
+    err = capsys.readouterr().err
+    assert "train.kernels: got 'auto,swiglu=triton', but the device is no CUDA GPU" in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_several_problems_at_once(train_cli, capsys):
@@ -503,3 +523,77 @@ def test_without_arguments_it_says_what_it_takes(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["train.py", "--dry_run"])
     train.main()
     assert capsys.readouterr().out.startswith("no --config given: ")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Kernels, and what else may change without changing the run
+
+
+def test_twenty_steps_with_kernels_and_without_agree(train_cli, tmp_path):
+    for use in ("triton", "torch"):
+        assert train_cli("--mode", "ptfs", "--version", "2", *HEADS, "--train.log_every", "1", "--train.kernels", use, out=use) == 0
+    a, b = (losses(tmp_path / use / "ptfs-cosine" / "v2") for use in ("triton", "torch"))
+    assert len(a) == len(b) == 20
+    np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)  # fp32 rounding, as between micro-batches
+    first = json.loads((tmp_path / "triton" / "ptfs-cosine" / "v2" / "log.jsonl").read_text().splitlines()[0])
+    assert first["kernels"] == dict.fromkeys(kernels.NAMES, "triton")
+    x, y = (tensors(tmp_path / use / "ptfs-cosine" / "v2" / "step-000020") for use in ("triton", "torch"))
+    assert {k: (v.shape, v.dtype) for k, v in x.items()} == {k: (v.shape, v.dtype) for k, v in y.items()}
+
+
+def test_a_run_may_go_on_with_other_kernels(train_cli, tmp_path, monkeypatch):
+    args = ("--mode", "ptfs", "--version", "1", *HEADS)
+    stop_after(monkeypatch, 5)
+    assert train_cli(*args, "--train.kernels", "triton") == 143
+    monkeypatch.undo()
+    assert train_cli(*args, "--train.kernels", "torch") == 0
+    assert checkpoint.steps(tmp_path / "run" / "ptfs-cosine" / "v1")[-1] == 10
+
+
+def test_recomputed_activations_give_the_same_bits(train_cli, tmp_path):
+    for value in ("true", "false"):
+        assert train_cli("--mode", "ptfs", "--version", "1", "--train.recompute", value, out=value) == 0
+    assert equal(*(tmp_path / value / "ptfs-cosine" / "v1" / "step-000010" for value in ("true", "false")))
+
+
+def test_the_head_is_padded_inside_and_nowhere_else(train_cli, tmp_path):
+    assert train_cli("--mode", "ptfs", "--version", "1") == 0
+    saved = tensors(folder := tmp_path / "run" / "ptfs-cosine" / "v1" / "step-000010")
+    assert {len(saved[f"{kind}.head.weight"]) for kind in ("model", "exp_avg", "exp_avg_sq")} == {257}
+    c = config.load("tiny", dict(zip([a[2:] for a in BASE[::2]], BASE[1::2], strict=True)))
+    net = model.Transformer(c.model)
+    checkpoint.load(folder, checkpoint.state(net))
+    assert net.head.weight.shape == (384, 16) and not net.head.weight[257:].any()
+    ids = torch.randint(257, (2, 32))
+    loss, logits = net(ids, ids), net(ids)
+    assert logits.shape == (2, 32, 257)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1.0, weight_decay=0.1, fused=True)
+    loss.backward()
+    optimizer.step()
+    assert not net.head.weight[257:].any()
+
+
+def test_without_triton_all_else_works(tmp_path, prepared):
+    """As on macOS: `import triton` fails."""
+    code = "import sys; sys.modules['triton'] = None; import train; train.main()"
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "--config",
+        "tiny",
+        *BASE,
+        "--data.path",
+        str(prepared),
+        "--out",
+        str(tmp_path / "run"),
+        "--mode",
+        "ptfs",
+        "--version",
+        "1",
+    ]
+    r = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert r.returncode == 0, r.stderr
+    r = subprocess.run([*command, "--train.kernels", "triton"], capture_output=True, text=True, cwd=ROOT)
+    assert r.returncode == 2 and "Triton is not installed" in r.stderr and len(r.stderr.splitlines()) == 1
