@@ -29,6 +29,7 @@ MODES = {"main": ("--mode", "main", "--version", "2"), "branch": ("--mode", "bra
          "ptfs": ("--mode", "ptfs", "--version", "2"), "cpt": ("--mode", "cpt", "--version", "2")}  # fmt: skip
 FOLDER = {"main": "main", "branch": "ours-cosine/v2", "ptfs": "ptfs-cosine/v2", "cpt": "cpt-cosine/v2"}
 HEADS = ("--model.n_head", "1")  # a head dim of 16, which the attention kernel serves
+FEW = (*HEADS, "--model.context", "16", "--train.batch_tokens", "64", "--train.micro_batch", "2")  # and few rows, which the interpreter takes one by one
 SPAN = {"main": (0, 14), "branch": (14, 20), "ptfs": (0, 20), "cpt": (10, 20)}
 
 
@@ -531,7 +532,7 @@ def test_without_arguments_it_says_what_it_takes(monkeypatch, capsys, tmp_path):
 
 def test_twenty_steps_with_kernels_and_without_agree(train_cli, tmp_path):
     for use in ("triton", "torch"):
-        assert train_cli("--mode", "ptfs", "--version", "2", *HEADS, "--train.log_every", "1", "--train.kernels", use, out=use) == 0
+        assert train_cli("--mode", "ptfs", "--version", "2", *FEW, "--train.log_every", "1", "--train.kernels", use, out=use) == 0
     a, b = (losses(tmp_path / use / "ptfs-cosine" / "v2") for use in ("triton", "torch"))
     assert len(a) == len(b) == 20
     np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)  # fp32 rounding, as between micro-batches
@@ -542,7 +543,7 @@ def test_twenty_steps_with_kernels_and_without_agree(train_cli, tmp_path):
 
 
 def test_a_run_may_go_on_with_other_kernels(train_cli, tmp_path, monkeypatch):
-    args = ("--mode", "ptfs", "--version", "1", *HEADS)
+    args = ("--mode", "ptfs", "--version", "1", *FEW)
     stop_after(monkeypatch, 5)
     assert train_cli(*args, "--train.kernels", "triton") == 143
     monkeypatch.undo()
