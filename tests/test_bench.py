@@ -1,0 +1,266 @@
+"""bench.py on the CPU: every subcommand, its formulas against numbers made by hand, its peers against our model. Nothing of speed."""
+
+import importlib.util
+import json
+import math
+import sys
+
+import pytest
+import torch
+import torch.nn as nn
+
+import bench
+import config
+import kernels
+import model
+import peers
+
+TINY = ["--model.n_layer", "1", "--model.n_head", "2", "--model.hidden", "16", "--model.vocab_size", "64", "--model.context", "16", "--train.device", "cpu"]  # fmt: skip
+QUICK = ["--rounds", "1", "--steps", "2", "--warmup", "1", "--updates", "3", "--micro", "4,2", "--train.batch_tokens", "64"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run(*args) -> (exit code, the JSON or None, what was printed), in this process and an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["bench.py", *args, *(["--json", "out.json"] if args else [])])
+        code = 0
+        try:
+            with config.user_errors("bench.py"):
+                bench.main()
+        except SystemExit as e:
+            code = e.code
+        file = tmp_path / "out.json"
+        said = capsys.readouterr()
+        return code, json.loads(file.read_text()) if file.exists() else None, said.out + said.err
+
+    yield call
+    torch.set_num_threads(threads)
+
+
+def without(monkeypatch, *names):
+    """As if these packages were not installed."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in names else real(name, *a))
+
+
+def by_row(result):
+    """The rows by name, after a look at every number: finite, and above 0 where it is a rate or a time."""
+
+    def look(x, key=""):
+        if isinstance(x, dict):
+            for k, v in x.items():
+                look(v, k)
+        elif isinstance(x, list):
+            for v in x:
+                look(v, key)
+        elif isinstance(x, float):
+            assert math.isfinite(x), key
+            assert x > 0 or key in ("loss_difference", "got"), key
+
+    assert {"device", "torch", "triton", "python", "date", "commit", "command", "config"} <= result.keys()
+    look({k: result[k] for k in result if k != "config"})
+    return {r["row"]: r for r in result["rows"]}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The subcommands
+
+
+def test_without_arguments_it_explains(run):
+    code, _, said = run()
+    assert code == 0 and "python bench.py step --size 203m" in said
+
+
+def test_step(run, monkeypatch, tmp_path):
+    without(monkeypatch, "liger_kernel")
+    code, result, said = run("step", *TINY, *QUICK, "--peers", "hf,hf-liger,nanogpt", "--plot", "step.png")
+    rows = by_row(result)
+    assert code == 0 and list(rows) == ["ours", "ours-compile", "hf", "hf-liger", "nanogpt"]
+    assert rows["hf-liger"]["note"] == "skipped: pip install liger-kernel" and "pip install liger-kernel" in said
+    for r in ("ours", "ours-compile", "hf", "nanogpt"):
+        assert rows[r]["note"] is None and rows[r]["micro"] in (4, 2) and len(rows[r]["rounds"]) == 1, rows[r]
+        rate, roof = rows[r]["tokens_per_second"], rows[r]["rounds"][0]["roof"]
+        assert rows[r]["mfu"] == pytest.approx(rate * model.flops_per_token(config.Model(1, 2, None, 16, None, 64, 16)) / roof)
+    assert abs(rows["hf"]["loss_difference"]) < 1e-5 and abs(rows["ours-compile"]["loss_difference"]) < 1e-5  # fp32 rounding over three updates
+    assert "loss" not in rows["nanogpt"] and (tmp_path / "step.png").stat().st_size > 0
+    assert [b["what"] for b in result["bars"]] == [f"{r}: {w}" for r in ("ours", "ours-compile") for w in ("part of the matmul", "to nanogpt")]
+
+
+def test_a_row_whose_process_dies_says_why_and_the_others_go_on(run, monkeypatch):
+    real = bench.child
+    monkeypatch.setattr(bench, "missing", lambda row, cuda: "not here" if row == "ours-compile" else None)
+    monkeypatch.setattr(bench, "child", lambda *a: real(*a, *(["--train.seed", "x"] if "nanogpt" in a else [])))
+    code, result, _ = run("step", *TINY, *QUICK, "--peers", "nanogpt", "--rounds", "2")
+    rows = by_row(result)
+    assert code == 0 and "train.seed: got 'x'" in rows["nanogpt"]["note"]
+    assert rows["ours"]["note"] is None and len(rows["ours"]["rounds"]) == 2
+
+
+def test_memory(run):
+    code, result, _ = run("step", "--memory", "--model.vocab_size", "20000", "--train.device", "cpu")
+    rows = by_row(result)
+    assert code == 0 and result["vocab_size"] == 20000
+    assert rows["all logits"]["peak_bytes"] > 2 * 2048 * 20000 * 4  # the logits and their gradient
+    assert rows["chunked"]["peak_bytes"] < 2048 * 20000 * 4
+
+
+def test_kernels(run, monkeypatch, tmp_path):
+    without(monkeypatch, "liger_kernel")
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: f)  # a C++ compiler would take a minute
+    code, result, _ = run("kernels", *TINY, "--plot", "roof.png")
+    by_row(result)
+    rows = {(r["kernel"], r["row"]): r for r in result["rows"]}
+    assert code == 0 and {k for k, _ in rows} == set(bench.CASES) and (tmp_path / "roof.png").stat().st_size > 0
+    for case in bench.CASES:
+        assert rows[case, "triton"]["note"] == "skipped: needs CUDA" and min(rows[case, "torch"][d] for d in ("forward", "backward", "both")) > 0
+        assert case == "attention" or rows[case, "liger"]["note"] == "skipped: pip install liger-kernel"
+    assert rows["attention", "sdpa cudnn"]["note"] == "skipped: needs CUDA"
+    assert rows["cross_entropy", "all logits"]["both_tflops"] > 0 and rows["rope", "hf"]["both"] > 0
+
+
+def test_data(run):
+    code, result, _ = run("data", "--megabytes", "0.2", "--jobs", "1", "--rounds", "1")
+    by_row(result)
+    assert code == 0 and result["documents"] == 25 and result["tokens"] > 25 * 1000 and [b["what"] for b in result["bars"]] == ["writer", "reader"]
+
+
+def test_checkpoint(run, tmp_path):
+    code, result, _ = run("checkpoint", *TINY, "--rounds", "1", "--dir", str(tmp_path))
+    rows = by_row(result)
+    c = config.Model(1, 2, None, 16, None, 64, 16)
+    assert code == 0 and {"save", "load", "verify", "plain write and fsync", "plain read", "SHA-256 of it"} == rows.keys()
+    assert result["bytes"] >= 12 * model.parameters(c)
+    assert [f.name for f in tmp_path.iterdir()] == ["out.json"]  # nothing is left
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["step", "--size", "3.1b", "--model.n_layer", "100000"], "GB at a micro-batch of 4"),
+        (["step", "--memory", "--model.vocab_size", "1000000000"], "lower model.vocab_size"),
+        (["checkpoint", "--size", "3.1b", "--model.n_layer", "1000000"], "are needed and"),
+        (["step", "--peers", "jax"], "got 'jax', expected all, none, hf"),
+        (["step", "--micro", "8,3"], "expected divisors of the batch of 32 sequences"),
+        (["step", "--steps", "0"], "got '0', expected a whole number of 1 or more"),
+        (["step", "--train.kernels", "triton"], "train.kernels"),
+        (["kernels", "--only", "gelu"], "expected rms_norm"),
+        (["kernels", "--save"], "it is for CUDA"),
+        (["data", "--tokenizer", "bytes"], "expected a tiktoken encoding"),
+        (["checkpoint", "--dir", "nowhere"], "is no folder"),
+        (["stride"], "invalid choice"),
+    ],
+    ids=str,
+)
+def test_what_cannot_run_is_refused_before_it_begins(run, monkeypatch, args, said):
+    monkeypatch.setattr(bench, "timed", lambda *a: pytest.fail("it ran"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    code, result, text = run(*args, *([] if args == ["stride"] else ["--train.device", "cpu"]))
+    errors = [line for line in text.splitlines() if line.startswith("bench.py: error")]
+    assert code == 2 and result is None and len(errors) == 1 and said in errors[0]
+
+
+def test_the_estimate_says_which_micro_batch_fits(monkeypatch):
+    c = config.load("203m")
+    p, T, V = 203_372_032, 2048, 100277
+    activations = 24 * (16 * 512 + 4 * 2048) * 2
+    assert bench.estimate(c, 4, 2) == 16 * p + 4 * T * (activations + 12 * V)
+    monkeypatch.setattr(bench, "total_memory", lambda device: 16 * p + 2 * T * (activations + 12 * V))
+    with pytest.raises(config.UserError, match="take --micro 2"):
+        bench.check_size(c, torch.device("cpu"), 4, 2)
+    bench.check_size(c, torch.device("cpu"), 2, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Peers and formulas
+
+SHAPES = [{}, {"n_kv_head": 2}, {"qkv_bias": True}, {"ffn": 48}]
+
+
+def small(**kw):
+    return config.Model(**{"n_layer": 2, "n_head": 4, "hidden": 32, "vocab_size": 61, "context": 24, "rope_theta": 500.0, **kw})
+
+
+@pytest.mark.parametrize("kw", SHAPES, ids=str)
+def test_nanogpt_has_our_flops(kw):
+    c = small(**kw)
+    net = peers.NanoGPT(c)
+    products = sum(m.weight.numel() for m in net.modules() if isinstance(m, nn.Linear))
+    assert 6 * products + 6 * c.n_layer * c.hidden * c.context == model.flops_per_token(c)
+    assert kw or net.blocks[0].c_fc.weight.shape == (6 * 32, 32)
+    x, y = torch.randint(0, 61, (2, 2, 24))
+    assert abs(net(x, y).item() - math.log(61)) < 0.1  # a uniform guess
+
+
+@pytest.mark.parametrize("kw", SHAPES, ids=str)
+def test_hugging_face_with_our_weights_has_our_loss(kw):
+    c = small(**kw)
+    torch.manual_seed(0)
+    ours = model.Transformer(c)
+    with torch.no_grad():
+        for p in ours.true_parameters().values():
+            p.add_(0.1 * torch.randn_like(p))  # so that norms and biases matter
+    x, y = torch.randint(0, 61, (2, 3, 24))
+    theirs = peers.hugging_face(c, ours)(input_ids=x, labels=y, shift_labels=y).loss
+    torch.testing.assert_close(theirs, ours(x, y), rtol=1e-5, atol=0)  # fp32 rounding over two blocks
+
+
+def test_bytes_and_flops_by_hand():
+    c = config.Model(n_layer=1, n_head=4, n_kv_head=2, hidden=32, ffn=80, vocab_size=100, context=16)  # D = 8
+    M, item = 3 * 16, 2
+    expected = {  # bytes forward and backward, FLOPs of both
+        "rms_norm": (2 * 48 * 32 * 2 + 32 * 4, 3 * 48 * 32 * 2 + 2 * 32 * 4, 12 * 48 * 32),
+        "add_rms_norm": (4 * 48 * 32 * 2 + 32 * 4, 4 * 48 * 32 * 2 + 2 * 32 * 4, 14 * 48 * 32),
+        "rope": (2 * 48 * 8 * 8 * 2 + 2 * 16 * 4 * 4, 2 * 48 * 8 * 8 * 2 + 2 * 16 * 4 * 4, 2 * 3 * 48 * 6 * 8),
+        "attention": (48 * (32 + 16 + 16 + 32) * 2, 48 * (3 * 32 + 2 * 16 + 32 + 2 * 16) * 2, 3.5 * 3 * 4 * 16 * 16 * 8 * 2),
+        "swiglu": (48 * 3 * 80 * 2, 48 * 5 * 80 * 2, 15 * 48 * 80),
+        "cross_entropy": (2 * 48 * 32 * 2 + 2 * 100 * 32 * 4 + 48 * 8, 0, 6 * 48 * 100 * 32),
+    }
+    assert M == 48
+    for case, (forward, backward, flops) in expected.items():
+        assert bench.traffic(case, c, 3, item) == {"forward": forward, "backward": backward, "both": forward + backward}, case
+        assert bench.work(case, c, 3)["both"] == flops, case
+    shapes = bench.gemm_shapes(c, 3)
+    assert 3 * sum(2 * m * n * k for m, n, k in shapes.values()) + 6 * 32 * 16 * M == M * model.flops_per_token(c)
+
+
+def test_bars_of_a_kernel():
+    c = config.load("203m").model
+    ours = {"forward": 1.0, "backward": 1.0, "forward_of_copy": 0.8, "backward_of_copy": 0.5}
+    bars = bench.kernel_bars("rms_norm", c, {"triton": ours, "compile": {"forward": 1.5, "backward": 1.5}, "liger": {}})
+    assert [(b["what"], b["bar"], b["reached"]) for b in bars] == [
+        ("forward of_copy", 0.75, True), ("forward compile/triton", 1.25, True), ("backward of_copy", 0.70, False), ("backward compile/triton", 1.6, False)]  # fmt: skip
+    ours = {"both": 1.0, "both_tflops": 400.0, "extra_bytes": 2_000_000_000}
+    bars = bench.kernel_bars("cross_entropy", c, {"triton": ours, "liger": {"both": 1.5}})
+    assert [(b["bar"], b["reached"]) for b in bars] == [(380, True), (2.0, False), (1e9, False)]
+
+
+def test_step_is_compared_with_the_bars_of_its_size():
+    c = config.load("203m")
+    gb = {r: [{"micro": m, "tokens_per_second": 1.0, "peak_bytes": b} for m, b in sizes] for r, sizes in
+          {"ours": ((4, 4), (8, 6), (16, 10)), "hf-compile": ((4, 10), (8, 20))}.items()}  # fmt: skip
+    rows = {
+        r: {"row": r, "note": None, "tried": t, "no_memory": [32], "micro": 8, "rounds": [{"tokens_per_second": s} for s in (1e5, 2e5, 3e5)]}
+        for r, t in gb.items()
+    }
+    rows["ours"]["rounds"] = [{"tokens_per_second": s} for s in (3e5, 4e5, 3e5)]
+    bars = bench.compare(rows, c, 989e12)
+    assert rows["ours"]["tokens_per_second"] == 3e5 and rows["hf-compile"]["ours_ratio"] == 2.0  # the median of 3, 2 and 1: round by round
+    assert rows["hf-compile"]["memory_ratio"] == 6 / 20 and rows["ours"]["left_out"] == "no memory for 32"  # at 8, the largest that both did
+    assert rows["ours"]["mfu"] == pytest.approx(3e5 * 1.063e9 / 989e12, rel=1e-3) and rows["ours"]["mfu_published"] > rows["ours"]["mfu"]
+    assert [b["reached"] for b in bars] == [False, True, True]
+
+
+def test_the_best_is_merged_into_what_was_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels, "MEASURED", tmp_path / "measured.json")
+    kernels.MEASURED.write_text(json.dumps({"old": {"best": {"a": "torch"}}, "new": {"best": {"a": "torch", "b": "triton"}}}))
+    rows = [{"kernel": "rope", "key": "b", "row": r, "both": s} for r, s in (("triton", 2.0), ("torch", 3.0), ("compile", 1.0))]
+    rows += [{"kernel": "swiglu", "key": "c", "row": r, "both": s} for r, s in (("triton", 2.0), ("torch", 3.0), ("liger", 1.0))]
+    rows += [{"kernel": "add_rms_norm", "key": "d", "row": "torch", "both": 1.0}]  # no choice of its own
+    bench.save_best(rows, "new")
+    known = json.loads(kernels.MEASURED.read_text())
+    assert known["old"] == {"best": {"a": "torch"}} and known["new"]["best"] == {"a": "torch", "b": "torch", "c": "triton"}
+    assert known["new"]["torch"] == torch.__version__ and kernels.measured("new") == known["new"]["best"]
