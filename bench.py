@@ -67,6 +67,8 @@ def missing(row: str, cuda: bool) -> str | None:
     for part, module, package in (("hf", "transformers", "transformers"), ("liger", "liger_kernel", "liger-kernel")):
         if part in row and not importlib.util.find_spec(module):
             return f"skipped: pip install {package}"
+    if row == "ours-compile" and not cuda and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+        return "skipped: needs a C++ compiler, such as g++"
     return None if cuda or not ("liger" in row or row.startswith(("triton", "sdpa"))) else "skipped: needs CUDA"
 
 

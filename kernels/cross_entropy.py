@@ -126,7 +126,7 @@ def _op(x: Tensor, weight: Tensor, targets: Tensor, vocab: int, reduction: str, 
             if x.dtype == weight.dtype:
                 dw.addmm_(dz.t(), part)
             elif x.is_cuda:  # low precision in, float32 out: cuBLAS adds up in float32 as it goes
-                torch.ops.aten.addmm.dtype_out(dw, dz.t(), part, torch.float32, out=dw)
+                torch.addmm(dw, dz.t(), part, out_dtype=torch.float32, out=dw)
             else:
                 dw += dz.t() @ part
     loss = losses if reduction == "none" else losses.sum() / (count if reduction == "mean" else 1)
@@ -159,6 +159,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab: int 
     gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if gradient and reduction == "none":
         raise ValueError("linear_cross_entropy: reduction none has no gradient; use mean or sum, or torch.no_grad()")
-    rows = max(64, (chunk_bytes or CHUNK_BYTES.get(x.device.type, 1 << 28)) // (weight.shape[0] * x.element_size()))
+    row_bytes = weight.shape[0] * x.element_size()
+    rows = max(128, (chunk_bytes or CHUNK_BYTES.get(x.device.type, 1 << 28)) // row_bytes // 128 * 128)  # whole tiles of a matrix product
     loss = _op(x.reshape(-1, x.shape[-1]).contiguous(), weight, targets.reshape(-1), vocab, reduction, gradient, rows, use)[0]
     return loss.view(targets.shape) if reduction == "none" else loss
