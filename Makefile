@@ -8,6 +8,15 @@ demo: .venv/demo
 test: .venv/dev
 	$(PY) -m pytest -q tests
 
+# On a machine with a CUDA GPU: test the kernels, time them, keep the figures. Where PyTorch is installed already: make bench PY=python3
+SIZES = 203m 1.2b 3.1b
+bench: $(if $(filter .venv/%,$(PY)),.venv/dev)
+	$(PY) -m pytest -q tests/test_kernels.py
+	mkdir -p results/gpu
+	$(PY) bench.py kernels --save --json results/gpu/kernels.json --plot results/gpu/roofline.png
+	for size in $(SIZES); do $(PY) bench.py step --size $$size --json results/gpu/step-$$size.json --plot results/gpu/step-$$size.png || exit; done
+	$(PY) bench.py step --memory --size 203m --json results/gpu/memory.json
+
 lint: .venv/dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -23,4 +32,4 @@ lint: .venv/dev
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@ .venv/demo
 
-.PHONY: demo test lint
+.PHONY: demo test bench lint

@@ -374,7 +374,8 @@ def memory(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -
     if need > have:
         raise UserError(f"--memory: all logits need about {need / 1e9:,.1f} GB, this {device.type} has {have / 1e9:,.1f} GB; lower model.vocab_size")
     if o.row:
-        x, w = (torch.randn(n, h, device=device, dtype=t, requires_grad=True) for n, t in ((M, dtype), (V, torch.float32)))
+        x = torch.randn(M, h, device=device, dtype=dtype, requires_grad=True)
+        w = (0.02 * torch.randn(V, h, device=device)).requires_grad_()  # as at the start of training; of larger logits a CPU makes slow denormals
         y = torch.randint(0, V, (M,), device=device)
         (x[:64] @ w[:64].type_as(x).T).sum()  # what the first product sets up is nobody's
         before = torch.cuda.memory_allocated() if device.type == "cuda" else resident("VmRSS")

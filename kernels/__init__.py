@@ -83,7 +83,12 @@ def choose(text: str, device: torch.device, c: config.Model) -> dict[str, str]:
 
 def measured(device: str) -> dict[str, str]:
     """{shape key: the faster of triton and torch} as measured on a device of this name; empty if none was."""
-    return json.loads(MEASURED.read_text()).get(device, {}).get("best", {}) if MEASURED.exists() else {}
+    try:
+        return json.loads(MEASURED.read_text()).get(device, {}).get("best", {})
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError) as e:
+        raise config.UserError(f"{MEASURED}: damaged ({e}); restore it, or delete it and run bench.py kernels --save") from None
 
 
 def interpreted() -> bool:
