@@ -254,7 +254,7 @@ def one(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
     seconds = trainer.seconds(n, out["micro"], o.warmup, o.steps)
     roof += [] if cuda else [timed(product, device)]
     speed = n * c.model.context / statistics.median(seconds)
-    return out | {"tokens_per_second": speed, "seconds": seconds, "roof": flops / statistics.mean(roof) if roof[0] else None}
+    return out | {"tokens_per_second": speed, "roof": flops / statistics.mean(roof) if roof[0] else None}
 
 
 def attempt(trainer: Trainer, sequences: int, micro: int) -> Row:
@@ -306,20 +306,24 @@ def step(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> 
         raise UserError(f"--micro: got {','.join(map(str, o.micro))}, expected divisors of the batch of {c.batch_sequences} sequences, such as 8,4,2")
     if o.row:
         return one(o, c, device, dtype)
-    ours = ["ours", "ours-torch", "ours-eager"] if cuda else ["ours", "ours-compile"]
+    ours = ["ours", "ours-torch"] if cuda else ["ours", "ours-compile"]
     names = ours + [p for p in PEERS if p in o.peers or ("all" in o.peers and (cuda or p in ("hf", "nanogpt")))]
     rows = {name: Row(row=name, note=missing(name, cuda)) for name in names}
     floor = floors(device, dtype, gemm_shapes(c.model, 8))
     if cuda:
         torch.cuda.empty_cache()
     peak, source = train.peak_flops(device, dtype) if cuda else (0.0, "the 1024^3 product before and after the row, one thread")
+    until = time.perf_counter() + o.minutes * 60
     for turn in tqdm(range(o.rounds or 3), desc="rounds", disable=None):  # A B C A B C: when the machine slows down, all of them do
+        if turn and time.perf_counter() > until:
+            print(f"{turn} rounds in {o.minutes:g} minutes")
+            break
         for name, row in rows.items():
             if not row["note"]:
                 micro = f"{row['micro']}" if turn else ",".join(map(str, o.micro))
-                found = child("--row", name, "--micro", micro, "--minutes", str(o.minutes / 2 / len(rows)))
+                found = child("--row", name, "--micro", micro, "--minutes", str(o.minutes / 3 / len(rows)))
                 row |= {k: v for k, v in found.items() if k not in row or k in ("note", "micro")}
-                row.setdefault("rounds", []).append({k: found.get(k) for k in ("tokens_per_second", "seconds", "roof")})
+                row.setdefault("rounds", []).append({k: found.get(k) for k in ("tokens_per_second", "roof")})
     bars = compare(rows, c, peak)
     table(list(rows.values()), row=("row", "", 1), micro=("micro", "d", 1), tokens_per_second=("tokens/s", ",.0f", 1), ours_ratio=("ours/row", ".2f", 1),
           mfu=("MFU", ".1%", 1), mfu_published=("published", ".1%", 1), peak_bytes=("peak GB", ",.2f", 1e-9), memory_ratio=("ours/row", ".2f", 1),
@@ -787,7 +791,12 @@ def main() -> None:
         ("step", "--peers", {"type": some(one_of("all", "none", *PEERS)), "default": ["all"]}, f"all, none, or some of {','.join(PEERS)} [all]"),
         ("step", "--micro", {"type": some(at_least(1))}, "micro-batches to try [16,32,8,4; on a CPU 8,16,4]; the loss is of batches of the first"),
         ("step", "--memory", yes, "peak memory of the loss instead, at a vocabulary of 100,277 if none is given"),
-        ("step", "--minutes", {"type": at_least(0, float), "default": 10.0}, "the look for better micro-batches ends in time for this [10]"),
+        (
+            "step",
+            "--minutes",
+            {"type": at_least(0, float), "default": 10.0},
+            "no further round begins after these, and a third of them goes to the look for the best micro-batch [10]",
+        ),
         ("step", "--steps", {"type": at_least(1), "default": 20}, "timed updates of a round [20]"),
         ("step", "--warmup", {"type": at_least(0), "default": 10}, "updates before them [10]"),
         ("step", "--updates", {"type": at_least(1), "default": 20}, "updates whose last loss is compared [20]"),

@@ -84,9 +84,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def steady_malloc(device: torch.device) -> None:
-    """Let glibc keep freed memory for the next tensor, where it would hand large blocks back and fault them in again, page by page.
+    """Let glibc keep freed memory for the next tensor: it would give large blocks back, and get them again page by page, which is slow.
 
-    On a CPU that is a quarter of a step's time (bench.py step). Other C libraries have no mallopt, and go without.
+    Other C libraries have no mallopt, and go without.
     """
     if device.type == "cpu" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: at its largest, 32 MiB
@@ -318,7 +318,7 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {platform.machine()}"
     log({"segment": segment.name, "start": start, "end": end, "from": str(origin) if origin else None, "config": config.values(c),
          "commit": git_commit(), "versions": versions, "device": name, "ranks": ranks, "dtype": str(dtype).removeprefix("torch."),
-         "kernels": use, "compiled": compiled,          "peak_flops": peak, "peak_from": peak_from, "time": time.strftime("%Y-%m-%dT%H:%M:%S")})  # fmt: skip
+         "kernels": use, "compiled": compiled, "peak_flops": peak, "peak_from": peak_from, "time": time.strftime("%Y-%m-%dT%H:%M:%S")})  # fmt: skip
 
     # -- Signals: the first asks for a save, the second ends at once
     asked: list[int] = []
@@ -351,7 +351,7 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
 
     # -- The loop: evaluate, save, stop, one optimizer step, log
     stop = 0.0  # how many ranks were asked to stop, as all ranks know it
-    gc.disable()  # a collection in the middle of a step would hold up the device; `del`eted graphs are freed without one
+    gc.disable()  # a collection in the middle of a step would hold up the device; graphs are freed without one
     for step in range(start, end + 1):
         last = step == end
         evaluate = last or (t.eval_every and step % t.eval_every == 0 and step > start)
