@@ -8,9 +8,11 @@ demo: .venv/demo
 test: .venv/dev
 	$(PY) -m pytest -q tests
 
-# On a machine with a CUDA GPU: test the kernels, time them, keep the figures. Where PyTorch is installed already: make bench PY=python3
+# On a machine with a CUDA GPU: test the kernels, time them, keep the figures. Where all of
+# requirements-dev.txt is installed already: make bench PY=python3
 SIZES = 203m 1.2b 3.1b
 bench: $(if $(filter .venv/%,$(PY)),.venv/dev)
+	@$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make bench: needs a CUDA GPU')"
 	$(PY) -m pytest -q tests/test_kernels.py
 	mkdir -p results/gpu
 	$(PY) bench.py kernels --save --json results/gpu/kernels.json --plot results/gpu/roofline.png

@@ -156,7 +156,7 @@ class Trainer:
         torch.set_float32_matmul_precision("high" if dtype == torch.bfloat16 else "highest")  # as train.py
         torch.manual_seed(t.seed)
         with device:
-            ours = llama.Transformer(c.model, dtype, kernels.choose("torch" if row == "ours-torch" else t.kernels, device, c.model))
+            ours = llama.Transformer(c.model, dtype, kernels.choose("torch" if row == "ours-torch" else t.kernels, device, c.model), t.recompute)
             self.net: nn.Module = ours
             if not row.startswith("ours"):
                 self.net = peers.NanoGPT(c.model) if row == "nanogpt" else peers.hugging_face(c.model, ours, "liger" in row)
@@ -363,11 +363,12 @@ def compare(rows: dict[str, Row], c: config.Config, peak: float) -> list[Row]:
         hf = rows.get("hf-compile", {})
         return [*verdict("tokens/s (an H100's)", ours.get("tokens_per_second"), speed), *verdict("to hf-compile", hf.get("ours_ratio"), ratio),
                 *verdict("memory to hf-compile", hf.get("memory_ratio"), memory_ratio, at_most=True)]  # fmt: skip
-    nano, bars = rows.get("nanogpt", {}).get("tokens_per_second"), []
+    peer, bars = rows.get("nanogpt", {"note": "left out"}), []
+    nano = [] if peer["note"] else peer["rounds"]
     for name in ("ours", "ours-compile"):
-        got = rows[name].get("tokens_per_second")
-        bars += verdict(f"{name}: part of the matmul", rows[name].get("mfu"), CPU_BARS[0])
-        bars += verdict(f"{name}: to nanogpt", got / nano if got and nano else None, CPU_BARS[1])
+        each = [r["tokens_per_second"] for r in rows[name].get("rounds", []) if not rows[name]["note"]]
+        ratio = statistics.median(a / b["tokens_per_second"] for a, b in zip(each, nano, strict=True)) if each and nano else None
+        bars += verdict(f"{name}: part of the matmul", rows[name].get("mfu"), CPU_BARS[0]) + verdict(f"{name}: to nanogpt", ratio, CPU_BARS[1])
     return bars
 
 
@@ -549,7 +550,7 @@ def bench_kernels(o: Any, c: config.Config, device: torch.device, dtype: torch.d
     B = 8 if cuda else 2
     if o.save and not cuda:
         raise UserError("--save: got a CPU; it is for CUDA, since on a CPU auto is always torch")
-    sizes = {name: config.load(name, o.overrides).model for name in o.sizes or (["203m", "608m", "1.2b", "3.1b"] if cuda else ["tiny"])}
+    sizes = {name: config.load(name, o.overrides).model for name in o.sizes}
     floor = floors(device, dtype, {})
     rows: list[Row] = []
     todo: dict[tuple[str, str], tuple[str, config.Model]] = {}
@@ -590,8 +591,9 @@ def save_best(rows: list[Row], device: str) -> None:
     """Write into kernels/measured.json which of triton and torch, compiled or not, was faster at each shape; other entries stay."""
     known = json.loads(kernels.MEASURED.read_text()) if kernels.MEASURED.exists() else {}
     best = dict(known.get(device, {}).get("best", {}))
-    for key in {r["key"] for r in rows if r["kernel"] in kernels.NAMES}:
-        seconds = {r["row"]: r["both"] for r in rows if r["key"] == key and r["kernel"] in kernels.NAMES and "both" in r}
+    mine = [r for r in rows if r["kernel"] != "rms_norm"]  # all norms of the model but the first are add_rms_norm, and it decides for both
+    for key in {r["key"] for r in mine}:
+        seconds = {r["row"]: r["both"] for r in mine if r["key"] == key and "both" in r}
         torchs = [seconds[name] for name in ("torch", "compile") if name in seconds]
         if torchs:
             best[key] = "triton" if seconds.get("triton", min(torchs)) < min(torchs) else "torch"
@@ -801,8 +803,13 @@ def main() -> None:
         ("step", "--warmup", {"type": at_least(0), "default": 10}, "updates before them [10]"),
         ("step", "--updates", {"type": at_least(1), "default": 20}, "updates whose last loss is compared [20]"),
         ("step", "--row", {}, argparse.SUPPRESS),
-        ("step data checkpoint", "--rounds", {"type": at_least(1)}, "[3]"),
-        ("data", "--megabytes", {"type": at_least(0.1, float), "default": 64.0}, "of text to tokenize [64]"),
+        ("step data checkpoint", "--rounds", {"type": at_least(1)}, "how often all is measured, in turn [3]"),
+        (
+            "data",
+            "--megabytes",
+            {"type": at_least(0.1, float), "default": 64.0},
+            "of text to tokenize [64]; of little text the start of the processes is most of the time",
+        ),
         ("data", "--jobs", {"type": at_least(1), "default": os.cpu_count() or 1}, "processes, and threads of tiktoken [one a core]"),
         ("data", "--tokenizer", {"default": str(data.RANKS)}, f"a tiktoken encoding or a rank file [{data.RANKS.name}]"),
         ("data checkpoint", "--dir", {}, "where to write [the system's temporary folder]"),
@@ -820,11 +827,15 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     default = "small" if argv[0] == "checkpoint" else "203m" if cuda and argv[0] == "step" else "tiny"
     o, c = a.parse_config(argv, default=default)
+    if o.verb == "kernels":
+        o.sizes = o.sizes or ([o.config] if o.config else ["203m", "608m", "1.2b", "3.1b"] if cuda else ["tiny"])
     o.config = o.config or default
     o.overrides = {k: getattr(o, k) for k in config.values(c) if getattr(o, k) is not None}
     for file in filter(None, (o.json, o.plot, o.dir and f"{o.dir}/file")):
         if not Path(file).absolute().parent.is_dir():
             raise UserError(f"{Path(file).absolute().parent}: is no folder; make it")
+    if o.plot and o.memory:
+        raise UserError("--plot: step --memory draws nothing; leave it out")
     if o.plot:
         text.optional("matplotlib", "matplotlib", "--plot")
     if c.train.device == "mps":
@@ -853,7 +864,7 @@ def main() -> None:
     }
     if o.json:
         disk.write(Path(o.json), json.dumps(result, indent=1) + "\n")
-    if o.plot and not o.memory:
+    if o.plot:
         plot(o.verb, result, o.plot)
 
 

@@ -3,7 +3,7 @@
     rms_norm.py  rope.py  attention.py  swiglu.py  cross_entropy.py
 
 Every public function takes `use`: "torch" is PyTorch's own operations and runs everywhere, "triton" is the kernel and
-needs a CUDA GPU. `choose` turns the key train.kernels into one choice an operation.
+needs a CUDA GPU, or, to play with it, TRITON_INTERPRET=1 in the environment: then it runs on the CPU, in float32, slowly. `choose` turns the key train.kernels into one choice an operation.
 """
 
 import functools
@@ -97,7 +97,11 @@ def interpreted() -> bool:
 
 
 def served(name: str, x: torch.Tensor) -> None:
-    """TypeError if the dtype of x is one that the kernels would quietly round."""
+    """TypeError if the dtype of x is one that the kernels would quietly round; RuntimeError if x is where they cannot run."""
+    if not (x.is_cuda or interpreted()):
+        raise RuntimeError(
+            f"{name}: got a tensor on {x.device}; the Triton kernels need a CUDA GPU, or TRITON_INTERPRET=1 set before they are imported"
+        )
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise TypeError(f"{name}: got {x.dtype}; the Triton kernels serve bfloat16, float16 and float32: use 'torch'")
 

@@ -80,7 +80,7 @@ def _forward(Q, KEY, V, Y, L, T, H, GROUP, scale, BM: tl.constexpr, BN: tl.const
     m = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     y0 = tl.zeros((BM, D0), tl.float32)
-    y1 = tl.zeros((BM, D1 if D1 else D0), tl.float32)
+    y1 = tl.zeros((BM, D1 if D1 else D0), tl.float32)  # without a second cut it is never used, and costs nothing
     kv = (b * T * K + h // GROUP) * D
     for diagonal in tl.static_range(2):  # first the keys left of the block, which all its queries see, then those beside it
         first, end = 0, block * BM
@@ -157,7 +157,7 @@ def _backward_kv(Q, KEY, V, DY, L, DELTA, DK, DV, T, H, GROUP, scale, BM: tl.con
                 if D1:
                     dv1 = tl.dot(p, g1, dv1, input_precision="ieee")
                     dk1 = tl.dot(ds, q1, dk1, input_precision="ieee")
-    natural = scale / 1.4426950408889634  # 1 / sqrt(D)
+    natural = scale * 0.6931471805599453  # ln 2, which turns scale = log2(e) / sqrt(D) into 1 / sqrt(D)
     _store(DV + kv, cols, T, K * D, dv0, dv1, D0, D1)
     _store(DK + kv, cols, T, K * D, dk0 * natural, dk1 * natural, D0, D1)
 
@@ -192,7 +192,7 @@ def _backward_q(Q, KEY, V, DY, L, DELTA, DQ, T, H, GROUP, scale, BM: tl.constexp
             dq0 = tl.dot(ds, k0, dq0, input_precision="ieee")
             if D1:
                 dq1 = tl.dot(ds, k1, dq1, input_precision="ieee")
-    natural = scale / 1.4426950408889634
+    natural = scale * 0.6931471805599453  # ln 2
     _store(DQ + at, rows, T, H * D, dq0 * natural, dq1 * natural, D0, D1)
 
 

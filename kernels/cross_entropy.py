@@ -10,7 +10,7 @@ chunk of logits, instead of four tensors N x V (logits and their gradient, in tw
 
 The rows of W from `vocab` on are padding: they get no probability and no gradient. A target of -100 is ignored; if all are,
 loss and gradients are 0. Any other target outside the vocabulary is an IndexError on the CPU, and on a GPU, which
-cannot raise, a loss of nan. Softmax is in float32; dW is summed over the chunks in float32.
+cannot raise, a loss of nan. Softmax is in float32 (of float64, in it), and so is the sum of dW over the chunks if W is float32, as the model's is.
 """
 
 import functools
@@ -22,7 +22,7 @@ from torch import Tensor
 from kernels import served, tl, triton
 
 IGNORE = -100
-CHUNK_BYTES = {"cuda": 3 << 28, "cpu": 1 << 20}  # of logits; bench.py kernels --only cross_entropy tries others
+CHUNK_BYTES = {"cuda": 768 << 20, "cpu": 1 << 20}  # of logits, but 128 rows at least; bench.py kernels --only cross_entropy tries others
 
 
 def linear_cross_entropy_ref(x: Tensor, weight: Tensor, targets: Tensor, vocab: int | None = None, reduction: str = "mean") -> Tensor:

@@ -49,7 +49,7 @@ def _turn(QKV, Q, KEY, V, COS, SIN, T, H, K, D, BACKWARD: tl.constexpr, HEADS: t
     sin = tl.load(SIN + at, mask=i < half, other=0.0)
     cos = tl.where(h < H + K, cos, 1.0)  # v turns by nothing
     sin = tl.where(h < H + K, sin, 0.0)
-    if BACKWARD:
+    if BACKWARD:  # of the three masks one holds at most: the sum picks
         a = tl.load(q, mask=is_q, other=0.0) + tl.load(k, mask=is_k, other=0.0) + tl.load(v, mask=is_v, other=0.0)
         b = tl.load(q + half, mask=is_q, other=0.0) + tl.load(k + half, mask=is_k, other=0.0) + tl.load(v + half, mask=is_v, other=0.0)
         a, b = a.to(tl.float32), b.to(tl.float32)

@@ -1,4 +1,4 @@
-"""Compile every kernel for a GPU that need not be here: `compile_kernels.py 90` prints what each one takes, in JSON.
+"""Compile every kernel for a GPU that need not be here: `compile_kernels.py 90` prints what each one takes; --json for a program.
 
 Triton's launcher is given a driver that only knows the architecture, and stops before the launch. Its own rules of
 specialization (alignment, constants) apply, so the code is what a GPU would run.
@@ -17,8 +17,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import kernels
 from kernels import attention, cross_entropy, rms_norm, rope, swiglu
 
+if len(sys.argv) < 2 or not sys.argv[1].isdecimal():
+    sys.exit("compile_kernels.py: error: expected an architecture such as 80 or 90")
 ARCH = int(sys.argv[1])
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -53,6 +56,9 @@ def compile_only(self, *args, grid, warmup, **how):
 JITFunction.run = compile_only
 
 
+kernels.interpreted = lambda: True  # or a tensor on the CPU, which stands in for one on the GPU, would be refused
+
+
 def tensor(*shape):
     return torch.randn(*shape, dtype=torch.bfloat16, requires_grad=True)
 
@@ -70,4 +76,10 @@ for H, K, D in ((8, 8, 64), (16, 16, 96), (32, 32, 64), (32, 8, 128)):
     attention.attention(tensor(1, 256, H, D), tensor(1, 256, K, D), tensor(1, 256, K, D), "triton").sum().backward()
 shape = "V=100277"
 cross_entropy.linear_cross_entropy(tensor(4, 16), tensor(100_352, 16), torch.randint(9, (4,)), 100_277, "mean", "triton").backward()
-print(json.dumps(built))
+if "--json" in sys.argv:
+    print(json.dumps(built))
+else:
+    for k in built:
+        print(
+            f"{k['kernel']:24} {k['shape']:16} warps {k['warps']:2}  registers {k['registers']:3}  stack {k['stack']:3}  shared {k['shared']:6}  {'wgmma' if k['wgmma'] else ''}"
+        )

@@ -265,8 +265,9 @@ def test_the_best_is_merged_into_what_was_measured(monkeypatch, tmp_path):
     kernels.MEASURED.write_text(json.dumps({"old": {"best": {"a": "torch"}}, "new": {"best": {"a": "torch", "b": "triton"}}}))
     rows = [{"kernel": "rope", "key": "b", "row": r, "both": s} for r, s in (("triton", 2.0), ("torch", 3.0), ("compile", 1.0))]
     rows += [{"kernel": "swiglu", "key": "c", "row": r, "both": s} for r, s in (("triton", 2.0), ("torch", 3.0), ("liger", 1.0))]
-    rows += [{"kernel": "add_rms_norm", "key": "d", "row": "torch", "both": 1.0}]  # no choice of its own
+    rows += [{"kernel": "add_rms_norm", "key": "d", "row": r, "both": s} for r, s in (("triton", 2.0), ("torch", 1.0))]  # nearly all norms of the model
+    rows += [{"kernel": "rms_norm", "key": "d", "row": r, "both": s} for r, s in (("triton", 1.0), ("torch", 2.0))]
     bench.save_best(rows, "new")
     known = json.loads(kernels.MEASURED.read_text())
-    assert known["old"] == {"best": {"a": "torch"}} and known["new"]["best"] == {"a": "torch", "b": "torch", "c": "triton"}
+    assert known["old"] == {"best": {"a": "torch"}} and known["new"]["best"] == {"a": "torch", "b": "torch", "c": "triton", "d": "torch"}
     assert known["new"]["torch"] == torch.__version__ and kernels.measured("new") == known["new"]["best"]
