@@ -67,7 +67,7 @@ def missing(row: str, cuda: bool) -> str | None:
     for part, module, package in (("hf", "transformers", "transformers"), ("liger", "liger_kernel", "liger-kernel")):
         if part in row and not importlib.util.find_spec(module):
             return f"skipped: pip install {package}"
-    if row == "ours-compile" and not cuda and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+    if row == "ours-compile" and not cuda and not train.cpp_compiler():
         return "skipped: needs a C++ compiler, such as g++"
     return None if cuda or not ("liger" in row or row.startswith(("triton", "sdpa"))) else "skipped: needs CUDA"
 
@@ -219,7 +219,7 @@ class Trainer:
 
 
 def one(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
-    """A row in this process: with one micro-batch its seconds; with several, first the loss, then which of them is fastest."""
+    """A row in this process: the loss after --updates and which micro-batch is fastest, or with 0 updates only the speed of the first."""
     cuda, micros = device.type == "cuda", o.micro
     if not cuda:
         torch.set_num_threads(1)
@@ -229,7 +229,7 @@ def one(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
     sequences = 0 if cuda else max(micros[0], c.batch_sequences)  # of an update: on a GPU one micro-batch, on a CPU all of the config's batch
     _, product, flops = matmul(device, dtype)
     out, until = Row(micro=micros[0]), time.perf_counter() + o.minutes * 60
-    if len(micros) > 1:
+    if o.updates:
         out |= Row(no_memory=[], no_time=[], tried=[])
         for micro in micros:
             if out["no_memory"] and micro > min(out["no_memory"]):
@@ -320,8 +320,8 @@ def step(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> 
             break
         for name, row in rows.items():
             if not row["note"]:
-                micro = f"{row['micro']}" if turn else ",".join(map(str, o.micro))
-                found = child("--row", name, "--micro", micro, "--minutes", str(o.minutes / 3 / len(rows)))
+                how = ("--micro", f"{row['micro']}", "--updates", "0") if turn else ("--micro", ",".join(map(str, o.micro)))
+                found = child("--row", name, *how, "--minutes", str(o.minutes / 3 / len(rows)))
                 row |= {k: v for k, v in found.items() if k not in row or k in ("note", "micro")}
                 row.setdefault("rounds", []).append({k: found.get(k) for k in ("tokens_per_second", "roof")})
     bars = compare(rows, c, peak)
@@ -625,8 +625,10 @@ def bench_data(o: Any, c: config.Config, device: torch.device, dtype: torch.dtyp
             count = sum(map(len, tok.encoding.encode_ordinary_batch(docs, num_threads=jobs)))
             middle = time.perf_counter()
             out = Path(folder) / str(i)
-            subprocess.run([sys.executable, data.__file__, "prepare", "--out", str(out), "--source", f"{folder}/text.jsonl",
-                            "--tokenizer", o.tokenizer, "--jobs", str(jobs)], check=True, capture_output=True)  # fmt: skip
+            done = subprocess.run([sys.executable, data.__file__, "prepare", "--out", str(out), "--source", f"{folder}/text.jsonl",
+                                   "--tokenizer", o.tokenizer, "--jobs", str(jobs)], capture_output=True, text=True)  # fmt: skip
+            if done.returncode:
+                raise UserError(f"--megabytes {o.megabytes:g}: data.py could not prepare that text: {done.stderr.strip().splitlines()[-1]}")
             raw.append(count / (middle - began))
             ours.append(count / (time.perf_counter() - middle))
         there = (Path(c.data.path) / "meta.json").exists()
@@ -801,7 +803,7 @@ def main() -> None:
         ),
         ("step", "--steps", {"type": at_least(1), "default": 20}, "timed updates of a round [20]"),
         ("step", "--warmup", {"type": at_least(0), "default": 10}, "updates before them [10]"),
-        ("step", "--updates", {"type": at_least(1), "default": 20}, "updates whose last loss is compared [20]"),
+        ("step", "--updates", {"type": at_least(0), "default": 20}, "updates whose last loss is compared [20]"),
         ("step", "--row", {}, argparse.SUPPRESS),
         ("step data checkpoint", "--rounds", {"type": at_least(1)}, "how often all is measured, in turn [3]"),
         (
@@ -834,6 +836,10 @@ def main() -> None:
     for file in filter(None, (o.json, o.plot, o.dir and f"{o.dir}/file")):
         if not Path(file).absolute().parent.is_dir():
             raise UserError(f"{Path(file).absolute().parent}: is no folder; make it")
+    if o.json and Path(o.json).is_dir():
+        raise UserError(f"--json: got {o.json}, which is a folder, expected a file")
+    if o.plot and Path(o.plot).suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--plot: got {o.plot}, expected a name that ends in .png, .pdf or .svg")
     if o.plot and o.memory:
         raise UserError("--plot: step --memory draws nothing; leave it out")
     if o.plot:

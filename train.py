@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,6 +94,11 @@ def steady_malloc(device: torch.device) -> None:
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
+def cpp_compiler() -> bool:
+    """Whether there is one, which torch.compile needs on a CPU."""
+    return any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++"))))
+
+
 def git_commit() -> str:
     try:
         return subprocess.run(["git", "rev-parse", "HEAD"], cwd=data.HERE, capture_output=True, text=True).stdout.strip()
@@ -128,6 +134,8 @@ def main() -> None:
             problems.append(f"--version: got {o.version!r}, expected a whole number from 1 to 9999")
         mode = "main" if problems else o.mode
         problems += config.check_batch(c, ranks)
+        if c.train.compile == "on" and not (cuda and c.train.device in ("auto", "cuda")) and not cpp_compiler():
+            problems.append("train.compile: got on, which on a CPU needs a C++ compiler, and there is none; install g++ or take --train.compile off")
         try:
             problems += kernels.problems(c.train.kernels, cuda and c.train.device in ("auto", "cuda"), c.model)
         except UserError as e:
@@ -359,6 +367,9 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
         if evaluate or keep:
             settle()
             gc.collect()
+            if keep and not torch.stack([w.isfinite().all() for w in net.parameters()]).all():  # a finite gradient, and a step too large
+                raise UserError(f"step {step}: weights that are not finite; not saved. Lower plan.max_lr. "
+                                f"The last checkpoint is at step {max(checkpoint.steps(folder), default='none')}")  # fmt: skip
             if evaluate:
                 log({"step": step, "tokens": step * t.batch_tokens, "val_loss": validate()})
             if keep:

@@ -60,6 +60,7 @@ def parse(text: str) -> dict[str, str]:
 
 def problems(text: str, cuda: bool, c: config.Model) -> list[str]:
     """Why the kernels that `text` asks for by name cannot run: here, or at this shape."""
+    measured("")  # a damaged file is said before anything is touched
     asked = [name for name, wish in parse(text).items() if wish == "triton"]
     if not asked:
         return []
@@ -82,12 +83,15 @@ def choose(text: str, device: torch.device, c: config.Model) -> dict[str, str]:
 
 
 def measured(device: str) -> dict[str, str]:
-    """{shape key: the faster of triton and torch} as measured on a device of this name; empty if none was."""
+    """{shape key: the faster of triton and torch} as measured on a device of this name; empty if none was. UserError if the file is damaged."""
     try:
-        return json.loads(MEASURED.read_text()).get(device, {}).get("best", {})
+        best = {name: dict(found["best"]) for name, found in json.loads(MEASURED.read_text()).items()}
+        if not all(choice in ("triton", "torch") for choices in best.values() for choice in choices.values()):
+            raise ValueError("a choice that is neither triton nor torch")
+        return best.get(device, {})
     except FileNotFoundError:
         return {}
-    except (ValueError, AttributeError) as e:
+    except (ValueError, AttributeError, KeyError, TypeError) as e:
         raise config.UserError(f"{MEASURED}: damaged ({e}); restore it, or delete it and run bench.py kernels --save") from None
 
 

@@ -141,8 +141,15 @@ def _(x: Tensor, weight: Tensor, targets: Tensor, vocab: int, reduction: str, gr
     return loss, torch.empty_like(x) if gradient else x.new_empty(0), torch.empty_like(weight) if gradient else weight.new_empty(0)
 
 
+def _gradient(ctx, g, *_):
+    if torch.is_grad_enabled():  # create_graph: what is saved is a gradient already, and its own would quietly be 0
+        raise RuntimeError("linear_cross_entropy: cannot be differentiated twice; use linear_cross_entropy_ref")
+    dx, dw = ctx.saved_tensors
+    return dx * g, dw * g, *[None] * 6
+
+
 _op.register_autograd(
-    lambda ctx, g, *_: (ctx.saved_tensors[0] * g, ctx.saved_tensors[1] * g, *[None] * 6),
+    _gradient,
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*output[1:]),
 )
 
@@ -161,5 +168,5 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab: int 
         raise ValueError("linear_cross_entropy: reduction none has no gradient; use mean or sum, or torch.no_grad()")
     row_bytes = weight.shape[0] * x.element_size()
     rows = max(128, (chunk_bytes or CHUNK_BYTES.get(x.device.type, 1 << 28)) // row_bytes // 128 * 128)  # whole tiles of a matrix product
-    loss = _op(x.reshape(-1, x.shape[-1]).contiguous(), weight, targets.reshape(-1), vocab, reduction, gradient, rows, use)[0]
+    loss = _op(x.reshape(-1, x.shape[-1]).contiguous(), weight, targets.reshape(-1).long().contiguous(), vocab, reduction, gradient, rows, use)[0]
     return loss.view(targets.shape) if reduction == "none" else loss

@@ -86,7 +86,9 @@ def _op(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple
     r = torch.empty(xs.shape[0], dtype=torch.float32, device=x.device)
     if x.numel():
         grid = (triton.cdiv(xs.shape[0], rows),)
-        _forward[grid](xs, res, weight, z, y, r, *xs.shape, xs.stride(0), res.stride(0), eps, residual is not None, rows, cols, num_warps=warps)
+        _forward[grid](
+            xs, res, weight.contiguous(), z, y, r, *xs.shape, xs.stride(0), res.stride(0), eps, residual is not None, rows, cols, num_warps=warps
+        )
     return y, z, r
 
 
@@ -107,7 +109,20 @@ def _op_backward(dy: Tensor, dz: Tensor | None, z: Tensor, weight: Tensor, r: Te
     dw = torch.empty(n, C, dtype=torch.float32, device=z.device)
     if z.numel():
         _backward[(n,)](
-            dy, dy if dz is None else dz.contiguous(), zs, weight, r, dx, dw, M, C, zs.stride(0), dz is not None, rows, cols, num_warps=warps
+            dy,
+            dy if dz is None else dz.contiguous(),
+            zs,
+            weight.contiguous(),
+            r,
+            dx,
+            dw,
+            M,
+            C,
+            zs.stride(0),
+            dz is not None,
+            rows,
+            cols,
+            num_warps=warps,
         )
     return dx, dw.sum(0).type_as(weight)
 
@@ -143,6 +158,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, use: str = "torch") -> Tenso
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, use: str = "torch") -> tuple[Tensor, Tensor]:
     """z = x + residual, both (.., C) -> (RMSNorm of z, z)."""
+    if x.shape != residual.shape:
+        raise ValueError(f"add_rms_norm: got x {tuple(x.shape)} and residual {tuple(residual.shape)}, expected one shape")
     if use == "triton":
         served("rms_norm", x)
         return _op(x, residual, weight, eps)[:2]

@@ -82,6 +82,8 @@ _op.register_autograd(
 
 def swiglu(gate_up: Tensor, use: str = "torch") -> Tensor:
     """silu(gate) * up of gate_up (.., 2f), gate first -> (.., f)."""
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"swiglu: got a last dimension of {gate_up.shape[-1]}, expected gate and up side by side, 2f")
     if use == "triton":
         served("swiglu", gate_up)
         return _op(gate_up)

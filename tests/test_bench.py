@@ -26,7 +26,7 @@ def run(tmp_path, monkeypatch, capsys):
     threads = torch.get_num_threads()
 
     def call(*args):
-        monkeypatch.setattr(sys, "argv", ["bench.py", *args, *(["--json", "out.json"] if args else [])])
+        monkeypatch.setattr(sys, "argv", ["bench.py", *args[:1], *(["--json", "out.json"] if args else []), *args[1:]])
         code = 0
         try:
             with config.user_errors("bench.py"):
@@ -100,7 +100,7 @@ def test_a_row_whose_process_dies_says_why_and_the_others_go_on(run, monkeypatch
     real = bench.child
     monkeypatch.setattr(bench, "missing", lambda row, cuda: "not here" if row == "ours-compile" else None)
     monkeypatch.setattr(bench, "child", lambda *a: real(*a, *(["--train.seed", "x"] if "nanogpt" in a else [])))
-    code, result, _ = run("step", *TINY, *QUICK, "--peers", "nanogpt", "--rounds", "2")
+    code, result, _ = run("step", *TINY, *QUICK, "--peers", "nanogpt", "--rounds", "2", "--micro", "4")
     rows = by_row(result)
     assert code == 0 and "train.seed: got 'x'" in rows["nanogpt"]["note"]
     assert rows["ours"]["note"] is None and len(rows["ours"]["rounds"]) == 2
@@ -134,6 +134,11 @@ def test_data(run):
     assert code == 0 and result["documents"] == 25 and result["tokens"] > 25 * 1000 and [b["what"] for b in result["bars"]] == ["writer", "reader"]
 
 
+def test_data_that_is_too_little_says_so(run):
+    code, result, said = run("data", "--megabytes", "0.1", "--jobs", "1", "--rounds", "1")
+    assert code == 2 and result is None and "bench.py: error: --megabytes 0.1: data.py could not prepare that text" in said
+
+
 def test_checkpoint(run, tmp_path):
     code, result, _ = run("checkpoint", *TINY, "--rounds", "1", "--dir", str(tmp_path))
     rows = by_row(result)
@@ -157,6 +162,9 @@ def test_checkpoint(run, tmp_path):
         (["kernels", "--save"], "it is for CUDA"),
         (["data", "--tokenizer", "bytes"], "expected a tiktoken encoding"),
         (["checkpoint", "--dir", "nowhere"], "is no folder"),
+        (["kernels", "--json", "."], "--json: got ., which is a folder"),
+        (["kernels", "--plot", "roof.foo"], "--plot: got roof.foo, expected a name that ends in .png"),
+        (["step", "--memory", "--plot", "m.png"], "draws nothing"),
         (["stride"], "invalid choice"),
     ],
     ids=str,
@@ -265,7 +273,9 @@ def test_the_best_is_merged_into_what_was_measured(monkeypatch, tmp_path):
     kernels.MEASURED.write_text(json.dumps({"old": {"best": {"a": "torch"}}, "new": {"best": {"a": "torch", "b": "triton"}}}))
     rows = [{"kernel": "rope", "key": "b", "row": r, "both": s} for r, s in (("triton", 2.0), ("torch", 3.0), ("compile", 1.0))]
     rows += [{"kernel": "swiglu", "key": "c", "row": r, "both": s} for r, s in (("triton", 2.0), ("torch", 3.0), ("liger", 1.0))]
-    rows += [{"kernel": "add_rms_norm", "key": "d", "row": r, "both": s} for r, s in (("triton", 2.0), ("torch", 1.0))]  # nearly all norms of the model
+    rows += [
+        {"kernel": "add_rms_norm", "key": "d", "row": r, "both": s} for r, s in (("triton", 2.0), ("torch", 1.0))
+    ]  # nearly all norms of the model
     rows += [{"kernel": "rms_norm", "key": "d", "row": r, "both": s} for r, s in (("triton", 1.0), ("torch", 2.0))]
     bench.save_best(rows, "new")
     known = json.loads(kernels.MEASURED.read_text())

@@ -102,6 +102,17 @@ def test_rms_norm_ref_is_that_of_pytorch():
     torch.testing.assert_close(norm.rms_norm_ref(x, w, 1e-5), F.rms_norm(x, (10,), w, 1e-5))
 
 
+@pytest.mark.parametrize("use", USE)
+def test_rms_norm_of_a_weight_that_is_not_in_one_piece(use):
+    torch.manual_seed(0)
+    for w in (torch.randn(12)[::2], torch.ones(1).expand(6)):
+        x = torch.randn(4, 6)
+        got = norm.rms_norm(x.to(DEVICE), w.to(DEVICE), 1e-5, use).cpu()
+        torch.testing.assert_close(got.double(), norm.rms_norm_ref(x.double(), w.double(), 1e-5), rtol=1e-6, atol=1e-6)  # a few roundings
+    with pytest.raises(ValueError, match=r"x \(4, 6\) and residual \(1, 6\)"):
+        norm.add_rms_norm(x.to(DEVICE), x[:1].to(DEVICE), w.to(DEVICE), 1e-5, use)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # SwiGLU and RoPE
 
@@ -120,6 +131,8 @@ OVERFLOW = pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy, u
 
 @OVERFLOW
 def test_swiglu_far_out():
+    with pytest.raises(ValueError, match="last dimension of 3"):
+        glu.swiglu(torch.randn(4, 3))
     x = torch.tensor([[-1e4, 1e4, -80.0, 0.0, 2.0, 3.0, 5.0, 7.0]])
     for use in USE:
         assert glu.swiglu(x.to(DEVICE), use).tolist()[0] == pytest.approx([0.0, 3e4, 0.0, 0.0], abs=1e-30)
@@ -285,6 +298,21 @@ def test_a_target_outside_the_vocabulary(wrong, use):
     assert losses.isnan().tolist() == [False, False, True, False]
 
 
+@pytest.mark.parametrize("use", USE)
+def test_targets_that_are_not_in_one_piece_or_of_another_integer_type(use):
+    torch.manual_seed(0)
+    x, w, t = torch.randn(9, 4), torch.randn(7, 4), torch.randint(7, (18,))
+    for targets in (t[::2], t[:1].expand(9), t[:9].int(), t[:9].to(torch.uint8)):
+        got = ce.linear_cross_entropy(x.to(DEVICE), w.to(DEVICE), targets.to(DEVICE), use=use)
+        torch.testing.assert_close(got.cpu(), ce.linear_cross_entropy_ref(x, w, targets.long()), rtol=1e-5, atol=0)  # a mean of nine
+
+
+def test_a_second_derivative_is_refused():
+    x, w = torch.randn(9, 4, requires_grad=True), torch.randn(7, 4)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(ce.linear_cross_entropy(x, w, torch.randint(7, (9,))), x, create_graph=True)
+
+
 def test_reduction_none_has_no_gradient():
     with pytest.raises(ValueError, match="no gradient"):
         ce.linear_cross_entropy(torch.randn(2, 4, requires_grad=True), torch.randn(8, 4), torch.tensor([1, 2]), reduction="none")
@@ -384,6 +412,11 @@ def test_choice(tmp_path, monkeypatch):
     best = {kernels.shape_key("rms_norm", c): "triton", kernels.shape_key("swiglu", config.load("3.1b").model): "triton"}
     kernels.MEASURED.write_text(json.dumps({"GPU 9000": {"best": best}}))
     assert kernels.choose("auto", gpu, c) == dict.fromkeys(kernels.NAMES, "torch") | {"rms_norm": "triton"}
+    for damaged in ("{", "[]", '{"G": {"best": ["a"]}}', '{"G": {"best": null}}', '{"G": {"best": {"a": "banana"}}}'):
+        kernels.MEASURED.write_text(damaged)
+        with pytest.raises(config.UserError, match="measured.json: damaged"):
+            kernels.problems("auto", True, c)
+    kernels.MEASURED.write_text(json.dumps({"GPU 9000": {"best": best}}))
     assert kernels.choose("auto,rms_norm=torch,swiglu=triton", gpu, c) == dict.fromkeys(kernels.NAMES, "torch") | {"swiglu": "triton"}
 
 

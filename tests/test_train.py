@@ -309,6 +309,21 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(train_cli, tmp_path, 
         assert torch.equal(before[f"model.{name}"], p)
 
 
+def test_weights_that_are_not_finite_are_not_saved(train_cli, tmp_path, capsys):
+    """A finite loss and gradient, and a step so large that the weights overflow."""
+    huge = ("--mode", "ptfs", "--version", "1", "--plan.warmup", "0", "--plan.max_lr", "1e39", "--train.checkpoint_every", "1", "--plan.alpha", "1")
+    assert train_cli(*huge) == 2
+    assert "step 1: weights that are not finite; not saved. Lower plan.max_lr" in capsys.readouterr().err
+    assert checkpoint.steps(tmp_path / "run" / "ptfs-cosine" / "v1") == []
+
+
+def test_compile_without_a_compiler_is_said_first(train_cli, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "cpp_compiler", lambda: False)
+    assert train_cli("--train.compile", "on") == 2
+    err = capsys.readouterr().err
+    assert "train.compile: got on, which on a CPU needs a C++ compiler" in err and len(err.splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
 ABSENT = "mps" if torch.cuda.is_available() else "cuda"
 
 
