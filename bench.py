@@ -719,7 +719,7 @@ def about() -> Row:
     """What the numbers depend on, apart from the config."""
     names = [d for d in ("torch", "triton", "transformers", "liger-kernel") if importlib.util.find_spec(d.replace("-", "_"))]
     installed = {d: importlib.metadata.version(d) for d in names}
-    return {"python": platform.python_version(), "triton": None, **installed, "date": time.strftime("%Y-%m-%dT%H:%M:%S"), "commit": train.git_commit(),
+    return {"python": platform.python_version(), "triton": None, **installed, "torch": torch.__version__, "date": time.strftime("%Y-%m-%dT%H:%M:%S"), "commit": train.git_commit(),
             "command": shlex.join(["python", "bench.py", *sys.argv[1:]])}  # fmt: skip
 
 
