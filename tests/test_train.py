@@ -29,15 +29,8 @@ MODES = {"main": ("--mode", "main", "--version", "2"), "branch": ("--mode", "bra
          "ptfs": ("--mode", "ptfs", "--version", "2"), "cpt": ("--mode", "cpt", "--version", "2")}  # fmt: skip
 FOLDER = {"main": "main", "branch": "ours-cosine/v2", "ptfs": "ptfs-cosine/v2", "cpt": "cpt-cosine/v2"}
 HEADS = ("--model.n_head", "1")  # a head dim of 16, which the attention kernel serves
-FEW = (
-    *HEADS,
-    "--model.context",
-    "16",
-    "--train.batch_tokens",
-    "64",
-    "--train.micro_batch",
-    "2",
-)  # and few rows, which the interpreter takes one by one
+# few rows, which the interpreter takes one by one
+FEW = (*HEADS, "--model.context", "16", "--train.batch_tokens", "32", "--train.micro_batch", "2")
 SPAN = {"main": (0, 14), "branch": (14, 20), "ptfs": (0, 20), "cpt": (10, 20)}
 
 
