@@ -9,6 +9,7 @@ from conftest import ROOT
 
 import config
 import model
+import peers
 
 TABLE9 = json.loads((ROOT / "tests" / "paper.json").read_text())["table9_sizes"]
 
@@ -44,36 +45,6 @@ def small(**kw):
     return config.Model(**{"n_layer": 2, "n_head": 4, "hidden": 32, "vocab_size": 61, "context": 24, "rope_theta": 500.0, **kw})
 
 
-def transformers_twin(c, ours):
-    """transformers' own Llama or Qwen2 with our weights."""
-    import transformers
-
-    kind = "Qwen2" if c.qkv_bias else "Llama"
-    extra = {} if c.qkv_bias else {"attention_bias": False}
-    settings = getattr(transformers, f"{kind}Config")(
-        vocab_size=c.vocab_size, hidden_size=c.hidden, intermediate_size=4 * c.hidden, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
-        num_key_value_heads=c.n_kv_head or c.n_head, max_position_embeddings=c.context, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta,
-        tie_word_embeddings=False, **extra)  # fmt: skip
-    settings.rope_parameters = {"rope_type": "default", "rope_theta": c.rope_theta}
-    twin = getattr(transformers, f"{kind}ForCausalLM")(settings)
-    D, K = c.hidden // c.n_head, c.n_kv_head or c.n_head
-    rows = [c.hidden, K * D, K * D]
-    w = {"model.embed_tokens.weight": ours.embed.weight, "model.norm.weight": ours.norm.weight, "lm_head.weight": ours.head.weight[: c.vocab_size]}
-    for i, b in enumerate(ours.blocks):
-        at = f"model.layers.{i}."
-        for name, part in zip("qkv", b.qkv.weight.split(rows), strict=True):
-            w[f"{at}self_attn.{name}_proj.weight"] = part
-        if c.qkv_bias:
-            for name, part in zip("qkv", b.qkv.bias.split(rows), strict=True):
-                w[f"{at}self_attn.{name}_proj.bias"] = part
-        w[f"{at}self_attn.o_proj.weight"] = b.attn_out.weight
-        w[f"{at}mlp.gate_proj.weight"], w[f"{at}mlp.up_proj.weight"] = b.gate_up.weight.chunk(2)
-        w[f"{at}mlp.down_proj.weight"] = b.ffn_out.weight
-        w[f"{at}input_layernorm.weight"], w[f"{at}post_attention_layernorm.weight"] = b.attn_norm.weight, b.ffn_norm.weight
-    twin.load_state_dict({k: v.detach().clone() for k, v in w.items()})
-    return twin
-
-
 @pytest.mark.parametrize("kw", [{}, {"qkv_bias": True}, {"n_kv_head": 2}, {"n_kv_head": 1}, {"n_head": 2, "hidden": 24}], ids=str)
 def test_logits_and_loss_equal_transformers(kw):
     c = small(**kw)
@@ -82,7 +53,7 @@ def test_logits_and_loss_equal_transformers(kw):
     with torch.no_grad():
         for p in ours.parameters():
             p.add_(0.1 * torch.randn_like(p))  # so that norms, biases and depth all matter
-    twin = transformers_twin(c, ours)
+    twin = peers.hugging_face(c, ours)  # transformers' own Llama or Qwen2 with our weights
     ids = torch.randint(0, 61, (3, 19))
     expected = twin(input_ids=ids).logits
     # fp32 rounding over two blocks of sums of at most 128 terms: eps * sqrt(128) * a few, on logits of size about 3
