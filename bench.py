@@ -221,10 +221,8 @@ class Trainer:
 def one(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
     """A row in this process: the loss after --updates and which micro-batch is fastest, or with 0 updates only the speed of the first."""
     cuda, micros = device.type == "cuda", o.micro
-    if not cuda:
-        torch.set_num_threads(1)
-        if o.row.startswith("ours"):  # as train.py does; a peer runs as its users run it
-            train.steady_malloc(device)
+    if o.row.startswith("ours"):  # as train.py does; a peer runs as its users run it
+        train.steady_malloc(device)
     trainer = Trainer(o.row, c, device, dtype)
     sequences = 0 if cuda else max(micros[0], c.batch_sequences)  # of an update: on a GPU one micro-batch, on a CPU all of the config's batch
     _, product, flops = matmul(device, dtype)
@@ -304,6 +302,8 @@ def step(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> 
     check_size(c, device, min(o.micro), dtype.itemsize)
     if any(n % m for m in o.micro for n in (o.micro[0], c.batch_sequences) if m <= n):
         raise UserError(f"--micro: got {','.join(map(str, o.micro))}, expected divisors of the batch of {c.batch_sequences} sequences, such as 8,4,2")
+    if not cuda:
+        torch.set_num_threads(1)  # the floors as well as the rows
     if o.row:
         return one(o, c, device, dtype)
     ours = ["ours", "ours-torch"] if cuda else ["ours", "ours-compile"]
@@ -348,8 +348,8 @@ def compare(rows: dict[str, Row], c: config.Config, peak: float) -> list[Row]:
         for key, causal in (("mfu", True), ("mfu_published", False)):
             flops = llama.flops_per_token(c.model, causal)
             row[key] = statistics.median(r["tokens_per_second"] * flops / (peak or r["roof"]) for r in row["rounds"])
-        row["peak_bytes"] = next((t["peak_bytes"] for t in row["tried"] if t["micro"] == row["micro"]), None)
-        both = [(s["micro"], s["peak_bytes"] / t["peak_bytes"]) for s in ours.get("tried", []) for t in row["tried"]
+        row["peak_bytes"] = next((t["peak_bytes"] for t in row.get("tried", []) if t["micro"] == row["micro"]), None)
+        both = [(s["micro"], s["peak_bytes"] / t["peak_bytes"]) for s in ours.get("tried", []) for t in row.get("tried", [])
                 if s["micro"] == t["micro"] and t["peak_bytes"]]  # fmt: skip
         row["memory_ratio"] = max(both)[1] if both else None  # at the largest micro-batch that both could do
         if name == "nanogpt":  # which has other weights

@@ -106,6 +106,12 @@ def test_a_row_whose_process_dies_says_why_and_the_others_go_on(run, monkeypatch
     assert rows["ours"]["note"] is None and len(rows["ours"]["rounds"]) == 2
 
 
+def test_step_without_a_loss(run, monkeypatch):
+    monkeypatch.setattr(bench, "missing", lambda row, cuda: "not here" if row == "ours-compile" else None)
+    code, result, _ = run("step", *TINY, *QUICK, "--peers", "none", "--updates", "0")
+    assert code == 0 and by_row(result)["ours"]["micro"] == 4 and "loss" not in by_row(result)["ours"]
+
+
 def test_memory(run):
     code, result, _ = run("step", "--memory", "--model.vocab_size", "20000", "--train.device", "cpu")
     rows = by_row(result)
