@@ -493,14 +493,14 @@ def candidates(case: str, m: config.Model, B: int, device: torch.device, dtype: 
             more[f"sdpa {name}"] = (sdpa_kernel(backend)(lambda q, k, v: attention.attention(q, k, v, "torch")), inputs)
     else:
         y = torch.randint(0, V, (B, T), device=device)
-        w = (0.02 * torch.randn(-(-V // 128) * 128, h, device=device)).requires_grad_()
-        inputs, ours = [x, w], lambda use, x, w, n=None: cross_entropy.linear_cross_entropy(x, w, y, V, use=use, chunk_bytes=n)
+        w = (0.02 * torch.randn(V, h, device=device)).requires_grad_()
+        inputs, ours = [x, w], lambda use, x, w, n=None: cross_entropy.linear_cross_entropy(x, w, y, use=use, chunk_bytes=n)
 
         def all_logits(x: Tensor, w: Tensor) -> Tensor:
-            return cross_entropy.linear_cross_entropy_ref(x, w[:V].type_as(x), y)
+            return cross_entropy.linear_cross_entropy_ref(x, w.type_as(x), y)
 
         more |= {"all logits": (all_logits, inputs), "all logits compile": (torch.compile(all_logits, dynamic=False), inputs)}
-        more["liger"] = (lambda x, w: lg.liger_fused_linear_cross_entropy(x.view(-1, h), w[:V].type_as(x), y.view(-1)), inputs)
+        more["liger"] = (lambda x, w: lg.liger_fused_linear_cross_entropy(x.view(-1, h), w.type_as(x), y.view(-1)), inputs)
         for n in (1 << 27, 1 << 28, 1 << 29, 1 << 30) if cuda else ():
             more[f"triton {n >> 20} MiB"] = (partial(ours, "triton", n=n), inputs)
     out: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {use: (partial(ours, use), inputs) for use in ("triton", "torch")}

@@ -43,13 +43,13 @@ def state(model: llama.Transformer, optimizer: torch.optim.AdamW | None = None) 
 
     They share memory with model and optimizer: loading into them loads. An optimizer that has not stepped gets zero moments first.
     """
-    tensors = {f"model.{name}": p for name, p in model.true_parameters().items()}
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     if optimizer is not None:
         for name, p in model.named_parameters():
             if not (s := optimizer.state[p]):
                 # as torch.optim.AdamW with fused=True makes them at its first step
                 s.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            tensors |= {f"{moment}.{name}": model.unpadded(name, s[moment]) for moment in ("exp_avg", "exp_avg_sq")}
+            tensors |= {f"{moment}.{name}": s[moment] for moment in ("exp_avg", "exp_avg_sq")}
             tensors[f"updates.{name}"] = s["step"]
         tensors["rng.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available() and next(model.parameters()).is_cuda:

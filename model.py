@@ -21,8 +21,6 @@ from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope, rope_table
 from kernels.swiglu import swiglu
 
-PAD = 128  # rows of the head come in multiples of this: tensor cores waste no part of a tile
-
 # ----------------------------------------------------------------------------------------------------------
 # The modules
 
@@ -89,27 +87,17 @@ class Transformer(nn.Module):
     def __init__(self, c: config.Model, dtype: torch.dtype = torch.float32, use: dict[str, str] | None = None, recompute: bool = False) -> None:
         super().__init__()
         self.dtype, self.use, self.recompute = dtype, use or dict.fromkeys(kernels.NAMES, "torch"), recompute
-        self.vocab_size = c.vocab_size
         self.embed = nn.Embedding(c.vocab_size, c.hidden)
         self.blocks = nn.ModuleList(Block(c, self.use) for _ in range(c.n_layer))
         self.norm = RMSNorm(c, self.use["rms_norm"])
-        self.head = Linear(c.hidden, -(-c.vocab_size // PAD) * PAD, bias=False)  # rows from vocab_size on are zero and stay so
+        self.head = Linear(c.hidden, c.vocab_size, bias=False)
         for name, table in zip(("cos", "sin"), rope_table(c.context, c.hidden // c.n_head, c.rope_theta), strict=True):
             self.register_buffer(name, table, persistent=False)
-        for name, p in self.true_parameters().items():
+        for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) if name.endswith("_out.weight") else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        nn.init.zeros_(self.head.weight.detach()[c.vocab_size :])
-
-    def unpadded(self, name: str, t: Tensor) -> Tensor:
-        """The part of a parameter, or of a tensor like it, that counts and is saved: all but the rows that pad the head."""
-        return t[: self.vocab_size] if name == "head.weight" else t
-
-    def true_parameters(self) -> dict[str, Tensor]:
-        """{name: parameter} without the padding; they share memory with the model."""
-        return {name: self.unpadded(name, p.detach()) for name, p in self.named_parameters()}
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
         """Token ids (B, T), T at most the context -> logits (B, T, V); with targets (B, T) -> their loss in nats, float32."""
@@ -120,8 +108,8 @@ class Transformer(nn.Module):
             added, x = checkpoint(block, *given, use_reentrant=False) if self.recompute else block(*given)
         y, _ = self.norm(added, x)
         if targets is None:
-            return self.head(y)[..., : self.vocab_size]
-        return linear_cross_entropy(y, self.head.weight, targets, self.vocab_size, reduction, self.use["cross_entropy"])
+            return self.head(y)
+        return linear_cross_entropy(y, self.head.weight, targets, reduction, self.use["cross_entropy"])
 
 
 # ----------------------------------------------------------------------------------------------------------

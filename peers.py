@@ -53,15 +53,14 @@ def hugging_face(c: config.Model, ours: llama.Transformer, liger: bool = False) 
     kind = "Qwen2" if c.qkv_bias else "Llama"
     if liger:
         getattr(importlib.import_module("liger_kernel.transformers"), f"apply_liger_kernel_to_{kind.lower()}")()
-    D, K, V = c.hidden // c.n_head, c.n_kv_head or c.n_head, c.vocab_size
+    D, K = c.hidden // c.n_head, c.n_kv_head or c.n_head
     settings = getattr(transformers, f"{kind}Config")(
-        vocab_size=V, hidden_size=c.hidden, intermediate_size=c.ffn or 4 * c.hidden, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+        vocab_size=c.vocab_size, hidden_size=c.hidden, intermediate_size=c.ffn or 4 * c.hidden, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
         num_key_value_heads=K, max_position_embeddings=c.context, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, tie_word_embeddings=False,
         use_cache=False, attn_implementation="sdpa")  # fmt: skip
     settings.rope_parameters = {"rope_type": "default", "rope_theta": c.rope_theta}
     net = getattr(transformers, f"{kind}ForCausalLM")(settings)
-    # our rows from V on are padding
-    w = {"model.embed_tokens.weight": ours.embed.weight[:V], "model.norm.weight": ours.norm.weight, "lm_head.weight": ours.head.weight[:V]}
+    w = {"model.embed_tokens.weight": ours.embed.weight, "model.norm.weight": ours.norm.weight, "lm_head.weight": ours.head.weight}
     b: Any
     for i, b in enumerate(ours.blocks):
         at = f"model.layers.{i}."

@@ -8,9 +8,10 @@ graph, dz is known but for a factor as soon as z is. So a chunk of rows is taken
 then in its place dz, then its parts of dx and dW; the backward only multiplies by the factor that arrives. Extra memory is one
 chunk of logits, instead of four tensors N x V (logits and their gradient, in two precisions).
 
-The rows of W from `vocab` on are padding: they get no probability and no gradient. A target of -100 is ignored; if all are,
-loss and gradients are 0. Any other target outside the vocabulary is an IndexError on the CPU, and on a GPU, which
-cannot raise, a loss of nan. Softmax is in float32 (of float64, in it), and so is the sum of dW over the chunks if W is float32, as the model's is.
+W (V, C) is copied if its dtype is not that of x or V is no multiple of 128. The rows of the compute copy from V on are
+padding: no probability, no gradient. A target of -100 is ignored; if all are, loss and gradients are 0. Any other target
+outside the vocabulary is an IndexError on the CPU, and on a GPU, which cannot raise, a loss of nan. Softmax is in float32 (of
+float64, in it), and so is the sum of dW over the chunks if W is float32, as the model's is.
 """
 
 import functools
@@ -22,12 +23,13 @@ from torch import Tensor
 from kernels import served, tl, triton
 
 IGNORE = -100
+PAD = 128  # the compute copy's rows come in multiples of this: tensor cores waste no part of a tile, and the kernel loads 16 bytes at a time
 CHUNK_BYTES = {"cuda": 768 << 20, "cpu": 1 << 20}  # of logits, but 128 rows at least; bench.py kernels --only cross_entropy tries others
 
 
-def linear_cross_entropy_ref(x: Tensor, weight: Tensor, targets: Tensor, vocab: int | None = None, reduction: str = "mean") -> Tensor:
+def linear_cross_entropy_ref(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """What linear_cross_entropy computes, with all logits at once; nan as the mean of nothing."""
-    logits = F.linear(x, weight[:vocab])  # (.., V)
+    logits = F.linear(x, weight)  # (.., V)
     logits = logits.double() if logits.dtype == torch.float64 else logits.float()
     loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction, ignore_index=IGNORE)
     return loss.view_as(targets) if reduction == "none" else loss
@@ -107,11 +109,19 @@ def _compiled():
 # All chunks
 
 
+def _padded(vocab: int) -> int:
+    return -(-vocab // PAD) * PAD
+
+
 @torch.library.custom_op("pathswitch::linear_cross_entropy", mutates_args=())
-def _op(x: Tensor, weight: Tensor, targets: Tensor, vocab: int, reduction: str, gradient: bool, rows: int, use: str) -> tuple[Tensor, Tensor, Tensor]:
+def _op(x: Tensor, weight: Tensor, targets: Tensor, reduction: str, gradient: bool, rows: int, use: str) -> tuple[Tensor, Tensor, Tensor]:
+    vocab = weight.shape[0]
     if targets.device.type == "cpu" and (wrong := ((targets < 0) | (targets >= vocab)) & (targets != IGNORE)).any():
         raise IndexError(f"targets: got {targets[wrong][0].item()}, expected 0 .. {vocab - 1}, or {IGNORE} to ignore")
-    w = weight.type_as(x)  # (padded V, C): the compute copy of a float32 weight
+    w = weight
+    if vocab % PAD or weight.dtype != x.dtype:  # the compute copy
+        w = x.new_empty(_padded(vocab), weight.shape[1])  # (padded V, C)
+        w[:vocab], w[vocab:] = weight, 0
     losses = torch.empty(x.shape[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
     count = (targets != IGNORE).sum().clamp(min=1).to(losses.dtype)
     dx = torch.empty_like(x) if gradient else x.new_empty(0)
@@ -123,18 +133,19 @@ def _op(x: Tensor, weight: Tensor, targets: Tensor, vocab: int, reduction: str, 
         losses[i : i + rows], dz = _rows(z, targets[i : i + rows], count, vocab, reduction == "mean", gradient, use)
         if gradient:
             torch.mm(dz, w, out=dx[i : i + rows])
+            dz = dz[:, :vocab].t()  # (V, n)
             if x.dtype == weight.dtype:
-                dw.addmm_(dz.t(), part)
+                dw.addmm_(dz, part)
             elif x.is_cuda:  # low precision in, float32 out: cuBLAS adds up in float32 as it goes
-                torch.addmm(dw, dz.t(), part, out_dtype=torch.float32, out=dw)
+                torch.addmm(dw, dz, part, out_dtype=torch.float32, out=dw)
             else:
-                dw += dz.t() @ part
+                dw += dz @ part
     loss = losses if reduction == "none" else losses.sum() / (count if reduction == "mean" else 1)
     return loss, dx, dw
 
 
 @_op.register_fake
-def _(x: Tensor, weight: Tensor, targets: Tensor, vocab: int, reduction: str, gradient: bool, rows: int, use: str) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, targets: Tensor, reduction: str, gradient: bool, rows: int, use: str) -> tuple[Tensor, Tensor, Tensor]:
     loss = torch.empty(
         x.shape[:1] if reduction == "none" else (), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device
     )
@@ -145,7 +156,7 @@ def _gradient(ctx, g, *_):
     if torch.is_grad_enabled():  # create_graph: what is saved is a gradient already, and its own would quietly be 0
         raise RuntimeError("linear_cross_entropy: cannot be differentiated twice; use linear_cross_entropy_ref")
     dx, dw = ctx.saved_tensors
-    return dx * g, dw * g, *[None] * 6
+    return dx * g, dw * g, *[None] * 5
 
 
 _op.register_autograd(
@@ -154,19 +165,18 @@ _op.register_autograd(
 )
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab: int | None = None, reduction: str = "mean",
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean",
                          use: str = "torch", chunk_bytes: int | None = None) -> Tensor:  # fmt: skip
-    """Negative log-likelihood in nats of `targets` (..) under the logits x @ weight[:vocab].T, in float32.
+    """Negative log-likelihood in nats of `targets` (..) under the logits x @ weight.T, in float32.
 
-    x (.., C) in the compute dtype, weight (V or more, C) in it or in float32. reduction: mean, sum, or none (.., without gradients).
+    x (.., C) in the compute dtype, weight (V, C) in it or in float32. reduction: mean, sum, or none (.., without gradients).
     """
     if use == "triton":
         served("linear_cross_entropy", x)
-    vocab = vocab or weight.shape[0]
     gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if gradient and reduction == "none":
         raise ValueError("linear_cross_entropy: reduction none has no gradient; use mean or sum, or torch.no_grad()")
-    row_bytes = weight.shape[0] * x.element_size()
+    row_bytes = _padded(weight.shape[0]) * x.element_size()
     rows = max(128, (chunk_bytes or CHUNK_BYTES.get(x.device.type, 1 << 28)) // row_bytes // 128 * 128)  # whole tiles of a matrix product
-    loss = _op(x.reshape(-1, x.shape[-1]).contiguous(), weight, targets.reshape(-1).long().contiguous(), vocab, reduction, gradient, rows, use)[0]
+    loss = _op(x.reshape(-1, x.shape[-1]).contiguous(), weight, targets.reshape(-1).long().contiguous(), reduction, gradient, rows, use)[0]
     return loss.view(targets.shape) if reduction == "none" else loss

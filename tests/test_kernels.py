@@ -250,19 +250,19 @@ def test_a_dtype_that_is_not_served_is_named():
 
 @pytest.mark.parametrize("use", USE)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("N, C, vocab, padded", [(300, 16, 50, 128), (1, 8, 2, 2), (70, 12, 13, 13), (0, 8, 5, 128), (6, 4, 100_277, 100_352)])
-def test_linear_cross_entropy(N, C, vocab, padded, reduction, use):
+@pytest.mark.parametrize("N, C, vocab", [(300, 16, 50), (1, 8, 2), (70, 12, 128), (0, 8, 5), (6, 4, 100_277)])
+def test_linear_cross_entropy(N, C, vocab, reduction, use):
     """128 rows a chunk: the first shape has two and a part."""
     torch.manual_seed(0)
-    x, w, t = torch.randn(2, N, C)[0], torch.randn(padded, C), torch.randint(vocab, (N,))
+    x, w, t = torch.randn(2, N, C)[0], torch.randn(vocab, C), torch.randint(vocab, (N,))
     t[: N // 7] = ce.IGNORE
-    ours = lambda x, w: ce.linear_cross_entropy(x, w, t.to(DEVICE), vocab, reduction, use, chunk_bytes=128 * padded * 4)  # noqa: E731
-    exact = lambda x, w: ce.linear_cross_entropy_ref(x, w, t, vocab, reduction) if N else (x.sum() + w.sum()) * 0  # noqa: E731
+    ours = lambda x, w: ce.linear_cross_entropy(x, w, t.to(DEVICE), reduction, use, chunk_bytes=1)  # noqa: E731
+    exact = lambda x, w: ce.linear_cross_entropy_ref(x, w, t, reduction) if N else (x.sum() + w.sum()) * 0  # noqa: E731
     floor = math.sqrt(C) if N == 1 else 0.0  # one loss near 0 is a difference of logits, which are of this size
     compare(ours, exact, (x, w), vocab + N, floor)
     with torch.no_grad():
-        each = ce.linear_cross_entropy(x.to(DEVICE), w.to(DEVICE), t.to(DEVICE), vocab, "none", use, chunk_bytes=1)
-    want = ce.linear_cross_entropy_ref(x.double(), w.double(), t, vocab, "none")
+        each = ce.linear_cross_entropy(x.to(DEVICE), w.to(DEVICE), t.to(DEVICE), "none", use, chunk_bytes=1)
+    want = ce.linear_cross_entropy_ref(x.double(), w.double(), t, "none")
     torch.testing.assert_close(each.cpu().double(), want, rtol=rounding(vocab), atol=rounding(vocab))
 
 
@@ -270,31 +270,31 @@ def test_linear_cross_entropy(N, C, vocab, padded, reduction, use):
 @pytest.mark.parametrize("use", USE)
 def test_linear_cross_entropy_of_ignored_targets_and_large_logits(use):
     torch.manual_seed(0)
-    x, w = torch.randn(5, 7, 8, device=DEVICE, requires_grad=True), torch.randn(128, 8, device=DEVICE, requires_grad=True)
+    x, w = torch.randn(5, 7, 8, device=DEVICE, requires_grad=True), torch.randn(100, 8, device=DEVICE, requires_grad=True)
     for reduction in ("mean", "sum"):
-        loss = ce.linear_cross_entropy(x, w, torch.full((5, 7), ce.IGNORE, device=DEVICE), 100, reduction, use)
+        loss = ce.linear_cross_entropy(x, w, torch.full((5, 7), ce.IGNORE, device=DEVICE), reduction, use)
         loss.backward()
         assert loss.item() == 0 and not x.grad.any() and not w.grad.any()
     t = torch.randint(100, (5, 7), device=DEVICE)
     big = 1e4 * x.detach()  # exp of the logits overflows, their softmax does not
-    loss = ce.linear_cross_entropy(big, w, t, 100, "mean", use)
-    want = ce.linear_cross_entropy_ref(big.double().cpu(), w.double().cpu(), t.cpu(), 100)
+    loss = ce.linear_cross_entropy(big, w, t, "mean", use)
+    want = ce.linear_cross_entropy_ref(big.double().cpu(), w.double().cpu(), t.cpu())
     torch.testing.assert_close(loss.cpu().double(), want, rtol=1e-6, atol=0)
     loss.backward()
-    assert w.grad.isfinite().all() and not w.grad[100:].any()
+    assert w.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("use", USE)
 @pytest.mark.parametrize("wrong", [100, 128, 5000, -1])
 def test_a_target_outside_the_vocabulary(wrong, use):
-    x, w, t = torch.randn(4, 8, device=DEVICE), torch.randn(128, 8, device=DEVICE), torch.tensor([1, 2, wrong, 3], device=DEVICE)
+    x, w, t = torch.randn(4, 8, device=DEVICE), torch.randn(100, 8, device=DEVICE), torch.tensor([1, 2, wrong, 3], device=DEVICE)
     if CUDA:
-        assert ce.linear_cross_entropy(x, w, t, 100, "sum", use).isnan()
+        assert ce.linear_cross_entropy(x, w, t, "sum", use).isnan()
     else:
         with pytest.raises(IndexError, match=f"got {wrong}, expected 0 .. 99"):
-            ce.linear_cross_entropy(x, w, t, 100, "sum", use)
+            ce.linear_cross_entropy(x, w, t, "sum", use)
     # what a GPU, which cannot raise, makes of it
-    losses, _ = ce._rows(x @ w.T, t, torch.ones((), device=DEVICE), 100, False, True, use)
+    losses, _ = ce._rows(torch.randn(4, 128, device=DEVICE), t, torch.ones((), device=DEVICE), 100, False, True, use)
     assert losses.isnan().tolist() == [False, False, True, False]
 
 
@@ -332,8 +332,8 @@ def test_gradcheck_of_every_reference():
     assert check(glu.swiglu_ref, (r(3, 8),))
     assert check(lambda x: rot.rope_ref(x, cos, sin, 2, 1), (r(2, 3, 4, 4),))
     assert check(attn.attention_ref, (r(1, 4, 2, 3), r(1, 4, 1, 3), r(1, 4, 1, 3)))
-    assert check(lambda x, w: ce.linear_cross_entropy_ref(x, w, t, 5), (r(3, 4), r(6, 4)))
-    assert check(lambda x, w: ce.linear_cross_entropy(x, w, t, 5), (r(3, 4), r(6, 4)))  # gradients by hand
+    assert check(lambda x, w: ce.linear_cross_entropy_ref(x, w, t), (r(3, 4), r(5, 4)))
+    assert check(lambda x, w: ce.linear_cross_entropy(x, w, t), (r(3, 4), r(5, 4)))  # gradients by hand
 
 
 def test_every_operation_is_one_that_torch_compile_can_see():
@@ -348,8 +348,8 @@ def test_every_operation_is_one_that_torch_compile_can_see():
         (glu._op, (r(3, 16),)),
         (rot._op, (r(1, 5, 4, 16), cos, sin, 2, 1)),
         (attn._op, (q, k, k)),
-        (ce._op, (r(6, 16), r(24, 16), t, 20, "mean", True, 4, "triton")),
-        (ce._op, (r(6, 16), r(24, 16), t, 20, "sum", True, 4, "torch")),
+        (ce._op, (r(6, 16), r(20, 16), t, "mean", True, 4, "triton")),
+        (ce._op, (r(6, 16), r(20, 16), t, "sum", True, 4, "torch")),
     ):
         torch.library.opcheck(op, args)
 
@@ -444,7 +444,7 @@ def cases():
     cos, sin = (t.to(DEVICE) for t in rot.rope_table(1024, 96, 1e4))
     t = torch.randint(100_277, (512,), device=DEVICE)
     turn = lambda use: lambda x: rot.rope(x, cos, sin, 16, 16, use)  # noqa: E731
-    head = lambda use: lambda x, w: ce.linear_cross_entropy(x, w, t, 100_277, "mean", use)  # noqa: E731
+    head = lambda use: lambda x, w: ce.linear_cross_entropy(x, w, t, "mean", use)  # noqa: E731
     out = {
         "rms_norm": (
             *(lambda x, w, u=u: norm.rms_norm(x, w, 1e-5, u) for u in USE),
@@ -453,7 +453,7 @@ def cases():
         ),
         "swiglu": (*(lambda x, u=u: glu.swiglu(x, u) for u in USE), glu.swiglu_ref, (r(999, 8192),)),
         "rope": (turn("triton"), turn("torch"), turn("torch"), (r(2, 1024, 48, 96),)),
-        "cross_entropy": (head("triton"), head("torch"), lambda x, w: ce.linear_cross_entropy_ref(x, w, t, 100_277), (r(512, 512), r(100_352, 512))),
+        "cross_entropy": (head("triton"), head("torch"), lambda x, w: ce.linear_cross_entropy_ref(x, w, t), (r(512, 512), r(100_277, 512))),
     }
     for D in (64, 96, 128):
         out[f"attention {D}"] = (*(lambda q, k, v, u=u: attn.attention(q, k, v, u) for u in USE), attn.attention_ref, (r(2, 1000, 8, D), r(2, 1000, 4, D), r(2, 1000, 4, D)))  # fmt: skip
