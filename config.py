@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 MOST = 10_000  # versions of a plan; more is a slip of the hand
+ANGLES = 1 << 27  # context x size of a head: cosines and sines in memory, enough for a million tokens and the usual 128
 
 
 class UserError(Exception):
@@ -159,11 +160,13 @@ def typed(t: Any, value: Any) -> Any:
     """`value` as type `t`; ValueError if it is not one. True is no number and 1 is no truth value."""
     if isinstance(t, types.UnionType):
         return None if value is None else typed(typing.get_args(t)[0], value)
+    if type(value) is int and abs(value) >= 2**63:
+        raise ValueError
     if t is float and type(value) is int:
         return float(value)
     if typing.get_origin(t) is list and isinstance(value, list):
         return [typed(int, v) for v in value]
-    if type(value) is not t or (t is int and abs(value) >= 2**63):
+    if type(value) is not t:
         raise ValueError
     if t is str:
         value.encode()  # bytes of a command line that are no UTF-8 could not be written down again
@@ -251,9 +254,25 @@ def check(c: Config) -> list[str]:
         found.append(
             f"model.n_head: got {m.n_head}, expected a divisor of model.hidden = {m.hidden} with heads of an even size (RoPE turns pairs); {best}"
         )
+    if m.context * (m.hidden // m.n_head) > ANGLES:
+        found.append(f"model.context: got {m.context} and heads of {m.hidden // m.n_head}, expected a product of at most {ANGLES:,} (rotary angles)")
     if m.n_kv_head and m.n_head % m.n_kv_head:
         found.append(f"model.n_kv_head: got {m.n_kv_head}, expected a divisor of model.n_head = {m.n_head}")
     return found
+
+
+def model_of(recorded: Any, where: str) -> Model:
+    """The model in the `values` that a checkpoint records, which a stranger may have written. UserError names what is wrong with them."""
+    c = Config()
+    for f in fields(Model):
+        value = recorded.get(f"model.{f.name}", "nothing") if isinstance(recorded, dict) else "nothing"
+        try:
+            setattr(c.model, f.name, typed(f.type, value))
+        except ValueError:
+            raise UserError(f"{where}: model.{f.name}: got {value!r:.60}, expected {type_name(f.type)}; restore it") from None
+    if problems := check(c):
+        raise UserError(f"{where}: {problems[0]}; restore it")
+    return c.model
 
 
 def check_batch(c: Config, ranks: int) -> list[str]:

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from config import UserError
 
-LIMIT = 1 << 24  # bytes of a JSON file; a larger one is none of ours
+LIMIT = 1 << 24  # bytes of a JSON or rank file; a larger one is none of ours
 
 
 def sync(path: Path) -> None:
@@ -27,7 +28,8 @@ def write(file: Path, text: str) -> None:
     """Write or replace `file` at once: whoever looks sees the old text or the new, whatever happens."""
     partial = file.with_name(f".{file.name}.partial")
     try:
-        with open(partial, "w") as f:
+        partial.unlink(missing_ok=True)  # what a killed write left; or a link that a stranger laid, which "w" would follow
+        with open(partial, "x") as f:
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
@@ -51,15 +53,22 @@ def content_hash(content: dict[str, Any], unhashed: tuple[str, ...] = ()) -> str
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
+def read(file: Path) -> bytes:
+    """The bytes of a file. ValueError if it is large, or a pipe or device, where reading might never end."""
+    info = file.stat()
+    if not stat.S_ISREG(info.st_mode) or info.st_size > LIMIT:
+        raise ValueError(f"{info.st_size} bytes, expected a file of at most {LIMIT}")
+    return file.read_bytes()
+
+
 def read_json(file: Path, unhashed: tuple[str, ...] = ()) -> dict[str, Any]:
     """What `write_json` wrote. ValueError if it is anything else; FileNotFoundError if it is not there."""
-    if file.stat().st_size > LIMIT:
-        raise ValueError(f"{file.stat().st_size} bytes")
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(read(file))
+        fits = isinstance(content, dict) and content.get("hash") == content_hash(content, unhashed)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if not isinstance(content, dict) or content.get("hash") != content_hash(content, unhashed):
+    if not fits:
         raise ValueError("its hash does not fit its content")
     return content
 
@@ -73,7 +82,7 @@ def sha256(file: Path) -> str:
 def lock(file: Path, busy: str) -> Iterator[None]:
     """Hold `file`, made if need be; UserError `busy` if another process does. The system lets go of it when this process ends."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "w") as f:
+    with open(file, "a") as f:  # not "w", which would empty what a link of a stranger's leads to
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

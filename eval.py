@@ -11,7 +11,7 @@ independent, so a document is the unit, and two checkpoints are compared documen
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,21 +72,24 @@ def common(runs: Iterable[dict[int, Any]]) -> list[int]:
 def load_model(path: Path, device: torch.device) -> tuple[llama.Transformer, dict[str, Any]]:
     """The model of a checkpoint and its meta."""
     meta = checkpoint.read_meta(path)
+    c = config.model_of(meta.get("config"), f"{path / 'meta.json'}")
     checkpoint.verify(path)
-    c = config.Model(**{f.name: meta["config"][f"model.{f.name}"] for f in fields(config.Model)})
+    # a shape is only a claim: nothing is built that the files, float32, could not hold
+    need, there = 4 * llama.parameters(c), sum(f.stat().st_size for f in path.glob("*.safetensors"))
+    if there < need:
+        raise UserError(f"{path}: its model of {c.n_layer:,} blocks of width {c.hidden:,} takes {need:,} bytes, got files of {there:,}; restore it")
     net = llama.Transformer(c, torch.bfloat16 if device.type == "cuda" else torch.float32, kernels.choose("auto", device, c))
     checkpoint.load(path, checkpoint.state(net))
     return net.to(device).eval(), meta
 
 
-def open_data(meta: dict[str, Any], folder: str | None) -> reader.Tokens:
+def open_data(path: Path, meta: dict[str, Any], folder: str | None) -> reader.Tokens:
     """The data of a checkpoint, or another folder made with the same tokenizer."""
-    context = meta["config"]["model.context"]
-    tokens = reader.Tokens(folder or meta["config"]["data.path"], context, 1, [1], 0)
-    if tokens.meta["tokenizer_sha256"] != meta["data"]["tokenizer"]:
-        raise UserError(
-            f"--data {tokens.folder}: its tokenizer is not the one that the checkpoint was trained with; choose the data it was trained on"
-        )
+    c = config.model_of(meta.get("config"), f"{path / 'meta.json'}")
+    tokens = reader.Tokens(folder or str(meta["config"].get("data.path")), c.context, 1, [1], 0)
+    trained = meta.get("data")
+    if not isinstance(trained, dict) or (tokens.meta["tokenizer_sha256"], tokens.meta["vocab_size"]) != (trained.get("tokenizer"), c.vocab_size):
+        raise UserError(f"--data {tokens.folder}: its tokenizer is not the one that {path} was trained with; choose the data it was trained on")
     return tokens
 
 
@@ -94,7 +97,7 @@ def open_data(meta: dict[str, Any], folder: str | None) -> reader.Tokens:
 def score(path: Path, device: torch.device, folder: str | None = None, rows: int = 16, quiet: bool = False) -> Score:
     """Score a checkpoint on the whole validation set of its data; every token but the very first is a target once."""
     net, meta = load_model(path, device)
-    tokens = open_data(meta, folder)
+    tokens = open_data(path, meta, folder)
     reader.check_files(tokens.folder, ["val"], quiet=True)
     stream = np.asarray(tokens.tokens("val"))
     # the document of each target: <|endoftext|> belongs to the document that it ends
@@ -128,7 +131,7 @@ def finished(run: Path) -> dict[str, dict[int, Path]]:
 def sample(path: Path, device: torch.device, prompt: str, length: int, seed: int, folder: str | None) -> str:
     """The prompt and `length` tokens drawn after it, or fewer where the text ends."""
     net, meta = load_model(path, device)
-    tokens = open_data(meta, folder)
+    tokens = open_data(path, meta, folder)
     tok = reader.tokenizer_of(tokens.folder)
     torch.manual_seed(seed)
     ids = torch.tensor([tok.encode(prompt) or [tok.eot]], device=device)

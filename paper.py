@@ -175,7 +175,7 @@ def scores(checkpoints: list[Path], run: Path, jobs: int) -> dict[Path, evaluati
 
     def one(path: Path) -> evaluation.Score:
         meta = checkpoint.read_meta(path)
-        tokens = evaluation.open_data(meta, None)
+        tokens = evaluation.open_data(path, meta, None)
         file = kept / f"{meta['hash'][:24]}-{tokens.meta['val']['sha256']['bin'][:8]}.npz"
         try:
             with np.load(file) as stored:

@@ -6,6 +6,7 @@ rows of the same global batch. The files are those of data.py; `check_files` com
 
 import hashlib
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,42 @@ def id_dtype(vocab_size: int) -> str:
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
+def check_meta(meta: dict[str, Any]) -> None:
+    """ValueError if data.py would not have written this. Names become paths and numbers sizes, and a stranger's hash fits as well as ours."""
+
+    def whole(key: str, value: Any, low: int, end: int) -> None:
+        if type(value) is not int or not low <= value < end:
+            raise ValueError(f"{key} is {value!r:.60}, expected a whole number from {low} to {end - 1}")
+
+    def like(key: str, value: Any, pattern: str) -> None:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise ValueError(f"{key} is {value!r:.60}, expected {pattern}")
+
+    whole("format", meta["format"], 1, 2)
+    whole("vocab_size", meta["vocab_size"], 2, 2**32 + 1)
+    whole("eot", meta["eot"], 0, meta["vocab_size"])
+    like("dtype", meta["dtype"], id_dtype(meta["vocab_size"]))
+    like("tokenizer", meta["tokenizer"], r"[\w.-]+")
+    like("tokenizer_sha256", meta["tokenizer_sha256"], "[0-9a-f]{64}")
+    if not isinstance(meta["increments"], list) or not isinstance(meta["sources"], list):
+        raise ValueError("increments and sources are no lists")
+    for name, part in {"val": meta["val"], **{f"v{i}": p for i, p in enumerate(meta["increments"], 1)}}.items():
+        like(f"the name of {name}", part["name"], name)
+        whole(f"documents of {name}", part["documents"], 1, 2**60)
+        whole(f"tokens of {name}", part["tokens"], 2, 2**60)  # the shortest document: a token and <|endoftext|>
+        for kind in ("bin", "ids"):
+            like(f"sha256 of {name}.{kind}", part["sha256"][kind], "[0-9a-f]{64}")
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
     """meta.json of a prepared folder. UserError if it is not one."""
     try:
         meta = disk.read_json(folder / "meta.json")
-        if meta["format"] != 1:
+        if type(meta["format"]) is int and meta["format"] > 1:
             raise UserError(f"{folder / 'meta.json'}: format {meta['format']}, expected 1; prepare it with this version of data.py")
-        _ = [meta[k] for k in ("tokenizer", "tokenizer_sha256", "vocab_size", "eot", "dtype")]
+        check_meta(meta)
         sums: dict[str, str] = {}
         for part in [meta["val"], *meta["increments"]]:
-            _ = part["documents"], part["tokens"]
             if (same := sums.setdefault(part["sha256"]["bin"], part["name"])) != part["name"]:
                 raise UserError(
                     f"{folder / 'meta.json'}: {same} and {part['name']} are the same text, but increments must not overlap; prepare the data again"
@@ -44,7 +71,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def tok_path(folder: Path, meta: dict[str, Any]) -> str:
-    return str(folder / "tokenizer.tiktoken") if meta["tokenizer"] == "tokenizer.tiktoken" else meta["tokenizer"]
+    return str(folder / meta["tokenizer"]) if meta["tokenizer"].endswith(".tiktoken") else meta["tokenizer"]
 
 
 def tokenizer_of(folder: Path) -> Tokenizer:
@@ -53,6 +80,11 @@ def tokenizer_of(folder: Path) -> Tokenizer:
     tok = Tokenizer(tok_path(folder, meta))
     if tok.sha256 != meta["tokenizer_sha256"]:
         raise UserError(f"{tok_path(folder, meta)}: is not the tokenizer that {folder} was made with (SHA-256 differs); restore it")
+    if (tok.vocab_size, tok.eot) != (meta["vocab_size"], meta["eot"]):
+        raise UserError(
+            f"{folder / 'meta.json'}: vocab_size and eot are {meta['vocab_size']} and {meta['eot']}, "
+            f"expected its tokenizer's {tok.vocab_size} and {tok.eot}; prepare the data again"
+        )
     return tok
 
 
@@ -67,7 +99,7 @@ def check_files(folder: Path, names: list[str] | None = None, checksums: bool = 
                 continue
             file = folder / f"{p['name']}.{kind}"
             if not file.is_file():
-                raise UserError(f"{file}: is missing; restore it or prepare the data again")
+                raise UserError(f"{file}: is missing, or no file; restore it or prepare the data again")
             if file.stat().st_size != size:
                 raise UserError(f"{file}: got {file.stat().st_size} bytes, expected {size}; restore it or prepare the data again")
             wanted.append((file, size, p["sha256"][kind]))

@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+import disk
 from config import UserError
 
 KINDS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
@@ -43,14 +44,14 @@ class Tokenizer:
 
         if self.is_file:
             try:
-                text = Path(name).read_bytes()
+                text = disk.read(Path(name))
+                lines = [line.split() for line in text.splitlines() if line]
+                ranks = {base64.b64decode(k, validate=True): int(v) for k, v in lines}
+                if sorted(ranks.values()) != list(range(len(lines))) or any(bytes([b]) not in ranks for b in range(256)):
+                    raise ValueError("ranks must be 0, 1, 2, .., each token there once, all 256 bytes among them")
+                self.encoding = tiktoken.Encoding("ranks", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)})
             except OSError as e:
                 raise UserError(f"tokenizer {name}: {e.strerror}; expected a rank file, a tiktoken encoding or bytes") from None
-            try:
-                ranks = {base64.b64decode(k, validate=True): int(v) for k, v in (line.split() for line in text.splitlines() if line)}
-                if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
-                    raise ValueError("ranks must be 0, 1, 2, .. and contain all 256 bytes")
-                self.encoding = tiktoken.Encoding("ranks", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)})
             except ValueError as e:
                 raise UserError(f"tokenizer {name}: not a rank file: {e}; expected lines of base64 and rank, as tiktoken's") from None
             self.sha256 = hashlib.sha256(text).hexdigest()
@@ -72,9 +73,15 @@ class Tokenizer:
         return list(text.encode()) if self.name == "bytes" else self.encoding.encode_ordinary(text)
 
     def decode(self, ids: list[int]) -> str:
-        """The text up to the first <|endoftext|>; bytes that are not UTF-8 become replacement characters."""
-        ids = list(itertools.takewhile(lambda i: i != self.eot, ids))
-        return bytes(ids).decode(errors="replace") if self.name == "bytes" else self.encoding.decode(ids)
+        """The text up to the first <|endoftext|>; bytes that are not UTF-8, and ids without a token, become replacement characters."""
+
+        def token(i: int) -> bytes:
+            try:
+                return bytes([i]) if self.name == "bytes" else self.encoding.decode_single_token_bytes(i)
+            except KeyError:  # cl100k_base has such ids, and a model may draw one
+                return b"\xff"
+
+        return b"".join(map(token, itertools.takewhile(lambda i: i != self.eot, ids))).decode(errors="replace")
 
 
 # ----------------------------------------------------------------------------------------------------------

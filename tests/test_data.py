@@ -201,6 +201,7 @@ def test_an_encoding_by_name(tmp_path, monkeypatch):
     meta = prepare(tmp_path / "d", [write(tmp_path / "a.jsonl", docs)], "cl100k_base", increments=[1], val=0.2)
     assert (meta["vocab_size"], meta["dtype"], meta["eot"]) == (100277, "<u4", 100257)
     assert sorted(read(tmp_path / "d", "v1") + read(tmp_path / "d", "val")) == sorted(docs)
+    assert reader.tokenizer_of(tmp_path / "d").decode([9906, 100256, 9906]) == "Hello\ufffdHello"  # 100256 has no token
 
 
 def test_the_shipped_ranks_are_reproduced(tmp_path):
@@ -300,6 +301,75 @@ def test_verify_finds_damage(copy, damage, words):
         reader.check_files(copy, quiet=True)
 
 
+@pytest.mark.parametrize(
+    "at, value, words",
+    [
+        (["format"], True, "format is True"),
+        (["vocab_size"], 1 << 40, "vocab_size is 1099511627776"),
+        (["vocab_size"], "257", "vocab_size is '257'"),
+        (["vocab_size"], 65537, "dtype is '<u2', expected <u4"),
+        (["dtype"], "O", "dtype is 'O', expected <u2"),
+        (["dtype"], "<u4", "dtype is '<u4', expected <u2"),
+        (["eot"], 257, "eot is 257, expected a whole number from 0 to 256"),
+        (["eot"], -1, "eot is -1"),
+        (["tokenizer"], "../../etc/passwd", "tokenizer is '../../etc/passwd'"),
+        (["tokenizer"], "bytes\n", r"tokenizer is 'bytes\n'"),
+        (["tokenizer"], 7, "tokenizer is 7"),
+        (["tokenizer"], "other.tiktoken", "/other.tiktoken: No such file"),  # of the folder, not of where we are
+        (["tokenizer_sha256"], "0", "tokenizer_sha256 is '0'"),
+        (["sources"], None, "increments and sources are no lists"),
+        (["increments"], "", "increments and sources are no lists"),
+        (["increments"], [1], "damaged (TypeError"),
+        (["increments", 0, "name"], "../../x", "the name of v1 is '../../x'"),
+        (["increments", 1, "name"], "v1", "the name of v2 is 'v1'"),
+        (["val", "name"], "/etc/x", "the name of val is '/etc/x'"),
+        (["val", "tokens"], 0, "tokens of val is 0"),
+        (["val", "tokens"], 1, "tokens of val is 1"),
+        (["increments", 0, "tokens"], 1e9, "tokens of v1 is 1000000000.0"),
+        (["increments", 0, "tokens"], 10**30, "tokens of v1 is 1000"),
+        (["increments", 0, "documents"], True, "documents of v1 is True"),
+        (["increments", 0, "documents"], 0, "documents of v1 is 0"),
+        (["increments", 0, "sha256", "bin"], "a\nb", r"sha256 of v1.bin is 'a\nb'"),
+        (["increments", 0, "sha256"], {}, "damaged (KeyError: 'bin')"),
+        (["val"], None, "damaged (TypeError"),
+        (["vocab_size"], 300, "vocab_size and eot are 300 and 256, expected its tokenizer's 257 and 256"),
+    ],
+)  # fmt: skip
+def test_a_hostile_meta_with_a_hash_that_fits_is_refused_in_one_line(copy, at, value, words):
+    meta = inside = reader.read_meta(copy)
+    for k in at[:-1]:
+        inside = inside[k]
+    inside[at[-1]] = value
+    disk.write_json(copy / "meta.json", meta)
+    with pytest.raises(UserError) as e:
+        reader.tokenizer_of(copy)
+    assert words in str(e.value) and str(copy) in str(e.value) and len(str(e.value).splitlines()) == 1
+
+
+def test_pipes_links_and_large_files_are_not_read(copy, tmp_path):
+    os.mkfifo(tmp_path / "pipe.tiktoken")
+    with open(tmp_path / "large.tiktoken", "w") as f:
+        f.truncate(1 << 40)
+    for name in ("pipe.tiktoken", "large.tiktoken", "/dev/zero"):
+        with pytest.raises(UserError, match="expected a file of at most"):
+            text.Tokenizer(str(tmp_path / name) if "/" not in name else name)
+    (copy / "val.bin").unlink()
+    os.mkfifo(copy / "val.bin")
+    with pytest.raises(UserError, match="val.bin: is missing, or no file"):
+        reader.check_files(copy, ["val"], quiet=True)
+    (copy / "meta.json").unlink()
+    (copy / "meta.json").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="meta.json: damaged"):
+        reader.read_meta(copy)
+    (tmp_path / "mine").write_text("mine")
+    (copy / "meta.json").unlink()
+    for link in (".meta.json.partial", ".lock"):
+        (copy / link).symlink_to(tmp_path / "mine")
+    disk.write_json(copy / "meta.json", {})
+    with disk.lock(copy / ".lock", "busy"):
+        assert (tmp_path / "mine").read_text() == "mine" and not (copy / "meta.json").is_symlink()
+
+
 def test_increments_that_overlap_are_refused(copy):
     meta = reader.read_meta(copy)
     shared = np.fromfile(copy / "v1.ids", "<u8")[3]  # a document of v1 in v3 as well
@@ -340,6 +410,7 @@ def cli(*args, **kw):
         (["--tokenizer", "cl1000k"], "tokenizer cl1000k: unknown; expected bytes"),
         (["--tokenizer", "{t}/no.tiktoken"], "no.tiktoken: No such file"),
         (["--tokenizer", "{t}/bad.tiktoken"], "not a rank file"),
+        (["--tokenizer", "{t}/twice.tiktoken"], "each token there once"),
         (["--source", ""], "--source: got an empty text"),
         (["--source", "{t}/deep.jsonl"], "deep.jsonl:1: got '[[["),
         (["--jobs", "1000000000000"], "--jobs: got 1000000000000"),
@@ -371,6 +442,7 @@ def test_bad_input_to_prepare(tmp_path, args, words):
     write(tmp_path / "few.jsonl", documents(2))
     (tmp_path / "deep.jsonl").write_text("[" * 100_000 + "\n")
     (tmp_path / "bad.tiktoken").write_text("YQ== 0\nYg== 5\n")
+    (tmp_path / "twice.tiktoken").write_bytes(data.RANKS.read_bytes() + b"YQ== 1023\n")  # a again
     before = sorted(p.name for p in tmp_path.rglob("*"))
     args = [a.replace("{t}", str(tmp_path)) for a in args]
     r = cli("prepare", *(["--out", str(tmp_path / "d")] if "--out" not in args else []), *args)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,9 @@ from conftest import ROOT
 import checkpoint
 import config
 import data
+import disk
 import eval as evaluation
+import reader
 from config import UserError
 
 CPU = torch.device("cpu")
@@ -110,6 +113,50 @@ def test_bad_input(trained, tmp_path, prepared):
     (trained / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match="its hash does not fit its content"):
         evaluation.load_model(trained, CPU)
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("model.hidden", 10**9, "model.context: got 32 and heads of 500000000"),
+        ("model.hidden", 10**5, "of width 100,000 takes 640,"),
+        ("model.n_layer", 10**9, "its model of 1,000,000,000 blocks of width 16 takes"),
+        ("model.vocab_size", 2**62, "bytes, got files of"),
+        ("model.ffn", 10**15, "bytes, got files of"),
+        ("model.context", 10**12, "model.context: got 1000000000000 and heads of 8"),
+        ("model.n_layer", 2**64, "model.n_layer: got 18446744073709551616, expected a whole number"),
+        ("model.n_layer", True, "model.n_layer: got True, expected a whole number"),
+        ("model.n_layer", "1\n", r"model.n_layer: got '1\n', expected a whole number"),
+        ("model.n_layer", 0, "model.n_layer: got 0, expected 1 or more"),
+        ("model.n_head", 3, "model.n_head: got 3, expected a divisor"),
+        ("model.rope_theta", 10**400, "model.rope_theta: got 1000"),
+        ("model.rope_theta", float("nan"), "model.rope_theta: got nan"),
+        ("model.hidden", ..., "model.hidden: got 'nothing', expected a whole number"),
+        ("data.path", 5, "no prepared data"),
+        ("config", [], "model.n_layer: got 'nothing'"),
+        ("data", None, "its tokenizer is not the one"),
+    ],
+    ids=lambda v: str(v)[:30],
+)
+def test_a_hostile_shape_with_a_hash_that_fits_builds_nothing(trained, monkeypatch, key, value, words):
+    meta = checkpoint.read_meta(trained)
+    inside = meta["config"] if "." in key else meta
+    inside[key] = value
+    if value is ...:
+        del inside[key]
+    disk.write_json(trained / "meta.json", meta, checkpoint.UNHASHED)
+    if key.startswith("model"):
+        monkeypatch.setattr(evaluation.llama, "Transformer", None)  # is not called
+    with pytest.raises(UserError) as e:
+        evaluation.score(trained, CPU, quiet=True)
+    assert words in str(e.value) and len(str(e.value).splitlines()) == 1
+
+
+def test_data_of_another_vocabulary_is_refused(trained, prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "d")
+    disk.write_json(tmp_path / "d" / "meta.json", {**reader.read_meta(prepared), "vocab_size": 300})
+    with pytest.raises(UserError, match="its tokenizer is not the one"):
+        evaluation.score(trained, CPU, str(tmp_path / "d"), quiet=True)
 
 
 def test_models_are_those_of_their_configs(trained):
