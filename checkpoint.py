@@ -2,30 +2,42 @@
 
     out/<run>/<segment>/step-014000/   *.safetensors (weights, AdamW's moments, RNG)   meta.json (what, from where, checksums)
 
-The files are those of torch.distributed.checkpoint with its safetensors storage, so that one process or many, sharded
-or not, write and read the same format. A save is complete or not there: all is written into a hidden folder, the
-metadata last, everything fsynced, and then renamed. A deletion takes the metadata first.
+The files are those of torch.distributed.checkpoint with its safetensors storage: one a rank, each with its part of the
+tensors (whole ones under DDP, rows under FSDP2), and any number of ranks loads what any other number wrote. A save is
+complete or not there: all is written into a hidden folder, the metadata last, everything fsynced, and then renamed. A
+deletion takes the metadata first. Training waits only while tensors are copied to host memory; a thread does the rest.
 """
 
 import contextlib
+import math
 import os
 import re
 import shutil
+import threading
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 import disk
-import model as llama
 from config import UserError
 
 STEP = re.compile(r"step-(\d{6,})")
 UNHASHED = ("pinned",)  # of the metadata: a checkpoint is the same one when it is pinned later
+SHARD = "shard-{:05d}-model-00001-of-00001.safetensors"  # of rank + 1, as torch.distributed.checkpoint names it
+BYTES = 12  # of a checkpoint for each parameter: float32 weight and two moments
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def path(segment: Path, step: int) -> Path:
@@ -38,7 +50,13 @@ def steps(segment: Path) -> list[int]:
     return sorted(int(m[1]) for m in found if m and (segment / m[0] / "meta.json").is_file())
 
 
-def state(model: llama.Transformer, optimizer: torch.optim.AdamW | None = None) -> dict[str, Tensor]:
+def last(segment: Path) -> str:
+    """The name of a segment's last checkpoint, for messages."""
+    there = steps(segment)
+    return str(path(segment, there[-1])) if there else "of which there is none yet"
+
+
+def state(model: torch.nn.Module, optimizer: torch.optim.AdamW | None = None) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name: model.*, and with an optimizer exp_avg.*, exp_avg_sq.*, updates.* and rng.*.
 
     They share memory with model and optimizer: loading into them loads. An optimizer that has not stepped gets zero moments first.
@@ -49,7 +67,7 @@ def state(model: llama.Transformer, optimizer: torch.optim.AdamW | None = None) 
             if not (s := optimizer.state[p]):
                 # as torch.optim.AdamW with fused=True makes them at its first step
                 s.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            tensors |= {f"{moment}.{name}": s[moment] for moment in ("exp_avg", "exp_avg_sq")}
+            tensors |= {f"{moment}.{name}": s[moment].detach() for moment in ("exp_avg", "exp_avg_sq")}
             tensors[f"updates.{name}"] = s["step"]
         tensors["rng.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available() and next(model.parameters()).is_cuda:
@@ -57,33 +75,174 @@ def state(model: llama.Transformer, optimizer: torch.optim.AdamW | None = None) 
     return tensors
 
 
-def save(segment: Path, step: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> dict[str, Any]:
-    """Write `tensors` and `record` as the checkpoint of `step`; returns its meta. One that is there is left as it is."""
-    final = path(segment, step)
-    if (final / "meta.json").exists():
-        return read_meta(final)
-    partial = segment / f".{final.name}.partial"
-    for rest in (partial, final):  # of a save or a deletion that was cut short: without meta.json it is no checkpoint
-        shutil.rmtree(rest, ignore_errors=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+# ----------------------------------------------------------------------------------------------------------
+# Saving
+
+
+def check_space(folder: Path, need: int) -> None:
+    """UserError if a disk has less than `need` bytes free, and a little more for what is beside them."""
+    while not folder.exists():
+        folder = folder.parent
+    if (free := shutil.disk_usage(folder).free) < 1.01 * need:
+        raise UserError(f"{folder}: a checkpoint takes {need / 1e9:.3g} GB and {free / 1e9:.3g} GB are free; make room or choose another --out")
+
+
+def writers(tensors: dict[str, Tensor], ranks: int) -> dict[str, int]:
+    """Which rank writes each tensor that all of them hold whole: the largest first, to the rank with the least so far."""
+    load, owner = [0] * ranks, {}
+    for name, t in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
+        if not isinstance(t, DTensor):
+            owner[name] = load.index(min(load))
+            load[owner[name]] += t.nbytes
+    return owner
+
+
+class Saver:
+    """Writes a segment's checkpoints in the background, one after another.
+
+    All ranks call `save` at the same step. `check` and `wait` raise what went wrong with the last one, on every rank.
+    """
+
+    def __init__(self, segment: Path, shards: int = 0, keep: int = 0, timeout: float = 1800.0) -> None:
+        """shards: ranks that hold one copy of the weights together under FSDP2 (the first so many write it). keep: as in `prune`, 0: all."""
+        self.segment, self.shards, self.keep = segment, shards, keep
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        # of its own, so that its messages never mix with those of training
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if dist.is_initialized() else None
+        self.mesh: dict[DeviceMesh, DeviceMesh] = {}  # on a GPU: the same ranks, tensors on the CPU
+        self.host: dict[str, Tensor] = {}  # this rank's part, kept from save to save
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+
+    def save(self, step: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Copy `tensors` to host memory, and begin to write them and `record` as the checkpoint of `step`. One that is there is left as it is."""
+        self.wait()
+        need = sum(t.numel() * t.element_size() for t in tensors.values())
+        self._copy(tensors)
+        self.thread = threading.Thread(target=self._run, args=(step, record, need))
+        self.thread.start()
+
+    def _copy(self, tensors: dict[str, Tensor]) -> None:
+        owner = writers(tensors, self.ranks)
+        for name, t in tensors.items():
+            if (self.rank >= self.shards) if isinstance(t, DTensor) else (owner[name] != self.rank):
+                continue
+            part = t.to_local() if isinstance(t, DTensor) else t
+            if name not in self.host:
+                own = torch.empty_like(part, device="cpu", pin_memory=part.is_cuda)
+                if isinstance(t, DTensor):
+                    mesh = t.device_mesh
+                    if mesh not in self.mesh:
+                        self.mesh[mesh] = mesh if mesh.device_type == "cpu" else DeviceMesh("cpu", mesh.mesh)
+                    own = DTensor.from_local(own, self.mesh[mesh], t.placements, run_check=False, shape=t.shape, stride=t.stride())
+                self.host[name] = own
+            own = self.host[name]
+            (own.to_local() if isinstance(own, DTensor) else own).copy_(part, non_blocking=part.is_cuda)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def _run(self, step: int, record: dict[str, Any], need: int) -> None:
+        final = path(self.segment, step)
+        partial = self.segment / f".{final.name}.partial"
+        try:
+            there = torch.tensor((final / "meta.json").exists())
+            if self.group:
+                dist.broadcast(there, 0, group=self.group)
+            if not there:
+                self._write(partial, final, step, record, need)
+                if self.rank == 0 and self.keep:
+                    prune(self.segment, self.keep, step)
+        except Exception as e:
+            self.error = e
+            if self.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def _write(self, partial: Path, final: Path, step: int, record: dict[str, Any], need: int) -> None:
+        """Shards, fsync, checksums, metadata, rename: each only when the one before has succeeded on all ranks."""
+
+        def begin() -> None:
+            for rest in (partial, final):  # of a save or a deletion that was cut short: without meta.json it is no checkpoint
+                shutil.rmtree(rest, ignore_errors=True)
+            check_space(self.segment, need)
+            partial.mkdir()
+
+        def shards() -> None:
+            writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
             try:
-                on_cpu = {name: t.cpu() for name, t in tensors.items()}
-                dcp.save(on_cpu, storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True), no_dist=True)
+                dcp.save(self.host, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
             except CheckpointException as e:  # a wrapper; what the disk said is inside
                 raise next(iter(e.failures.values()))[0] from None
-        files = sorted(partial.iterdir())
-        for f in files:
-            disk.sync(f)
-        sums = {f.name: {"bytes": f.stat().st_size, "sha256": disk.sha256(f)} for f in files}
-        meta = disk.write_json(partial / "meta.json", {"format": 1, "step": step, **record, "files": sums}, UNHASHED)
-        os.rename(partial, final)
-        disk.sync(segment)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return meta
+
+        own = partial / SHARD.format(self.rank + 1)
+        sums = torch.zeros(self.ranks, 5, dtype=torch.int64)  # of each rank's file: bytes, SHA-256
+
+        def checksum() -> None:
+            if self.host:
+                with ThreadPoolExecutor(1) as beside:  # the checksum is from memory while the disk is busy
+                    digest = beside.submit(disk.sha256, own)
+                    disk.sync(own)
+                sums[self.rank] = torch.tensor([own.stat().st_size, *(int(digest.result()[i : i + 16], 16) - (1 << 63) for i in range(0, 64, 16))])
+
+        def commit() -> None:
+            files = {}
+            for i, (size, *digest) in enumerate(sums.tolist()):
+                file = partial / SHARD.format(i + 1)
+                if size and (not file.is_file() or file.stat().st_size != size):
+                    raise OSError(0, f"rank {i} wrote {size} bytes, which rank 0 does not see; the output folder must be one disk for all machines", str(file))
+                if size:
+                    files[file.name] = {"bytes": size, "sha256": "".join(f"{d + (1 << 63):016x}" for d in digest)}
+            disk.write_json(partial / "meta.json", {"format": 1, "step": step, **record, "files": files}, UNHASHED)
+            os.rename(partial, final)
+            disk.sync(self.segment)
+
+        self._all(begin if self.rank == 0 else None)
+        self._all(shards)
+        self._all(checksum)
+        if self.group:
+            dist.all_reduce(sums, group=self.group)
+        self._all(commit if self.rank == 0 else None)
+
+    def _all(self, work: Callable[[], None] | None) -> None:
+        """Do this rank's part; where it fails on one, raise on all."""
+        error: Exception | None = None
+        try:
+            if work:
+                work()
+        except Exception as e:
+            error = e
+        if self.group:
+            first = torch.tensor(self.rank if error else self.ranks)
+            dist.all_reduce(first, dist.ReduceOp.MIN, group=self.group)
+            if first < self.ranks and not error:
+                error = OSError(0, f"rank {int(first)} could not save", str(self.segment))
+        if error:
+            raise error
+
+    def check(self) -> None:
+        """Raise what went wrong with the last save, if it is over."""
+        if self.thread and not self.thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the save in progress; raise what went wrong with it."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+        if self.error:
+            error, self.error = self.error, None
+            raise error
+
+
+def save(segment: Path, step: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> dict[str, Any]:
+    """Write a checkpoint and wait for it; returns its meta."""
+    saver = Saver(segment)
+    saver.save(step, tensors, record)
+    saver.wait()
+    return read_meta(path(segment, step))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Reading: nothing is trusted unread
 
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:
@@ -92,7 +251,7 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     try:
         meta = disk.read_json(file, UNHASHED)
         if meta["format"] != 1:
-            raise UserError(f"{file}: format {meta['format']}, expected 1")
+            raise UserError(f"{file}: format {meta['format']}, expected 1: another version of this program made it; use that one")
         if (match := STEP.fullmatch(checkpoint.name)) and int(match[1]) != meta["step"]:
             raise ValueError(f"it is that of step {meta['step']}")
         if not all(re.fullmatch(r"[\w.-]+\.safetensors", name) for name in meta["files"]):
@@ -116,8 +275,9 @@ def verify(checkpoint: Path) -> None:
     files = read_meta(checkpoint)["files"]
     if extra := {f.name for f in checkpoint.glob("*.safetensors")} - files.keys():
         raise UserError(f"{checkpoint / min(extra)}: is no part of this checkpoint; move it away")
-    for name, expected in files.items():
-        file = checkpoint / name
+
+    def check(name: str) -> None:
+        file, expected = checkpoint / name, files[name]
         if not file.is_file():
             raise UserError(f"{file}: is missing; {_instead(checkpoint)}")
         if file.stat().st_size != expected["bytes"]:
@@ -125,22 +285,58 @@ def verify(checkpoint: Path) -> None:
         if disk.sha256(file) != expected["sha256"]:
             raise UserError(f"{file}: its bytes have changed (SHA-256); {_instead(checkpoint)}")
 
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(check, files):
+            pass
+
+
+def stored(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """{tensor: (shape, dtype)} of a checkpoint, from the headers of its files. UserError unless they are safetensors whose parts make whole tensors."""
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):  # its library checks sizes and offsets before anything is allocated
+                pass
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"{file}: is no safetensors file ({e}); pickled weights are not read, save them with safetensors") from None
+    try:
+        found = dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+        shapes = {}
+        for name, t in found.items():
+            rows = sorted(((*c.offsets, ), (*c.sizes, )) for c in t.chunks if 0 not in c.sizes)  # type: ignore[union-attr]
+            at = 0
+            for offsets, sizes in rows:  # parts are whole rows, one after another
+                if sizes and (offsets[0] != at or any(offsets[1:]) or sizes[1:] != tuple(t.size[1:])):
+                    raise ValueError(f"the parts of {name} do not fit together")
+                at += sizes[0] if sizes else 0
+            if len(rows) != 1 and not t.size:
+                raise ValueError(f"{name} is there {len(rows)} times")
+            shapes[name] = tuple(t.size), t.properties.dtype  # type: ignore[union-attr]
+        return shapes
+    except Exception as e:  # of PyTorch's reader, on a header that says what cannot be
+        raise UserError(f"{checkpoint}: damaged ({type(e).__name__}: {str(e)[:100]}); {_instead(checkpoint)}") from None
+
 
 def load(checkpoint: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Fill `tensors` (those of `state`, or some of them) from a checkpoint that `verify` found whole; returns its meta."""
-    stored: dict[str, Any] = dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
-    for name, t in list(tensors.items()):
-        if name not in stored and name == "rng.cuda":  # made on another kind of device
-            del tensors[name]
-        elif name not in stored or tuple(stored[name].size) != tuple(t.shape):
-            have = tuple(stored[name].size) if name in stored else "nothing"
-            raise UserError(f"{checkpoint}: {name} has shape {have}, expected {tuple(t.shape)}: it is a model of another shape")
-    on_cpu = {name: torch.empty_like(t, device="cpu") for name, t in tensors.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(on_cpu, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    """Fill `tensors` (those of `state`, or model.* alone) from a checkpoint that `verify` found whole; returns its meta.
+
+    Each rank reads its own part, whatever ranks wrote it. UserError names what is missing, extra, of another shape, or not finite.
+    """
+    there = stored(checkpoint)
+    if "rng.cuda" not in there:  # made on another kind of device
+        tensors.pop("rng.cuda", None)
     for name, t in tensors.items():
-        t.copy_(on_cpu[name])
+        if name not in there:
+            what = "it holds weights alone, but AdamW's moments are to be kept" if name.startswith("exp_avg.") and not any(n.startswith("exp_avg") for n in there) else "it is a model of another shape"  # fmt: skip
+            raise UserError(f"{checkpoint}: has no {name}; {what}")
+        if there[name] != (tuple(t.shape), t.dtype):
+            raise UserError(f"{checkpoint}: {name} has shape {there[name][0]} of {there[name][1]}, expected {tuple(t.shape)} of {t.dtype}: it is a model of another shape")
+    kinds = {name.partition(".")[0] for name in tensors} - {"rng"}
+    if extra := sorted(name for name in there.keys() - tensors.keys() if name.partition(".")[0] in kinds):
+        raise UserError(f"{checkpoint}: has {len(extra)} tensors that this model lacks, such as {extra[0]}: it is a model of another shape")
+    dcp.load(dict(tensors), storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    for name, t in tensors.items():
+        if t.is_floating_point() and not (t.to_local() if isinstance(t, DTensor) else t).isfinite().all():
+            raise UserError(f"{checkpoint}: {name} holds values that are not finite; {_instead(checkpoint)}")
     for name, setter in (("rng.cpu", torch.set_rng_state), ("rng.cuda", torch.cuda.set_rng_state)):
         if name in tensors:
             setter(tensors[name])

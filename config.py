@@ -24,16 +24,19 @@ ANGLES = 1 << 27  # context x size of a head: cosines and sines in memory, enoug
 
 
 class UserError(Exception):
-    """Something only the user can mend. Its text, a line a problem, is all that is shown; the exit code is 2."""
+    """Something only the user can mend. Its text, a line a problem, is all that is shown."""
+
+    code = 2  # the exit code
 
 
 @contextmanager
 def user_errors(program: str, show: bool = True, at_once: bool = False) -> Iterator[None]:
-    """Turn UserError, and what the disk refuses, into one line and exit code 2."""
+    """Turn UserError, and what the disk refuses, into one line and an exit code, 2 if nothing else is said."""
+    code = 2
     try:
         yield
     except UserError as e:
-        lines = str(e).splitlines()
+        lines, code = str(e).splitlines(), e.code
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away, as head does
@@ -46,8 +49,8 @@ def user_errors(program: str, show: bool = True, at_once: bool = False) -> Itera
         print(f"{program}: error: {line}", file=sys.stderr, flush=True)
     if at_once:
         sys.stdout.flush()
-        os._exit(2)
-    sys.exit(2)
+        os._exit(code)
+    sys.exit(code)
 
 
 def key(default: Any, help: str, low: float | None = None, choices: tuple[str, ...] = (), free: bool = False) -> Any:
@@ -103,16 +106,21 @@ class Train:
     beta2: float = key(0.95, "AdamW, below 1", low=0)
     weight_decay: float = key(0.1, "AdamW, on matrices only", low=0)
     clip: float = key(1.0, "largest norm of the gradient", low=1e-12)
+    parallel: str = key("auto", "ddp: all weights on each rank; fsdp: a part on each (FSDP2); auto: ddp while it fits a third of a GPU", choices=("auto", "none", "ddp", "fsdp"), free=True)  # fmt: skip
+    shard_ranks: int | None = key(None, "fsdp: ranks that share one copy of the weights, say those of a node (hybrid sharding); none: all", low=1, free=True)  # fmt: skip
     device: str = key("auto", "auto: the first that is there", choices=("auto", "cuda", "mps", "cpu"), free=True)
     dtype: str = key("auto", "auto: bfloat16 on CUDA, float32 elsewhere", choices=("auto", "bfloat16", "float32"))
     kernels: str = key("auto", "triton, torch or auto (the fastest measured here); for one alone: auto,attention=torch", free=True)
     compile: str = key("auto", "torch.compile; auto: on CUDA", choices=("auto", "on", "off"), free=True)
     recompute: bool = key(False, "compute the blocks again in the backward pass: less memory, a third more work", free=True)
-    log_every: int = key(10, "steps between log lines; the host waits for the device, and heeds signals of other ranks, there", low=1, free=True)
+    log_every: int = key(10, "steps between log lines; the host waits for the device there", low=1, free=True)
     eval_every: int = key(100, "steps between validations; 0: at the end only", low=0, free=True)
     eval_tokens: int = key(65536, "validation tokens read in training; eval.py reads all", low=1, free=True)
     checkpoint_every: int = key(500, "steps between checkpoints; 0: fork points and the end only", low=0, free=True)
     keep: int = key(2, "checkpoints kept beside fork points and ends", low=1, free=True)
+    on_save_error: str = key("stop", "when a checkpoint cannot be saved, as on a full disk", choices=("stop", "continue"), free=True)
+    spike: float | None = key(None, "stop when the logged loss is so many nats above the median of the 20 before; none: never", low=0, free=True)
+    timeout: float = key(1800.0, "seconds after which a step, validation or save that does not end is given up (exit code 124)", low=1, free=True)
 
 
 @dataclass
@@ -282,10 +290,12 @@ def check_batch(c: Config, ranks: int) -> list[str]:
         return []
     near = max(1, round(c.train.batch_tokens / unit)) * unit
     fits = [m for m in range(min(c.train.micro_batch, 1 << 16), 0, -1) if c.train.batch_tokens % (m * c.model.context * ranks) == 0]
+    fewer = [n for n in range(ranks, 0, -1) if c.train.batch_tokens % (c.train.micro_batch * c.model.context * n) == 0]
     return [
         f"train.batch_tokens: got {c.train.batch_tokens}, expected a multiple of micro_batch {c.train.micro_batch} x context {c.model.context} "
         f"x {ranks} ranks = {unit}; the nearest is {near}"
         + (f"; or lower train.micro_batch to {fits[0]}, which changes nothing else" if fits else "")
+        + (f"; or run it on {fewer[0]} ranks" if fewer and ranks > 1 else "")
     ]
 
 
@@ -331,5 +341,24 @@ class Parser(argparse.ArgumentParser):
 
 
 def world() -> tuple[int, int, int]:
-    """(rank, local rank, ranks) as torchrun sets them; (0, 0, 1) without it."""
-    return tuple(int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # type: ignore[return-value]
+    """(rank, local rank, ranks) as torchrun sets them; (0, 0, 1) without it. UserError where they contradict each other."""
+    given = {k: os.environ[k] for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if k in os.environ}
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    if not any(k in given for k in names):
+        return 0, 0, 1
+    missing = [k for k in names if k not in given]
+    if given.get("WORLD_SIZE") != "1":
+        missing += [k for k in ("MASTER_ADDR", "MASTER_PORT") if k not in given]
+    if missing:
+        raise UserError(
+            f"{missing[0]}: not set, but {', '.join(k for k in names if k in given)} is; start several processes with torchrun, or unset them"
+        )
+    for k in names:
+        if not given[k].isdecimal() or len(given[k]) > 6:
+            raise UserError(f"{k}: got {given[k]!r}, expected a whole number; start several processes with torchrun, or unset it")
+    rank, local_rank, ranks = (int(given[k]) for k in names)
+    if not local_rank <= rank < ranks:
+        raise UserError(
+            f"RANK: got {rank} with LOCAL_RANK {local_rank} and WORLD_SIZE {ranks}, expected LOCAL_RANK <= RANK < WORLD_SIZE; torchrun sets them"
+        )
+    return rank, local_rank, ranks

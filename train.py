@@ -5,23 +5,27 @@
     --mode ptfs   --version 2  version 2 from scratch
     --mode cpt    --version 2  version 2 from version 1's finished checkpoint
 
-Called again, it goes on from its last checkpoint; finished, it says so. SIGTERM and Ctrl-C save and exit with 143 and
-130; a second one exits at once. `--dry_run` says what would be done and touches nothing.
+Called again, on the same number of ranks or another, it goes on from its last checkpoint; finished, it says so. SIGTERM
+and Ctrl-C, on any rank, save and exit with 143 and 130; a second one exits at once. Exit code 2: something only you can
+mend; 124: a rank is lost or stuck, call it again. `--dry_run` says what would be done and touches nothing.
 """
 
 import ctypes
 import gc
 import hashlib
 import json
+import math
 import os
 import platform
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, nullcontext
+from collections import deque
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,7 @@ import disk
 import kernels
 import lineage
 import model as llama
+import parallel
 import reader
 import schedule
 from config import UserError
@@ -63,7 +68,9 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(k for k, there in have.items() if there)
-    elif not have[name]:
+    if name == "cuda" and have["cuda"] and local_rank >= torch.cuda.device_count():
+        raise UserError(f"LOCAL_RANK: got {local_rank} on a machine with {torch.cuda.device_count()} GPUs; lower --nproc_per_node to that")
+    if not have[name]:
         raise UserError(f"train.device: got {name}, which this machine does not have; expected one of {', '.join(k for k in have if have[k])}")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
@@ -117,7 +124,8 @@ def main() -> None:
     a.add_argument("--version", help="the version to train; main: the version at whose fork point it ends [the last planned]")
     a.add_argument("--dry_run", action="store_true", help="say what would be done, touch nothing")
     a.add_config()
-    rank, local_rank, ranks = config.world()
+    with config.user_errors("train.py"):
+        rank, local_rank, ranks = config.world()
     with config.user_errors("train.py", show=rank == 0):
         # The config for the device, where none is named
         cuda = torch.cuda.is_available()
@@ -133,7 +141,7 @@ def main() -> None:
         if o.version is not None and version is None:
             problems.append(f"--version: got {o.version!r}, expected a whole number from 1 to 9999")
         mode = "main" if problems else o.mode
-        problems += config.check_batch(c, ranks)
+        problems += config.check_batch(c, ranks) + parallel.problems(c.train.parallel, c.train.shard_ranks, ranks)
         if c.train.compile == "on" and not (cuda and c.train.device in ("auto", "cuda")) and not cpp_compiler():
             problems.append("train.compile: got on, which on a CPU needs a C++ compiler, and there is none; install g++ or take --train.compile off")
         try:
@@ -155,62 +163,77 @@ def main() -> None:
             dry_run(say, c, p, segment, segments, folder, required, ranks)
             return
 
-        # Data: enough of it, whole, and of this vocabulary
-        if rank == 0:
-            data.ship(c.data.path)
-        while rank and c.data.path == config.Data().path and not Path(c.data.path).exists():
-            time.sleep(0.1)  # for rank 0; if it fails, torchrun ends the others
-        tokens = reader.Tokens(c.data.path, c.model.context, c.batch_sequences, p.increments, c.train.seed, c.data.repeat)
-        if tokens.meta["vocab_size"] != c.model.vocab_size:
-            raise UserError(
-                f"model.vocab_size: got {c.model.vocab_size}, expected {tokens.meta['vocab_size']}, the vocabulary of data.path {c.data.path}"
-            )
-        if problems := tokens.problems(segment.start, segment.end):
-            raise UserError("\n".join(problems))
+        device = pick_device(c.train.device, local_rank)
+        kind, why = parallel.choose(c.train.parallel, ranks, llama.parameters(c.model), device)
 
-        # Where it begins: its own last checkpoint (resume), its parent's (branch, CPT), or random weights
-        resume = lineage.resume_step(folder, required)
-        for step in checkpoint.steps(folder):  # all of them, so that one folder never holds two runs
-            if step <= segment.end:
-                lineage.check_lineage(where := checkpoint.path(folder, step), checkpoint.read_meta(where), c, segment, tokens)
-        parent = run / segment.parent[0] if segment.parent else None
-        origin: Path | None = None
-        if resume is not None:
-            origin = checkpoint.path(folder, resume)
-            parent_record = checkpoint.read_meta(origin)["parent"]
-        elif parent and segment.parent:
-            origin = checkpoint.path(parent, segment.parent[1])
-            if segment.parent[1] not in checkpoint.steps(parent):
-                maker = {"mode": "main", "version": segment.version} if o.mode == "branch" else {"mode": "cpt", "version": segment.version - 1}
-                raise UserError(f"{origin}: is not there, and {segment.name} starts from it; make it: {command(**maker)}")
-            lineage.check_lineage(origin, meta := checkpoint.read_meta(origin), c, next(s for s in segments if s.name == segment.parent[0]), tokens)
-            parent_record = {"segment": segment.parent[0], "step": segment.parent[1], "hash": meta["hash"]}
-        else:
+    # The ranks meet, and from here on what stops one stops all
+    with config.user_errors("train.py", at_once=ranks > 1), ExitStack() as held:
+        if kind != "none":
+            say(f"{ranks} rank{'s' * (ranks > 1)}, {kind}: {why}")
+            parallel.join(device, rank, ranks, c.train.timeout)
+        asked = {"mode": o.mode, "version": version, "torch": torch.__version__, "ranks": ranks, **config.values(c)}
+        parallel.check_same(asked, rank, ranks, "start all with the same command, files and packages")
+
+        # Data: enough of it, whole, and of this vocabulary
+        with parallel.together(rank, ranks):
+            if rank == 0:
+                data.ship(c.data.path)
+        with parallel.together(rank, ranks):
+            tokens = reader.Tokens(c.data.path, c.model.context, c.batch_sequences, p.increments, c.train.seed, c.data.repeat)
+            if tokens.meta["vocab_size"] != c.model.vocab_size:
+                raise UserError(
+                    f"model.vocab_size: got {c.model.vocab_size}, expected {tokens.meta['vocab_size']}, the vocabulary of data.path {c.data.path}"
+                )
+            if problems := tokens.problems(segment.start, segment.end):
+                raise UserError("\n".join(problems))
+
+            # Where it begins: its own last checkpoint (resume), its parent's (branch, CPT), or random weights
+            resume = lineage.resume_step(folder, required)
+            for step in checkpoint.steps(folder):  # all of them, so that one folder never holds two runs
+                if step <= segment.end:
+                    lineage.check_lineage(where := checkpoint.path(folder, step), checkpoint.read_meta(where), c, segment, tokens)
+            parent = run / segment.parent[0] if segment.parent else None
+            origin: Path | None = None
             parent_record = None
-        start = resume if resume is not None else segment.start
-        if all(r in checkpoint.steps(folder) for r in required):
+            if resume is not None:
+                origin = checkpoint.path(folder, resume)
+                parent_record = checkpoint.read_meta(origin)["parent"]
+            elif parent and segment.parent:
+                origin = checkpoint.path(parent, segment.parent[1])
+                if segment.parent[1] not in checkpoint.steps(parent):
+                    maker = {"mode": "main", "version": segment.version} if o.mode == "branch" else {"mode": "cpt", "version": segment.version - 1}
+                    raise UserError(f"{origin}: is not there, and {segment.name} starts from it; make it: {command(**maker)}")
+                lineage.check_lineage(origin, meta := checkpoint.read_meta(origin), c, next(s for s in segments if s.name == segment.parent[0]), tokens)
+                parent_record = {"segment": segment.parent[0], "step": segment.parent[1], "hash": meta["hash"]}
+            start = resume if resume is not None else segment.start
+            done = [r for r in required if r in checkpoint.steps(folder)]
+        seen = {"start": start, "done": done, "data": tokens.meta["hash"], "checkpoint": checkpoint.read_meta(origin)["hash"] if origin else None}
+        parallel.check_same(seen, rank, ranks, f"{run} and {c.data.path} must be the same folders on all machines")
+        if done == required:
             for r in required if rank == 0 else []:
                 checkpoint.pin(checkpoint.path(folder, r))
             say(f"{folder}: finished at step {segment.end}; nothing to do")
             return
-        if rank == 0:
-            reader.check_files(tokens.folder, [name for name, _, _ in tokens.needs(start, segment.end)] + ["val"], c.data.verify)
-        if rank == 0 and origin:
-            checkpoint.verify(origin)
-
-        # From here on the device and the disk are used
-        device = pick_device(c.train.device, local_rank)
-        with ExitStack() as held:
+        with parallel.together(rank, ranks):
             if rank == 0:
+                reader.check_files(tokens.folder, [name for name, _, _ in tokens.needs(start, segment.end)] + ["val"], c.data.verify)
+                if origin:
+                    checkpoint.verify(origin)
+                checkpoint.check_space(folder, checkpoint.BYTES * llama.parameters(c.model))
+                # From here on the disk and the device are used
                 held.enter_context(disk.lock(folder / ".lock", f"{folder}: another process is training here; wait for it or choose another --out"))
                 if not (run / "config.toml").exists():
                     disk.write(run / "config.toml", config.to_toml(c))
                 checkpoint.tidy(folder)
-                for step in set(required) & set(checkpoint.steps(folder)):
+                for step in done:
                     checkpoint.pin(checkpoint.path(folder, step))
-            # From here on one rank may fail alone. It says so, and leaves at once: an orderly exit could wait for the others
-            held.enter_context(config.user_errors("train.py", at_once=ranks > 1))
-            train(c, p, segment, folder, required, tokens, origin, parent_record, start, device, rank, ranks)
+        try:
+            train(c, p, segment, folder, required, tokens, origin, parent_record, start, device, kind, rank, ranks)
+        except RuntimeError as e:
+            if ranks == 1 or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
+                raise
+            raise parallel.Lost(f"rank {rank} has lost the others ({parallel.first_line(e)}); the rank that failed first says why. "
+                                f"The same command goes on from the last checkpoint, {checkpoint.last(folder)}") from None  # fmt: skip
 
 
 def dry_run(say: Any, c: config.Config, p: schedule.Plan, segment: schedule.Segment, segments: list[schedule.Segment],
@@ -244,13 +267,9 @@ def dry_run(say: Any, c: config.Config, p: schedule.Plan, segment: schedule.Segm
 
 
 def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder: Path, required: list[int], tokens: reader.Tokens,
-          origin: Path | None, parent_record: dict | None, start: int, device: torch.device, rank: int, ranks: int) -> None:  # fmt: skip
+          origin: Path | None, parent_record: dict | None, start: int, device: torch.device, kind: str, rank: int, ranks: int) -> None:  # fmt: skip
     """Updates `start` .. `segment.end - 1`. A checkpoint named `step` holds the state after exactly `step` updates."""
     t, T, end = c.train, c.model.context, segment.end
-    if ranks > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     bf16 = t.dtype == "bfloat16" or (t.dtype == "auto" and device.type == "cuda")
     dtype = torch.bfloat16 if bf16 else torch.float32
     torch.set_float32_matmul_precision("high" if bf16 else "highest")  # where bf16 is wanted, fp32 products may be TF32
@@ -259,17 +278,24 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
     # -- Model and optimizer: fp32 weights, activations in `dtype`, decay on matrices only. The initial weights are drawn on the CPU, the same everywhere.
     torch.manual_seed(t.seed)
     use = kernels.choose(t.kernels, device, c.model)
-    net = llama.Transformer(c.model, dtype, use, t.recompute).to(device)
+    net = llama.Transformer(c.model, dtype, use, t.recompute)
+    compiled = t.compile == "on" or (t.compile == "auto" and device.type == "cuda")
+    if kind == "fsdp":
+        for block in net.blocks if compiled else []:
+            block.compile()  # what FSDP2 does between blocks stays outside of the graphs
+        parallel.shard(net, device, ranks, t.shard_ranks)
+    net.to(device)
     matrices = [w for w in net.parameters() if w.dim() >= 2]
     vectors = [w for w in net.parameters() if w.dim() < 2]
     groups = [{"params": matrices, "weight_decay": t.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(t.beta1, t.beta2), fused=True)
     if origin:
         checkpoint.load(origin, checkpoint.state(net, optimizer))
-    compiled = t.compile == "on" or (t.compile == "auto" and device.type == "cuda")
-    model: torch.nn.Module = torch.compile(net) if compiled else net  # type: ignore[assignment]
-    if ranks > 1:
-        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    model: torch.nn.Module = torch.compile(net) if compiled and kind != "fsdp" else net  # type: ignore[assignment]
+    if kind == "ddp":
+        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+    shards = (t.shard_ranks or ranks) if kind == "fsdp" else 1
+    saver = checkpoint.Saver(folder, shards, t.keep, t.timeout)
 
     # -- Batch: B rows = accumulation x ranks x micro-batch. 1 and 8 GPUs see the same rows in the same step.
     accumulation = t.batch_tokens // (t.micro_batch * T * ranks)
@@ -284,26 +310,48 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
             dist.all_reduce(values)
         return values / ranks
 
+    def heed() -> int:
+        """The signal that was sent to any of the ranks, 0: none. All ranks ask at the same point, and get the same answer."""
+        sent = torch.tensor(asked[0] if asked else 0)
+        if ranks > 1:
+            dist.all_reduce(sent, dist.ReduceOp.MAX)
+        return int(sent)
+
     def validate() -> float:
-        """Loss in nats over the first `eval_tokens` of the validation set, each rank a share of them."""
+        """Loss in nats over the first `eval_tokens` of the validation set, each rank a share of them; nan if a signal cut it short."""
         total = torch.zeros(2, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-        with torch.no_grad():
+        with torch.no_grad(), parallel.gathered(net):
             for arrays in tokens.validation(t.micro_batch, t.eval_tokens, rank, ranks):
+                if asked:
+                    total += torch.nan
+                    break
                 x, y = to_device(arrays)
                 total[0] += net(x, y, "sum")
                 total[1] += y.numel()
+                watchdog.beat(f"validation at step {step}")
         nats, count = mean_over_ranks(total).tolist()
         return nats / count
 
     def save(step: int) -> None:
-        if rank == 0:
-            values = config.values(c)
-            record = {"segment": segment.name, "version": segment.version, "path": lineage.fingerprint(segment, tokens.ends, step), "finished": step == end,
-                      "parent": parent_record, "tokens": step * t.batch_tokens, "pinned": step in required, "config": values,
-                      "config_sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest(),
-                      "data": tokens.identity(step), "versions": versions}  # fmt: skip
-            checkpoint.save(folder, step, checkpoint.state(net, optimizer), record)
-            checkpoint.prune(folder, t.keep, step)
+        values = config.values(c)
+        record = {"segment": segment.name, "version": segment.version, "path": lineage.fingerprint(segment, tokens.ends, step), "finished": step == end,
+                  "parent": parent_record, "tokens": step * t.batch_tokens, "pinned": step in required, "config": values,
+                  "config_sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest(),
+                  "data": tokens.identity(step), "versions": versions}  # fmt: skip
+        settle_save(wait=True)
+        saver.save(step, checkpoint.state(net, optimizer), record)
+
+    def settle_save(wait: bool = False) -> None:
+        """What became of the last save. One that failed stops the training, or is only told if train.on_save_error says so."""
+        try:
+            saver.wait() if wait else saver.check()
+        except (UserError, OSError) as e:
+            problem = str(e) if isinstance(e, UserError) else f"{e.filename or folder}: {e.strerror or e}"
+            message = f"step {step}: a checkpoint could not be saved: {problem}. The last one is {checkpoint.last(folder)}"
+            if t.on_save_error == "stop":
+                raise UserError(message) from None
+            if rank == 0:
+                print(f"train.py: error: {message}; training goes on (train.on_save_error)", file=sys.stderr, flush=True)
 
     # -- Log: the first record says what runs where, then a record each `log_every` steps and each validation
     versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -326,15 +374,19 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {platform.machine()}"
     log({"segment": segment.name, "start": start, "end": end, "from": str(origin) if origin else None, "config": config.values(c),
          "commit": git_commit(), "versions": versions, "device": name, "ranks": ranks, "dtype": str(dtype).removeprefix("torch."),
-         "kernels": use, "compiled": compiled, "peak_flops": peak, "peak_from": peak_from, "time": time.strftime("%Y-%m-%dT%H:%M:%S")})  # fmt: skip
+         "parallel": kind, "kernels": use, "compiled": compiled, "peak_flops": peak, "peak_from": peak_from, "time": time.strftime("%Y-%m-%dT%H:%M:%S")})  # fmt: skip
 
     # -- Signals: the first asks for a save, the second ends at once
     asked: list[int] = []
+    first_asked = 0.0
 
     def on_signal(number: int, frame: Any) -> None:
-        if asked:
+        nonlocal first_asked
+        if not asked:
+            first_asked = time.monotonic()
+            asked.append(number)
+        elif time.monotonic() - first_asked > 1:  # sooner, it is the same request: torchrun hands on what its ranks were sent already
             os._exit(128 + number)
-        asked.append(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
@@ -343,86 +395,110 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
     # is not finite is noticed there; the device itself has skipped that update and, by `bad`, every one after it
     none = end + 1
     bad = torch.full((), none, dtype=torch.int64, device=device)  # the first such step
-    numbers = bad_numbers = torch.zeros(3, device=device)  # loss, gradient norm, ranks that were asked to stop; of the last step, of the bad one
+    numbers = bad_numbers = torch.zeros(2, device=device)  # loss and gradient norm of the last step, of the bad one
     seconds, total_seconds, mark, since = 0.0, 0.0, time.perf_counter(), start
 
-    def settle() -> tuple[float, float, float]:
-        """Wait for the device. The last step's loss, gradient norm and ranks asked to stop; UserError if a step was not finite."""
+    def settle() -> tuple[float, float]:
+        """Wait for the device. The last step's loss and gradient norm; UserError if a step was not finite."""
         nonlocal seconds
         if (wrong := int(bad.item())) < none:
-            (loss, norm, _), (increment, k) = bad_numbers.tolist(), tokens.place(wrong)
-            raise UserError(f"step {wrong}: loss {loss}, gradient norm {norm}: stopped before the update. It is batch {k} of increment v{increment + 1}; "
-                            f"lower plan.max_lr or look at that text. The last checkpoint is at step {max(checkpoint.steps(folder), default='none')}")  # fmt: skip
-        values = numbers.tolist()
+            loss, norm = bad_numbers.tolist()
+            raise UserError(f"step {wrong}: loss {loss}, gradient norm {norm}: stopped before the update. {batch_of(wrong)}; "
+                            f"lower plan.max_lr or look at that text. The last checkpoint is {checkpoint.last(folder)}")  # fmt: skip
+        loss, norm = numbers.tolist()
         seconds += time.perf_counter() - mark
-        return values[0], values[1], values[2]
+        return loss, norm
+
+    def batch_of(step: int) -> str:
+        increment, k = tokens.place(step)
+        return f"It is batch {k} of increment v{increment + 1}"
 
     # -- The loop: evaluate, save, stop, one optimizer step, log
-    stop = 0.0  # how many ranks were asked to stop, as all ranks know it
+    recent: deque[float] = deque(maxlen=20)  # losses logged, for train.spike
+    watchdog = parallel.Watchdog(t.timeout, rank, lambda: checkpoint.last(folder))
+    watchdog.start()
     gc.disable()  # a collection in the middle of a step would hold up the device; graphs are freed without one
-    for step in range(start, end + 1):
-        last = step == end
-        evaluate = last or (t.eval_every and step % t.eval_every == 0 and step > start)
-        keep = step in required or (step > start and (last or stop or (t.checkpoint_every and step % t.checkpoint_every == 0)))
-        if evaluate or keep:
-            settle()
-            gc.collect()
-            if keep and not torch.stack([w.isfinite().all() for w in net.parameters()]).all():  # a finite gradient, and a step too large
-                raise UserError(f"step {step}: weights that are not finite; not saved. Lower plan.max_lr. "
-                                f"The last checkpoint is at step {max(checkpoint.steps(folder), default='none')}")  # fmt: skip
-            if evaluate:
-                log({"step": step, "tokens": step * t.batch_tokens, "val_loss": validate()})
-            if keep:
-                save(step)
-            mark = time.perf_counter()
-        if last or stop:
-            break
+    step = start
+    try:
+        for step in range(start, end + 1):
+            watchdog.beat(f"step {step}")
+            last = step == end
+            stop = heed()
+            settle_save()
+            evaluate = last or (t.eval_every and step % t.eval_every == 0 and step > segment.start)
+            due = step in required or (step > start and (last or (t.checkpoint_every and step % t.checkpoint_every == 0)))
+            if evaluate or due or stop:
+                settle()
+                gc.collect()
+                parallel.check_replicas(net, shards, rank, ranks, step)
+                if evaluate and not math.isnan(val_loss := validate()):
+                    log({"step": step, "tokens": step * t.batch_tokens, "val_loss": val_loss})
+                stop = heed()
+                if due or (stop and step > start):
+                    finite = torch.stack([parallel.local(w).isfinite().all() for w in net.parameters()]).all().float()
+                    if mean_over_ranks(finite) < 1:  # a finite gradient, and a step too large
+                        raise UserError(f"step {step}: weights that are not finite; not saved. Lower plan.max_lr. The last checkpoint is {checkpoint.last(folder)}")
+                    watchdog.beat(f"save at step {step}")
+                    save(step)
+                mark = time.perf_counter()
+            if last or stop:
+                break
 
-        lr = segment.lr(step)  # a pure function of the step: what a loaded optimizer says is never used
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss = torch.zeros((), device=device)
-        for micro in range(accumulation):
-            first = (micro * ranks + rank) * t.micro_batch
-            x, y = to_device(tokens.batch(step, slice(first, first + t.micro_batch)))
-            exchange = micro == accumulation - 1  # gradients cross ranks once a step
-            with nullcontext() if exchange or ranks == 1 else model.no_sync():  # type: ignore[operator]
-                part = model(x, y) / accumulation
-                part.backward()
-            loss += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), t.clip)
-        numbers = mean_over_ranks(torch.stack([loss, norm, torch.full((), float(len(asked)), device=device)]))
-        bad_numbers = torch.where(bad < none, bad_numbers, numbers)
-        bad = torch.where(numbers[:2].isfinite().all(), bad, bad.clamp(max=step))
-        optimizer.found_inf = (bad < none).float()  # type: ignore[attr-defined]  # 1: the fused AdamW changes nothing
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        stop = len(asked) if ranks == 1 else 0.0
+            lr = segment.lr(step)  # a pure function of the step: what a loaded optimizer says is never used
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss = torch.zeros((), device=device)
+            for micro in range(accumulation):
+                first = (micro * ranks + rank) * t.micro_batch
+                x, y = to_device(tokens.batch(step, slice(first, first + t.micro_batch)))
+                with parallel.exchange(model, last=micro == accumulation - 1):
+                    part = model(x, y) / accumulation
+                    part.backward()
+                loss += part.detach()
+            norm = parallel.whole(torch.nn.utils.clip_grad_norm_(net.parameters(), t.clip))
+            numbers = mean_over_ranks(torch.stack([loss, norm]))
+            bad_numbers = torch.where(bad < none, bad_numbers, numbers)
+            bad = torch.where(numbers.isfinite().all(), bad, bad.clamp(max=step))
+            optimizer.found_inf = (bad < none).float()  # type: ignore[attr-defined]  # 1: the fused AdamW changes nothing
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-        # everything below is only logging
-        bar.update()
-        if (step + 1) % t.log_every == 0 or step + 1 == end:
-            loss_value, norm_value, stop = settle()
-            mark = time.perf_counter()
-            speed = (step + 1 - since) * t.batch_tokens / seconds
-            log({"step": step, "tokens": (step + 1) * t.batch_tokens, "lr": lr, "loss": loss_value, "grad_norm": norm_value,
-                 "tokens_per_second": speed, "mfu": speed * flops / (peak * ranks)})  # fmt: skip
-            total_seconds, seconds, since = total_seconds + seconds, 0.0, step + 1
+            # everything below is only logging, and a guard that looks at the log
+            bar.update()
+            if (step + 1) % t.log_every == 0 or step + 1 == end:
+                loss_value, norm_value = settle()
+                mark = time.perf_counter()
+                speed = (step + 1 - since) * t.batch_tokens / seconds
+                log({"step": step, "tokens": (step + 1) * t.batch_tokens, "lr": lr, "loss": loss_value, "grad_norm": norm_value,
+                     "tokens_per_second": speed, "mfu": speed * flops / (peak * ranks)})  # fmt: skip
+                total_seconds, seconds, since = total_seconds + seconds, 0.0, step + 1
+                if t.spike is not None and len(recent) >= 5 and loss_value > (usual := statistics.median(recent)) + t.spike:
+                    raise UserError(f"step {step}: loss {loss_value:.4g}, more than train.spike = {t.spike:g} above {usual:.4g}, the median of those before. "
+                                    f"{batch_of(step)}. Nothing was saved since; the last checkpoint is {checkpoint.last(folder)}")  # fmt: skip
+                recent.append(loss_value)
+        settle_save(wait=True)
+    except UserError:
+        with suppress(Exception):
+            saver.wait()  # of an earlier step, and good
+        raise
     gc.enable()
+    watchdog.done.set()
 
     bar.close()
+    if missing := sorted(set(required) - set(checkpoint.steps(folder))) if step == end else []:
+        raise UserError(f"{checkpoint.path(folder, missing[0])}: could not be saved; make room and call this again, which makes it anew")
     if rank == 0:
         speed = (step - start) * t.batch_tokens / max(total_seconds + seconds, 1e-9)
         how = "finished" if step == end else "stopped, and goes on when called again,"
         print(
             f"{folder}: {how} at step {step}; {speed:,.0f} tokens/s, {speed * flops / (peak * ranks):.0%} of {peak / 1e9:,.0f} GFLOP/s ({peak_from})"
         )
-    if ranks > 1:
+    if kind != "none":
         dist.barrier()
         del model  # DDP's C++ half must let go of the process group first; the other way around can hang
         dist.destroy_process_group()
-    if asked and step < end:
-        sys.exit(128 + asked[0])
+    if stop and step < end:
+        sys.exit(128 + stop)
 
 
 if __name__ == "__main__":
