@@ -9,7 +9,6 @@ deletion takes the metadata first. Training waits only while tensors are copied 
 """
 
 import contextlib
-import math
 import os
 import re
 import shutil
@@ -36,6 +35,7 @@ from config import UserError
 STEP = re.compile(r"step-(\d{6,})")
 UNHASHED = ("pinned",)  # of the metadata: a checkpoint is the same one when it is pinned later
 SHARD = "shard-{:05d}-model-00001-of-00001.safetensors"  # of rank + 1, as torch.distributed.checkpoint names it
+KINDS = {"step": int, "segment": str, "version": int, "path": dict, "finished": bool, "pinned": bool, "config": dict, "data": dict, "files": dict}
 BYTES = 12  # of a checkpoint for each parameter: float32 weight and two moments
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
@@ -188,7 +188,9 @@ class Saver:
             for i, (size, *digest) in enumerate(sums.tolist()):
                 file = partial / SHARD.format(i + 1)
                 if size and (not file.is_file() or file.stat().st_size != size):
-                    raise OSError(0, f"rank {i} wrote {size} bytes, which rank 0 does not see; the output folder must be one disk for all machines", str(file))
+                    raise OSError(
+                        0, f"rank {i} wrote {size} bytes, which rank 0 does not see; the output folder must be one disk for all machines", str(file)
+                    )
                 if size:
                     files[file.name] = {"bytes": size, "sha256": "".join(f"{d + (1 << 63):016x}" for d in digest)}
             disk.write_json(partial / "meta.json", {"format": 1, "step": step, **record, "files": files}, UNHASHED)
@@ -251,11 +253,17 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     try:
         meta = disk.read_json(file, UNHASHED)
         if meta["format"] != 1:
-            raise UserError(f"{file}: format {meta['format']}, expected 1: another version of this program made it; use that one")
+            raise UserError(f"{file}: format {meta['format']!r:.20}, expected 1: another version of this program made it; use that one")
+        for key, kind in KINDS.items():
+            if type(meta[key]) is not kind:
+                raise ValueError(f"{key}: got {meta[key]!r:.40}, expected {kind.__name__}")
         if (match := STEP.fullmatch(checkpoint.name)) and int(match[1]) != meta["step"]:
             raise ValueError(f"it is that of step {meta['step']}")
-        if not all(re.fullmatch(r"[\w.-]+\.safetensors", name) for name in meta["files"]):
-            raise ValueError("names of files")
+        for name, f in meta["files"].items():
+            if not re.fullmatch(r"[\w.-]+\.safetensors", name) or type(f["bytes"]) is not int or not re.fullmatch("[0-9a-f]{64}", f["sha256"]):
+                raise ValueError(f"files: got {name!r:.40}: {f!r:.40}")
+        if not meta["files"]:
+            raise ValueError("files: none")
         return meta
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{checkpoint}: is no checkpoint (no meta.json); expected a folder such as out/demo/main/step-000100") from None
@@ -299,10 +307,10 @@ def stored(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         except (SafetensorError, OSError) as e:
             raise UserError(f"{file}: is no safetensors file ({e}); pickled weights are not read, save them with safetensors") from None
     try:
-        found = dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+        found: dict[str, Any] = dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
         shapes = {}
         for name, t in found.items():
-            rows = sorted(((*c.offsets, ), (*c.sizes, )) for c in t.chunks if 0 not in c.sizes)  # type: ignore[union-attr]
+            rows = sorted(((*c.offsets,), (*c.sizes,)) for c in t.chunks if 0 not in c.sizes)
             at = 0
             for offsets, sizes in rows:  # parts are whole rows, one after another
                 if sizes and (offsets[0] != at or any(offsets[1:]) or sizes[1:] != tuple(t.size[1:])):
@@ -310,7 +318,7 @@ def stored(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
                 at += sizes[0] if sizes else 0
             if len(rows) != 1 and not t.size:
                 raise ValueError(f"{name} is there {len(rows)} times")
-            shapes[name] = tuple(t.size), t.properties.dtype  # type: ignore[union-attr]
+            shapes[name] = tuple(t.size), t.properties.dtype
         return shapes
     except Exception as e:  # of PyTorch's reader, on a header that says what cannot be
         raise UserError(f"{checkpoint}: damaged ({type(e).__name__}: {str(e)[:100]}); {_instead(checkpoint)}") from None
@@ -329,7 +337,9 @@ def load(checkpoint: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
             what = "it holds weights alone, but AdamW's moments are to be kept" if name.startswith("exp_avg.") and not any(n.startswith("exp_avg") for n in there) else "it is a model of another shape"  # fmt: skip
             raise UserError(f"{checkpoint}: has no {name}; {what}")
         if there[name] != (tuple(t.shape), t.dtype):
-            raise UserError(f"{checkpoint}: {name} has shape {there[name][0]} of {there[name][1]}, expected {tuple(t.shape)} of {t.dtype}: it is a model of another shape")
+            raise UserError(
+                f"{checkpoint}: {name} has shape {there[name][0]} of {there[name][1]}, expected {tuple(t.shape)} of {t.dtype}: it is a model of another shape"
+            )
     kinds = {name.partition(".")[0] for name in tensors} - {"rng"}
     if extra := sorted(name for name in there.keys() - tensors.keys() if name.partition(".")[0] in kinds):
         raise UserError(f"{checkpoint}: has {len(extra)} tensors that this model lacks, such as {extra[0]}: it is a model of another shape")

@@ -262,7 +262,7 @@ def check(c: Config) -> list[str]:
         found.append(
             f"model.n_head: got {m.n_head}, expected a divisor of model.hidden = {m.hidden} with heads of an even size (RoPE turns pairs); {best}"
         )
-    if m.context * (m.hidden // m.n_head) > ANGLES:
+    elif m.context * (m.hidden // m.n_head) > ANGLES:
         found.append(f"model.context: got {m.context} and heads of {m.hidden // m.n_head}, expected a product of at most {ANGLES:,} (rotary angles)")
     if m.n_kv_head and m.n_head % m.n_kv_head:
         found.append(f"model.n_kv_head: got {m.n_kv_head}, expected a divisor of model.n_head = {m.n_head}")

@@ -28,7 +28,6 @@ from torch.nn.parallel import DistributedDataParallel
 import model as llama
 from config import UserError
 
-
 MIX = 6364136223846793005  # odd, as every factor of the hash; Knuth's
 
 

@@ -203,7 +203,9 @@ def main() -> None:
                 if segment.parent[1] not in checkpoint.steps(parent):
                     maker = {"mode": "main", "version": segment.version} if o.mode == "branch" else {"mode": "cpt", "version": segment.version - 1}
                     raise UserError(f"{origin}: is not there, and {segment.name} starts from it; make it: {command(**maker)}")
-                lineage.check_lineage(origin, meta := checkpoint.read_meta(origin), c, next(s for s in segments if s.name == segment.parent[0]), tokens)
+                lineage.check_lineage(
+                    origin, meta := checkpoint.read_meta(origin), c, next(s for s in segments if s.name == segment.parent[0]), tokens
+                )
                 parent_record = {"segment": segment.parent[0], "step": segment.parent[1], "hash": meta["hash"]}
             start = resume if resume is not None else segment.start
             done = [r for r in required if r in checkpoint.steps(folder)]
@@ -249,6 +251,9 @@ def dry_run(say: Any, c: config.Config, p: schedule.Plan, segment: schedule.Segm
     say(f"saves        {', '.join(f'{s:,}' for s in required)}, in {folder}")
     say(f"parameters   {llama.parameters(m):,}")
     say(f"FLOPs        {flops / 1e9:,.4g} GFLOP a token, {flops * steps * t.batch_tokens:.4g} in all")
+    state = 16 * llama.parameters(m) / 1e9  # float32 weights, gradients, two moments
+    parts = f"; fsdp {state / (t.shard_ranks or ranks):.3g} GB, and {state * 6 / 16:.3g} GB while a step computes in bfloat16" if ranks > 1 else ""
+    say(f"memory       {state:.3g} GB of weights, gradients and moments{' a rank with ddp' if ranks > 1 else ''}{parts}")
     accumulate = t.batch_tokens // (t.micro_batch * m.context * ranks)
     say(
         f"batch        {t.batch_tokens:,} tokens = micro-batch {t.micro_batch} x context {m.context} x accumulation {accumulate} x {ranks} rank{'s' * (ranks > 1)}"
@@ -357,7 +362,7 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     flops = llama.flops_per_token(c.model)
     peak, peak_from = peak_flops(device, dtype)
-    log_file = open(folder / "log.jsonl", "ab+") if rank == 0 else None
+    log_file = open(folder / "log.jsonl", "ab+", opener=lambda file, flags: os.open(file, flags | os.O_NOFOLLOW, 0o666)) if rank == 0 else None
     if log_file and log_file.tell() and log_file.seek(-1, os.SEEK_END) and log_file.read() != b"\n":
         log_file.write(b"\n")  # a line that a full disk cut short
 
@@ -418,6 +423,7 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
     watchdog = parallel.Watchdog(t.timeout, rank, lambda: checkpoint.last(folder))
     watchdog.start()
     gc.disable()  # a collection in the middle of a step would hold up the device; graphs are freed without one
+    gc.freeze()  # and where there is one, it need not look at what stays
     step = start
     try:
         for step in range(start, end + 1):
@@ -437,7 +443,9 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
                 if due or (stop and step > start):
                     finite = torch.stack([parallel.local(w).isfinite().all() for w in net.parameters()]).all().float()
                     if mean_over_ranks(finite) < 1:  # a finite gradient, and a step too large
-                        raise UserError(f"step {step}: weights that are not finite; not saved. Lower plan.max_lr. The last checkpoint is {checkpoint.last(folder)}")
+                        raise UserError(
+                            f"step {step}: weights that are not finite; not saved. Lower plan.max_lr. The last checkpoint is {checkpoint.last(folder)}"
+                        )
                     watchdog.beat(f"save at step {step}")
                     save(step)
                 mark = time.perf_counter()
@@ -481,10 +489,12 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
         with suppress(Exception):
             saver.wait()  # of an earlier step, and good
         raise
-    gc.enable()
-    watchdog.done.set()
+    finally:
+        gc.unfreeze()
+        gc.enable()
+        watchdog.done.set()
+        bar.close()
 
-    bar.close()
     if missing := sorted(set(required) - set(checkpoint.steps(folder))) if step == end else []:
         raise UserError(f"{checkpoint.path(folder, missing[0])}: could not be saved; make room and call this again, which makes it anew")
     if rank == 0:

@@ -11,7 +11,7 @@ import checkpoint
 import disk
 from config import UserError
 
-RECORD = {"segment": "main", "version": 1, "path": {}, "parent": None, "config": {}, "data": {}, "pinned": False}
+RECORD = {"segment": "main", "version": 1, "path": {}, "finished": False, "parent": None, "config": {}, "data": {}, "pinned": False}
 
 
 def tensors(seed=0):
@@ -145,9 +145,9 @@ def test_a_file_that_does_not_belong_is_refused(tmp_path):
 
 def test_another_shape_is_refused(tmp_path):
     save(tmp_path, 1)
-    with pytest.raises(UserError, match=r"model.a has shape \(5, 7\), expected \(5, 8\)"):
+    with pytest.raises(UserError, match=r"model.a has shape \(5, 7\) of torch.float32, expected \(5, 8\)"):
         checkpoint.load(tmp_path / "step-000001", {"model.a": torch.zeros(5, 8)})
-    with pytest.raises(UserError, match="model.b has shape nothing"):
+    with pytest.raises(UserError, match="has no model.b; it is a model of another shape"):
         checkpoint.load(tmp_path / "step-000001", {"model.b": torch.zeros(5, 8)})
     with pytest.raises(UserError, match="is no checkpoint"):
         checkpoint.verify(tmp_path)
