@@ -4,7 +4,7 @@
     python bench.py step --memory        peak memory of the loss, in chunks and with all logits at once
     python bench.py kernels              each kernel beside PyTorch, torch.compile, Liger and its bar; --save tells train.py which is best
     python bench.py data                 the reader, and the shard writer beside tiktoken alone
-    python bench.py checkpoint           save and load beside a plain write and read of the same bytes
+    python bench.py checkpoint           save, its stall and load beside a plain write, copy and read of the same bytes
 
 A step is bf16 over fp32 weights on a GPU and fp32 on one thread on a CPU; each row runs in a fresh process, as a user would
 run it, in turn with the others. `--json FILE` keeps everything, `--plot FILE.png` draws it. A peer that is not installed is
@@ -653,10 +653,10 @@ def bench_data(o: Any, c: config.Config, device: torch.device, dtype: torch.dtyp
 
 
 def bench_checkpoint(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
-    """Save and load of weights and moments beside plain files of the same bytes, in turn."""
+    """Save and load of weights and moments beside plain files and copies of the same bytes, in turn."""
     need, rounds = 12 * llama.parameters(c.model), o.rounds or 3
     where = o.dir or tempfile.gettempdir()
-    for what, factor, have in (("of disk", 2.2, shutil.disk_usage(where).free), ("of memory", 2.5, total_memory(torch.device("cpu")))):
+    for what, factor, have in (("of disk", 2.2, shutil.disk_usage(where).free), ("of memory", 5.0, total_memory(torch.device("cpu")))):
         if have < factor * need:
             raise UserError(
                 f"--size: {factor * need / 1e9:,.1f} GB {what} are needed and {have / 1e9:,.1f} GB are there; take a smaller --size or another --dir"
@@ -667,42 +667,60 @@ def bench_checkpoint(o: Any, c: config.Config, device: torch.device, dtype: torc
     for name, t in state.items():
         if name.startswith("exp_avg"):
             t.normal_()  # zeros could be compressed
-    on_cpu = [t.cpu().reshape(-1).numpy() for t in state.values()]
-    size = sum(a.nbytes for a in on_cpu)
+    record = {key: kind() for key, kind in checkpoint.KINDS.items()}  # without these it could not be read; of step 0
+    seconds: dict[str, list[float]] = {}
 
-    def write(file: Path) -> None:
-        with open(file, "wb") as f:
-            for a in on_cpu:
-                f.write(a.data)
+    def clock(name: str, fn: Callable[[], Any], began: float | None = None) -> float:
+        """Note how long a call took, or how long ago another one began; returns when that was."""
+        began = began or time.perf_counter()
+        fn()
+        seconds.setdefault(name, []).append(time.perf_counter() - began)
+        return began
+
+    def copy() -> None:
+        for name, t in state.items():
+            saver.host[name].copy_(t, non_blocking=t.is_cuda)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def write() -> None:
+        with open(plain, "wb") as f:
+            for t in saver.host.values():
+                f.write(t.reshape(-1).numpy().data)
             f.flush()
             os.fsync(f.fileno())
 
-    seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(dir=where) as folder:
         segment, plain = Path(folder) / "segment", Path(folder) / "plain"
         segment.mkdir()
-        for i in tqdm(range(rounds), desc="checkpoint", disable=None):
-            saved = checkpoint.path(segment, i)
-            calls: list[tuple[str, Callable[[], Any]]] = [
-                ("plain write and fsync", partial(write, plain)), ("save", partial(checkpoint.save, segment, i, state, {})),
-                ("SHA-256 of it", partial(disk.sha256, plain)), ("plain read", plain.read_bytes),
-                ("verify", partial(checkpoint.verify, saved)), ("load", partial(checkpoint.load, saved, state))]  # fmt: skip
-            if device.type == "cuda":
-                calls.append(("copy to the host", lambda: [t.cpu() for t in state.values()]))
-            for name, fn in calls:
-                began = time.perf_counter()
-                fn()
-                seconds.setdefault(name, []).append(time.perf_counter() - began)
+        saver, saved = checkpoint.Saver(segment), checkpoint.path(segment, 0)
+        begin = partial(saver.save, 0, state, record)
+        clock("the first one, which allocates", begin)
+        saver.wait()
+        for _ in tqdm(range(rounds), desc="checkpoint", disable=None):
+            shutil.rmtree(saved)  # a save leaves one that is there as it is
+            clock("copy to the host", copy)
+            began = clock("stall of an asynchronous save", begin)
+            clock("whole asynchronous save", saver.wait, began)
             shutil.rmtree(saved)
+            plain.unlink(missing_ok=True)  # to free its pages is no part of a write
+            clock("plain write and fsync", write)
+            clock("save", partial(checkpoint.save, segment, 0, state, record))
+            clock("SHA-256 of it", partial(disk.sha256, plain))
+            clock("verify", partial(checkpoint.verify, saved))
+            clock("plain read", plain.read_bytes)
+            clock("load", partial(checkpoint.load, saved, state))
     middle = {name: statistics.median(s) for name, s in seconds.items()}
-    beside = {"save": "plain write and fsync", "load": "plain read", "verify": "SHA-256 of it"}
+    size = sum(t.nbytes for t in saver.host.values())
+    stall, copied, written = "stall of an asynchronous save", "copy to the host", "plain write and fsync"
+    beside = {stall: copied, "the first one, which allocates": copied, "whole asynchronous save": written, "save": written,
+              "verify": "SHA-256 of it", "load": "plain read"}  # fmt: skip
     rows = [Row(row=name, seconds=s, bytes_per_second=size / s) for name, s in middle.items()]
     for r in rows:
-        if r["row"] in beside:
-            r |= {"ratio": middle[beside[r["row"]]] / r["seconds"], "to": beside[r["row"]]}
-    write_s, save_s = middle["plain write and fsync"], middle["save"]
-    bars = verdict("save to plain write", write_s / save_s, 0.85)
-    bars += verdict("the same without its SHA-256", write_s / max(save_s - middle["SHA-256 of it"], 1e-9), 0.85)
+        if to := beside.get(r["row"]):
+            r |= {"ratio": middle[to] / r["seconds"], "to": to}
+    bars = verdict("save to plain write", middle[written] / middle["save"], 0.85)
+    bars += verdict("stall by copy", middle[stall] / middle[copied], 1.5, at_most=True)
     print(f"{size:,} bytes in {where}; what is read was written just before, so it comes from the memory")
     table(
         rows, row=("row", "", 1), seconds=("seconds", ".4f", 1), bytes_per_second=("GB/s", ".3g", 1e-9), ratio=("ratio", ".2f", 1), to=("to", "", 1)

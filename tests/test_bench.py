@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 
 import bench
+import checkpoint
 import config
 import kernels
 import model
@@ -145,11 +146,28 @@ def test_data_that_is_too_little_says_so(run):
     assert code == 2 and result is None and "bench.py: error: --megabytes 0.1: data.py could not prepare that text" in said
 
 
-def test_checkpoint(run, tmp_path):
-    code, result, _ = run("checkpoint", *TINY, "--rounds", "1", "--dir", str(tmp_path))
+def test_checkpoint(run, tmp_path, monkeypatch):
+    saves, real = [], checkpoint.Saver.save
+
+    def save(self, step, *args):
+        saves.append((bool(self.host), self.thread is None, checkpoint.path(self.segment, step).exists()))
+        real(self, step, *args)
+
+    monkeypatch.setattr(checkpoint.Saver, "save", save)
+    code, result, _ = run("checkpoint", *TINY, "--rounds", "2", "--dir", str(tmp_path))
     rows = by_row(result)
+    to = {"the first one, which allocates": "copy to the host", "stall of an asynchronous save": "copy to the host", "load": "plain read",
+          "whole asynchronous save": "plain write and fsync", "save": "plain write and fsync", "verify": "SHA-256 of it"}  # fmt: skip
+    assert code == 0 and rows.keys() == to.keys() | set(to.values()) and {name: r["to"] for name, r in rows.items() if "to" in r} == to
+    seconds = {name: r["seconds"] for name, r in rows.items()}
+    assert all(rows[name]["ratio"] == seconds[of] / seconds[name] for name, of in to.items())
+    assert seconds["stall of an asynchronous save"] < seconds["whole asynchronous save"]
+    bars = {b["what"]: (b["got"], b["bar"], b["reached"]) for b in result["bars"]}
+    save_to_write, stall = rows["save"]["ratio"], seconds["stall of an asynchronous save"] / seconds["copy to the host"]
+    assert bars == {"save to plain write": (save_to_write, 0.85, save_to_write >= 0.85), "stall by copy": (stall, 1.5, stall <= 1.5)}
+    # the first allocates; then in turn one with buffers and a synchronous one; none waits for the one before or finds its work done
+    assert saves == [(False, True, False), *[(True, True, False), (False, True, False)] * 2]
     c = config.Model(1, 2, None, 16, None, 64, 16)
-    assert code == 0 and {"save", "load", "verify", "plain write and fsync", "plain read", "SHA-256 of it"} == rows.keys()
     assert result["bytes"] >= 12 * model.parameters(c)
     assert [f.name for f in tmp_path.iterdir()] == ["out.json"]  # nothing is left
 
