@@ -9,6 +9,7 @@ deletion takes the metadata first. Training waits only while tensors are copied 
 """
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -24,10 +25,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 import disk
 from config import UserError
@@ -95,6 +98,24 @@ def writers(tensors: dict[str, Tensor], ranks: int) -> dict[str, int]:
             owner[name] = load.index(min(load))
             load[owner[name]] += t.nbytes
     return owner
+
+
+class Writer(dcp.HuggingFaceStorageWriter):
+    """PyTorch's writer, but from the host's buffers straight to the file: its own makes two more copies in memory, and an fsync of its own."""
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list]:
+        own = {i.index.fqn: i for i in plan.items if i.tensor_data and 0 not in i.tensor_data.chunk.sizes}
+        where = {name: {"saved_offsets": list(i.tensor_data.chunk.offsets)} for name, i in own.items() if i.tensor_data}
+        file = str(Path(self.path) / SHARD.format(plan.storage_data["shard_index"]))
+        try:
+            if own:
+                tensors = {name: planner.resolve_data(i) for name, i in own.items()}
+                save_file(tensors, file, {"DCP_SHARDING_INFO": json.dumps(where), "DCP_VERSION": "1.0", "format": "pt"})  # type: ignore[arg-type]
+        except SafetensorError as e:
+            raise OSError(0, str(e), file) from None
+        done: Future[list] = Future()
+        done.set_result([])
+        return done
 
 
 class Saver:
@@ -167,7 +188,7 @@ class Saver:
             partial.mkdir()
 
         def shards() -> None:
-            writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
+            writer = Writer(str(partial), save_distributed=True)
             try:
                 dcp.save(self.host, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
             except CheckpointException as e:  # a wrapper; what the disk said is inside
@@ -177,7 +198,7 @@ class Saver:
         sums = torch.zeros(self.ranks, 5, dtype=torch.int64)  # of each rank's file: bytes, SHA-256
 
         def checksum() -> None:
-            if self.host:
+            if own.exists():
                 with ThreadPoolExecutor(1) as beside:  # the checksum is from memory while the disk is busy
                     digest = beside.submit(disk.sha256, own)
                     disk.sync(own)
@@ -324,11 +345,8 @@ def stored(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         raise UserError(f"{checkpoint}: damaged ({type(e).__name__}: {str(e)[:100]}); {_instead(checkpoint)}") from None
 
 
-def load(checkpoint: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Fill `tensors` (those of `state`, or model.* alone) from a checkpoint that `verify` found whole; returns its meta.
-
-    Each rank reads its own part, whatever ranks wrote it. UserError names what is missing, extra, of another shape, or not finite.
-    """
+def fits(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
+    """UserError names what a checkpoint lacks of `tensors`, has too much, or in another shape. They may be on the meta device."""
     there = stored(checkpoint)
     if "rng.cuda" not in there:  # made on another kind of device
         tensors.pop("rng.cuda", None)
@@ -343,6 +361,14 @@ def load(checkpoint: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     kinds = {name.partition(".")[0] for name in tensors} - {"rng"}
     if extra := sorted(name for name in there.keys() - tensors.keys() if name.partition(".")[0] in kinds):
         raise UserError(f"{checkpoint}: has {len(extra)} tensors that this model lacks, such as {extra[0]}: it is a model of another shape")
+
+
+def load(checkpoint: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Fill `tensors` (those of `state`, or model.* alone) from a checkpoint that `verify` found whole; returns its meta.
+
+    Each rank reads its own part, whatever ranks wrote it. UserError if it does not fit, or holds what is not finite.
+    """
+    fits(checkpoint, tensors)
     dcp.load(dict(tensors), storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
     for name, t in tensors.items():
         if t.is_floating_point() and not (t.to_local() if isinstance(t, DTensor) else t).isfinite().all():

@@ -51,6 +51,10 @@ def problems(wanted: str, shard_ranks: int | None, ranks: int) -> list[str]:
     elif shard_ranks and ranks % shard_ranks:
         near = max(n for n in range(1, min(ranks, shard_ranks) + 1) if ranks % n == 0)
         found.append(f"train.shard_ranks: got {shard_ranks}, expected a divisor of the {ranks} ranks; the nearest below is {near}")
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # https://github.com/pytorch/pytorch/issues/135712
+        found.append("torchrun --max-restarts: ranks that were started again would be given the addresses of the dead ones; "
+                     "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, and take --standalone or --rdzv-backend c10d")  # fmt: skip
     return found
 
 

@@ -221,6 +221,9 @@ def main() -> None:
                 reader.check_files(tokens.folder, [name for name, _, _ in tokens.needs(start, segment.end)] + ["val"], c.data.verify)
                 if origin:
                     checkpoint.verify(origin)
+                    with torch.device("meta"):  # shapes alone
+                        shapes = llama.Transformer(c.model)
+                        checkpoint.fits(origin, checkpoint.state(shapes, torch.optim.AdamW(shapes.parameters())))
                 checkpoint.check_space(folder, checkpoint.BYTES * llama.parameters(c.model))
                 # From here on the disk and the device are used
                 held.enter_context(disk.lock(folder / ".lock", f"{folder}: another process is training here; wait for it or choose another --out"))
@@ -327,7 +330,7 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
         total = torch.zeros(2, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
         with torch.no_grad(), parallel.gathered(net):
             for arrays in tokens.validation(t.micro_batch, t.eval_tokens, rank, ranks):
-                if asked:
+                if asked and not last:  # the last one is kept: a finished run has its val_loss
                     total += torch.nan
                     break
                 x, y = to_device(arrays)
