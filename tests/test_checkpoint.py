@@ -2,6 +2,8 @@
 
 import json
 import os
+import pickle
+import random
 
 import pytest
 import torch
@@ -125,7 +127,7 @@ def damaged(folder, damage):
         file.write_bytes(raw[: int(len(raw) * damage)])
 
 
-@pytest.mark.parametrize("damage, words", [("missing", "is missing"), ("flipped", "its bytes have changed"), (0, "got 0 bytes"), (0.5, "bytes, expected"), (0.99, "bytes, expected"), ("meta", "damaged"), ("bit", "damaged"), ("path", "names of files")])  # fmt: skip
+@pytest.mark.parametrize("damage, words", [("missing", "is missing"), ("flipped", "its bytes have changed"), (0, "got 0 bytes"), (0.5, "bytes, expected"), (0.99, "bytes, expected"), ("meta", "damaged"), ("bit", "damaged"), ("path", "files: got")])  # fmt: skip
 def test_damage_is_named_and_the_earlier_one_offered(tmp_path, damage, words):
     save(tmp_path, 1)
     save(tmp_path, 2)
@@ -164,3 +166,152 @@ def test_nothing_unpickles():
     for file in [*ROOT.glob("*.py")]:
         text = file.read_text()
         assert "torch.load" not in text and "import pickle" not in text and "eval(" not in text.replace(".eval()", "") and "exec(" not in text
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A checkpoint of a stranger: its checksums fit, its content does not
+
+
+def forged(folder, change, name="shard-00001-model-00001-of-00001.safetensors"):
+    """Replace the tensors of a checkpoint's file by `change(tensors, offsets)` and make all checksums fit; bytes are written as they are."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / name
+    tensors = load_file(file)
+    offsets = {k: {"saved_offsets": [0] * v.dim()} for k, v in tensors.items()}
+    raw = change(tensors, offsets)
+    if isinstance(raw, bytes):
+        file.write_bytes(raw)
+    else:
+        save_file(tensors, file, {"DCP_SHARDING_INFO": json.dumps(offsets), "format": "pt"})
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["files"] = {f.name: {"bytes": f.stat().st_size, "sha256": disk.sha256(f)} for f in folder.glob("*.safetensors")}
+    disk.write_json(folder / "meta.json", {k: v for k, v in meta.items() if k != "hash"}, checkpoint.UNHASHED)
+
+
+def header(size, text=b"{}"):
+    return size.to_bytes(8, "little") + text
+
+
+HOSTILE = {
+    "a pickle": (lambda t, o: pickle.dumps({"model.a": [1, 2]}), "is no safetensors file"),
+    "a zip, as torch.save makes": (lambda t, o: b"PK\x03\x04" + bytes(100), "is no safetensors file"),
+    "a header of 2^62 bytes": (lambda t, o: header(1 << 62), "is no safetensors file"),
+    "a header of 200 MB": (lambda t, o: header(200_000_000), "is no safetensors file"),
+    "a tensor of 2^60 bytes": (lambda t, o: header(90, b'{"model.a":{"dtype":"F32","shape":[288230376151711744],"data_offsets":[0,1152921504606846976]}}'[:90]), "is no safetensors file"),
+    "no JSON": (lambda t, o: header(4, b"\xff\xff\xff\xff"), "is no safetensors file"),
+    "missing": (lambda t, o: t.pop("model.a"), "has no model.a; it is a model of another shape"),
+    "no moments": (lambda t, o: t.pop("exp_avg.a"), "it holds weights alone, but AdamW's moments are to be kept"),
+    "extra": (lambda t, o: t.update({"model.z": torch.zeros(2)}) or o.update({"model.z": {"saved_offsets": [0]}}), "1 tensors that this model lacks, such as model.z"),
+    "misshapen": (lambda t, o: t.update({"model.a": torch.zeros(5, 6)}), "model.a has shape (5, 6)"),
+    "too few rows": (lambda t, o: t.update({"model.a": torch.zeros(4, 7)}), "model.a has shape (4, 7)"),
+    "another type": (lambda t, o: t.update({"model.a": torch.zeros(5, 7, dtype=torch.float64)}), "model.a has shape (5, 7) of torch.float64"),
+    "nan": (lambda t, o: t["model.a"].view(-1)[3:4].fill_(torch.nan), "model.a holds values that are not finite"),
+    "inf in a moment": (lambda t, o: t["exp_avg.a"].view(-1)[3:4].fill_(torch.inf), "exp_avg.a holds values that are not finite"),
+    "rows that begin later": (lambda t, o: o.update({"model.a": {"saved_offsets": [1, 0]}}), "the parts of model.a do not fit together"),
+    "columns": (lambda t, o: o.update({"model.a": {"saved_offsets": [0, 1]}}), "the parts of model.a do not fit together"),
+    "offsets below 0": (lambda t, o: o.update({"model.a": {"saved_offsets": [-1, 0]}}), "do not fit together"),
+    "offsets of 2^60": (lambda t, o: o.update({"model.a": {"saved_offsets": [1 << 60, 0]}}), "do not fit together"),
+    "offsets that are texts": (lambda t, o: o.update({"model.a": {"saved_offsets": ["0", "0"]}}), "damaged (TypeError"),
+    "no offsets": (lambda t, o: o.pop("model.a"), "damaged (KeyError"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_what_does_not_fit_is_named(tmp_path, what):
+    change, words = HOSTILE[what]
+    save(tmp_path, 1)
+    forged(tmp_path / "step-000001", change)
+    checkpoint.verify(tmp_path / "step-000001")
+    want = tensors()
+    with pytest.raises(UserError) as e:
+        checkpoint.load(tmp_path / "step-000001", want)
+    assert words in str(e.value) and len(str(e.value).splitlines()) == 1
+    if "finite" not in words:  # found before anything was filled in
+        assert all(torch.equal(want[k], v) for k, v in tensors().items())
+
+
+def test_parts_that_overlap_or_leave_a_gap_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    for first, second, words in ((3, 2, None), (3, 3, "do not fit"), (2, 2, "has shape (4, 7)")):
+        folder = tmp_path / f"{first}{second}"
+        save(folder, 1)
+        part = torch.ones(second, 7)
+        meta = {"DCP_SHARDING_INFO": json.dumps({"model.a": {"saved_offsets": [first if words != "do not fit" else 2, 0]}})}
+        save_file({"model.a": part}, folder / "step-000001" / "shard-00002-model-00001-of-00001.safetensors", meta)
+        forged(folder / "step-000001", lambda t, o, n=first: t.update({"model.a": t["model.a"][:n].clone()}))
+        got = tensors(5)
+        if words:
+            with pytest.raises(UserError, match=words.replace("(", r"\(").replace(")", r"\)")):
+                checkpoint.load(folder / "step-000001", got)
+        else:
+            checkpoint.load(folder / "step-000001", got)
+            assert torch.equal(got["model.a"], torch.cat([tensors()["model.a"][:3], part]))
+
+
+META = [
+    ({"format": 2}, "format 2, expected 1: another version"),
+    ({"step": "1"}, "step: got '1', expected int"),
+    ({"version": True}, "version: got True"),
+    ({"finished": "no"}, "finished: got 'no', expected bool"),
+    ({"pinned": None}, "pinned: got None"),
+    ({"path": []}, "path: got []"),
+    ({"config": "x" * 10_000}, "config: got 'xxx"),
+    ({"files": {}}, "files: none"),
+    ({"files": {"../../../etc/passwd.safetensors": {"bytes": 1, "sha256": "0" * 64}}}, "files: got '../../../etc"),
+    ({"files": {"/etc/a.safetensors": {"bytes": 1, "sha256": "0" * 64}}}, "files: got '/etc"),
+    ({"files": {"a.safetensors": {"bytes": 1e300, "sha256": "0" * 64}}}, "files: got 'a.safetensors'"),
+    ({"files": {"a.safetensors": {"bytes": 1, "sha256": "no"}}}, "files: got 'a.safetensors'"),
+    ({"files": {"a.safetensors": 7}}, "damaged (TypeError"),
+    ({"files": {"a.pt": {"bytes": 1, "sha256": "0" * 64}}}, "files: got 'a.pt'"),
+]
+
+
+@pytest.mark.parametrize("change, words", META)
+def test_metadata_that_cannot_be(tmp_path, change, words):
+    save(tmp_path, 1)
+    file = tmp_path / "step-000001" / "meta.json"
+    meta = {k: v for k, v in json.loads(file.read_text()).items() if k != "hash"}
+    disk.write_json(file, {**meta, **change}, checkpoint.UNHASHED)
+    with pytest.raises(UserError) as e:
+        checkpoint.verify(tmp_path / "step-000001")
+    assert words in str(e.value) and str(file) in str(e.value) and len(str(e.value)) < 400
+
+
+def test_absurd_sizes_are_not_read(tmp_path):
+    save(tmp_path, 1)
+    file = tmp_path / "step-000001" / "meta.json"
+    with open(file, "wb") as f:
+        f.truncate(1 << 40)  # a terabyte, sparse
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.verify(tmp_path / "step-000001")
+
+
+def test_one_byte_in_each_of_fifty_places_and_every_truncation_is_found(tmp_path):
+    save(tmp_path, 1)
+    folder = tmp_path / "step-000001"
+    rng = random.Random(1)
+    files = sorted(folder.iterdir())
+    whole = {f: f.read_bytes() for f in files}
+    damages = []
+    for _ in range(50):
+        f = rng.choice(files)
+        raw = bytearray(whole[f])
+        raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        damages.append((f, bytes(raw)))
+    damages += [(f, whole[f][:n]) for f in files for n in (0, 1, len(whole[f]) // 2, len(whole[f]) * 99 // 100)]
+    for f, raw in damages:
+        f.write_bytes(raw)
+        with pytest.raises(UserError):
+            checkpoint.verify(folder)
+        f.write_bytes(whole[f])
+    checkpoint.verify(folder)
+
+
+def test_too_little_room_is_said_before_a_byte_is_written(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 100}))
+    with pytest.raises(UserError, match=r"a checkpoint takes .* GB and 1e-07 GB are free; make room"):
+        save(tmp_path, 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]

@@ -491,6 +491,57 @@ def test_a_branch_as_long_as_the_increment(train_cli, tmp_path):
     assert equal(tmp_path / "run" / "ours-cosine" / "v1" / "step-000010", tmp_path / "run" / "ptfs-cosine" / "v1" / "step-000010")
 
 
+def test_a_parent_that_will_not_do(train_cli, tmp_path, capsys):
+    """Decayed, of another step, of a newer format, without moments, damaged: one line, nothing changed, and the whole one still works."""
+    from test_checkpoint import forged
+
+    assert train_cli("--mode", "main", "--version", "2") == 0 and train_cli("--mode", "branch", "--version", "1") == 0
+    parent, decayed = tmp_path / "run" / "main" / "step-000014", tmp_path / "run" / "ours-cosine" / "v1" / "step-000010"
+    shutil.move(parent, aside := tmp_path / "aside")
+    capsys.readouterr()
+
+    def refused(words):
+        before = snapshot(tmp_path)
+        assert train_cli("--mode", "branch", "--version", "2") == 2
+        err = capsys.readouterr().err
+        assert words in err and len(err.splitlines()) == 1 and snapshot(tmp_path) == before, err
+        shutil.rmtree(parent)
+        shutil.copytree(aside, parent)
+
+    shutil.copytree(decayed, parent)
+    refused("it is that of step 10")
+    shutil.copytree(decayed, parent, dirs_exist_ok=True)
+    meta = json.loads((parent / "meta.json").read_text())
+    disk.write_json(parent / "meta.json", {**meta, "step": 14}, checkpoint.UNHASHED)
+    refused("is a checkpoint of ours-cosine/v1, expected one of main")
+    meta = json.loads((parent / "meta.json").read_text())
+    disk.write_json(parent / "meta.json", {**meta, "format": 2}, checkpoint.UNHASHED)
+    refused("format 2, expected 1: another version of this program made it")
+    forged(parent, lambda t, o: [t.pop(k) for k in [*t] if k.startswith("exp_avg")])
+    refused("it holds weights alone, but AdamW's moments are to be kept")
+    forged(parent, lambda t, o: t.pop("model.head.weight"))
+    refused("has no model.head.weight")
+    (parent / next(parent.glob("*.safetensors")).name).write_bytes(b"")
+    refused("got 0 bytes")
+    forged(parent, lambda t, o: t["model.embed.weight"][3:4].fill_(torch.nan))  # found when it is read
+    assert train_cli("--mode", "branch", "--version", "2") == 2
+    assert "model.embed.weight holds values that are not finite" in capsys.readouterr().err
+    shutil.rmtree(parent)
+    shutil.copytree(aside, parent)
+    assert train_cli("--mode", "branch", "--version", "2") == 0
+
+
+def test_an_output_folder_that_cannot_be_one(train_cli, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    assert train_cli("--mode", "ptfs", "--version", "1", out="file") == 2
+    assert "file" in (err := capsys.readouterr().err) and len(err.splitlines()) == 1 and (tmp_path / "file").read_text() == "mine"
+    assert train_cli("--mode", "ptfs", "--version", "1", "--out", "/proc/run") == 2
+    assert "/proc: a checkpoint takes" in (err := capsys.readouterr().err) and len(err.splitlines()) == 1
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1 << 40}))
+    assert train_cli("--mode", "ptfs", "--version", "1", "--out", "/proc/run") == 2
+    assert "/proc/run" in (err := capsys.readouterr().err) and len(err.splitlines()) == 1
+
+
 def test_a_second_process_in_the_same_folder_is_refused(train_cli, tmp_path, capsys):
     with disk.lock(tmp_path / "run" / "ptfs-cosine" / "v1" / ".lock", ""):
         assert train_cli("--mode", "ptfs", "--version", "1") == 2
