@@ -19,6 +19,11 @@ bench: $(if $(filter .venv/%,$(PY)),.venv/dev)
 	for size in $(SIZES); do $(PY) bench.py step --size $$size --json results/gpu/step-$$size.json --plot results/gpu/step-$$size.png || exit; done
 	$(PY) bench.py step --memory --size 203m --json results/gpu/memory.json
 
+# Break real runs and compare with undisturbed ones: one round of all faults, or rounds for so many minutes
+MINUTES = 0
+soak: .venv/dev
+	$(PY) tests/soak.py --minutes $(MINUTES)
+
 lint: .venv/dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -34,4 +39,4 @@ lint: .venv/dev
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@ .venv/demo
 
-.PHONY: demo test bench lint
+.PHONY: demo test bench soak lint

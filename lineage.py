@@ -81,6 +81,30 @@ def check_lineage(where: Path, meta: dict[str, Any], c: config.Config, s: schedu
         raise UserError(f"{where}: was trained on other increments than those of data.path {tokens.folder}; choose the data it was trained on")
 
 
+def begin(c: config.Config, run: Path, segments: list[schedule.Segment], segment: schedule.Segment, required: list[int], tokens: reader.Tokens,
+          maker: str) -> dict[str, Any]:  # fmt: skip
+    """Where training a segment begins: at its own last checkpoint (resume), at its parent's (branch, CPT), or from random weights.
+
+    The step, which of `required` are there, the checkpoint, and what to record of the parent. `maker`: the command that makes a missing parent.
+    """
+    folder = run / segment.name
+    done = [r for r in required if r in checkpoint.steps(folder)]
+    for step in checkpoint.steps(folder):  # all of them, so that one folder never holds two runs
+        if step <= segment.end:
+            check_lineage(where := checkpoint.path(folder, step), checkpoint.read_meta(where), c, segment, tokens)
+    if (last := resume_step(folder, required)) is not None:
+        origin = checkpoint.path(folder, last)
+        return {"start": last, "done": done, "origin": str(origin), "parent": checkpoint.read_meta(origin).get("parent")}
+    if not segment.parent:
+        return {"start": segment.start, "done": done, "origin": None, "parent": None}
+    name, step = segment.parent
+    origin = checkpoint.path(run / name, step)
+    if step not in checkpoint.steps(run / name):
+        raise UserError(f"{origin}: is not there, and {segment.name} starts from it; make it: {maker}")
+    check_lineage(origin, meta := checkpoint.read_meta(origin), c, next(s for s in segments if s.name == name), tokens)
+    return {"start": segment.start, "done": done, "origin": str(origin), "parent": {"segment": name, "step": step, "hash": meta["hash"]}}
+
+
 def resume_step(folder: Path, required: list[int]) -> int | None:
     """The last checkpoint before the first required one that is missing; None: begin. All there: the last required."""
     there = checkpoint.steps(folder)

@@ -97,6 +97,19 @@ def first_line(e: BaseException) -> str:
 
 
 @contextmanager
+def company(rank: int, ranks: int) -> Iterator[None]:
+    """Lost, where a collective fails because others are gone."""
+    try:
+        yield
+    except RuntimeError as e:
+        if ranks == 1 or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
+            raise
+        raise Lost(
+            f"rank {rank} has lost the others ({first_line(e)}); the rank that failed first says why. The same command goes on from the last checkpoint"
+        ) from None
+
+
+@contextmanager
 def together(rank: int, ranks: int) -> Iterator[None]:
     """What stops one rank stops all. The first one of those says why; the others leave in silence, and wait for nobody."""
     error: Exception | None = None
@@ -113,18 +126,22 @@ def together(rank: int, ranks: int) -> Iterator[None]:
         raise error
 
 
-def check_same(values: dict[str, Any], rank: int, ranks: int, remedy: str) -> None:
-    """UserError unless all ranks hold the same values; names the first rank that differs, and the keys."""
+def told(value: Any, rank: int, ranks: int) -> Any:
+    """Rank 0's value, which JSON can hold, on all ranks."""
     if ranks == 1:
-        return
-    text = torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)
+        return value
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     size = torch.tensor(len(text))
     dist.broadcast(size, 0)
     first = text if rank == 0 else torch.empty(int(size), dtype=torch.uint8)
     dist.broadcast(first, 0)
-    theirs = json.loads(bytes(first.tolist()))
+    return json.loads(bytes(first.tolist()))
+
+
+def check_same(values: dict[str, Any], rank: int, ranks: int, remedy: str) -> None:
+    """UserError unless all ranks hold the same values; names the first rank that differs, and the keys."""
+    theirs, here = told(values, rank, ranks), json.loads(json.dumps(values))
     with together(rank, ranks):
-        here = json.loads(json.dumps(values))
         if different := [f"{k}: {here.get(k)} here, {theirs.get(k)} there" for k in {**theirs, **here} if here.get(k) != theirs.get(k)]:
             raise UserError(f"rank {rank} differs from rank 0 ({', '.join(different)}); {remedy}")
 

@@ -167,7 +167,7 @@ def main() -> None:
         kind, why = parallel.choose(c.train.parallel, ranks, llama.parameters(c.model), device)
 
     # The ranks meet, and from here on what stops one stops all
-    with config.user_errors("train.py", at_once=ranks > 1), ExitStack() as held:
+    with config.user_errors("train.py", at_once=ranks > 1), parallel.company(rank, ranks), ExitStack() as held:
         if kind != "none":
             say(f"{ranks} rank{'s' * (ranks > 1)}, {kind}: {why}")
             parallel.join(device, rank, ranks, c.train.timeout)
@@ -187,30 +187,14 @@ def main() -> None:
             if problems := tokens.problems(segment.start, segment.end):
                 raise UserError("\n".join(problems))
 
-            # Where it begins: its own last checkpoint (resume), its parent's (branch, CPT), or random weights
-            resume = lineage.resume_step(folder, required)
-            for step in checkpoint.steps(folder):  # all of them, so that one folder never holds two runs
-                if step <= segment.end:
-                    lineage.check_lineage(where := checkpoint.path(folder, step), checkpoint.read_meta(where), c, segment, tokens)
-            parent = run / segment.parent[0] if segment.parent else None
-            origin: Path | None = None
-            parent_record = None
-            if resume is not None:
-                origin = checkpoint.path(folder, resume)
-                parent_record = checkpoint.read_meta(origin)["parent"]
-            elif parent and segment.parent:
-                origin = checkpoint.path(parent, segment.parent[1])
-                if segment.parent[1] not in checkpoint.steps(parent):
-                    maker = {"mode": "main", "version": segment.version} if o.mode == "branch" else {"mode": "cpt", "version": segment.version - 1}
-                    raise UserError(f"{origin}: is not there, and {segment.name} starts from it; make it: {command(**maker)}")
-                lineage.check_lineage(
-                    origin, meta := checkpoint.read_meta(origin), c, next(s for s in segments if s.name == segment.parent[0]), tokens
-                )
-                parent_record = {"segment": segment.parent[0], "step": segment.parent[1], "hash": meta["hash"]}
-            start = resume if resume is not None else segment.start
-            done = [r for r in required if r in checkpoint.steps(folder)]
-        seen = {"start": start, "done": done, "data": tokens.meta["hash"], "checkpoint": checkpoint.read_meta(origin)["hash"] if origin else None}
-        parallel.check_same(seen, rank, ranks, f"{run} and {c.data.path} must be the same folders on all machines")
+        parallel.check_same({"data": tokens.meta["hash"]}, rank, ranks, f"{c.data.path} must be the same on all machines")
+
+        # Where it begins, as rank 0 sees it (disks that are shared may show others an older state for a while)
+        with parallel.together(rank, ranks):
+            maker = command(mode="main", version=segment.version) if mode == "branch" else command(mode="cpt", version=segment.version - 1)
+            begin = lineage.begin(c, run, segments, segment, required, tokens, maker) if rank == 0 else {}
+        begin = parallel.told(begin, rank, ranks)
+        start, done, origin = begin["start"], begin["done"], Path(begin["origin"]) if begin["origin"] else None
         if done == required:
             for r in required if rank == 0 else []:
                 checkpoint.pin(checkpoint.path(folder, r))
@@ -232,13 +216,7 @@ def main() -> None:
                 checkpoint.tidy(folder)
                 for step in done:
                     checkpoint.pin(checkpoint.path(folder, step))
-        try:
-            train(c, p, segment, folder, required, tokens, origin, parent_record, start, device, kind, rank, ranks)
-        except RuntimeError as e:
-            if ranks == 1 or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
-                raise
-            raise parallel.Lost(f"rank {rank} has lost the others ({parallel.first_line(e)}); the rank that failed first says why. "
-                                f"The same command goes on from the last checkpoint, {checkpoint.last(folder)}") from None  # fmt: skip
+        train(c, p, segment, folder, required, tokens, origin, begin["parent"], start, device, kind, rank, ranks)
 
 
 def dry_run(say: Any, c: config.Config, p: schedule.Plan, segment: schedule.Segment, segments: list[schedule.Segment],
@@ -298,7 +276,8 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
     groups = [{"params": matrices, "weight_decay": t.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(t.beta1, t.beta2), fused=True)
     if origin:
-        checkpoint.load(origin, checkpoint.state(net, optimizer))
+        with parallel.together(rank, ranks):
+            checkpoint.load(origin, checkpoint.state(net, optimizer))
     model: torch.nn.Module = torch.compile(net) if compiled and kind != "fsdp" else net  # type: ignore[assignment]
     if kind == "ddp":
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
@@ -498,8 +477,9 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
         watchdog.done.set()
         bar.close()
 
-    if missing := sorted(set(required) - set(checkpoint.steps(folder))) if step == end else []:
-        raise UserError(f"{checkpoint.path(folder, missing[0])}: could not be saved; make room and call this again, which makes it anew")
+    with parallel.together(rank, ranks):
+        if rank == 0 and step == end and (missing := sorted(set(required) - set(checkpoint.steps(folder)))):
+            raise UserError(f"{checkpoint.path(folder, missing[0])}: could not be saved; make room and call this again, which makes it anew")
     if rank == 0:
         speed = (step - start) * t.batch_tokens / max(total_seconds + seconds, 1e-9)
         how = "finished" if step == end else "stopped, and goes on when called again,"
