@@ -13,11 +13,12 @@ test: .venv/dev
 SIZES = 203m 1.2b 3.1b
 bench: $(if $(filter .venv/%,$(PY)),.venv/dev)
 	@$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make bench: needs a CUDA GPU')"
-	$(PY) -m pytest -q tests/test_kernels.py
+	$(PY) -m pytest -q tests/test_kernels.py tests/test_parallel.py
 	mkdir -p results/gpu
 	$(PY) bench.py kernels --save --json results/gpu/kernels.json --plot results/gpu/roofline.png
 	for size in $(SIZES); do $(PY) bench.py step --size $$size --json results/gpu/step-$$size.json --plot results/gpu/step-$$size.png || exit; done
 	$(PY) bench.py step --memory --size 203m --json results/gpu/memory.json
+	$(PY) bench.py checkpoint --size 1.2b --json results/gpu/checkpoint.json
 
 # Break real runs and compare with undisturbed ones: one round of all faults, or rounds for so many minutes
 MINUTES = 0

@@ -400,3 +400,23 @@ def test_a_signal_in_a_validation_saves_and_stops(train_cli, tmp_path, monkeypat
     # the validation that was cut short is done again
     a, b = (soak.logged(tmp_path / out / "ptfs-cosine" / "v1") for out in ("run", "whole"))
     assert a == b and ("val_loss", 4) in a
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("way", ["none", "fsdp"])
+def test_on_a_gpu_resume_and_branch_are_the_same_bits(tmp_path, prepared, way):
+    """Stopped and resumed, and branched in two calls, in bfloat16 and compiled. With our kernels: SDPA's backward adds in any order."""
+    shape = ["--model.hidden", "128", "--model.n_head", "2", "--train.kernels", "triton", "--train.parallel", way, "--train.device", "cuda"]
+
+    def run(out, *mode):
+        code = [sys.executable, str(ROOT / "train.py"), "--config", "tiny", *BASE, *shape, "--data.path", str(prepared), "--out", str(tmp_path / out)]
+        r = subprocess.run([*code, *mode], capture_output=True, text=True)
+        assert r.returncode == 0, r.stderr[-2000:]
+
+    run("whole", "--mode", "main", "--version", "2")
+    run("whole", "--mode", "branch", "--version", "2")
+    run("cut", "--mode", "main", "--version", "1")  # ends at its fork point, goes on from there
+    run("cut", "--mode", "main", "--version", "2")
+    run("cut", "--mode", "branch", "--version", "2")
+    for where in ("main/step-000014", "ours-cosine/v2/step-000020"):
+        assert soak.same(tmp_path / "whole" / where, tmp_path / "cut" / where)
