@@ -269,11 +269,11 @@ def check(c: Config) -> list[str]:
     return found
 
 
-def model_of(recorded: Any, where: str) -> Model:
+def model_of(recorded: dict[str, Any], where: str) -> Model:
     """The model in the `values` that a checkpoint records, which a stranger may have written. UserError names what is wrong with them."""
     c = Config()
     for f in fields(Model):
-        value = recorded.get(f"model.{f.name}", "nothing") if isinstance(recorded, dict) else "nothing"
+        value = recorded.get(f"model.{f.name}", "nothing")
         try:
             setattr(c.model, f.name, typed(f.type, value))
         except ValueError:

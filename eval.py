@@ -72,7 +72,7 @@ def common(runs: Iterable[dict[int, Any]]) -> list[int]:
 def load_model(path: Path, device: torch.device) -> tuple[llama.Transformer, dict[str, Any]]:
     """The model of a checkpoint and its meta."""
     meta = checkpoint.read_meta(path)
-    c = config.model_of(meta.get("config"), f"{path / 'meta.json'}")
+    c = config.model_of(meta["config"], f"{path / 'meta.json'}")
     checkpoint.verify(path)
     # a shape is only a claim: nothing is built that the files, float32, could not hold
     need, there = 4 * llama.parameters(c), sum(f.stat().st_size for f in path.glob("*.safetensors"))
@@ -85,10 +85,9 @@ def load_model(path: Path, device: torch.device) -> tuple[llama.Transformer, dic
 
 def open_data(path: Path, meta: dict[str, Any], folder: str | None) -> reader.Tokens:
     """The data of a checkpoint, or another folder made with the same tokenizer."""
-    c = config.model_of(meta.get("config"), f"{path / 'meta.json'}")
+    c = config.model_of(meta["config"], f"{path / 'meta.json'}")
     tokens = reader.Tokens(folder or str(meta["config"].get("data.path")), c.context, 1, [1], 0)
-    trained = meta.get("data")
-    if not isinstance(trained, dict) or (tokens.meta["tokenizer_sha256"], tokens.meta["vocab_size"]) != (trained.get("tokenizer"), c.vocab_size):
+    if (tokens.meta["tokenizer_sha256"], tokens.meta["vocab_size"]) != (meta["data"].get("tokenizer"), c.vocab_size):
         raise UserError(f"--data {tokens.folder}: its tokenizer is not the one that {path} was trained with; choose the data it was trained on")
     return tokens
 

@@ -133,8 +133,8 @@ def test_bad_input(trained, tmp_path, prepared):
         ("model.rope_theta", float("nan"), "model.rope_theta: got nan"),
         ("model.hidden", ..., "model.hidden: got 'nothing', expected a whole number"),
         ("data.path", 5, "no prepared data"),
-        ("config", [], "model.n_layer: got 'nothing'"),
-        ("data", None, "its tokenizer is not the one"),
+        ("config", [], "config: got [], expected dict"),
+        ("data", None, "data: got None, expected dict"),
     ],
     ids=lambda v: str(v)[:30],
 )
