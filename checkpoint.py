@@ -130,7 +130,7 @@ class Saver:
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         # of its own, so that its messages never mix with those of training
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if dist.is_initialized() else None
-        self.mesh: dict[DeviceMesh, DeviceMesh] = {}  # on a GPU: the same ranks, tensors on the CPU
+        self.mesh: DeviceMesh | None = None  # that of the weights under FSDP2, for tensors on the CPU
         self.host: dict[str, Tensor] = {}  # this rank's part, kept from save to save
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
@@ -145,6 +145,8 @@ class Saver:
 
     def _copy(self, tensors: dict[str, Tensor]) -> None:
         owner = writers(tensors, self.ranks)
+        if not self.mesh and (cut := [t for t in tensors.values() if isinstance(t, DTensor)]):
+            self.mesh = DeviceMesh("cpu", cut[0].device_mesh.mesh)  # which all ranks make together, also those that write no part
         for name, t in tensors.items():
             if (self.rank >= self.shards) if isinstance(t, DTensor) else (owner[name] != self.rank):
                 continue
@@ -152,10 +154,7 @@ class Saver:
             if name not in self.host:
                 own = torch.empty_like(part, device="cpu", pin_memory=part.is_cuda)
                 if isinstance(t, DTensor):
-                    mesh = t.device_mesh
-                    if mesh not in self.mesh:
-                        self.mesh[mesh] = mesh if mesh.device_type == "cpu" else DeviceMesh("cpu", mesh.mesh)
-                    own = DTensor.from_local(own, self.mesh[mesh], t.placements, run_check=False, shape=t.shape, stride=t.stride())
+                    own = DTensor.from_local(own, self.mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride())
                 self.host[name] = own
             own = self.host[name]
             (own.to_local() if isinstance(own, DTensor) else own).copy_(part, non_blocking=part.is_cuda)

@@ -340,6 +340,12 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
             if rank == 0:
                 print(f"train.py: error: {message}; training goes on (train.on_save_error)", file=sys.stderr, flush=True)
 
+    def last_good() -> str:
+        """The last checkpoint, once the save in progress is over."""
+        with suppress(Exception):
+            saver.wait()
+        return checkpoint.last(folder)
+
     # -- Log: the first record says what runs where, then a record each `log_every` steps and each validation
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     flops = llama.flops_per_token(c.model)
@@ -391,7 +397,7 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
         if (wrong := int(bad.item())) < none:
             loss, norm = bad_numbers.tolist()
             raise UserError(f"step {wrong}: loss {loss}, gradient norm {norm}: stopped before the update. {batch_of(wrong)}; "
-                            f"lower plan.max_lr or look at that text. The last checkpoint is {checkpoint.last(folder)}")  # fmt: skip
+                            f"lower plan.max_lr or look at that text. The last checkpoint is {last_good()}")  # fmt: skip
         loss, norm = numbers.tolist()
         seconds += time.perf_counter() - mark
         return loss, norm
@@ -426,7 +432,7 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
                     finite = torch.stack([parallel.local(w).isfinite().all() for w in net.parameters()]).all().float()
                     if mean_over_ranks(finite) < 1:  # a finite gradient, and a step too large
                         raise UserError(
-                            f"step {step}: weights that are not finite; not saved. Lower plan.max_lr. The last checkpoint is {checkpoint.last(folder)}"
+                            f"step {step}: weights that are not finite; not saved. Lower plan.max_lr. The last checkpoint is {last_good()}"
                         )
                     watchdog.beat(f"save at step {step}")
                     save(step)
@@ -464,12 +470,11 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
                 total_seconds, seconds, since = total_seconds + seconds, 0.0, step + 1
                 if t.spike is not None and len(recent) >= 5 and loss_value > (usual := statistics.median(recent)) + t.spike:
                     raise UserError(f"step {step}: loss {loss_value:.4g}, more than train.spike = {t.spike:g} above {usual:.4g}, the median of those before. "
-                                    f"{batch_of(step)}. Nothing was saved since; the last checkpoint is {checkpoint.last(folder)}")  # fmt: skip
+                                    f"{batch_of(step)}. Nothing was saved since; the last checkpoint is {last_good()}")  # fmt: skip
                 recent.append(loss_value)
         settle_save(wait=True)
     except UserError:
-        with suppress(Exception):
-            saver.wait()  # of an earlier step, and good
+        last_good()  # a save in progress is of an earlier step, and good
         raise
     finally:
         gc.unfreeze()
@@ -487,7 +492,6 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
             f"{folder}: {how} at step {step}; {speed:,.0f} tokens/s, {speed * flops / (peak * ranks):.0%} of {peak / 1e9:,.0f} GFLOP/s ({peak_from})"
         )
     if kind != "none":
-        dist.barrier()
         del model  # DDP's C++ half must let go of the process group first; the other way around can hang
         dist.destroy_process_group()
     if stop and step < end:
