@@ -54,9 +54,9 @@ def steps(segment: Path) -> list[int]:
 
 
 def last(segment: Path) -> str:
-    """The name of a segment's last checkpoint, for messages."""
+    """A segment's last checkpoint, as a sentence for messages."""
     there = steps(segment)
-    return str(path(segment, there[-1])) if there else "of which there is none yet"
+    return f"The last checkpoint is {path(segment, there[-1])}" if there else f"There is no checkpoint in {segment} yet"
 
 
 def state(model: torch.nn.Module, optimizer: torch.optim.AdamW | None = None) -> dict[str, Tensor]:
@@ -87,7 +87,7 @@ def check_space(folder: Path, need: int) -> None:
     while not folder.exists():
         folder = folder.parent
     if (free := shutil.disk_usage(folder).free) < 1.01 * need:
-        raise UserError(f"{folder}: a checkpoint takes {need / 1e9:.3g} GB and {free / 1e9:.3g} GB are free; make room or choose another --out")
+        raise UserError(f"{folder}: a checkpoint takes {need / 1e6:,.2f} MB and {free / 1e6:,.2f} MB are free; make room or choose another --out")
 
 
 def writers(tensors: dict[str, Tensor], ranks: int) -> dict[str, int]:

@@ -293,9 +293,10 @@ def check_batch(c: Config, ranks: int) -> list[str]:
     fewer = [n for n in range(ranks, 0, -1) if c.train.batch_tokens % (c.train.micro_batch * c.model.context * n) == 0]
     return [
         f"train.batch_tokens: got {c.train.batch_tokens}, expected a multiple of micro_batch {c.train.micro_batch} x context {c.model.context} "
-        f"x {ranks} ranks = {unit}; the nearest is {near}"
-        + (f"; or lower train.micro_batch to {fits[0]}, which changes nothing else" if fits else "")
-        + (f"; or run it on {fewer[0]} ranks" if fewer and ranks > 1 else "")
+        f"x {ranks} ranks = {unit}; "
+        + (f"lower train.micro_batch to {fits[0]}, which changes nothing else; or " if fits else "")
+        + (f"run it on {fewer[0]} ranks; or " if fewer and ranks > 1 else "")
+        + f"make it another run, of batches of the nearest, {near}"
     ]
 
 
@@ -331,7 +332,11 @@ class Parser(argparse.ArgumentParser):
         for k, (f, v) in flatten(Config()).items():
             choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
             shown = "none" if v is None else v if isinstance(v, str) else json.dumps(v)
-            group.add_argument(f"--{k}", metavar=type_name(f.type).split()[-1].upper(), help=f"{f.metadata['help']}{choices} [{shown}]")
+            group.add_argument(
+                f"--{k}",
+                metavar=type_name(f.type).removesuffix(" or none").split()[-1].upper().replace("FALSE", "BOOL"),
+                help=f"{f.metadata['help']}{choices} [{shown}]",
+            )
 
     def parse_config(self, argv: list[str] | None = None, default: str = "tiny") -> tuple[argparse.Namespace, Config]:
         """The script's own arguments and the config that they name, with its overrides."""

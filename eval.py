@@ -170,7 +170,9 @@ def main() -> None:
     if len(paths) == 1 and not (paths[0] / "meta.json").exists():
         run = finished(paths[0])
         if not run:
-            raise UserError(f"{paths[0]}: holds no finished version; train one: python train.py --mode ptfs --version 1 --out {paths[0]}")
+            raise UserError(
+                f"{paths[0]}: holds no finished version; train one: python train.py --mode ptfs --version 1 --out {paths[0]}; or name a checkpoint in it"
+            )
         known: dict[Path, Score] = {}
         for p in sorted({p for versions in run.values() for p in versions.values()}):
             known[p] = score(p, device, o.data)

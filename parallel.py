@@ -9,6 +9,8 @@ Nothing here makes a schedule or a batch: the same global batch goes through the
 
 import json
 import os
+import re
+import signal
 import sys
 import threading
 import time
@@ -64,11 +66,11 @@ def choose(wanted: str, ranks: int, parameters: int, device: torch.device) -> tu
     """
     state = 16 * parameters  # bytes
     if ranks == 1:
-        return ("fsdp" if wanted == "fsdp" else "none"), f"{state / 1e9:.3g} GB of weights, gradients and moments"
+        return ("fsdp" if wanted == "fsdp" else "none"), "one rank"
     if wanted != "auto":
         return wanted, "as asked"
     if device.type != "cuda":
-        return "ddp", f"{state / 1e9:.3g} GB of weights, gradients and moments a rank"
+        return "ddp", "on a CPU always"
     memory = torch.cuda.get_device_properties(device).total_memory
     kind = "ddp" if 3 * state <= memory else "fsdp"
     return kind, f"{state / 1e9:.3g} GB of weights, gradients and moments {'fit' if kind == 'ddp' else 'do not fit'} a third of {memory / 1e9:.3g} GB"
@@ -93,7 +95,9 @@ def join(device: torch.device, rank: int, ranks: int, timeout: float) -> None:
 
 
 def first_line(e: BaseException) -> str:
-    return (str(e).strip().splitlines() or [type(e).__name__])[0]
+    """What a library says, without where in its source it says so, and its advice."""
+    text = (str(e).strip().splitlines() or [type(e).__name__])[0]
+    return re.sub(r"^\[[^]]*\] ", "", text).split(". ")[0]
 
 
 @contextmanager
@@ -254,5 +258,32 @@ class Watchdog(threading.Thread):
         while not self.done.wait(min(1.0, self.seconds / 10)):
             if time.monotonic() - self.since > self.seconds:
                 print(f"train.py: error: {self.what}: rank {self.rank} has waited for {self.seconds:g} s (train.timeout): another rank, a device or "
-                      f"a disk hangs. The same command goes on from the last checkpoint, {self.last_good()}", file=sys.stderr, flush=True)  # fmt: skip
+                      f"a disk hangs. The same command goes on. {self.last_good()}", file=sys.stderr, flush=True)  # fmt: skip
                 os._exit(Lost.code)
+
+
+class SecondSignal(threading.Thread):
+    """Ends the process at the second SIGTERM or SIGINT, also while the main thread is inside a collective, where no handler runs.
+
+    One that comes within a second of the first is the same request: torchrun hands on what its ranks were sent already.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.read, self.write = os.pipe()
+        os.set_blocking(self.write, False)
+        signal.set_wakeup_fd(self.write, warn_on_full_buffer=False)  # a byte for each signal, as soon as it arrives
+
+    def run(self) -> None:
+        first = 0.0
+        while (number := os.read(self.read, 1)) != b"\0":
+            if first and time.monotonic() > first + 1:
+                os._exit(128 + number[0])
+            first = first or time.monotonic()
+
+    def stop(self) -> None:
+        signal.set_wakeup_fd(-1)
+        os.write(self.write, b"\0")
+        self.join()
+        os.close(self.read)
+        os.close(self.write)

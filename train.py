@@ -160,7 +160,7 @@ def main() -> None:
         required = forks or [segment.end]
 
         if o.dry_run:
-            dry_run(say, c, p, segment, segments, folder, required, ranks)
+            dry_run(say, c, p, segment, segments, folder, required, local_rank, ranks)
             return
 
         device = pick_device(c.train.device, local_rank)
@@ -216,11 +216,12 @@ def main() -> None:
                 checkpoint.tidy(folder)
                 for step in done:
                     checkpoint.pin(checkpoint.path(folder, step))
+        say(f"{folder}: from step {start} to {segment.end}, from {origin or 'random weights'}")
         train(c, p, segment, folder, required, tokens, origin, begin["parent"], start, device, kind, rank, ranks)
 
 
 def dry_run(say: Any, c: config.Config, p: schedule.Plan, segment: schedule.Segment, segments: list[schedule.Segment],
-            folder: Path, required: list[int], ranks: int) -> None:  # fmt: skip
+            folder: Path, required: list[int], local_rank: int, ranks: int) -> None:  # fmt: skip
     """What would be done: the segment, its LR at the milestones, sizes, the batch, the tokens needed and there."""
     m, t = c.model, c.train
     steps, flops = segment.end - segment.start, llama.flops_per_token(m)
@@ -229,12 +230,18 @@ def dry_run(say: Any, c: config.Config, p: schedule.Plan, segment: schedule.Segm
     )
     stones = {segment.start, p.warmup - 1, *(p.end(i + 1) - 1 for i in range(len(p.increments))), *required, segment.end - 1}
     say("LR           " + "\n             ".join(f"update {s:>9,}: {segment.lr(s):.6g}" for s in sorted(stones) if segment.start <= s < segment.end))
-    say(f"saves        {', '.join(f'{s:,}' for s in required)}, in {folder}")
+    often = f" (and the last {t.keep} of every {t.checkpoint_every:,} steps)" * (t.checkpoint_every > 0)
+    say(f"saves        {', '.join(f'{s:,}' for s in required)}{often}, in {folder}")
     say(f"parameters   {llama.parameters(m):,}")
     say(f"FLOPs        {flops / 1e9:,.4g} GFLOP a token, {flops * steps * t.batch_tokens:.4g} in all")
+    kind, why = parallel.choose(t.parallel, ranks, llama.parameters(m), pick_device(t.device, local_rank))
     state = 16 * llama.parameters(m) / 1e9  # float32 weights, gradients, two moments
-    parts = f"; fsdp {state / (t.shard_ranks or ranks):.3g} GB, and {state * 6 / 16:.3g} GB while a step computes in bfloat16" if ranks > 1 else ""
-    say(f"memory       {state:.3g} GB of weights, gradients and moments{' a rank with ddp' if ranks > 1 else ''}{parts}")
+    held = (
+        f"{state / (t.shard_ranks or ranks):.3g} GB a rank, and all weights and gradients while a step computes"
+        if kind == "fsdp"
+        else f"{state:.3g} GB a rank"
+    )
+    say(f"parallel     {kind} ({why}): weights, gradients and moments take {held}")
     accumulate = t.batch_tokens // (t.micro_batch * m.context * ranks)
     say(
         f"batch        {t.batch_tokens:,} tokens = micro-batch {t.micro_batch} x context {m.context} x accumulation {accumulate} x {ranks} rank{'s' * (ranks > 1)}"
@@ -250,6 +257,17 @@ def dry_run(say: Any, c: config.Config, p: schedule.Plan, segment: schedule.Segm
         say(f"data         {tokens.folder / name}.bin: {need:,} tokens needed, {have:,} there")
     if tokens.meta["vocab_size"] != m.vocab_size:
         say(f"             its vocabulary is {tokens.meta['vocab_size']:,}, model.vocab_size {m.vocab_size:,}: train.py would refuse")
+    if step := lineage.resume_step(folder, required):
+        say(f"goes on      from {checkpoint.path(folder, step)}")
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """The records of a segment's log; a line that a kill or a full disk cut short is none."""
+    records = []
+    for line in (folder / "log.jsonl").read_text(errors="replace").splitlines():
+        with suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return [r for r in records if isinstance(r, dict)]
 
 
 def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder: Path, required: list[int], tokens: reader.Tokens,
@@ -334,14 +352,14 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
             saver.wait() if wait else saver.check()
         except (UserError, OSError) as e:
             problem = str(e) if isinstance(e, UserError) else f"{e.filename or folder}: {e.strerror or e}"
-            message = f"step {step}: a checkpoint could not be saved: {problem}. The last one is {checkpoint.last(folder)}"
+            message = f"step {step}: a checkpoint could not be saved: {problem}. {checkpoint.last(folder)}"
             if t.on_save_error == "stop":
                 raise UserError(message) from None
             if rank == 0:
                 print(f"train.py: error: {message}; training goes on (train.on_save_error)", file=sys.stderr, flush=True)
 
     def last_good() -> str:
-        """The last checkpoint, once the save in progress is over."""
+        """The last checkpoint in words, once the save in progress is over."""
         with suppress(Exception):
             saver.wait()
         return checkpoint.last(folder)
@@ -371,18 +389,10 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
 
     # -- Signals: the first asks for a save, the second ends at once
     asked: list[int] = []
-    first_asked = 0.0
-
-    def on_signal(number: int, frame: Any) -> None:
-        nonlocal first_asked
-        if not asked:
-            first_asked = time.monotonic()
-            asked.append(number)
-        elif time.monotonic() - first_asked > 1:  # sooner, it is the same request: torchrun hands on what its ranks were sent already
-            os._exit(128 + number)
-
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
+        signal.signal(number, lambda number, frame: asked.append(number))
+    second = parallel.SecondSignal()
+    second.start()
 
     # -- The host never waits for the device but in `settle`: it would leave it without work. So a step whose loss or gradient
     # is not finite is noticed there; the device itself has skipped that update and, by `bad`, every one after it
@@ -396,8 +406,8 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
         nonlocal seconds
         if (wrong := int(bad.item())) < none:
             loss, norm = bad_numbers.tolist()
-            raise UserError(f"step {wrong}: loss {loss}, gradient norm {norm}: stopped before the update. {batch_of(wrong)}; "
-                            f"lower plan.max_lr or look at that text. The last checkpoint is {last_good()}")  # fmt: skip
+            raise UserError(f"step {wrong}: loss {loss:.6g}, gradient norm {norm:.6g}: stopped before the update. {batch_of(wrong)}; "
+                            f"lower plan.max_lr or look at that text. {last_good()}")  # fmt: skip
         loss, norm = numbers.tolist()
         seconds += time.perf_counter() - mark
         return loss, norm
@@ -407,7 +417,8 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
         return f"It is batch {k} of increment v{increment + 1}"
 
     # -- The loop: evaluate, save, stop, one optimizer step, log
-    recent: deque[float] = deque(maxlen=20)  # losses logged, for train.spike
+    before = [r["loss"] for r in logged(folder) if "loss" in r and r["step"] < start] if t.spike is not None and rank == 0 else []
+    recent: deque[float] = deque(parallel.told(before[-20:], rank, ranks), maxlen=20)  # losses logged, for train.spike
     watchdog = parallel.Watchdog(t.timeout, rank, lambda: checkpoint.last(folder))
     watchdog.start()
     gc.disable()  # a collection in the middle of a step would hold up the device; graphs are freed without one
@@ -431,9 +442,7 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
                 if due or (stop and step > start):
                     finite = torch.stack([parallel.local(w).isfinite().all() for w in net.parameters()]).all().float()
                     if mean_over_ranks(finite) < 1:  # a finite gradient, and a step too large
-                        raise UserError(
-                            f"step {step}: weights that are not finite; not saved. Lower plan.max_lr. The last checkpoint is {last_good()}"
-                        )
+                        raise UserError(f"step {step}: weights that are not finite; not saved. Lower plan.max_lr. {last_good()}")
                     watchdog.beat(f"save at step {step}")
                     save(step)
                 mark = time.perf_counter()
@@ -470,13 +479,14 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
                 total_seconds, seconds, since = total_seconds + seconds, 0.0, step + 1
                 if t.spike is not None and len(recent) >= 5 and loss_value > (usual := statistics.median(recent)) + t.spike:
                     raise UserError(f"step {step}: loss {loss_value:.4g}, more than train.spike = {t.spike:g} above {usual:.4g}, the median of those before. "
-                                    f"{batch_of(step)}. Nothing was saved since; the last checkpoint is {last_good()}")  # fmt: skip
+                                    f"{batch_of(step)}. {last_good()}")  # fmt: skip
                 recent.append(loss_value)
         settle_save(wait=True)
     except UserError:
         last_good()  # a save in progress is of an earlier step, and good
         raise
     finally:
+        second.stop()
         gc.unfreeze()
         gc.enable()
         watchdog.done.set()

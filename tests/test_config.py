@@ -84,7 +84,7 @@ def test_the_batch_is_whole_micro_batches():
     c = config.load("tiny")
     assert config.check_batch(c, 1) == []
     (line,) = config.check_batch(c, 3)
-    assert "got 4096" in line and "x 3 ranks = 3072; the nearest is 3072" in line
+    assert "got 4096" in line and "x 3 ranks = 3072; run it on 2 ranks; or make it another run, of batches of the nearest, 3072" in line
 
 
 def test_help_names_every_key_with_its_default(capsys):

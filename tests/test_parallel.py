@@ -300,7 +300,7 @@ def refuse(work):
             train.reader.read_meta = lambda folder: original(Path(work) / "nowhere")
 
     assert "nowhere: no prepared data" in tried(argv, 2, blind)
-    assert "or run it on 2 ranks" in tried(argv, 3)
+    assert "run it on 2 ranks; or" in tried(argv, 3)
     assert "train.parallel: got none on 2 ranks" in tried([*argv, "--train.parallel", "none"], 2)
     assert "expected a divisor of the 4 ranks; the nearest below is 2" in tried(
         [*argv, "--train.micro_batch", "1", "--train.parallel", "fsdp", "--train.shard_ranks", "3"], 4
@@ -315,6 +315,28 @@ def refuse(work):
 
 def test_ranks_that_do_not_fit_together_refuse_to_start(tmp_path):
     in_clean_process(refuse, str(tmp_path))
+
+
+def be_impatient(work):
+    """The second SIGTERM ends a rank that waits inside a collective for one that hangs."""
+    bench, out = soak.Bench(Path(work)), Path(work) / "run"
+    run = soak.Run(bench.argv(out, "ptfs", 2, []), 2, log=Path(work) / "log")
+    log = out / "ptfs-cosine/v2/log.jsonl"
+    while not log.exists() or ("loss", 3) not in soak.logged(log.parent):
+        time.sleep(0.005)
+    run.kill(1, signal.SIGSTOP)
+    time.sleep(0.2)
+    run.kill(0, signal.SIGTERM)
+    time.sleep(0.2)
+    run.kill(0, signal.SIGTERM)  # within a second: the same request
+    time.sleep(1.2)
+    assert not run.poll() and run.codes == [None, None]
+    run.kill(0, signal.SIGTERM)
+    assert run.wait(seconds=5, grace=0.1)[0] == 143
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    in_clean_process(be_impatient, str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -341,7 +341,7 @@ def snapshot(folder):
         (["--plan.max_lr", "0"], ["plan.max_lr: got 0.0"]),
         (["--plan.min_lr", "1"], ["plan.min_lr: got 1.0"]),
         (["--plan.warmup", "10"], ["plan.warmup: got 10"]),
-        (["--train.batch_tokens", "300"], ["train.batch_tokens: got 300", "the nearest is 256"]),
+        (["--train.batch_tokens", "300"], ["train.batch_tokens: got 300", "of the nearest, 256"]),
         (["--model.n_head", "5"], ["model.n_head: got 5"]),
         (["--plan.alpah", "0.5"], ["unknown argument --plan.alpah; did you mean plan.alpha?"]),
         (["--plan.steps", "many"], ["plan.steps: got 'many', expected a whole number"]),
