@@ -4,8 +4,8 @@
 
 The files are those of torch.distributed.checkpoint with its safetensors storage: one a rank, each with its part of the
 tensors (whole ones under DDP, rows under FSDP2), and any number of ranks loads what any other number wrote. A save is
-complete or not there: all is written into a hidden folder, the metadata last, everything fsynced, and then renamed. A
-deletion takes the metadata first. Training waits only while tensors are copied to host memory; a thread does the rest.
+complete or not there: all is written into a hidden folder, the metadata last, everything fsynced, and then renamed; a
+deletion renames first. Training waits only while tensors are copied to host memory; a thread does the rest.
 """
 
 import contextlib
@@ -13,9 +13,10 @@ import json
 import os
 import re
 import shutil
+import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -33,6 +34,7 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 import disk
+import parallel
 from config import UserError
 
 STEP = re.compile(r"step-(\d{6,})")
@@ -121,12 +123,12 @@ class Writer(dcp.HuggingFaceStorageWriter):
 class Saver:
     """Writes a segment's checkpoints in the background, one after another.
 
-    All ranks call `save` at the same step. `check` and `wait` raise what went wrong with the last one, on every rank.
+    All ranks call `save` at the same step. `wait` raises what went wrong with the last one, on every rank.
     """
 
-    def __init__(self, segment: Path, shards: int = 0, keep: int = 0, timeout: float = 1800.0) -> None:
-        """shards: ranks that hold one copy of the weights together under FSDP2 (the first so many write it). keep: as in `prune`, 0: all."""
-        self.segment, self.shards, self.keep = segment, shards, keep
+    def __init__(self, segment: Path, shards: int = 0, keep: int = 0, required: Sequence[int] = (), timeout: float = 1800.0) -> None:
+        """shards: ranks that hold one copy of the weights together under FSDP2 (the first so many write it). keep, required: as in `prune`; 0: all."""
+        self.segment, self.shards, self.keep, self.required = segment, shards, keep, required
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         # of its own, so that its messages never mix with those of training
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if dist.is_initialized() else None
@@ -164,25 +166,33 @@ class Saver:
     def _run(self, step: int, record: dict[str, Any], need: int) -> None:
         final = path(self.segment, step)
         partial = self.segment / f".{final.name}.partial"
+        there = torch.tensor(False)
+
+        def look() -> None:
+            there.fill_((final / "meta.json").exists())
+
         try:
-            there = torch.tensor((final / "meta.json").exists())
+            self._all(look if self.rank == 0 else None)
             if self.group:
                 dist.broadcast(there, 0, group=self.group)
             if not there:
                 self._write(partial, final, step, record, need)
-                if self.rank == 0 and self.keep:
-                    prune(self.segment, self.keep, step)
         except Exception as e:
             self.error = e
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
+            return
+        if self.rank == 0 and self.keep:
+            try:
+                prune(self.segment, self.keep, step, self.required)
+            except OSError as e:  # the new one is whole
+                print(f"{e.filename}: an old checkpoint could not be deleted: {e.strerror}", file=sys.stderr, flush=True)
 
     def _write(self, partial: Path, final: Path, step: int, record: dict[str, Any], need: int) -> None:
         """Shards, fsync, checksums, metadata, rename: each only when the one before has succeeded on all ranks."""
 
         def begin() -> None:
-            for rest in (partial, final):  # of a save or a deletion that was cut short: without meta.json it is no checkpoint
-                shutil.rmtree(rest, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)  # what a save that was cut short left
             check_space(self.segment, need)
             partial.mkdir()
 
@@ -235,15 +245,15 @@ class Saver:
         if self.group:
             first = torch.tensor(self.rank if error else self.ranks)
             dist.all_reduce(first, dist.ReduceOp.MIN, group=self.group)
-            if first < self.ranks and not error:
-                error = OSError(0, f"rank {int(first)} could not save", str(self.segment))
+            if first < self.ranks:
+                said = parallel.told(parallel.words(error) if error else "", self.ranks, int(first), self.group)
+                error = UserError(f"rank {int(first)}: {said}" if self.ranks > 1 else said)
         if error:
             raise error
 
-    def check(self) -> None:
-        """Raise what went wrong with the last save, if it is over."""
-        if self.thread and not self.thread.is_alive():
-            self.wait()
+    def busy(self) -> bool:
+        """Is a save in progress?"""
+        return self.thread is not None and self.thread.is_alive()
 
     def wait(self) -> None:
         """Wait for the save in progress; raise what went wrong with it."""
@@ -272,7 +282,7 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     file = checkpoint / "meta.json"
     try:
         meta = disk.read_json(file, UNHASHED)
-        if meta["format"] != 1:
+        if meta["format"] != 1 or type(meta["format"]) is not int:
             raise UserError(f"{file}: format {meta['format']!r:.20}, expected 1: another version of this program made it; use that one")
         for key, kind in KINDS.items():
             if type(meta[key]) is not kind:
@@ -282,8 +292,8 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
         for name, f in meta["files"].items():
             if not re.fullmatch(r"[\w.-]+\.safetensors", name) or type(f["bytes"]) is not int or not re.fullmatch("[0-9a-f]{64}", f["sha256"]):
                 raise ValueError(f"files: got {name!r:.40}: {f!r:.40}")
-        if not meta["files"]:
-            raise ValueError("files: none")
+        if not meta["files"] or not 0 < meta["version"] < 10_000:
+            raise ValueError(f"{len(meta['files'])} files, version {meta['version']}")
         return meta
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{checkpoint}: is no checkpoint (no meta.json); expected a folder such as out/demo/main/step-000100") from None
@@ -385,23 +395,27 @@ def pin(checkpoint: Path) -> None:
         disk.write_json(checkpoint / "meta.json", {**meta, "pinned": True}, UNHASHED)
 
 
-def prune(segment: Path, keep: int, step: int) -> None:
-    """Of the checkpoints up to `step` that are not pinned delete all but the last `keep`, each one's metadata first.
+def prune(segment: Path, keep: int, step: int, required: Sequence[int] = ()) -> None:
+    """Of the checkpoints up to `step` that are not pinned delete all but the last `keep`, and the ones from which a
+    `required` one that could not be saved will be made.
 
     Later ones, left by a pass that went further, and damaged ones, which the user may want to see, stay.
     """
+    there = steps(segment)
+    needed = {max((s for s in there if s < r), default=0) for r in required if r <= step and r not in there}
     loose = []
-    for s in steps(segment):
+    for s in there:
         with contextlib.suppress(UserError):
             if s <= step and not read_meta(path(segment, s))["pinned"]:
                 loose.append(s)
-    for s in loose[:-keep]:
-        (path(segment, s) / "meta.json").unlink()
-        disk.sync(path(segment, s))
-        shutil.rmtree(path(segment, s))
+    for s in set(loose[:-keep]) - needed:
+        gone = segment / f".{path(segment, s).name}.partial"  # from here on it is none, and what is left of it is removed with the rest
+        os.rename(path(segment, s), gone)
+        disk.sync(segment)
+        shutil.rmtree(gone)
 
 
 def tidy(segment: Path) -> None:
-    """Remove what a save that was killed left behind."""
+    """Remove what a save or a deletion that was killed left behind."""
     for partial in segment.glob(".step-*.partial"):
         shutil.rmtree(partial, ignore_errors=True)

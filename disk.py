@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from config import UserError
 
@@ -38,6 +38,18 @@ def write(file: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync(file.parent)
+
+
+def append(file: Path) -> BinaryIO:
+    """Open a log to add lines to, made if need be. UserError if it is a link or no file; a line that was cut short is ended."""
+    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise UserError(f"{file}: is no file; move it away")
+    f = os.fdopen(fd, "ab+", buffering=0)
+    if f.seek(0, os.SEEK_END) and f.seek(-1, os.SEEK_END) >= 0 and f.read(1) != b"\n":
+        f.write(b"\n")
+    return f
 
 
 def write_json(file: Path, content: dict[str, Any], unhashed: tuple[str, ...] = ()) -> dict[str, Any]:

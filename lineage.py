@@ -65,19 +65,19 @@ def fingerprint(s: schedule.Segment, ends: list[int], step: int) -> dict[str, An
 def check_lineage(where: Path, meta: dict[str, Any], c: config.Config, s: schedule.Segment, tokens: reader.Tokens) -> None:
     """Is a checkpoint of segment `s` what this config would have made? UserError names the keys or files that say no."""
     if meta["segment"] != s.name:
-        raise UserError(f"{where}: is a checkpoint of {meta['segment']}, expected one of {s.name}; move it back")
+        raise UserError(f"{where}: is a checkpoint of {meta['segment'][:60]!r}, expected one of {s.name!r}; move it back")
     now = config.flatten(c)
     different = [k for k, (f, v) in now.items() if not f.metadata["free"] and not k.startswith("plan.") and meta["config"].get(k) != v]
     if meta["path"] != fingerprint(s, tokens.ends, meta["step"]):
         plan_keys = [k for k, (_, v) in now.items() if k.startswith("plan.") and meta["config"].get(k) != v]
         different += plan_keys or ["plan"]
     if different:
-        was = ", ".join(f"{k}: {meta['config'].get(k)} there, {now[k][1] if k in now else '?'} here" for k in different)
+        was = ", ".join(f"{k}: {ascii(meta['config'].get(k))[:60]} there, {ascii(now[k][1]) if k in now else '?'} here" for k in different)
         raise UserError(f"{where}: was made with another config ({was}); go back to it, or choose another --out")
     identity = tokens.identity(meta["step"])
-    if meta["data"]["tokenizer"] != identity["tokenizer"]:
+    if meta["data"].get("tokenizer") != identity["tokenizer"]:
         raise UserError(f"{where}: was trained with another tokenizer than data.path {tokens.folder}; choose the data it was trained on")
-    if meta["data"]["increments"] != identity["increments"]:
+    if meta["data"].get("increments") != identity["increments"]:
         raise UserError(f"{where}: was trained on other increments than those of data.path {tokens.folder}; choose the data it was trained on")
 
 
@@ -88,6 +88,9 @@ def begin(c: config.Config, run: Path, segments: list[schedule.Segment], segment
     The step, which of `required` are there, the checkpoint, and what to record of the parent. `maker`: the command that makes a missing parent.
     """
     folder = run / segment.name
+    for f in sorted(folder.glob("step-*")):
+        if checkpoint.STEP.fullmatch(f.name) and (f.is_symlink() or not (f / "meta.json").is_file()):
+            raise UserError(f"{f}: is no checkpoint (a folder of files and meta.json), and in the way of one; restore it or move it away")
     done = [r for r in required if r in checkpoint.steps(folder)]
     for step in checkpoint.steps(folder):  # all of them, so that one folder never holds two runs
         if step <= segment.end:

@@ -94,6 +94,11 @@ def join(device: torch.device, rank: int, ranks: int, timeout: float) -> None:
         raise Lost(f"rank {rank} could not meet the other {ranks - 1}: {first_line(e)}; MASTER_ADDR and MASTER_PORT must be rank 0's") from None
 
 
+def words(e: BaseException) -> str:
+    """What to tell the user of an error of the disk or of our own."""
+    return f"{e.filename or 'disk'}: {e.strerror or e}" if isinstance(e, OSError) else first_line(e)
+
+
 def first_line(e: BaseException) -> str:
     """What a library says, without where in its source it says so, and its advice."""
     text = (str(e).strip().splitlines() or [type(e).__name__])[0]
@@ -130,21 +135,21 @@ def together(rank: int, ranks: int) -> Iterator[None]:
         raise error
 
 
-def told(value: Any, rank: int, ranks: int) -> Any:
-    """Rank 0's value, which JSON can hold, on all ranks."""
+def told(value: Any, ranks: int, source: int = 0, group: dist.ProcessGroup | None = None) -> Any:
+    """The value that one rank has, which JSON can hold, on all ranks."""
     if ranks == 1:
         return value
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     size = torch.tensor(len(text))
-    dist.broadcast(size, 0)
-    first = text if rank == 0 else torch.empty(int(size), dtype=torch.uint8)
-    dist.broadcast(first, 0)
-    return json.loads(bytes(first.tolist()))
+    dist.broadcast(size, source, group=group)
+    text = text if dist.get_rank() == source else torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(text, source, group=group)
+    return json.loads(bytes(text.tolist()))
 
 
 def check_same(values: dict[str, Any], rank: int, ranks: int, remedy: str) -> None:
     """UserError unless all ranks hold the same values; names the first rank that differs, and the keys."""
-    theirs, here = told(values, rank, ranks), json.loads(json.dumps(values))
+    theirs, here = told(values, ranks), json.loads(json.dumps(values))
     with together(rank, ranks):
         if different := [f"{k}: {here.get(k)} here, {theirs.get(k)} there" for k in {**theirs, **here} if here.get(k) != theirs.get(k)]:
             raise UserError(f"rank {rank} differs from rank 0 ({', '.join(different)}); {remedy}")
@@ -252,11 +257,14 @@ class Watchdog(threading.Thread):
         self.beat("the start")
 
     def beat(self, what: str) -> None:
-        self.what, self.since = what, time.monotonic()
+        self.what, self.waited = what, 0.0
 
     def run(self) -> None:
-        while not self.done.wait(min(1.0, self.seconds / 10)):
-            if time.monotonic() - self.since > self.seconds:
+        often, last = min(1.0, self.seconds / 10), time.monotonic()
+        while not self.done.wait(often):
+            last, passed = time.monotonic(), time.monotonic() - last
+            self.waited += min(passed, 2 * often)  # a process that was stopped itself (Ctrl-Z) has not waited
+            if self.waited > self.seconds:
                 print(f"train.py: error: {self.what}: rank {self.rank} has waited for {self.seconds:g} s (train.timeout): another rank, a device or "
                       f"a disk hangs. The same command goes on. {self.last_good()}", file=sys.stderr, flush=True)  # fmt: skip
                 os._exit(Lost.code)

@@ -27,7 +27,7 @@ import time
 from collections import deque
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -168,13 +168,18 @@ def main() -> None:
 
     # The ranks meet, and from here on what stops one stops all
     with config.user_errors("train.py", at_once=ranks > 1), parallel.company(rank, ranks), ExitStack() as held:
+        watchdog = parallel.Watchdog(c.train.timeout, rank, lambda: checkpoint.last(folder))
+        watchdog.start()
+        held.callback(watchdog.done.set)
         if kind != "none":
             say(f"{ranks} rank{'s' * (ranks > 1)}, {kind}: {why}")
+            watchdog.beat("meeting the other ranks")
             parallel.join(device, rank, ranks, c.train.timeout)
         asked = {"mode": o.mode, "version": version, "torch": torch.__version__, "ranks": ranks, **config.values(c)}
         parallel.check_same(asked, rank, ranks, "start all with the same command, files and packages")
 
         # Data: enough of it, whole, and of this vocabulary
+        watchdog.beat("checking data and checkpoints")
         with parallel.together(rank, ranks):
             if rank == 0:
                 data.ship(c.data.path)
@@ -193,13 +198,14 @@ def main() -> None:
         with parallel.together(rank, ranks):
             maker = command(mode="main", version=segment.version) if mode == "branch" else command(mode="cpt", version=segment.version - 1)
             begin = lineage.begin(c, run, segments, segment, required, tokens, maker) if rank == 0 else {}
-        begin = parallel.told(begin, rank, ranks)
+        begin = parallel.told(begin, ranks)
         start, done, origin = begin["start"], begin["done"], Path(begin["origin"]) if begin["origin"] else None
         if done == required:
             for r in required if rank == 0 else []:
                 checkpoint.pin(checkpoint.path(folder, r))
             say(f"{folder}: finished at step {segment.end}; nothing to do")
             return
+        log_file: BinaryIO | None = None
         with parallel.together(rank, ranks):
             if rank == 0:
                 reader.check_files(tokens.folder, [name for name, _, _ in tokens.needs(start, segment.end)] + ["val"], c.data.verify)
@@ -211,13 +217,16 @@ def main() -> None:
                 checkpoint.check_space(folder, checkpoint.BYTES * llama.parameters(c.model))
                 # From here on the disk and the device are used
                 held.enter_context(disk.lock(folder / ".lock", f"{folder}: another process is training here; wait for it or choose another --out"))
+                if begin != lineage.begin(c, run, segments, segment, required, tokens, maker):
+                    raise UserError(f"{folder}: another process has just trained here; call this again")
+                log_file = held.enter_context(disk.append(folder / "log.jsonl"))
                 if not (run / "config.toml").exists():
                     disk.write(run / "config.toml", config.to_toml(c))
                 checkpoint.tidy(folder)
                 for step in done:
                     checkpoint.pin(checkpoint.path(folder, step))
         say(f"{folder}: from step {start} to {segment.end}, from {origin or 'random weights'}")
-        train(c, p, segment, folder, required, tokens, origin, begin["parent"], start, device, kind, rank, ranks)
+        train(c, p, segment, folder, required, tokens, origin, begin["parent"], start, log_file, watchdog, device, kind, rank, ranks)
 
 
 def dry_run(say: Any, c: config.Config, p: schedule.Plan, segment: schedule.Segment, segments: list[schedule.Segment],
@@ -271,13 +280,15 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 
 
 def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder: Path, required: list[int], tokens: reader.Tokens,
-          origin: Path | None, parent_record: dict | None, start: int, device: torch.device, kind: str, rank: int, ranks: int) -> None:  # fmt: skip
+          origin: Path | None, parent_record: dict | None, start: int, log_file: BinaryIO | None, watchdog: parallel.Watchdog,
+          device: torch.device, kind: str, rank: int, ranks: int) -> None:  # fmt: skip
     """Updates `start` .. `segment.end - 1`. A checkpoint named `step` holds the state after exactly `step` updates."""
     t, T, end = c.train, c.model.context, segment.end
     bf16 = t.dtype == "bfloat16" or (t.dtype == "auto" and device.type == "cuda")
     dtype = torch.bfloat16 if bf16 else torch.float32
     torch.set_float32_matmul_precision("high" if bf16 else "highest")  # where bf16 is wanted, fp32 products may be TF32
     steady_malloc(device)
+    watchdog.beat("making and loading the model")
 
     # -- Model and optimizer: fp32 weights, activations in `dtype`, decay on matrices only. The initial weights are drawn on the CPU, the same everywhere.
     torch.manual_seed(t.seed)
@@ -300,7 +311,10 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
     if kind == "ddp":
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     shards = (t.shard_ranks or ranks) if kind == "fsdp" else 1
-    saver = checkpoint.Saver(folder, shards, t.keep, t.timeout)
+    saver = checkpoint.Saver(folder, shards, t.keep, required, t.timeout)
+
+    asked: list[int] = []  # signals
+    trouble: list[str] = []  # of this rank, for which all are to stop
 
     # -- Batch: B rows = accumulation x ranks x micro-batch. 1 and 8 GPUs see the same rows in the same step.
     accumulation = t.batch_tokens // (t.micro_batch * T * ranks)
@@ -315,12 +329,17 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
             dist.all_reduce(values)
         return values / ranks
 
-    def heed() -> int:
-        """The signal that was sent to any of the ranks, 0: none. All ranks ask at the same point, and get the same answer."""
-        sent = torch.tensor(asked[0] if asked else 0)
+    def heed() -> tuple[int, bool]:
+        """(the signal that was sent to any of the ranks, 0: none; is the last save over on all of them?), the same on all ranks.
+
+        UserError on all of them if one is in trouble.
+        """
+        news = torch.tensor([asked[0] if asked else 0, saver.busy(), bool(trouble)], dtype=torch.int64)
         if ranks > 1:
-            dist.all_reduce(sent, dist.ReduceOp.MAX)
-        return int(sent)
+            dist.all_reduce(news, dist.ReduceOp.MAX)
+        if news[2]:
+            raise UserError(f"{trouble[0]}. {last_good()}" if trouble else "")
+        return int(news[0]), not news[1]
 
     def validate() -> float:
         """Loss in nats over the first `eval_tokens` of the validation set, each rank a share of them; nan if a signal cut it short."""
@@ -343,20 +362,22 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
                   "parent": parent_record, "tokens": step * t.batch_tokens, "pinned": step in required, "config": values,
                   "config_sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest(),
                   "data": tokens.identity(step), "versions": versions}  # fmt: skip
-        settle_save(wait=True)
+        settle_save()
         saver.save(step, checkpoint.state(net, optimizer), record)
 
-    def settle_save(wait: bool = False) -> None:
+    def settle_save() -> None:
         """What became of the last save. One that failed stops the training, or is only told if train.on_save_error says so."""
         try:
-            saver.wait() if wait else saver.check()
-        except (UserError, OSError) as e:
-            problem = str(e) if isinstance(e, UserError) else f"{e.filename or folder}: {e.strerror or e}"
-            message = f"step {step}: a checkpoint could not be saved: {problem}. {checkpoint.last(folder)}"
-            if t.on_save_error == "stop":
-                raise UserError(message) from None
-            if rank == 0:
-                print(f"train.py: error: {message}; training goes on (train.on_save_error)", file=sys.stderr, flush=True)
+            saver.wait()
+        except (UserError, OSError) as e:  # the same on all ranks
+            fails(f"step {step}: a checkpoint could not be saved: {parallel.words(e)}. {checkpoint.last(folder)}")
+
+    def fails(message: str) -> None:
+        """Say on rank 0 what the disk refused, and stop or go on."""
+        if t.on_save_error == "stop":
+            raise UserError(message if rank == 0 else "")
+        if rank == 0:
+            print(f"train.py: error: {message}; training goes on (train.on_save_error)", file=sys.stderr, flush=True)
 
     def last_good() -> str:
         """The last checkpoint in words, once the save in progress is over."""
@@ -368,14 +389,14 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     flops = llama.flops_per_token(c.model)
     peak, peak_from = peak_flops(device, dtype)
-    log_file = open(folder / "log.jsonl", "ab+", opener=lambda file, flags: os.open(file, flags | os.O_NOFOLLOW, 0o666)) if rank == 0 else None
-    if log_file and log_file.tell() and log_file.seek(-1, os.SEEK_END) and log_file.read() != b"\n":
-        log_file.write(b"\n")  # a line that a full disk cut short
 
     def log(record: dict[str, Any]) -> None:
         if log_file:
-            log_file.write(json.dumps(record).encode() + b"\n")
-            log_file.flush()
+            try:
+                log_file.write(json.dumps(record).encode() + b"\n")
+            except OSError as e:
+                message = f"{folder / 'log.jsonl'}: {e.strerror}"
+                trouble.append(message) if t.on_save_error == "stop" else fails(message)  # all ranks hear of trouble when they heed
             if not bar.disable:
                 bar.set_postfix({k: f"{v:.4g}" for k, v in record.items() if k in ("loss", "val_loss", "lr", "tokens_per_second")}, refresh=False)
             elif "config" not in record:
@@ -388,7 +409,6 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
          "parallel": kind, "kernels": use, "compiled": compiled, "peak_flops": peak, "peak_from": peak_from, "time": time.strftime("%Y-%m-%dT%H:%M:%S")})  # fmt: skip
 
     # -- Signals: the first asks for a save, the second ends at once
-    asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: asked.append(number))
     second = parallel.SecondSignal()
@@ -418,9 +438,7 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
 
     # -- The loop: evaluate, save, stop, one optimizer step, log
     before = [r["loss"] for r in logged(folder) if "loss" in r and r["step"] < start] if t.spike is not None and rank == 0 else []
-    recent: deque[float] = deque(parallel.told(before[-20:], rank, ranks), maxlen=20)  # losses logged, for train.spike
-    watchdog = parallel.Watchdog(t.timeout, rank, lambda: checkpoint.last(folder))
-    watchdog.start()
+    recent: deque[float] = deque(parallel.told(before[-20:], ranks), maxlen=20)  # losses logged, for train.spike
     gc.disable()  # a collection in the middle of a step would hold up the device; graphs are freed without one
     gc.freeze()  # and where there is one, it need not look at what stays
     step = start
@@ -428,8 +446,9 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
         for step in range(start, end + 1):
             watchdog.beat(f"step {step}")
             last = step == end
-            stop = heed()
-            settle_save()
+            stop, saved = heed()
+            if saved:
+                settle_save()
             evaluate = last or (t.eval_every and step % t.eval_every == 0 and step > segment.start)
             due = step in required or (step > start and (last or (t.checkpoint_every and step % t.checkpoint_every == 0)))
             if evaluate or due or stop:
@@ -438,7 +457,7 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
                 parallel.check_replicas(net, shards, rank, ranks, step)
                 if evaluate and not math.isnan(val_loss := validate()):
                     log({"step": step, "tokens": step * t.batch_tokens, "val_loss": val_loss})
-                stop = heed()
+                stop, _ = heed()
                 if due or (stop and step > start):
                     finite = torch.stack([parallel.local(w).isfinite().all() for w in net.parameters()]).all().float()
                     if mean_over_ranks(finite) < 1:  # a finite gradient, and a step too large
@@ -481,7 +500,8 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
                     raise UserError(f"step {step}: loss {loss_value:.4g}, more than train.spike = {t.spike:g} above {usual:.4g}, the median of those before. "
                                     f"{batch_of(step)}. {last_good()}")  # fmt: skip
                 recent.append(loss_value)
-        settle_save(wait=True)
+        watchdog.beat(f"save at step {step}")
+        settle_save()
     except UserError:
         last_good()  # a save in progress is of an earlier step, and good
         raise
@@ -489,7 +509,6 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
         second.stop()
         gc.unfreeze()
         gc.enable()
-        watchdog.done.set()
         bar.close()
 
     with parallel.together(rank, ranks):

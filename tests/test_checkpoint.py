@@ -66,6 +66,22 @@ def test_prune_leaves_later_and_damaged_ones_alone(tmp_path):
     assert checkpoint.steps(tmp_path) == [2, 4, 5, 6, 7]
 
 
+def test_prune_keeps_what_a_missing_fork_point_will_be_made_from(tmp_path):
+    for step in (3, 6, 9, 15):
+        save(tmp_path, step)
+    checkpoint.prune(tmp_path, 1, 15, required=[5, 11, 15, 20])  # 5 and 11 could not be saved
+    assert checkpoint.steps(tmp_path) == [3, 9, 15]
+
+
+def test_a_prune_that_fails_is_no_failed_save(tmp_path, monkeypatch, capsys):
+    save(tmp_path, 1)
+    saver = checkpoint.Saver(tmp_path, keep=1)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda p, **kw: None if kw else (_ for _ in ()).throw(OSError(5, "Input/output error", str(p))))
+    saver.save(2, tensors(), RECORD)
+    saver.wait()
+    assert checkpoint.steps(tmp_path) == [2] and "an old checkpoint could not be deleted: Input/output error" in capsys.readouterr().err
+
+
 def test_tidy_removes_what_a_killed_save_left(tmp_path):
     save(tmp_path, 1)
     (tmp_path / ".step-000002.partial").mkdir()
@@ -258,7 +274,9 @@ META = [
     ({"pinned": None}, "pinned: got None"),
     ({"path": []}, "path: got []"),
     ({"config": "x" * 10_000}, "config: got 'xxx"),
-    ({"files": {}}, "files: none"),
+    ({"files": {}}, "0 files, version 1"),
+    ({"version": -1}, "1 files, version -1"),
+    ({"format": True}, "format True, expected 1"),
     ({"files": {"../../../etc/passwd.safetensors": {"bytes": 1, "sha256": "0" * 64}}}, "files: got '../../../etc"),
     ({"files": {"/etc/a.safetensors": {"bytes": 1, "sha256": "0" * 64}}}, "files: got '/etc"),
     ({"files": {"a.safetensors": {"bytes": 1e300, "sha256": "0" * 64}}}, "files: got 'a.safetensors'"),

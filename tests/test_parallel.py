@@ -317,6 +317,35 @@ def test_ranks_that_do_not_fit_together_refuse_to_start(tmp_path):
     in_clean_process(refuse, str(tmp_path))
 
 
+def fail_alone(work):
+    """What the disk refuses to one rank stops all at the same step, and is said once with that rank's words; or all go on."""
+    bench = soak.Bench(Path(work))
+
+    def fault(rank):
+        original, calls = checkpoint.disk.sync, []
+
+        def sync(path):
+            calls.append(1)
+            if len(calls) == 2:
+                raise OSError(5, "Input/output error", str(path))
+            return original(path)
+
+        if rank == 1:
+            checkpoint.disk.sync = sync
+
+    for way in ("ddp", "fsdp"):
+        for what, codes in (("stop", [2, 2]), ("continue", [0, 0])):
+            log = Path(work) / f"{way}-{what}"
+            argv = bench.argv(Path(work) / f"run-{way}-{what}", "ptfs", 1, ["--train.parallel", way, "--train.on_save_error", what])
+            assert soak.Run(argv, 2, fault, log).wait(grace=60) == codes, log.read_text()
+            errors = [line for line in log.read_text().splitlines() if "error" in line]
+            assert len(errors) == 1 and "rank 1: " in errors[0] and "shard-00002" in errors[0] and "Input/output error" in errors[0], errors
+
+
+def test_a_disk_that_fails_one_rank(tmp_path):
+    in_clean_process(fail_alone, str(tmp_path))
+
+
 def be_impatient(work):
     """The second SIGTERM ends a rank that waits inside a collective for one that hangs."""
     bench, out = soak.Bench(Path(work)), Path(work) / "run"

@@ -513,7 +513,7 @@ def test_a_parent_that_will_not_do(train_cli, tmp_path, capsys):
     shutil.copytree(decayed, parent, dirs_exist_ok=True)
     meta = json.loads((parent / "meta.json").read_text())
     disk.write_json(parent / "meta.json", {**meta, "step": 14}, checkpoint.UNHASHED)
-    refused("is a checkpoint of ours-cosine/v1, expected one of main")
+    refused("is a checkpoint of 'ours-cosine/v1', expected one of 'main'")
     meta = json.loads((parent / "meta.json").read_text())
     disk.write_json(parent / "meta.json", {**meta, "format": 2}, checkpoint.UNHASHED)
     refused("format 2, expected 1: another version of this program made it")
@@ -540,6 +540,54 @@ def test_an_output_folder_that_cannot_be_one(train_cli, tmp_path, capsys, monkey
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1 << 40}))
     assert train_cli("--mode", "ptfs", "--version", "1", "--out", "/proc/run") == 2
     assert "/proc/run" in (err := capsys.readouterr().err) and len(err.splitlines()) == 1
+
+
+def test_what_is_in_the_way_of_a_checkpoint_is_never_deleted(train_cli, tmp_path, capsys):
+    folder = tmp_path / "run" / "ptfs-cosine" / "v1"
+    (folder / "step-000004").mkdir(parents=True)
+    (folder / "step-000004" / "notes.txt").write_text("mine")
+    args = ("--mode", "ptfs", "--version", "1", "--train.checkpoint_every", "4")
+    assert train_cli(*args) == 2
+    assert "step-000004: is no checkpoint" in (err := capsys.readouterr().err) and len(err.splitlines()) == 1
+    assert (folder / "step-000004" / "notes.txt").read_text() == "mine"
+    shutil.move(folder / "step-000004", tmp_path / "aside")
+    assert train_cli(*args) == 0
+    (folder / "step-000008" / "meta.json").rename(folder / "step-000008" / "meta.bak")
+    assert train_cli(*args) == 2 and (folder / "step-000008" / "meta.bak").exists()
+    (folder / "log.jsonl").rename(tmp_path / "log")
+    (folder / "log.jsonl").symlink_to(tmp_path / "log")
+    (folder / "step-000008" / "meta.bak").rename(folder / "step-000008" / "meta.json")
+    shutil.rmtree(folder / "step-000010")
+    before = (tmp_path / "log").read_bytes()
+    assert train_cli(*args) == 2 and "log.jsonl" in capsys.readouterr().err and (tmp_path / "log").read_bytes() == before
+
+
+def test_a_log_that_cannot_grow_stops_or_goes_on(train_cli, tmp_path, capsys, monkeypatch):
+    original = disk.append
+
+    class Full:
+        def __init__(self, f):
+            self.f, self.lines = f, 0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc):
+            self.f.close()
+
+        def write(self, line):
+            self.lines += 1
+            if self.lines == 3:
+                raise OSError(28, "No space left on device")
+            return self.f.write(line)
+
+    monkeypatch.setattr(disk, "append", lambda file: Full(original(file)))
+    args = ("--mode", "ptfs", "--version", "1", "--train.log_every", "2", "--train.checkpoint_every", "3")
+    assert train_cli(*args) == 2
+    assert "log.jsonl: No space left on device. The last checkpoint is" in (err := capsys.readouterr().err) and len(err.splitlines()) == 1
+    assert checkpoint.steps(tmp_path / "run" / "ptfs-cosine" / "v1") == [3]
+    assert train_cli(*args, "--train.on_save_error", "continue", out="on") == 0
+    assert "log.jsonl: No space left on device" in (err := capsys.readouterr().err) and "training goes on" in err
 
 
 def test_a_second_process_in_the_same_folder_is_refused(train_cli, tmp_path, capsys):
