@@ -387,26 +387,26 @@ def nan_on_a_rank(t: Trial) -> None:
 
 
 def one_ulp(t: Trial) -> None:
-    """One weight of one rank moves by one ulp: noticed before the next save."""
-    step = t.rng.randrange(t.first, t.end)
+    """One weight of one rank moves by one ulp after an update: noticed before the next save."""
+    step = t.rng.choice([s for s in range(t.first, t.end) if (s + 1) % EVERY == 0])
 
     def fault(rank: int) -> None:
-        original, calls = torch.nn.utils.clip_grad_norm_, [0]
+        original, calls = torch.optim.AdamW.step, [0]
 
-        def drifts(parameters: Any, *args: Any) -> torch.Tensor:
-            parameters = list(parameters)
+        def drifts(self: Any, *args: Any) -> Any:
+            done = original(self, *args)
             calls[0] += 1
             if calls[0] == step - t.first + 1:
-                w = t.rng.choice(parameters).detach().view(-1)
+                w = t.rng.choice(self.param_groups[0]["params"]).detach().view(-1)
                 i = t.rng.randrange(len(w))
                 w[i] = torch.nextafter(w[i], torch.tensor(9.0))
-            return original(parameters, *args)
+            return done
 
         if rank == 1:
-            torch.nn.utils.clip_grad_norm_ = drifts
+            torch.optim.AdamW.step = drifts  # type: ignore[method-assign]
 
     codes = t.start(fault).wait(grace=60)
-    assert codes == [2, 2] and "differ from those of the other copies" in t.log.read_text(), f"ended with {codes}"
+    assert codes == [2, 2] and f"step {step + 1}: the weights of rank" in t.log.read_text(), f"ended with {codes}"
 
 
 def tokens_exactly_once(t: Trial) -> None:
