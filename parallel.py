@@ -96,13 +96,20 @@ def join(device: torch.device, rank: int, ranks: int, timeout: float) -> None:
 
 def words(e: BaseException) -> str:
     """What to tell the user of an error of the disk or of our own."""
-    return f"{e.filename or 'disk'}: {e.strerror or e}" if isinstance(e, OSError) else first_line(e)
+    if isinstance(e, OSError):
+        return f"{e.filename or 'disk'}: {e.strerror or e}"
+    return str(e) if isinstance(e, UserError) else first_line(e)
 
 
 def first_line(e: BaseException) -> str:
     """What a library says, without where in its source it says so, and its advice."""
     text = (str(e).strip().splitlines() or [type(e).__name__])[0]
     return re.sub(r"^\[[^]]*\] ", "", text).split(". ")[0]
+
+
+def once(message: str, rank: int) -> UserError:
+    """For what all ranks meet at the same step: rank 0 says it."""
+    return UserError(message if rank == 0 else "")
 
 
 @contextmanager
@@ -168,9 +175,10 @@ def check_replicas(net: torch.nn.Module, shards: int, rank: int, ranks: int, ste
     copies = torch.stack(every).view(-1, shards)  # (copies, shards)
     odd = (copies != copies.mode(0).values).flatten().nonzero().flatten().tolist()  # against what most copies have
     if odd:
-        raise UserError(
+        raise once(
             f"step {step}: the weights of rank {', '.join(map(str, odd))} differ from those of the other copies; stopped, nothing saved. "
-            "A device may be at fault: start again without it"
+            "A device may be at fault: start again without it",
+            rank,
         )
 
 

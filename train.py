@@ -375,7 +375,7 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
     def fails(message: str) -> None:
         """Say on rank 0 what the disk refused, and stop or go on."""
         if t.on_save_error == "stop":
-            raise UserError(message if rank == 0 else "")
+            raise parallel.once(message, rank)
         if rank == 0:
             print(f"train.py: error: {message}; training goes on (train.on_save_error)", file=sys.stderr, flush=True)
 
@@ -426,8 +426,8 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
         nonlocal seconds
         if (wrong := int(bad.item())) < none:
             loss, norm = bad_numbers.tolist()
-            raise UserError(f"step {wrong}: loss {loss:.6g}, gradient norm {norm:.6g}: stopped before the update. {batch_of(wrong)}; "
-                            f"lower plan.max_lr or look at that text. {last_good()}")  # fmt: skip
+            raise parallel.once(f"step {wrong}: loss {loss:.6g}, gradient norm {norm:.6g}: stopped before the update. {batch_of(wrong)}; "
+                            f"lower plan.max_lr or look at that text. {last_good()}", rank)  # fmt: skip
         loss, norm = numbers.tolist()
         seconds += time.perf_counter() - mark
         return loss, norm
@@ -461,7 +461,7 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
                 if due or (stop and step > start):
                     finite = torch.stack([parallel.local(w).isfinite().all() for w in net.parameters()]).all().float()
                     if mean_over_ranks(finite) < 1:  # a finite gradient, and a step too large
-                        raise UserError(f"step {step}: weights that are not finite; not saved. Lower plan.max_lr. {last_good()}")
+                        raise parallel.once(f"step {step}: weights that are not finite; not saved. Lower plan.max_lr. {last_good()}", rank)
                     watchdog.beat(f"save at step {step}")
                     save(step)
                 mark = time.perf_counter()
@@ -497,8 +497,8 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
                      "tokens_per_second": speed, "mfu": speed * flops / (peak * ranks)})  # fmt: skip
                 total_seconds, seconds, since = total_seconds + seconds, 0.0, step + 1
                 if t.spike is not None and len(recent) >= 5 and loss_value > (usual := statistics.median(recent)) + t.spike:
-                    raise UserError(f"step {step}: loss {loss_value:.4g}, more than train.spike = {t.spike:g} above {usual:.4g}, the median of those before. "
-                                    f"{batch_of(step)}. {last_good()}")  # fmt: skip
+                    raise parallel.once(f"step {step}: loss {loss_value:.4g}, more than train.spike = {t.spike:g} above {usual:.4g}, the median of those before. "
+                                    f"{batch_of(step)}. {last_good()}", rank)  # fmt: skip
                 recent.append(loss_value)
         watchdog.beat(f"save at step {step}")
         settle_save()
