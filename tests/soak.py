@@ -22,6 +22,7 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,13 +81,8 @@ class Run:
             os.dup2(out, 1)
             os.dup2(out, 2)
             if ranks > 1:
-                os.environ |= {
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": str(ranks),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
-                }
+                world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                os.environ |= {k: str(v) for k, v in world.items()}
             torch.set_num_threads(1)
             sys.argv = ["train.py", *argv]
             if fault:
@@ -97,14 +93,12 @@ class Run:
             except SystemExit as e:
                 code = e.code if isinstance(e.code, int) else 1
             except BaseException:
-                import traceback
-
                 traceback.print_exc()
         finally:
             os._exit(code)
 
     def poll(self) -> bool:
-        """Have all ended? One that fails takes the others along after a while, as torchrun does."""
+        """Have all ended?"""
         for i, pid in enumerate(self.pids):
             if self.codes[i] is None:
                 done, status = os.waitpid(pid, os.WNOHANG)
@@ -113,7 +107,7 @@ class Run:
         return None not in self.codes
 
     def wait(self, seconds: float = 120.0, grace: float = 5.0) -> list[Any]:
-        """Exit codes; once one has failed, the others are killed after `grace` seconds."""
+        """Exit codes; once one has failed, the others are killed after `grace` seconds, as torchrun does."""
         until = time.monotonic() + seconds
         while not self.poll():
             if any(self.codes):
@@ -151,15 +145,16 @@ def nth_call(k: int, then: Callable[[], None]) -> Callable[[int], None]:
 
             return call
 
-        for owner, name in (
+        calls = (
             (os, "rename"),
             (os, "fsync"),
             (os, "unlink"),
             (shutil, "rmtree"),
             (Path, "mkdir"),
-            (Path, "unlink"),
             (checkpoint.dcp, "save"),
-        ):
+            (checkpoint, "save_file"),
+        )
+        for owner, name in calls:
             setattr(owner, name, hooked(getattr(owner, name)))
 
     return fault
