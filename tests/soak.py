@@ -45,6 +45,7 @@ import parallel  # noqa: E402
 import reader  # noqa: E402
 import train  # noqa: E402
 
+tqdm.monitor_interval = 0  # its thread might hold tqdm's lock while this process is forked, and the copy would wait for ever
 train.peak_flops = lambda *_: (1e12, "not timed")  # a third of a second each time
 STEPS = 12  # of an increment; checkpoints each 3: at most that many may be lost
 EVERY = 3
