@@ -21,6 +21,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -45,7 +46,6 @@ import parallel  # noqa: E402
 import reader  # noqa: E402
 import train  # noqa: E402
 
-tqdm.monitor_interval = 0  # its thread might hold tqdm's lock while this process is forked, and the copy would wait for ever
 train.peak_flops = lambda *_: (1e12, "not timed")  # a third of a second each time
 STEPS = 12  # of an increment; checkpoints each 3: at most that many may be lost
 EVERY = 3
@@ -84,6 +84,7 @@ class Run:
             if ranks > 1:
                 world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 os.environ |= {k: str(v) for k, v in world.items()}
+            tqdm.set_lock(threading.RLock())  # tqdm's own is shared by forked processes: one that is killed while it holds it would stop all others
             torch.set_num_threads(1)
             sys.argv = ["train.py", *argv]
             if fault:
