@@ -525,7 +525,7 @@ def soak(minutes: float, seed: int, only: str | None = None) -> list[dict[str, A
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as work:
         bench, number = Bench(Path(work)), 0
         while not number or time.monotonic() < until:
-            todo = [(f, line, mode, ways[(number * times + i) % len(ways)]) for f, line, modes, ways, times in FAULTS for mode in modes for i in range(times)
+            todo = [(f, line, mode, ways[(number * times + i) % len(ways)]) for f, line, modes, ways, times in FAULTS for mode in modes for i in range(times if minutes else min(times, 2))
                     if (not only or f.__name__ in only.split(",")) and (f is not memory_flat or number == 0)]  # fmt: skip
             for f, line, mode, way in tqdm(todo, desc=f"round {number + 1}", unit="fault", disable=None):
                 row = rows.setdefault((line, mode), {"fault": line, "mode": mode, "tried": 0, "survived": 0, "most_steps_lost": 0, "problems": []})
