@@ -126,9 +126,9 @@ class Saver:
     All ranks call `save` at the same step. `wait` raises what went wrong with the last one, on every rank.
     """
 
-    def __init__(self, segment: Path, shards: int = 0, keep: int = 0, required: Sequence[int] = (), timeout: float = 1800.0) -> None:
-        """shards: ranks that hold one copy of the weights together under FSDP2 (the first so many write it). keep, required: as in `prune`; 0: all."""
-        self.segment, self.shards, self.keep, self.required = segment, shards, keep, required
+    def __init__(self, segment: Path, keep: int = 0, required: Sequence[int] = (), timeout: float = 1800.0) -> None:
+        """keep, required: as in `prune`; 0: all."""
+        self.segment, self.keep, self.required = segment, keep, required
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         # of its own, so that its messages never mix with those of training
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if dist.is_initialized() else None
@@ -150,7 +150,8 @@ class Saver:
         if not self.mesh and (cut := [t for t in tensors.values() if isinstance(t, DTensor)]):
             self.mesh = DeviceMesh("cpu", cut[0].device_mesh.mesh)  # which all ranks make together, also those that write no part
         for name, t in tensors.items():
-            if (self.rank >= self.shards) if isinstance(t, DTensor) else (owner[name] != self.rank):
+            # with hybrid sharding the first copy, the mesh's first row of ranks, is the one that is written
+            if (self.rank >= t.device_mesh.size(-1)) if isinstance(t, DTensor) else (owner[name] != self.rank):
                 continue
             part = t.to_local() if isinstance(t, DTensor) else t
             if name not in self.host:
@@ -354,12 +355,15 @@ def stored(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         raise UserError(f"{checkpoint}: damaged ({type(e).__name__}: {str(e)[:100]}); {_instead(checkpoint)}") from None
 
 
-def fits(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    """UserError names what a checkpoint lacks of `tensors`, has too much, or in another shape. They may be on the meta device."""
+def fits(checkpoint: Path, tensors: dict[str, Tensor]) -> set[str]:
+    """UserError names what a checkpoint lacks of `tensors`, has too much, or in another shape. They may be on the meta device.
+
+    Returns the names that it has: rng.cuda may be missing, if it was made on another kind of device.
+    """
     there = stored(checkpoint)
-    if "rng.cuda" not in there:  # made on another kind of device
-        tensors.pop("rng.cuda", None)
     for name, t in tensors.items():
+        if name == "rng.cuda" and name not in there:
+            continue
         if name not in there:
             what = "it holds weights alone, but AdamW's moments are to be kept" if name.startswith("exp_avg.") and not any(n.startswith("exp_avg") for n in there) else "it is a model of another shape"  # fmt: skip
             raise UserError(f"{checkpoint}: has no {name}; {what}")
@@ -370,6 +374,7 @@ def fits(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     kinds = {name.partition(".")[0] for name in tensors} - {"rng"}
     if extra := sorted(name for name in there.keys() - tensors.keys() if name.partition(".")[0] in kinds):
         raise UserError(f"{checkpoint}: has {len(extra)} tensors that this model lacks, such as {extra[0]}: it is a model of another shape")
+    return set(there)
 
 
 def load(checkpoint: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -377,7 +382,8 @@ def load(checkpoint: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
     Each rank reads its own part, whatever ranks wrote it. UserError if it does not fit, or holds what is not finite.
     """
-    fits(checkpoint, tensors)
+    there = fits(checkpoint, tensors)
+    tensors = {name: t for name, t in tensors.items() if name in there}
     dcp.load(dict(tensors), storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
     for name, t in tensors.items():
         if t.is_floating_point() and not (t.to_local() if isinstance(t, DTensor) else t).isfinite().all():

@@ -14,7 +14,6 @@ import ctypes
 import gc
 import hashlib
 import json
-import math
 import os
 import platform
 import shlex
@@ -159,12 +158,11 @@ def main() -> None:
         forks = [s.start for s in segments if s.parent] if o.mode == "main" else []
         required = forks or [segment.end]
 
-        if o.dry_run:
-            dry_run(say, c, p, segment, segments, folder, required, local_rank, ranks)
-            return
-
         device = pick_device(c.train.device, local_rank)
         kind, why = parallel.choose(c.train.parallel, ranks, llama.parameters(c.model), device)
+        if o.dry_run:
+            dry_run(say, c, p, segment, segments, folder, required, kind, why, ranks)
+            return
 
     # The ranks meet, and from here on what stops one stops all
     with config.user_errors("train.py", at_once=ranks > 1), parallel.company(rank, ranks), ExitStack() as held:
@@ -230,7 +228,7 @@ def main() -> None:
 
 
 def dry_run(say: Any, c: config.Config, p: schedule.Plan, segment: schedule.Segment, segments: list[schedule.Segment],
-            folder: Path, required: list[int], local_rank: int, ranks: int) -> None:  # fmt: skip
+            folder: Path, required: list[int], kind: str, why: str, ranks: int) -> None:  # fmt: skip
     """What would be done: the segment, its LR at the milestones, sizes, the batch, the tokens needed and there."""
     m, t = c.model, c.train
     steps, flops = segment.end - segment.start, llama.flops_per_token(m)
@@ -243,7 +241,6 @@ def dry_run(say: Any, c: config.Config, p: schedule.Plan, segment: schedule.Segm
     say(f"saves        {', '.join(f'{s:,}' for s in required)}{often}, in {folder}")
     say(f"parameters   {llama.parameters(m):,}")
     say(f"FLOPs        {flops / 1e9:,.4g} GFLOP a token, {flops * steps * t.batch_tokens:.4g} in all")
-    kind, why = parallel.choose(t.parallel, ranks, llama.parameters(m), pick_device(t.device, local_rank))
     state = 16 * llama.parameters(m) / 1e9  # float32 weights, gradients, two moments
     held = (
         f"{state / (t.shard_ranks or ranks):.3g} GB a rank, and all weights and gradients while a step computes"
@@ -311,7 +308,7 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
     if kind == "ddp":
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     shards = (t.shard_ranks or ranks) if kind == "fsdp" else 1
-    saver = checkpoint.Saver(folder, shards, t.keep, required, t.timeout)
+    saver = checkpoint.Saver(folder, t.keep, required, t.timeout)
 
     asked: list[int] = []  # signals
     trouble: list[str] = []  # of this rank, for which all are to stop
@@ -341,20 +338,20 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
             raise UserError(f"{trouble[0]}. {last_good()}" if trouble else "")
         return int(news[0]), not news[1]
 
-    def validate() -> float:
-        """Loss in nats over the first `eval_tokens` of the validation set, each rank a share of them; nan if a signal cut it short."""
-        total = torch.zeros(2, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+    def validate() -> float | None:
+        """Loss in nats over the first `eval_tokens` of the validation set, each rank a share of them; none if a signal cut it short."""
+        total = torch.zeros(3, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
         with torch.no_grad(), parallel.gathered(net):
             for arrays in tokens.validation(t.micro_batch, t.eval_tokens, rank, ranks):
                 if asked and not last:  # the last one is kept: a finished run has its val_loss
-                    total += torch.nan
+                    total[2] = 1
                     break
                 x, y = to_device(arrays)
                 total[0] += net(x, y, "sum")
                 total[1] += y.numel()
                 watchdog.beat(f"validation at step {step}")
-        nats, count = mean_over_ranks(total).tolist()
-        return nats / count
+        nats, count, cut = mean_over_ranks(total).tolist()
+        return None if cut else nats / count
 
     def save(step: int) -> None:
         values = config.values(c)
@@ -455,7 +452,7 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
                 settle()
                 gc.collect()
                 parallel.check_replicas(net, shards, rank, ranks, step)
-                if evaluate and not math.isnan(val_loss := validate()):
+                if evaluate and (val_loss := validate()) is not None:
                     log({"step": step, "tokens": step * t.batch_tokens, "val_loss": val_loss})
                 stop, _ = heed()
                 if due or (stop and step > start):

@@ -55,3 +55,20 @@ def train_cli(prepared, tmp_path, monkeypatch):
         return 0
 
     return run
+
+
+@pytest.fixture
+def second_save_fails(monkeypatch):
+    """The second save from now on finds the disk full; the list that is returned counts them, and may be cleared."""
+    import checkpoint
+
+    original, calls = checkpoint.dcp.save, []
+
+    def full(*args, **kw):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device", "shard")
+        return original(*args, **kw)
+
+    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    return calls
