@@ -76,6 +76,8 @@ class Model:
 @dataclass
 class Data:
     path: str = key("data/demo", "folder made by data.py prepare", free=True)
+    increments: list[int] = key([], "steps read of v1.bin, v2.bin and so on, where a version takes several of them or a part of one; empty: those of the plan", free=True)  # fmt: skip
+    unique: int | None = key(None, "take this many steps' worth of an increment, and read them again and again; none: all of it", low=1)
     repeat: bool = key(False, "read an increment again when it is too short, instead of refusing")
     verify: bool = key(True, "check the SHA-256 of the token files before training", free=True)
 
@@ -118,6 +120,7 @@ class Train:
     eval_tokens: int = key(65536, "validation tokens read in training; eval.py reads all", low=1, free=True)
     checkpoint_every: int = key(500, "steps between checkpoints; 0: fork points and the end only", low=0, free=True)
     keep: int = key(2, "checkpoints kept beside fork points and ends", low=1, free=True)
+    save_at: list[int] = key([], "further steps to save and keep, such as the fork points of another alpha", free=True)
     on_save_error: str = key("stop", "when a checkpoint cannot be saved, as on a full disk", choices=("stop", "continue"), free=True)
     spike: float | None = key(None, "stop when the logged loss is so many nats above the median of the 20 before; none: never", low=0, free=True)
     timeout: float = key(1800.0, "seconds after which a step, validation or save that does not end is given up (exit code 124)", low=1, free=True)

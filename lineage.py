@@ -28,6 +28,11 @@ def make_plan(c: config.Config, version: int | None = None) -> schedule.Plan:
     return schedule.Plan(increments, **rest)
 
 
+def open_tokens(c: config.Config, p: schedule.Plan) -> reader.Tokens:
+    """The data as a plan reads it."""
+    return reader.Tokens(c.data.path, c.model.context, c.batch_sequences, c.data.increments or p.increments, c.train.seed, c.data.repeat, c.data.unique)
+
+
 def make_segments(paradigm: str, p: schedule.Plan) -> list[schedule.Segment]:
     """schedule.plan, its complaints under the config's names."""
     try:
@@ -82,10 +87,11 @@ def check_lineage(where: Path, meta: dict[str, Any], c: config.Config, s: schedu
 
 
 def begin(c: config.Config, run: Path, segments: list[schedule.Segment], segment: schedule.Segment, required: list[int], tokens: reader.Tokens,
-          maker: str) -> dict[str, Any]:  # fmt: skip
+          maker: str, parent: str | None = None) -> dict[str, Any]:  # fmt: skip
     """Where training a segment begins: at its own last checkpoint (resume), at its parent's (branch, CPT), or from random weights.
 
-    The step, which of `required` are there, the checkpoint, and what to record of the parent. `maker`: the command that makes a missing parent.
+    The step, which of `required` are there, the checkpoint, and what to record of the parent. `maker`: the command that makes a missing
+    parent; `parent`: a checkpoint in its place, which must be what this config would have made.
     """
     folder = run / segment.name
     for f in sorted(folder.glob("step-*")):
@@ -101,10 +107,12 @@ def begin(c: config.Config, run: Path, segments: list[schedule.Segment], segment
     if not segment.parent:
         return {"start": segment.start, "done": done, "origin": None, "parent": None}
     name, step = segment.parent
-    origin = checkpoint.path(run / name, step)
-    if step not in checkpoint.steps(run / name):
+    origin = Path(parent) if parent else checkpoint.path(run / name, step)
+    if not (origin / "meta.json").exists():
         raise UserError(f"{origin}: is not there, and {segment.name} starts from it; make it: {maker}")
     check_lineage(origin, meta := checkpoint.read_meta(origin), c, next(s for s in segments if s.name == name), tokens)
+    if meta["step"] != step:
+        raise UserError(f"{origin}: is at step {meta['step']}, expected the {step} at which {segment.name} leaves {name}")
     return {"start": segment.start, "done": done, "origin": str(origin), "parent": {"segment": name, "step": step, "hash": meta["hash"]}}
 
 

@@ -6,6 +6,7 @@ rows of the same global batch. The files are those of data.py; `check_files` com
 
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,8 +164,8 @@ def permute(i: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
 class Tokens:
     """The prepared data as one run reads it: global batch `step` of B sequences, for every step of every increment."""
 
-    def __init__(self, folder: str, context: int, B: int, increments: list[int], seed: int, repeat: bool = False) -> None:
-        self.folder, self.context, self.B, self.seed, self.repeat = Path(folder), context, B, seed, repeat
+    def __init__(self, folder: str, context: int, B: int, increments: list[int], seed: int, repeat: bool = False, unique: int | None = None) -> None:
+        self.folder, self.context, self.B, self.seed, self.repeat, self.unique = Path(folder), context, B, seed, repeat, unique
         self.meta = read_meta(self.folder)
         self.ends = list(itertools.accumulate(increments))  # increment i covers steps ends[i-1] .. ends[i] - 1
         self.files: dict[str, np.ndarray] = {}
@@ -187,12 +188,14 @@ class Tokens:
             first = self.ends[i - 1] if i else 0
             if first < end and stop > start:
                 there = self.meta["increments"][i]["tokens"] if i < len(self.meta["increments"]) else 0
-                out.append((f"v{i + 1}", int(min(stop, end) - first) * self.B * self.context + 1, there))
+                out.append((f"v{i + 1}", int(min(stop - first, end - first, self.unique or math.inf)) * self.B * self.context + 1, there))
         return out
 
     def problems(self, start: int, end: float) -> list[str]:
         """Increments that steps start .. end - 1 need and that are missing or too short, a line each."""
         found = []
+        if end < math.inf and end > self.ends[-1]:
+            found.append(f"data.increments: {self.ends[-1]:,} steps in all, expected at least the {int(end):,} that are trained; add to them")
         for name, need, there in self.needs(start, end):
             if there == 0:
                 found.append(f"data.path {self.folder}: has no increment {name}; append it: python data.py add --out {self.folder} --source ...")
@@ -214,12 +217,13 @@ class Tokens:
         """Rows of global batch `step`: (inputs, targets), each int64 (rows, context).
 
         An increment is cut into sequences of `context` tokens (and one more, the last target); update k of the increment reads
-        sequences k*B .. of a permutation seeded by (seed, increment, epoch).
+        sequences k*B .. of a permutation seeded by (seed, increment, epoch). With `unique` only that many steps' worth of them are there.
         """
         increment, k = self.place(step)
         name, T = f"v{increment + 1}", self.context
         tokens = self.tokens(name)
         n = (len(tokens) - 1) // T
+        n = min(n, (self.unique or n) * self.B)
         index = np.arange(self.B)[rows] + k * self.B
         epoch = index // n
         where = np.empty_like(index)

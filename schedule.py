@@ -240,7 +240,8 @@ def plan(paradigm: str, p: Plan) -> list[Segment]:
     N = versions[-1]
     main = Segment("main", N, None, 0, fork[N], path(p, 0, fork[N], p.warmup, 0))
     D = p.d if p.cycle is None else p.cycle  # a cycle longer than the branch is cut at its end (Figure 5)
-    return [main] + [Segment(f"ours-{tag}/v{i}", i, ("main", fork[i]), fork[i], p.end(i), path(p, fork[i], p.end(i), 0, D)) for i in versions]
+    name = f"ours-{tag}" if p.d == whole(0.6, p.increments[0]) else f"ours-{tag}-d{p.d}"
+    return [main] + [Segment(f"{name}/v{i}", i, ("main", fork[i]), fork[i], p.end(i), path(p, fork[i], p.end(i), 0, D)) for i in versions]
 
 
 # ----------------------------------------------------------------------------------------------------------

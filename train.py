@@ -117,10 +117,11 @@ def git_commit() -> str:
 
 def main() -> None:
     a = config.Parser(
-        prog="train.py", description=__doc__, usage="train.py [--config NAME] [--mode MODE] [--version I] [--dry_run] [--section.key VALUE ..]"
+        prog="train.py", description=__doc__, usage="train.py [--config NAME] [--mode MODE] [--version I] [--parent CHECKPOINT] [--dry_run] [--section.key VALUE ..]"
     )
     a.add_argument("--mode", default="main", help=", ".join(lineage.MODES))
     a.add_argument("--version", help="the version to train; main: the version at whose fork point it ends [the last planned]")
+    a.add_argument("--parent", help="the checkpoint that branch or cpt starts from [the one in the run's folder]")
     a.add_argument("--dry_run", action="store_true", help="say what would be done, touch nothing")
     a.add_config()
     with config.user_errors("train.py"):
@@ -155,8 +156,10 @@ def main() -> None:
             raise UserError("\n".join(problems))
         run = Path(c.out)
         folder = run / segment.name
-        forks = [s.start for s in segments if s.parent] if o.mode == "main" else []
-        required = forks or [segment.end]
+        if o.parent and not segment.parent:
+            raise UserError(f"--parent: {segment.name} starts from random weights; leave it out")
+        forks = [s.start for s in segments if s.parent] if o.mode == "main" else [segment.end]
+        required = sorted({*forks, *(s for s in c.train.save_at if segment.start < s < segment.end)})
 
         device = pick_device(c.train.device, local_rank)
         kind, why = parallel.choose(c.train.parallel, ranks, llama.parameters(c.model), device)
@@ -182,7 +185,7 @@ def main() -> None:
             if rank == 0:
                 data.ship(c.data.path)
         with parallel.together(rank, ranks):
-            tokens = reader.Tokens(c.data.path, c.model.context, c.batch_sequences, p.increments, c.train.seed, c.data.repeat)
+            tokens = lineage.open_tokens(c, p)
             if tokens.meta["vocab_size"] != c.model.vocab_size:
                 raise UserError(
                     f"model.vocab_size: got {c.model.vocab_size}, expected {tokens.meta['vocab_size']}, the vocabulary of data.path {c.data.path}"
@@ -195,7 +198,7 @@ def main() -> None:
         # Where it begins, as rank 0 sees it (disks that are shared may show others an older state for a while)
         with parallel.together(rank, ranks):
             maker = command(mode="main", version=segment.version) if mode == "branch" else command(mode="cpt", version=segment.version - 1)
-            begin = lineage.begin(c, run, segments, segment, required, tokens, maker) if rank == 0 else {}
+            begin = lineage.begin(c, run, segments, segment, required, tokens, maker, o.parent) if rank == 0 else {}
         begin = parallel.told(begin, ranks)
         start, done, origin = begin["start"], begin["done"], Path(begin["origin"]) if begin["origin"] else None
         if done == required:
@@ -215,7 +218,7 @@ def main() -> None:
                 checkpoint.check_space(folder, checkpoint.BYTES * llama.parameters(c.model))
                 # From here on the disk and the device are used
                 held.enter_context(disk.lock(folder / ".lock", f"{folder}: another process is training here; wait for it or choose another --out"))
-                if begin != lineage.begin(c, run, segments, segment, required, tokens, maker):
+                if begin != lineage.begin(c, run, segments, segment, required, tokens, maker, o.parent):
                     raise UserError(f"{folder}: another process has just trained here; call this again")
                 log_file = held.enter_context(disk.append(folder / "log.jsonl"))
                 if not (run / "config.toml").exists():
@@ -258,7 +261,7 @@ def dry_run(say: Any, c: config.Config, p: schedule.Plan, segment: schedule.Segm
             f"data         {c.data.path}: not there yet; {steps * t.batch_tokens:,} tokens are read; make it: python data.py prepare --out {c.data.path} --tokenizer NAME --source TEXT"
         )
         return
-    tokens = reader.Tokens(c.data.path, m.context, c.batch_sequences, p.increments, t.seed, c.data.repeat)
+    tokens = lineage.open_tokens(c, p)
     for name, need, have in tokens.needs(segment.start, segment.end):
         say(f"data         {tokens.folder / name}.bin: {need:,} tokens needed, {have:,} there")
     if tokens.meta["vocab_size"] != m.vocab_size:

@@ -11,7 +11,7 @@ import config
 import model
 import peers
 
-TABLE9 = json.loads((ROOT / "tests" / "paper.json").read_text())["table9_sizes"]
+TABLE9 = json.loads((ROOT / "results" / "paper.json").read_text())["table9_sizes"]
 
 
 @pytest.mark.parametrize("row", TABLE9, ids=lambda r: r["size"])

@@ -14,7 +14,7 @@ from conftest import ROOT
 import cost
 from schedule import SCHEDULES, Plan, plan
 
-PAPER = json.loads((ROOT / "tests" / "paper.json").read_text())
+PAPER = json.loads((ROOT / "results" / "paper.json").read_text())
 BASE = Plan([10000] * 4, 2000, 3e-4, alpha=0.6)
 
 
