@@ -1,0 +1,292 @@
+"""The segments that tables need, as one graph: what they share is trained once, side by side, and goes on after a crash.
+
+    out/<scale>/<setting>-s<seed>/<segment>/      each a folder of train.py's; `paper.py status` shows their states
+
+A cell starts when the checkpoint that it leaves from is there, which for a branch is long before the main path ends.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import checkpoint
+import config
+import data
+import disk
+import lineage
+import model
+import schedule
+import train
+from config import UserError
+from tables import Point, Setup
+
+
+@dataclass
+class Cell:
+    """One segment to train, in the folder `setting/segment.name` of the root."""
+
+    setting: str
+    segment: schedule.Segment
+    config: config.Config
+    arguments: list[str]  # of train.py, but for --out and --parent
+    parent: tuple[str, int] | None  # (cell, step)
+    required: set[int] = field(default_factory=set)  # steps whose checkpoints others need
+
+    @property
+    def steps(self) -> int:
+        return self.segment.end - self.segment.start
+
+    @property
+    def flops(self) -> float:
+        return self.steps * self.config.train.batch_tokens * model.flops_per_token(self.config.model)
+
+
+Graph = dict[str, Cell]  # by folder
+
+
+def add(cells: Graph, s: Setup, point: Point, seed: int) -> tuple[str, int]:
+    """Put a point's segment into the graph, and all that it starts from. (its cell, its step)"""
+    c = s.config(point.run, seed)
+    segments = lineage.make_segments(point.run.paradigm, lineage.make_plan(c))
+    segment = next(g for g in segments if (g.name == "main") == (point.at is not None) and (g.name == "main" or g.version == point.version))
+    return _need(cells, s, point, seed, c, segments, segment, segment.end if point.at is None else point.at)
+
+
+def _need(cells: Graph, s: Setup, point: Point, seed: int, c: config.Config, segments: list[schedule.Segment], segment: schedule.Segment, step: int) -> tuple[str, int]:  # fmt: skip
+    run = point.run
+    setting = f"{run.setting}-s{seed}"
+    name = f"{setting}/{segment.name}"
+    # The main path of several plans is one, as long as the longest of them
+    if name not in cells or segment.end > cells[name].segment.end:
+        parent = None
+        if segment.parent and run.parent and segment.version == 2:
+            parent = add(cells, s, Point(run.parent, 1), seed)
+        elif segment.parent:
+            above = next(g for g in segments if g.name == segment.parent[0])
+            parent = _need(cells, s, point, seed, c, segments, above, segment.parent[1])
+        mode = "main" if segment.name == "main" else "branch" if run.paradigm == "ours" else segment.name.partition("-")[0]
+        arguments = ["--config", run.config or s.scale.config, "--mode", mode]
+        arguments += [] if mode == "main" else ["--version", str(segment.version)]
+        arguments += [w for k, v in s.keys(run, seed).items() for w in (f"--{k}", v)]
+        there = cells[name].required if name in cells else {segment.end} - ({segment.end} if mode == "main" else set())
+        cells[name] = Cell(setting, segment, c, arguments, parent, there)
+    cells[name].required.add(step)
+    return name, step
+
+
+def command(cells: Graph, name: str, root: Path) -> list[str]:
+    """train.py's arguments for a cell."""
+    cell = cells[name]
+    words = [*cell.arguments, "--out", str(root / cell.setting)]
+    if cell.parent and cells[cell.parent[0]].setting != cell.setting:
+        words += ["--parent", str(checkpoint.path(root / cell.parent[0], cell.parent[1]))]
+    if cell.segment.name == "main":
+        words += ["--train.save_at", ",".join(map(str, sorted(cell.required)))]
+    return words
+
+
+def saved(root: Path, name: str, step: int) -> bool:
+    return (checkpoint.path(root / name, step) / "meta.json").exists()
+
+
+def done(cells: Graph, root: Path, name: str) -> bool:
+    return all(saved(root, name, r) for r in cells[name].required)
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """A cell's log, none if it has none yet."""
+    try:
+        return train.logged(folder)
+    except OSError:
+        return []
+
+
+def progress(folder: Path, s: schedule.Segment) -> int:
+    """Steps of a segment that its log has seen."""
+    try:
+        with open(folder / "log.jsonl", "rb") as f:
+            f.seek(max(0, f.seek(0, os.SEEK_END) - 4096))
+            last = json.loads(f.read().splitlines()[-1])
+        return min(s.end, last.get("step", last.get("start", s.start) - 1) + 1) - s.start
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def seconds(log: list[dict[str, Any]]) -> float:
+    """Seconds of training that a log tells of, without starts, validations and saves."""
+    total, at = 0.0, 0
+    for r in log:
+        if "config" in r:
+            at = r["start"] * r["config"]["train.batch_tokens"]
+        elif "tokens_per_second" in r:
+            total += (r["tokens"] - at) / r["tokens_per_second"]
+            at = r["tokens"]
+    return total
+
+
+def rate(cells: Graph, root: Path) -> float | None:
+    """Seconds a FLOP, as the logs of these cells have it; none where there are none."""
+    spent = flops = 0.0
+    for name, cell in cells.items():
+        if part := progress(root / name, cell.segment):
+            spent += seconds(records(root / name))
+            flops += cell.flops * part / cell.steps
+    return spent / flops if flops and spent else None
+
+
+def check_done(cells: Graph, root: Path) -> None:
+    """What is there already must be what these settings would make: a table never mixes two. UserError names the keys."""
+    for name, cell in cells.items():
+        tokens = None
+        for step in checkpoint.steps(root / name):
+            if step <= cell.segment.end:
+                where = checkpoint.path(root / name, step)
+                tokens = tokens or lineage.open_tokens(cell.config, lineage.make_plan(cell.config))
+                lineage.check_lineage(where, checkpoint.read_meta(where), cell.config, cell.segment, tokens)
+
+
+def run(cells: Graph, root: Path, jobs: int, gpus: int, ranks: int) -> None:
+    """Train what is missing, `jobs` segments side by side, each on `ranks` processes.
+
+    UserError at the end if a segment failed; SIGTERM and Ctrl-C stop all, which save.
+    """
+    below: dict[str, list[str]] = {n: [] for n in cells}
+    for n, c in cells.items():
+        if c.parent:
+            below[c.parent[0]].append(n)
+
+    def chain(name: str) -> int:
+        """Steps from here to the end of the longest chain that hangs on it: what to start first."""
+        return cells[name].steps + max(map(chain, below[name]), default=0)
+
+    waiting = sorted((n for n in cells if not done(cells, root, n)), key=chain, reverse=True)
+    running: dict[str, tuple[subprocess.Popen, int]] = {}
+    failed: dict[str, str] = {}
+    free = list(range(jobs))
+    output = root / "output"
+    output.mkdir(parents=True, exist_ok=True)
+    stop: list[int] = []
+    handlers = {n: signal.signal(n, lambda number, frame: stop.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
+    finished = sum(c.steps for n, c in cells.items() if n not in waiting)
+    bar = tqdm(total=sum(c.steps for c in cells.values()), initial=finished, unit="step", desc=f"{len(cells)} segments",
+               mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
+    try:
+        while (waiting or running) and not stop:
+            for name in [n for n in waiting if done(cells, root, n)]:
+                waiting.remove(name)  # by that other process
+                finished += cells[name].steps
+            for name in list(waiting):
+                parent = cells[name].parent
+                if not free or (parent and not saved(root, *parent)) or disk.held(root / name / ".lock"):
+                    continue  # the lock: the child of a paper.py that was killed may still be at it
+                waiting.remove(name)
+                slot = free.pop(0)
+                threads = "1" if gpus else str(max(1, (os.cpu_count() or 1) // (jobs * ranks)))
+                own = ",".join(str((slot * ranks + r) % gpus) for r in range(ranks)) if gpus else ""
+                env = {**os.environ, "OMP_NUM_THREADS": threads, **({"CUDA_VISIBLE_DEVICES": own} if gpus else {})}
+                several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+                with open(output / f"{name.replace('/', '-')}.txt", "a") as text:
+                    # its own session: Ctrl-C reaches this process alone, which then tells the others once
+                    child = subprocess.Popen([sys.executable, *several, str(data.HERE / "train.py"), *command(cells, name, root)],
+                                             stdout=text, stderr=subprocess.STDOUT, env=env, start_new_session=True)  # fmt: skip
+                running[name] = (child, slot)
+            for name, (child, slot) in list(running.items()):
+                if child.poll() is not None:
+                    del running[name]
+                    free.append(slot)
+                    if child.returncode:
+                        said = (output / f"{name.replace('/', '-')}.txt").read_text(errors="replace").strip().splitlines()
+                        failed[name] = next((t for t in reversed(said) if "error: " in t), said[-1] if said else f"exit code {child.returncode}")
+                    else:
+                        finished += cells[name].steps
+            others = [n for n in cells if n not in running and disk.held(root / n / ".lock")]
+            if not running and not others and not any(p is None or saved(root, *p) for p in (cells[n].parent for n in waiting)):
+                break  # what is left hangs on a segment that failed
+            bar.set_postfix_str(", ".join([*running, *(f"{n} (another process)" for n in others)]), refresh=False)
+            bar.update(max(0, finished + sum(progress(root / n, cells[n].segment) for n in running) - bar.n))
+            time.sleep(0.2)
+    finally:
+        for child, _ in running.values():
+            child.send_signal(signal.SIGTERM)  # each saves and exits
+        for child, _ in running.values():
+            child.wait()
+        bar.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if stop:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(128 + stop[0])
+    if failed:
+        lines = [f"{n}: {text} (all of it: {output / (n.replace('/', '-') + '.txt')})" for n, text in failed.items()]
+        raise UserError("\n".join(lines + [f"{n}: not begun, since what it starts from is missing" for n in waiting]))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What there is to do, in words
+
+
+def duration(seconds: float) -> str:
+    """7,300 as 2.0 h."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def status(cells: Graph, root: Path) -> list[str]:
+    """A line a folder of segments: what is done, running, to do."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(cells):
+        groups.setdefault(name if cells[name].segment.name == "main" else name.rpartition("/")[0], []).append(name)
+    lines = []
+    for group, names in groups.items():
+        states = []
+        for n in names:
+            cell, folder = cells[n], root / n
+            part = f"{progress(folder, cell.segment) / cell.steps:.0%}"
+            label = f"{cell.steps:,} steps" if cell.segment.name == "main" else n.rpartition("/")[2]
+            state = "done" if done(cells, root, n) else f"running {part}" if disk.held(folder / ".lock") else "to do" if part == "0%" else f"stopped {part}"
+            states.append(f"{label} {state}")
+        lines.append(f"  {group:40} " + ", ".join(states))
+    return lines
+
+
+def left(cells: Graph, root: Path) -> tuple[list[str], float, float]:
+    """What is not done: the cells, parents first, their steps and FLOPs that are left."""
+    todo = [n for n in cells if not done(cells, root, n)]
+    parts = {n: 1 - progress(root / n, cells[n].segment) / cells[n].steps for n in todo}
+    return todo, sum(cells[n].steps * parts[n] for n in todo), sum(cells[n].flops * parts[n] for n in todo)
+
+
+def launch_lines(cells: Graph, names: Iterable[str], root: Path, ranks: int, slurm: bool) -> list[str]:
+    """The commands that train these cells, parents first: one after another, or as SLURM jobs that wait for each other."""
+    lines: list[str] = []
+    jobs: dict[tuple[str, int], str] = {}  # (cell, step): the job that makes it
+    for name in names:
+        cell, words = cells[name], command(cells, name, root)
+        pieces = [(words, cell.segment.end)]
+        if slurm and cell.segment.name == "main":  # a job a version, so that a branch need not wait for the whole of the main path
+            p = lineage.make_plan(cell.config)
+            pieces = [([*words, "--version", str(i)], p.end(i) - p.d) for i in range(1, len(p.increments) + 1)]
+        before = jobs.get(cell.parent) if cell.parent else None
+        for words, end in pieces:
+            if not slurm:
+                start = f"torchrun --nproc_per_node {ranks} train.py" if ranks > 1 else "python train.py"
+                lines.append(f"{start} {shlex.join(words)}")
+                continue
+            job = f"j{len(lines) + 1}"
+            wait = f" --dependency=afterok:${before}" if before else ""
+            lines.append(f"{job}=$(sbatch --parsable{wait} configs/slurm.sh {shlex.join(words)})")
+            jobs |= {(name, r): job for r in {*cell.required, cell.segment.end} if r <= end and (name, r) not in jobs}
+            before = job
+    return lines
