@@ -328,9 +328,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(message)
 
-    def add_config(self) -> None:
-        """--config and a flag for every key of the config."""
-        self.add_argument("--config", help="a name in configs/ or a .toml file")
+    def add_config(self, name: bool = True) -> None:
+        """--config (if `name`) and a flag for every key of the config."""
+        if name:
+            self.add_argument("--config", help="a name in configs/ or a .toml file")
         group = self.add_argument_group("keys of the config, each also a flag")
         for k, (f, v) in flatten(Config()).items():
             choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""

@@ -20,6 +20,7 @@ import schedule
 from config import UserError
 
 CONVENTIONS = ("section3.2", "table2")
+PEAK = 989e12  # FLOP/s of an H100 in bf16
 
 
 def steps(paradigm: str, p: schedule.Plan, convention: str = "section3.2") -> int:
@@ -50,7 +51,7 @@ def main() -> None:
     )
     a.add_argument("--convention", default="section3.2", choices=CONVENTIONS)
     a.add_argument("--mfu", type=float, default=0.4, help="part of the peak that training reaches [0.4]")
-    a.add_argument("--peak", type=float, default=989e12, help="FLOP/s of a GPU at its peak [989e12, an H100 in bf16]")
+    a.add_argument("--peak", type=float, default=PEAK, help="FLOP/s of a GPU at its peak [989e12, an H100 in bf16]")
     a.add_argument("--price", type=float, default=0.0, help="of a GPU-hour [0]")
     a.add_argument("--json", action="store_true")
     a.add_config()

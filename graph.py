@@ -255,7 +255,15 @@ def status(cells: Graph, root: Path) -> list[str]:
             cell, folder = cells[n], root / n
             part = f"{progress(folder, cell.segment) / cell.steps:.0%}"
             label = f"{cell.steps:,} steps" if cell.segment.name == "main" else n.rpartition("/")[2]
-            state = "done" if done(cells, root, n) else f"running {part}" if disk.held(folder / ".lock") else "to do" if part == "0%" else f"stopped {part}"
+            state = (
+                "done"
+                if done(cells, root, n)
+                else f"running {part}"
+                if disk.held(folder / ".lock")
+                else "to do"
+                if part == "0%"
+                else f"stopped {part}"
+            )
             states.append(f"{label} {state}")
         lines.append(f"  {group:40} " + ", ".join(states))
     return lines

@@ -30,7 +30,9 @@ def make_plan(c: config.Config, version: int | None = None) -> schedule.Plan:
 
 def open_tokens(c: config.Config, p: schedule.Plan) -> reader.Tokens:
     """The data as a plan reads it."""
-    return reader.Tokens(c.data.path, c.model.context, c.batch_sequences, c.data.increments or p.increments, c.train.seed, c.data.repeat, c.data.unique)
+    return reader.Tokens(
+        c.data.path, c.model.context, c.batch_sequences, c.data.increments or p.increments, c.train.seed, c.data.repeat, c.data.unique
+    )
 
 
 def make_segments(paradigm: str, p: schedule.Plan) -> list[schedule.Segment]:

@@ -1,21 +1,24 @@
-"""The paper's tables and figures by name, at the size of any config: `python paper.py table3 fig1 fig2 --config tiny`.
+"""Every table and figure of the paper by name: `python paper.py table3 fig2 --scale tiny --seeds 3`.
 
-A table walks the plans as one graph: a segment starts when the checkpoint it leaves from is there, what is finished is
-skipped, independent segments run side by side (`--jobs`, by default one a GPU, or one a core on a CPU). Called again
-after a crash it goes on where it was. Everything lands in the run's folder: table3.md, table3.json, fig1.png, fig2.png.
+    python paper.py table1 fig4 fig5 table2 table3   train what is missing, evaluate, print, draw; goes on after a crash
+    python paper.py status --scale small             what is done, running and to do, and the time left
+    python paper.py report                           one HTML file of all tables and figures made so far
+    python paper.py table8 --scale paper             the paper's own settings: the plan, its cost, the commands to submit
+
+Tables: 1 2 3 5 6 7 8 9 10 12 13; figures: 1 to 6, and `loss`, all losses of the base setting over steps. What they share is trained
+once. Scales are files in configs/scales; results go to out/<scale>/results, a picture beside each table.
 """
 
-import itertools
+import contextlib
 import json
+import lzma
 import math
 import os
-import signal
-import subprocess
-import sys
+import statistics
 import time
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,148 +32,27 @@ import cost
 import data
 import disk
 import eval as evaluation
+import figures
+import graph
 import lineage
-import reader
+import report
 import schedule
+import tables
 import text
 import train
 from config import UserError
+from report import ORDER
 
-NAMES = {"ptfs": "PTFS", "cpt": "CPT", "ours": "Ours"}
-
-# ----------------------------------------------------------------------------------------------------------
-# The graph
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One segment to train and the train.py arguments that pick it."""
-
-    segment: schedule.Segment
-    arguments: tuple[str, ...]
-    schedule: str
-    required: tuple[int, ...]  # steps whose checkpoints others need, the last one its end
-
-    @property
-    def steps(self) -> int:
-        return self.segment.end - self.segment.start
-
-
-def graph(c: config.Config, schedules: list[str]) -> dict[str, Cell]:
-    """Every segment of the three paradigms under these schedules, by name; what they share is there once."""
-    cells: dict[str, Cell] = {}
-    for name in schedules:
-        p = replace(lineage.make_plan(c), schedule=name)
-        for paradigm in schedule.PARADIGMS:
-            segments = lineage.make_segments(paradigm, p)
-            forks = tuple(s.start for s in segments if s.parent and s.parent[0] == "main")
-            for s in segments:
-                mode = "main" if s.name == "main" else "branch" if paradigm == "ours" else s.name.partition("-")[0]
-                arguments = ("--mode", mode, "--version", str(s.version), "--plan.schedule", name)
-                cells.setdefault(s.name, Cell(s, arguments, name, forks if s.name == "main" else (s.end,)))
-    return cells
-
-
-def progress(folder: Path, s: schedule.Segment) -> int:
-    """Steps of a segment that its log has seen."""
-    try:
-        with open(folder / "log.jsonl", "rb") as f:
-            f.seek(max(0, f.seek(0, os.SEEK_END) - 4096))
-            last = json.loads(f.read().splitlines()[-1])
-        return min(s.end, last.get("step", last.get("start", s.start) - 1) + 1) - s.start
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
-def check_done(cells: dict[str, Cell], run: Path, c: config.Config) -> None:
-    """What is there already must be what this config would make: a table never mixes two configs. UserError names the keys."""
-    tokens = reader.Tokens(c.data.path, c.model.context, c.batch_sequences, c.increments, c.train.seed, c.data.repeat)
-    for name, cell in cells.items():
-        own = replace(c, plan=replace(c.plan, schedule=cell.schedule))
-        for step in checkpoint.steps(run / name):
-            if step <= cell.segment.end:
-                where = checkpoint.path(run / name, step)
-                lineage.check_lineage(where, checkpoint.read_meta(where), own, cell.segment, tokens)
-
-
-def run_graph(cells: dict[str, Cell], run: Path, arguments: list[str], jobs: int, gpus: int) -> None:
-    """Train what is missing, `jobs` segments side by side. UserError at the end if a segment failed; SIGTERM and Ctrl-C stop all and save."""
-
-    def saved(name: str, step: int) -> bool:
-        return (checkpoint.path(run / name, step) / "meta.json").exists()
-
-    def chain(name: str) -> int:
-        """Steps from here to the end of the longest chain that hangs on it: what to start first."""
-        after = [chain(n) for n, c in cells.items() if c.segment.parent and c.segment.parent[0] == name]
-        return cells[name].steps + max(after, default=0)
-
-    waiting = sorted((n for n, c in cells.items() if not all(saved(n, r) for r in c.required)), key=chain, reverse=True)
-    running: dict[str, tuple[subprocess.Popen, int]] = {}
-    failed: dict[str, str] = {}
-    free = list(range(jobs))
-    output = run / "output"
-    output.mkdir(parents=True, exist_ok=True)
-    stop: list[int] = []
-    handlers = {n: signal.signal(n, lambda number, frame: stop.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
-    done = sum(c.steps for n, c in cells.items() if n not in waiting)
-    bar = tqdm(total=sum(c.steps for c in cells.values()), initial=done, unit="step", desc=f"{len(cells)} segments",
-               mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
-    try:
-        while (waiting or running) and not stop:
-            for name in [n for n in waiting if all(saved(n, r) for r in cells[n].required)]:
-                waiting.remove(name)  # by that other process
-                done += cells[name].steps
-            for name in list(waiting):
-                parent = cells[name].segment.parent
-                if not free or (parent and not saved(*parent)) or disk.held(run / name / ".lock"):
-                    continue  # the lock: the child of a paper.py that was killed may still be at it
-                waiting.remove(name)
-                slot = free.pop(0)
-                threads = "1" if gpus else str(max(1, (os.cpu_count() or 1) // jobs))
-                env = {**os.environ, "OMP_NUM_THREADS": threads, **({"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else {})}
-                with open(output / f"{name.replace('/', '-')}.txt", "a") as text:
-                    # its own session: Ctrl-C reaches this process alone, which then tells the others once
-                    child = subprocess.Popen([sys.executable, str(data.HERE / "train.py"), *arguments, *cells[name].arguments],
-                                             stdout=text, stderr=subprocess.STDOUT, env=env, start_new_session=True)  # fmt: skip
-                running[name] = (child, slot)
-            for name, (child, slot) in list(running.items()):
-                if child.poll() is not None:
-                    del running[name]
-                    free.append(slot)
-                    if child.returncode:
-                        said = (output / f"{name.replace('/', '-')}.txt").read_text(errors="replace").strip().splitlines()
-                        failed[name] = said[-1] if said else f"exit code {child.returncode}"
-                    else:
-                        done += cells[name].steps
-            others = [n for n in cells if n not in running and disk.held(run / n / ".lock")]
-            if not running and not others and not any(p is None or saved(*p) for p in (cells[n].segment.parent for n in waiting)):
-                break  # what is left hangs on a segment that failed
-            bar.set_postfix_str(", ".join([*running, *(f"{n} (another process)" for n in others)]), refresh=False)
-            bar.update(max(0, done + sum(progress(run / n, cells[n].segment) for n in running) - bar.n))
-            time.sleep(0.2)
-    finally:
-        for child, _ in running.values():
-            child.send_signal(signal.SIGTERM)  # each saves and exits
-        for child, _ in running.values():
-            child.wait()
-        bar.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if stop:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(128 + stop[0])
-    if failed:
-        lines = [f"{n}: {text} (all of it: {output / (n.replace('/', '-') + '.txt')})" for n, text in failed.items()]
-        raise UserError("\n".join(lines + [f"{n}: not begun, since what it starts from is missing" for n in waiting]))
-
+# What each figure is drawn from: a table's numbers, its segments, or nothing but the plan
+FIGURES = {"fig1": "", "fig2": "table3", "fig3": "", "fig4": "fig4", "fig5": "fig5", "fig6": "", "loss": "table3"}
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t, 97.5 %, for 1, 2, .. degrees of freedom
 
 # ----------------------------------------------------------------------------------------------------------
-# Table 3
+# Measuring
 
 
-def scores(checkpoints: list[Path], run: Path, jobs: int) -> dict[Path, evaluation.Score]:
-    """Score checkpoints on the whole validation set; kept in scores/ under the hashes of weights and text."""
-    kept = run / "scores"
+def scores(checkpoints: list[Path], kept: Path, jobs: int, device: str) -> dict[Path, evaluation.Score]:
+    """Score checkpoints on the whole validation set; kept in the folder `kept` under the hashes of weights and text."""
     kept.mkdir(exist_ok=True)
 
     def one(path: Path) -> evaluation.Score:
@@ -181,7 +63,7 @@ def scores(checkpoints: list[Path], run: Path, jobs: int) -> dict[Path, evaluati
             with np.load(file) as stored:
                 return evaluation.Score(stored["nats"], stored["tokens"])
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # not there, or not whole
-            s = evaluation.score(path, train.pick_device("auto", 0), quiet=True)
+            s = evaluation.score(path, train.pick_device(device, 0), quiet=True)
             with open(file.with_suffix(".partial"), "wb") as f:
                 np.savez(f, nats=s.nats, tokens=s.tokens)
             file.with_suffix(".partial").rename(file)
@@ -192,153 +74,243 @@ def scores(checkpoints: list[Path], run: Path, jobs: int) -> dict[Path, evaluati
         return dict(zip(checkpoints, tqdm(pool.map(one, checkpoints), total=len(checkpoints), desc="evaluating", unit="checkpoint"), strict=True))
 
 
-def table3(c: config.Config, schedules: list[str], run: Path, jobs: int) -> dict[str, Any]:
-    """PPL of versions 2..N, APPL and relative cost of each schedule and paradigm, with paired differences; written and returned."""
-    where: dict[tuple[str, str, int], Path] = {}
-    costs: dict[tuple[str, str], float] = {}
-    for name in schedules:
-        p = replace(lineage.make_plan(c), schedule=name)
-        total = cost.steps("ptfs", p)
-        for paradigm in schedule.PARADIGMS:
-            costs[name, paradigm] = cost.steps(paradigm, p) / total
-            for s in schedule.plan(paradigm, p):
-                if s.name != "main":
-                    where[name, paradigm, s.version] = checkpoint.path(run / s.name, s.end)
-    found = scores(sorted(set(where.values())), run, jobs)
-    versions = range(2, len(c.increments) + 1)
-    rows, differences = [], []
-    for name in schedules:
-        by = {paradigm: {v: found[where[name, paradigm, v]] for v in range(1, len(c.increments) + 1)} for paradigm in schedule.PARADIGMS}
-        for paradigm, of in by.items():
-            ppl = {v: s.ppl for v, s in of.items()}
-            rows.append(
-                {
-                    "schedule": name,
-                    "paradigm": paradigm,
-                    "cost": costs[name, paradigm],
-                    "ppl": ppl,
-                    "se": {v: s.se for v, s in of.items()},
-                    "appl": evaluation.appl(ppl, versions),
-                }
-            )
-        for a, b in (("ours", "cpt"), ("ours", "ptfs"), ("cpt", "ptfs")):
-            pairs = {v: by[a][v].minus(by[b][v]) for v in versions}
-            differences.append({"schedule": name, "minus": [a, b], "ppl": {v: d for v, (d, _) in pairs.items()}, "se": {v: se for v, (_, se) in pairs.items()},
-                                "relative": {v: d / by[b][v].ppl for v, (d, _) in pairs.items()}})  # fmt: skip
-    any_score = next(iter(found.values()))
-    result = {"rows": rows, "differences": differences, "documents": len(any_score.nats), "tokens": int(any_score.tokens.sum()),
-              "config": config.values(c), "commit": train.git_commit(), "torch": torch.__version__}  # fmt: skip
-    (run / "table3.json").write_text(json.dumps(result, indent=1) + "\n")
-    text = table3_text(result, list(versions))
-    (run / "table3.md").write_text(text)
-    print(text)
-    return result
+Scores = dict[tuple[str, str, str], list[evaluation.Score]]  # {(group, name, column): one a seed}
 
 
-def table3_text(result: dict[str, Any], versions: list[int]) -> str:
-    """The table in Markdown, the differences with their standard errors, and which of the paper's statements hold."""
-    head = ["schedule", "paradigm", "cost", *(f"V{v}" for v in versions), "APPL"]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * 2 + " ---: |" * (len(head) - 2)]
-    for r in result["rows"]:
-        cells = [r["schedule"], NAMES[r["paradigm"]], f"{r['cost']:.2f}x", *(f"{r['ppl'][v]:.2f}" for v in versions), f"{r['appl']:.2f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", f"PPL on {result['tokens']:,} tokens of {result['documents']} documents. Differences, paired by document (standard error):", "",
-              "| schedule | difference | " + " | ".join(f"V{v}" for v in versions) + " |", "| --- | --- |" + " ---: |" * len(versions)]  # fmt: skip
-    for d in result["differences"]:
-        cells = [f"{d['ppl'][v]:+.2f} ({d['se'][v]:.2f}), {d['relative'][v]:+.1%}" for v in versions]
-        lines.append(f"| {d['schedule']} | {' - '.join(NAMES[n] for n in d['minus'])} | " + " | ".join(cells) + " |")
-    lines.append("")
-    for name in dict.fromkeys(d["schedule"] for d in result["differences"]):
-        by = {tuple(d["minus"]): d for d in result["differences"] if d["schedule"] == name}
-        for statement, holds in {
-            "ours is below CPT": [by["ours", "cpt"]["ppl"][v] < 0 for v in versions],
-            "ours is below PTFS or within 2 % of it": [by["ours", "ptfs"]["relative"][v] <= 0.02 for v in versions],
-            "CPT is above PTFS": [by["cpt", "ptfs"]["ppl"][v] > 0 for v in versions],
-        }.items():
-            verdicts = ", ".join(f"V{v} {'yes' if h else 'NO'}" for v, h in zip(versions, holds, strict=True))
-            lines.append(f"- {name}: {statement}: {verdicts}")
-    return "\n".join(lines) + "\n"
+def combine(found: Scores, factors: dict[tuple[str, str, str], float]) -> tuple[float, float]:
+    """A sum of PPLs times factors, and its standard error: over seeds, the terms of one seed paired; of one seed, over documents."""
+    values = [sum(f * found[k][i].ppl for k, f in factors.items()) for i in range(len(next(iter(found.values()))))]
+    if len(values) > 1:
+        return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+    influence = sum(f * found[k][0].influence for k, f in factors.items())
+    return values[0], float(np.sqrt(np.sum(influence**2)))
+
+
+def judge(found: Scores, claim: tables.Claim, seeds: int) -> dict[str, Any]:
+    """Does a statement hold? Each of its differences is clear if it is further from zero than 95 % of chance would take it."""
+    times = 1.96 if seeds == 1 else T975[min(seeds - 2, len(T975) - 1)]
+    parts = []
+    for where, factors in claim.below_zero.items():
+        value, se = combine(found, factors)
+        parts.append({"where": where, "value": value, "se": se, "holds": value < 0, "clear": abs(value) > times * se})
+    contradicted = any(p["clear"] and not p["holds"] for p in parts)
+    holds = all(p["clear"] and p["holds"] for p in parts)
+    return {"text": claim.text, "verdict": "FAILS" if contradicted else "HOLDS" if holds else "OPEN", "parts": parts}
+
+
+def measure(t: tables.Table, found: Scores, seeds: list[int], columns: list[str]) -> dict[str, Any]:
+    """The record of a table: means and spreads over seeds, paired differences, and which statements hold."""
+    rows = []
+    for r in t.rows:
+        ppl = {c: [s.ppl for s in found[r.group, r.name, c]] for c in t.columns}
+        row: dict[str, Any] = {"group": r.group, "name": r.name, "labels": r.labels, "costs": r.costs, "paper": {c: v for c, v in r.paper.items() if not math.isnan(v)},
+               "ppl": {c: statistics.fmean(v) for c, v in ppl.items()}, "seeds": ppl,
+               "sd": {c: statistics.stdev(v) if len(v) > 1 else found[r.group, r.name, c][0].se for c, v in ppl.items()}}  # fmt: skip
+        if t.columns == columns:
+            row["appl"] = statistics.fmean(row["ppl"].values())
+        rows.append(row)
+    differences = []
+    for group in dict.fromkeys(r.group for r in t.rows):
+        for a, b in t.pairs:
+            d: dict[str, Any] = {"group": group, "minus": [a, b], "value": {}, "se": {}, "relative": {}}
+            for c in t.columns:
+                d["value"][c], d["se"][c] = combine(found, {(group, a, c): 1.0, (group, b, c): -1.0})
+                d["relative"][c] = d["value"][c] / statistics.fmean(s.ppl for s in found[group, b, c])
+            differences.append(d)
+    some = next(iter(found.values()))[0]
+    return {"name": t.name, "title": t.title, "columns": t.columns, "rows": rows, "differences": differences, "notes": t.notes, "seeds": seeds,
+            "claims": [judge(found, c, len(seeds)) for c in t.claims], "documents": len(some.nats), "tokens": int(some.tokens.sum())}  # fmt: skip
+
+
+def provenance(s: tables.Setup, cells: graph.Graph, root: Path) -> dict[str, Any]:
+    """What made a table: settings, devices, versions, commits, and the time that training took."""
+    firsts, spent = [], 0.0
+    for name in cells:
+        log = graph.records(root / name)
+        firsts += [r for r in log if "config" in r]
+        spent += graph.seconds(log)
+    return {"scale": s.scale.name, "config": config.values(s.base), "segments": len(cells), "steps": sum(c.steps for c in cells.values()), "seconds": spent,
+            "devices": sorted({f"{r['device']} ({r['ranks']} rank{'s' * (r['ranks'] > 1)}, {r['dtype']})" for r in firsts}),
+            "versions": sorted({f"torch {r['versions']['torch']}, Python {r['versions']['python']}" for r in firsts}),
+            "commits": sorted({r["commit"][:12] for r in firsts if r["commit"]}), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+
+
+def save_logs(results: Path, root: Path) -> None:
+    """All logs of a root in one file, {"cell": name, ..} a line."""
+    with lzma.open(partial := results / ".logs.partial", "wt") as f:
+        for log in sorted(root.glob("*/**/log.jsonl")):
+            name = log.parent.relative_to(root).as_posix()
+            f.writelines(json.dumps({"cell": name, **r}) + "\n" for r in graph.records(log.parent))
+    partial.rename(results / "logs.jsonl.xz")
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Figures
+# The plan
 
 
-def fig1(c: config.Config, run: Path) -> None:
-    """Figure 1: the learning-rate paths of the three paradigms."""
-    p = lineage.make_plan(c)
-    schedule.draw({paradigm: lineage.make_segments(paradigm, p) for paradigm in schedule.PARADIGMS}, str(run / "fig1.png"))
-    print(run / "fig1.png")
+def print_left(s: tables.Setup, cells: graph.Graph, root: Path, jobs: int, ranks: int, mfu: float) -> str:
+    """What is done and what is left of some cells, in a line."""
+    todo, steps, flops = graph.left(cells, root)
+    line = f"{len(cells)} segments, {len(cells) - len(todo)} done"
+    if todo:
+        line += f"; left: {steps:,.0f} steps, {flops:.3g} FLOPs"
+        if per := graph.rate(cells, root):
+            line += f", {graph.duration(per * flops / jobs)} at the pace so far ({jobs} side by side)"
+        else:
+            line += f", {flops / (mfu * cost.PEAK) / 3600:,.3g} GPU-hours at {mfu:.0%} of {cost.PEAK / 1e12:.0f} TFLOP/s"
+    return line
 
 
-def fig2(result: dict[str, Any], run: Path) -> None:
-    """Figure 2: APPL against relative cost; lower left is better."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(6, 3.6))
-    colours = {"ptfs": "#0072B2", "cpt": "#D55E00", "ours": "#009E73"}
-    markers = dict(zip(dict.fromkeys(r["schedule"] for r in result["rows"]), itertools.cycle("os^DvP*X"), strict=False))
-    for r in result["rows"]:
-        ax.scatter(
-            r["cost"], r["appl"], s=60, color=colours[r["paradigm"]], marker=markers[r["schedule"]], label=f"{NAMES[r['paradigm']]}, {r['schedule']}"
+def print_plan(s: tables.Setup, wanted: dict[str, graph.Graph], cells: graph.Graph, root: Path, ranks: int, mfu: float, slurm: bool) -> None:
+    """Steps, tokens and cost of what is asked for, and the commands that make it."""
+    for name, own in wanted.items():
+        todo = graph.left(own, root)[0]
+        tokens = sum(c.steps * c.config.train.batch_tokens for c in own.values())
+        every = sum(c.flops for c in own.values()) / (mfu * cost.PEAK) / 3600
+        print(
+            f"{name}: {len(own)} segments, {sum(c.steps for c in own.values()):,} steps, {tables.count(tokens)} tokens, {every:,.3g} GPU-hours; {len(todo)} to do"
         )
-    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    ax.set_xlabel("relative cost (steps, PTFS = 1)")
-    ax.set_ylabel(f"APPL (mean PPL of V2..V{len(result['rows'][0]['ppl'])})")
-    ax.set_xlim(0, 1.1)
-    ax.margins(y=0.2)
-    ax.grid(alpha=0.25)
-    fig.tight_layout()
-    fig.savefig(run / "fig2.png", dpi=150)
-    plt.close(fig)
-    print(run / "fig2.png")
+    if len(wanted) > 1:
+        print(f"all of it, each segment once: {print_left(s, cells, root, 1, ranks, mfu)}")
+    print(
+        f"GPU-hours at {mfu:.0%} of {cost.PEAK / 1e12:.0f} TFLOP/s. {ranks} process{'es' * (ranks > 1)} a segment; any line can be given again, and goes on.\n"
+    )
+    print("\n".join(graph.launch_lines(cells, graph.left(cells, root)[0], root, ranks, slurm)))
+
+
+# ----------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    a = config.Parser(
-        prog="paper.py",
-        description=__doc__,
-        usage="paper.py {table3,fig1,fig2} .. [--config NAME] [--jobs N] [--schedules A,B] [--section.key VALUE ..]",
-    )
-    a.add_argument("what", nargs="+", choices=("table3", "fig1", "fig2"))
-    a.add_argument("--jobs", type=int, help="segments side by side [one a GPU, or one a core]")
-    a.add_argument("--schedules", help="such as cosine,knee,multistep [plan.schedule]")
-    a.add_config()
-    o, c = a.parse_config()
-    schedules = o.schedules.split(",") if o.schedules else [c.plan.schedule]
-    if unknown := [s for s in schedules if s not in schedule.SCHEDULES]:
-        raise UserError(f"--schedules: got {', '.join(unknown)}, expected some of {', '.join(schedule.SCHEDULES)}")
-    if o.jobs is not None and o.jobs < 1:
-        raise UserError(f"--jobs: got {o.jobs}, expected 1 or more")
-    if len(c.increments) < 2 and {"table3", "fig2"} & set(o.what):
-        raise UserError(f"plan.versions: got {len(c.increments)}, expected 2 or more: the tables start at version 2")
-    text.optional("matplotlib", "matplotlib", "drawing")
-    if problems := config.check_batch(c, 1):
+    a = config.Parser(prog="paper.py", description=__doc__,
+                      usage="paper.py WHAT .. [--scale NAME] [--seeds N] [--schedules A,B] [--jobs N] [--ranks N] [--run yes|no] [--slurm] [--section.key VALUE ..]")  # fmt: skip
+    a.add_argument("what", nargs="+", help=f"status, report, or some of {', '.join(ORDER)}")
+    a.add_argument("--scale", default="tiny", help="a name in configs/scales/ or a .toml file [tiny]")
+    a.add_argument("--seeds", type=int, default=1, help="repeat with so many seeds, from train.seed on [1]")
+    a.add_argument("--schedules", help=f"for the tables that compare them [{','.join(tables.MAIN)}]")
+    a.add_argument("--jobs", type=int, help="segments side by side [as many as GPUs or cores allow]")
+    a.add_argument("--ranks", type=int, help="processes of a segment [the scale's]")
+    a.add_argument("--run", choices=("yes", "no"), help="train what is missing; no: print what it would cost [the scale's]")
+    a.add_argument("--slurm", action="store_true", help="with --run no: SLURM jobs that wait for each other")
+    a.add_argument("--mfu", type=float, default=0.4, help="part of a GPU's peak that training reaches, for the costs of plans [0.4]")
+    a.add_config(name=False)
+    o, unknown = a.parse_known_args()
+    scale = tables.load_scale(o.scale)
+    overrides = {k: v for k in config.flatten(config.Config()) if (v := getattr(o, k)) is not None and k != "out"}
+    config.load(scale.config, overrides, unknown)
+    if wrong := [w for w in o.what if w not in ORDER and w not in ("status", "report")]:
+        why = "table4 and table11 compare downstream tasks, which are not here yet; " if {"table4", "table11"} & set(wrong) else ""
+        raise UserError(f"{wrong[0]}: {why}expected status, report or some of {', '.join(ORDER)}")
+    names = o.schedules.split(",") if o.schedules else list(tables.MAIN)
+    if unheard := [n for n in names if n not in schedule.SCHEDULES]:
+        raise UserError(f"--schedules: got {', '.join(unheard)}, expected some of {', '.join(schedule.SCHEDULES)}")
+    for option, value in (("--seeds", o.seeds), ("--jobs", o.jobs), ("--ranks", o.ranks)):
+        if value is not None and value < 1:
+            raise UserError(f"{option}: got {value}, expected 1 or more")
+    if not 0 < o.mfu <= 1:
+        raise UserError(f"--mfu: got {o.mfu}, expected above 0 and at most 1")
+    s = tables.Setup(scale, overrides, names)
+    root = Path(o.out or f"out/{scale.name}")
+    results = root / "results"
+    ranks = o.ranks or scale.ranks
+    gpus = torch.cuda.device_count() if s.base.train.device in ("auto", "cuda") else 0
+    jobs = o.jobs or max(1, (gpus or os.cpu_count() or 1) // ranks)
+    seeds = [s.base.train.seed + i for i in range(o.seeds)]
+
+    if "report" in o.what:
+        if len(o.what) > 1:
+            raise UserError("report: goes alone; make the tables first")
+        print(report.page(results))
+        return
+
+    # The tables asked for, their cells, and the points of each
+    asked = [w for w in ORDER if w in o.what]
+    needed = ORDER if o.what == ["status"] else asked
+    specs = {n: tables.TABLES[n](s) for n in tables.TABLES if n in {FIGURES.get(w, w) for w in needed}}
+    cells: graph.Graph = {}
+    wanted: dict[str, graph.Graph] = {}
+    where: dict[str, dict[tuple[str, str, str], list[Path]]] = {}
+    for name, t in specs.items():
+        own: graph.Graph = {}
+        for seed in seeds:
+            for r in t.rows:
+                for column, point in [*r.points.items(), *(("", p) for p in r.also)]:
+                    graph.add(own, s, point, seed)
+                    cell, step = graph.add(cells, s, point, seed)
+                    if column:
+                        where.setdefault(name, {}).setdefault((r.group, r.name, column), []).append(checkpoint.path(root / cell, step))
+        wanted[name] = own
+    if problems := {p: None for c in cells.values() for p in config.check_batch(c.config, ranks)}:
         raise UserError("\n".join(problems))
-    cells = graph(c, schedules)
-    run = Path(c.out)
-    gpus = torch.cuda.device_count() if c.train.device in ("auto", "cuda") else 0
-    jobs = o.jobs or gpus or os.cpu_count() or 1
-    if {"table3", "fig2"} & set(o.what):
-        data.ship(c.data.path)
-        tokens = reader.Tokens(c.data.path, c.model.context, c.batch_sequences, c.increments, c.train.seed, c.data.repeat)
-        if problems := tokens.problems(0, math.inf):
-            raise UserError("\n".join(problems))
-    run.mkdir(parents=True, exist_ok=True)
-    if "fig1" in o.what:
-        fig1(c, run)
-    if {"table3", "fig2"} & set(o.what):
-        given = [w for k in config.flatten(c) if getattr(o, k) is not None and k != "out" for w in (f"--{k}", getattr(o, k))]
-        began = time.perf_counter()
-        with disk.lock(run / ".lock", f"{run}: another paper.py is at work here; wait for it or choose another --out"):
-            check_done(cells, run, c)
-            run_graph(cells, run, [*(("--config", o.config) if o.config else ("--config", "tiny")), *given, "--out", c.out], jobs, gpus)
-            result = table3(c, schedules, run, jobs)
-        fig2(result, run)
-        print(f"{run}: trained and evaluated in {(time.perf_counter() - began) / 60:.1f} minutes, {jobs} segments side by side")
+
+    if "status" in o.what:
+        for name, own in wanted.items():
+            print(f"{name:8} {print_left(s, own, root, jobs, ranks, o.mfu)}")
+        print("\n" + "\n".join(graph.status(cells, root)))
+        print(f"\nall: {print_left(s, cells, root, jobs, ranks, o.mfu)}")
+        return
+
+    todo, _, _ = graph.left(cells, root)
+    if todo and not (scale.train if o.run is None else o.run == "yes"):
+        print_plan(s, wanted, cells, root, ranks, o.mfu, o.slurm)
+        raise UserError(
+            f"{', '.join(asked)}: {len(todo)} of {len(cells)} segments are not trained yet; train them here with --run yes, or as printed above"
+        )
+    text.optional("matplotlib", "matplotlib", "drawing")
+    if cells:
+        if gpus and gpus < ranks:
+            raise UserError(f"--ranks: got {ranks} processes a segment, but this machine has {gpus} GPUs; lower it to that")
+        data.ship(s.base.data.path)
+        short = {
+            p: None
+            for c in cells.values()
+            for p in lineage.open_tokens(c.config, lineage.make_plan(c.config)).problems(c.segment.start, c.segment.end)
+        }
+        if short:
+            raise UserError("\n".join(short))
+    results.mkdir(parents=True, exist_ok=True)
+    made: dict[str, dict[str, Any]] = {}
+    with (
+        disk.lock(root / ".lock", f"{root}: another paper.py is at work here; wait for it or choose another --out")
+        if cells
+        else contextlib.nullcontext()
+    ):
+        if cells:
+            began = time.perf_counter()
+            graph.check_done(cells, root)
+            if todo:
+                graph.run(cells, root, jobs, gpus, ranks)
+            known = scores(sorted({p for points in where.values() for ps in points.values() for p in ps}), root / "scores", jobs, s.base.train.device)
+            for name, t in specs.items():
+                found = {k: [known[p] for p in paths] for k, paths in where[name].items()}
+                made[name] = measure(t, found, seeds, s.columns) | {"made": provenance(s, wanted[name], root)}
+            save_logs(results, root)
+            minutes = (time.perf_counter() - began) / 60
+        for name in asked:
+            publish(name, s, made, cells, wanted, root, results, seeds[0])
+    report.page(results)
+    print(f"{results / 'report.html'}: all of it" + (f"; trained and evaluated in {minutes:.1f} minutes, {jobs} side by side" if cells else ""))
+
+
+def publish(name: str, s: tables.Setup, made: dict[str, dict[str, Any]], cells: graph.Graph, wanted: dict[str, graph.Graph], root: Path, results: Path, seed: int) -> None:  # fmt: skip
+    """Write and print a table or figure: a record (.json), Markdown (.md) and a picture (.png)."""
+    if name == "table9":
+        made[name] = tables.table9(s)
+    if name in made:
+        disk.write(results / f"{name}.json", json.dumps(made[name], indent=1) + "\n")
+        disk.write(results / f"{name}.md", words := report.markdown(made[name]))
+        print(words)
+    draw: dict[str, Callable[[str], None]] = {
+        "fig1": lambda file: figures.paradigms(s, file), "fig3": lambda file: figures.schedules(s, file), "fig6": lambda file: figures.variants(s, file),
+        "fig2": lambda file: figures.cost_and_quality(made["table3"], file),
+        "fig4": lambda file: figures.stages(made["fig4"], figures.paths(s, "fig4", cells, seed), file),
+        "fig5": lambda file: figures.stages(made["fig5"], figures.paths(s, "fig5", cells, seed), file),
+        "loss": lambda file: figures.losses({n: (c.segment, graph.records(root / n)) for n, c in wanted["table3"].items() if n.startswith(f"base-s{seed}/")}, s.schedules[0], file),
+    }  # fmt: skip
+    if name != "table9":
+        file = str(results / f"{name}.png")
+        draw.get(name, lambda file: figures.table(made[name], file))(file)
+        print(f"{file}\n")
 
 
 if __name__ == "__main__":

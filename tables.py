@@ -5,6 +5,7 @@ of perplexities that it says are below zero. graph.py trains what the points nam
 To add a table, write a function like those below and add it to TABLES.
 """
 
+import itertools
 import json
 import math
 import tomllib
@@ -100,7 +101,9 @@ def load_scale(name: str) -> Scale:
     folder = HERE / "configs" / "scales"
     file = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
     if not file.is_file():
-        raise UserError(f"--scale {name}: there is no {file}; expected a .toml file or one of {', '.join(sorted(f.stem for f in folder.glob('*.toml')))}")
+        raise UserError(
+            f"--scale {name}: there is no {file}; expected a .toml file or one of {', '.join(sorted(f.stem for f in folder.glob('*.toml')))}"
+        )
     try:
         tree = tomllib.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
@@ -108,7 +111,9 @@ def load_scale(name: str) -> Scale:
     wanted = {"config": str, "train": bool, "ranks": int, "sizes": dict, "long": dict}
     for key in [*wanted, *tree]:
         if key not in wanted or type(tree.get(key)) is not wanted[key]:
-            raise UserError(f"{file}: {key}: got {tree.get(key, 'nothing')!r:.60}, expected {', '.join(f'{k} ({t.__name__})' for k, t in wanted.items())}")
+            raise UserError(
+                f"{file}: {key}: got {tree.get(key, 'nothing')!r:.60}, expected {', '.join(f'{k} ({t.__name__})' for k, t in wanted.items())}"
+            )
     if tree["ranks"] < 1:
         raise UserError(f"{file}: ranks: got {tree['ranks']}, expected 1 or more")
     if not tree["sizes"] or not all(isinstance(keys, dict) for keys in tree["sizes"].values()):
@@ -160,7 +165,7 @@ class Setup:
 
 def printed(table: str, columns: list[str], **which: Any) -> dict[str, float]:
     """What the paper prints in these columns of the row of a table that has these values."""
-    row = next((r for r in PAPER[table] if all(r.get(k) == v for k, v in which.items())), {})
+    row: dict[str, float] = next((r for r in PAPER[table] if all(r.get(k) == v for k, v in which.items())), {})
     return {c: row[c] for c in columns if c in row}
 
 
@@ -194,7 +199,7 @@ def ours_claims(rows: list[Row], columns: list[str], beside_ptfs: float = 1.02) 
 
 def widens(rows: list[Row], columns: list[str]) -> list[Claim]:
     groups = list(dict.fromkeys(r.group for r in rows))
-    steps = zip(columns, columns[1:], strict=False)
+    steps = itertools.pairwise(columns)
     gap = {f"{g} {a} to {b}": {(g, "CPT", a): 1.0, (g, "PTFS", a): -1.0, (g, "CPT", b): -1.0, (g, "PTFS", b): 1.0} for a, b in steps for g in groups}
     return [below("PTFS is below CPT", groups, columns, "PTFS", "CPT"), Claim("the gap between CPT and PTFS widens with the version", gap)]
 
@@ -338,11 +343,16 @@ def _cycles(s: Setup, name: str, title: str, points: Callable[[float], dict[str,
     label = {k: "inf" if k == math.inf else f"{round(k * s.T):,}" for k in CYCLES}
     rows = [Row("", label[k], {"cosine cycle (steps)": label[k]}, points(k)) for k in CYCLES]
     if name == "fig4":
-        pairs = list(zip(CYCLES, CYCLES[1:], strict=False))
+        pairs = list(itertools.pairwise(CYCLES))
         claims = [Claim("the longer the cycle of the first stage, the worse its end ..", {f"{label[a]} to {label[b]}": {("", label[a], "initialization"): 1.0, ("", label[b], "initialization"): -1.0} for a, b in pairs}),
                   Claim(".. and the better the update", {f"{label[a]} to {label[b]}": {("", label[b], "updated"): 1.0, ("", label[a], "updated"): -1.0} for a, b in pairs})]  # fmt: skip
     else:
-        claims = [Claim("a complete decay in the second stage is best", {label[k]: {("", label[1], "updated"): 1.0, ("", label[k], "updated"): -1.0} for k in CYCLES[1:]})]
+        claims = [
+            Claim(
+                "a complete decay in the second stage is best",
+                {label[k]: {("", label[1], "updated"): 1.0, ("", label[k], "updated"): -1.0} for k in CYCLES[1:]},
+            )
+        ]
     return Table(name, title, list(rows[0].points), rows, claims)
 
 

@@ -117,7 +117,9 @@ def git_commit() -> str:
 
 def main() -> None:
     a = config.Parser(
-        prog="train.py", description=__doc__, usage="train.py [--config NAME] [--mode MODE] [--version I] [--parent CHECKPOINT] [--dry_run] [--section.key VALUE ..]"
+        prog="train.py",
+        description=__doc__,
+        usage="train.py [--config NAME] [--mode MODE] [--version I] [--parent CHECKPOINT] [--dry_run] [--section.key VALUE ..]",
     )
     a.add_argument("--mode", default="main", help=", ".join(lineage.MODES))
     a.add_argument("--version", help="the version to train; main: the version at whose fork point it ends [the last planned]")

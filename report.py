@@ -1,0 +1,164 @@
+"""Records of tables as Markdown, and all of them with their pictures as one HTML file that needs nothing else."""
+
+import base64
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+import disk
+from config import UserError
+from graph import duration
+
+# In the paper's order
+ORDER = ["fig1", "fig2", "fig3", "table1", "fig4", "fig5", "table2", "table3", "table5", "table6", "table7", "table8", "table9", "fig6", "table10", "table12", "table13", "loss"]  # fmt: skip
+CAPTIONS = {
+    "fig1": "Figure 1: the learning-rate paths of the three paradigms",
+    "fig2": "Figure 2: mean perplexity against relative cost; the lower left is best",
+    "fig3": "Figure 3: the learning-rate schedules over one increment",
+    "fig6": "Figure 6: the learning rates of CPT's variants",
+    "loss": "Training loss (thin) and validation loss (dots) over steps",
+}
+Matrix = list[list[str]]
+
+
+def grid(record: dict[str, Any]) -> Matrix:
+    """The table itself: labels, costs, PPL of each column, APPL, and what the paper prints."""
+    if "header" in record:
+        return [record["header"], *record["rows"]]
+    first, columns, several = record["rows"][0], record["columns"], len(record["seeds"]) > 1
+    appl, printed = "appl" in first, any(r["paper"] for r in record["rows"])
+    head = [*first["labels"], *first["costs"], *columns, *["APPL"] * appl, *([f"paper: {c}" for c in columns] if printed else [])]
+    rows = []
+    for r in record["rows"]:
+        ppl = [f"{r['ppl'][c]:.2f}" + (f" ± {r['sd'][c]:.2f}" if several else "") for c in columns]
+        paper = [f"{r['paper'][c]:.2f}" if c in r["paper"] else "-" for c in columns] if printed else []
+        rows.append([*r["labels"].values(), *(f"{v:.2f}x" for v in r["costs"].values()), *ppl, *[f"{r.get('appl', 0):.2f}"] * appl, *paper])
+    return [head, *rows]
+
+
+def gaps(record: dict[str, Any]) -> Matrix:
+    """Paired differences with their standard errors."""
+    if not record.get("differences"):
+        return []
+    grouped = any(d["group"] for d in record["differences"])
+    rows = [[*["group"] * grouped, "difference", *record["columns"]]]
+    for d in record["differences"]:
+        cells = [f"{d['value'][c]:+.2f} ({d['se'][c]:.2f}), {d['relative'][c]:+.1%}" for c in record["columns"]]
+        rows.append([*[d["group"]] * grouped, " - ".join(d["minus"]), *cells])
+    return rows
+
+
+def words(record: dict[str, Any]) -> list[str]:
+    """What the numbers are, and by what they were made."""
+    if "seeds" not in record:
+        return []
+    n, m = len(record["seeds"]), record["made"]
+    spread = f"Mean ± standard deviation over {n} seeds; differences paired by seed (standard error)" if n > 1 else "One seed; differences paired by document (standard error)"  # fmt: skip
+    lines = [
+        f"PPL on {record['tokens']:,} tokens of {record['documents']} held-out documents. {spread}. cost: steps relative to PTFS.",
+        *record["notes"],
+    ]
+    lines.append(f"Scale {m['scale']}; {m['segments']} segments, {m['steps']:,} steps, {duration(m['seconds'])} of training in all; {'; '.join(m['devices'])}; "
+                 f"{'; '.join(m['versions'])}; commit {', '.join(m['commits']) or 'unknown'}; {m['date']}.")  # fmt: skip
+    return lines
+
+
+def statements(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """(verdict, the paper's statement and what speaks against it)."""
+    out = []
+    for c in record.get("claims", []):
+        clear = sum(p["clear"] and p["holds"] for p in c["parts"])
+        others = [
+            f"{p['where']} {p['value']:+.2f} ({p['se']:.2f})" + (" against it" if p["clear"] else "")
+            for p in c["parts"]
+            if not (p["clear"] and p["holds"])
+        ]
+        out.append((c["verdict"], f"{c['text']}: clearly in {clear} of {len(c['parts'])}" + (f"; else {'; '.join(others)}" if others else "")))
+    return out
+
+
+LEGEND = "HOLDS: every difference has the stated sign beyond 95 % of chance (Student's t over seeds); FAILS: one has the other sign beyond it; OPEN: neither. Differences are given so that below zero is as stated."
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """A record as Markdown, to read in a terminal as well."""
+
+    def lines(rows: Matrix) -> list[str]:
+        left = next((i for i, cell in enumerate(rows[1]) if cell[:1] in "+-0123456789" and cell != ""), 1)
+        return [
+            "| " + " | ".join(rows[0]) + " |",
+            "|" + " --- |" * left + " ---: |" * (len(rows[0]) - left),
+            *("| " + " | ".join(r) + " |" for r in rows[1:]),
+        ]
+
+    out = [f"### {record['title']}", "", *lines(grid(record))]
+    if rows := gaps(record):
+        out += ["", *lines(rows)]
+    for w in words(record):
+        out += ["", w]
+    if found := statements(record):
+        out += ["", *(f"- **{verdict}** {text}" for verdict, text in found), "", LEGEND]
+    return "\n".join(out) + "\n"
+
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin: 3rem 0 .6rem; border-top: 1px solid #ddd; padding-top: 1.2rem; }
+table { border-collapse: collapse; margin: .8rem 0; font-size: .86rem; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
+th, td { padding: .22rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee; }
+th { border-bottom: 1px solid #888; font-weight: 600; } td.text, th.text { text-align: left; } tr.group td { border-top: 1px solid #bbb; } .paper { color: #777; }
+img { max-width: 100%; height: auto; margin: .8rem 0; } p.small, footer { color: #666; font-size: .82rem; }
+ul { padding-left: 0; list-style: none; } li { margin: .3rem 0; padding-left: 4.6rem; position: relative; }
+li b { position: absolute; left: 0; width: 4rem; text-align: center; border-radius: 3px; font-size: .74rem; line-height: 1.45rem; color: #fff; }
+.HOLDS { background: #00795a; } .FAILS { background: #b84a00; } .OPEN { background: #777; }
+nav a { margin-right: .8rem; white-space: nowrap; } pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .78rem; }
+"""
+
+
+def page(results: Path) -> Path:
+    """Write report.html from the records and pictures of a folder. UserError if there are none yet."""
+    records = {n: json.loads((results / f"{n}.json").read_text()) for n in ORDER if (results / f"{n}.json").exists()}
+    names = [n for n in ORDER if n in records or (results / f"{n}.png").exists()]
+    if not names:
+        raise UserError(f"{results}: no table or figure is there yet; make some: python paper.py table3 fig2")
+
+    def title(name: str) -> str:
+        return records[name]["title"] if name in records else CAPTIONS[name]
+
+    def rows_html(rows: Matrix) -> str:
+        e, body, before = html.escape, "", None
+        numeric = [all(r[i][:1] in "+-0123456789" for r in rows[1:]) for i in range(len(rows[0]))]
+        kinds = [" ".join(["text"] * (not numeric[i]) + ["paper"] * h.startswith("paper: ")) for i, h in enumerate(rows[0])]
+        for r in rows[1:]:
+            body += f"<tr{' class=group' if r[0] != before and before is not None else ''}>"
+            body += "".join(f'<td class="{k}">{e(cell)}</td>' for k, cell in zip(kinds, r, strict=True)) + "</tr>\n"
+            before = r[0]
+        return "<table><tr>" + "".join(f'<th class="{k}">{e(h)}</th>' for k, h in zip(kinds, rows[0], strict=True)) + f"</tr>\n{body}</table>\n"
+
+    out = ""
+    for n in names:
+        out += f'<h2 id="{n}">{html.escape(title(n))}</h2>\n'
+        if n in records:
+            out += rows_html(grid(records[n]))
+        if found := statements(records[n]) if n in records else []:
+            out += "<ul>" + "".join(f'<li><b class="{v}">{v}</b>{html.escape(text)}</li>\n' for v, text in found) + "</ul>\n"
+        if (results / f"{n}.png").exists():
+            picture = base64.b64encode((results / f"{n}.png").read_bytes()).decode()
+            out += f'<img alt="{html.escape(title(n))}" src="data:image/png;base64,{picture}">\n'
+        if n in records:
+            if gaps(records[n]):
+                out += "<details><summary>Paired differences</summary>" + rows_html(gaps(records[n])) + "</details>\n"
+            out += "".join(f'<p class="small">{html.escape(w)}</p>\n' for w in words(records[n]))
+    made = [r["made"] for r in records.values() if "made" in r]
+    settings = "".join(f"<pre>{html.escape(json.dumps(c, indent=1))}</pre>" for c in {json.dumps(m["config"]): m["config"] for m in made}.values())
+    links = " ".join(f'<a href="#{n}">{html.escape(title(n).partition(":")[0])}</a>' for n in names)
+    disk.write(results / "report.html", f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Learning-rate path switching: results</title><style>{STYLE}</style></head><body>
+<h1>Learning-rate path switching: tables and figures of the paper, measured here</h1>
+<p>Perplexity (PPL) of versions of a language model trained from scratch (PTFS), continually (CPT) and by path switching (ours), beside what
+<a href="https://arxiv.org/abs/2410.04103">the paper</a> prints for its own model and data. Lower is better.</p>
+<p class="small">{LEGEND}</p><nav>{links}</nav>
+{out}<h2>Settings</h2>{settings}</body></html>
+""")  # fmt: skip
+    return results / "report.html"
