@@ -3,10 +3,24 @@ PYTHON ?= python3
 PY = .venv/bin/python
 
 demo: .venv/demo
-	$(PY) paper.py table3 fig1 fig2 --config tiny --out out/demo
+	$(PY) paper.py table3 fig1 fig2 loss --scale tiny --schedules cosine --out out/demo
 
 test: .venv/dev
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q -n 2 tests
+
+# What results/tiny holds, anew: two CPU cores, about an hour; goes on where it was
+results-tiny: .venv/demo
+	$(PY) paper.py fig1 fig2 fig3 table1 fig4 fig5 table2 table3 table9 fig6 table10 table13 loss --scale tiny --seeds 3 --out out/tiny
+	mkdir -p results/tiny && cp out/tiny/results/* results/tiny/
+
+# The same at 25M parameters, for a GPU; TEXT is some 200 MB of text: make results-small TEXT=my/*.jsonl [PY=python3]
+results-small: $(if $(filter .venv/%,$(PY)),.venv/dev)
+	test -e data/small.tiktoken || $(PY) data.py vocab --out data/small.tiktoken --vocab_size 8192 --source $(TEXT)
+	test -e data/small/meta.json || $(PY) data.py prepare --out data/small --tokenizer data/small.tiktoken --val 0.02 --source $(TEXT)
+	$(PY) paper.py fig1 fig2 fig3 table1 table3 table9 fig6 loss --scale small
+	$(PY) paper.py table2 --scale small
+	$(PY) paper.py fig4 fig5 --scale small
+	mkdir -p results/small && cp out/small/results/* results/small/
 
 # On a machine with a CUDA GPU: test the kernels, time them, keep the figures. Where all of
 # requirements-dev.txt is installed already: make bench PY=python3
@@ -40,4 +54,4 @@ lint: .venv/dev
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@ .venv/demo
 
-.PHONY: demo test bench soak lint
+.PHONY: demo test results-tiny results-small bench soak lint

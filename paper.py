@@ -194,7 +194,7 @@ def main() -> None:
     a.add_argument("--slurm", action="store_true", help="with --run no: SLURM jobs that wait for each other")
     a.add_argument("--mfu", type=float, default=0.4, help="part of a GPU's peak that training reaches, for the costs of plans [0.4]")
     a.add_config(name=False)
-    o, unknown = a.parse_known_args()
+    o, unknown = a.parse_known_intermixed_args()
     scale = tables.load_scale(o.scale)
     overrides = {k: v for k in config.flatten(config.Config()) if (v := getattr(o, k)) is not None and k != "out"}
     config.load(scale.config, overrides, unknown)
@@ -250,6 +250,7 @@ def main() -> None:
         print(f"\nall: {print_left(s, cells, root, jobs, ranks, o.mfu)}")
         return
 
+    graph.check_done(cells, root)
     todo, _, _ = graph.left(cells, root)
     if todo and not (scale.train if o.run is None else o.run == "yes"):
         print_plan(s, wanted, cells, root, ranks, o.mfu, o.slurm)
@@ -277,7 +278,6 @@ def main() -> None:
     ):
         if cells:
             began = time.perf_counter()
-            graph.check_done(cells, root)
             if todo:
                 graph.run(cells, root, jobs, gpus, ranks)
             known = scores(sorted({p for points in where.values() for ps in points.values() for p in ps}), root / "scores", jobs, s.base.train.device)

@@ -144,8 +144,9 @@ def page(results: Path) -> Path:
         if found := statements(records[n]) if n in records else []:
             out += "<ul>" + "".join(f'<li><b class="{v}">{v}</b>{html.escape(text)}</li>\n' for v, text in found) + "</ul>\n"
         if (results / f"{n}.png").exists():
-            picture = base64.b64encode((results / f"{n}.png").read_bytes()).decode()
-            out += f'<img alt="{html.escape(title(n))}" src="data:image/png;base64,{picture}">\n'
+            picture = (results / f"{n}.png").read_bytes()
+            width = int.from_bytes(picture[16:20]) * 100 // 150  # drawn at 150 dots an inch; so that letters have one size
+            out += f'<img alt="{html.escape(title(n))}" width="{width}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">\n'
         if n in records:
             if gaps(records[n]):
                 out += "<details><summary>Paired differences</summary>" + rows_html(gaps(records[n])) + "</details>\n"

@@ -344,8 +344,8 @@ def _cycles(s: Setup, name: str, title: str, points: Callable[[float], dict[str,
     rows = [Row("", label[k], {"cosine cycle (steps)": label[k]}, points(k)) for k in CYCLES]
     if name == "fig4":
         pairs = list(itertools.pairwise(CYCLES))
-        claims = [Claim("the longer the cycle of the first stage, the worse its end ..", {f"{label[a]} to {label[b]}": {("", label[a], "initialization"): 1.0, ("", label[b], "initialization"): -1.0} for a, b in pairs}),
-                  Claim(".. and the better the update", {f"{label[a]} to {label[b]}": {("", label[b], "updated"): 1.0, ("", label[a], "updated"): -1.0} for a, b in pairs})]  # fmt: skip
+        claims = [Claim("a longer cycle, so a larger learning rate at the end, makes the first stage worse", {f"{label[a]} to {label[b]}": {("", label[a], "initialization"): 1.0, ("", label[b], "initialization"): -1.0} for a, b in pairs}),
+                  Claim("and its update better", {f"{label[a]} to {label[b]}": {("", label[b], "updated"): 1.0, ("", label[a], "updated"): -1.0} for a, b in pairs})]  # fmt: skip
     else:
         claims = [
             Claim(

@@ -480,3 +480,15 @@ def test_a_killed_prepare_leaves_nothing_that_looks_finished(tmp_path):
 def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
     with data.workspace(tmp_path / "d"), pytest.raises(UserError, match="another process is preparing it"):
         prepare(tmp_path / "d", [write(tmp_path / "a.jsonl", documents(100))])
+
+
+def test_a_part_of_an_increment_read_again_and_again(prepared):
+    """data.unique: 3 steps' worth of v1, each sequence once an epoch, in another order each time; and data.increments: one file for all versions."""
+    t = reader.Tokens(str(prepared), 32, 4, [12], seed=1, unique=3)
+    ids = np.asarray(t.tokens("v1"))[: 12 * 32].reshape(12, 32)  # the first 12 sequences
+    epochs = [np.concatenate([t.batch(s)[0] for s in range(e, e + 3)]) for e in (0, 3, 6)]
+    for rows in epochs:
+        assert sorted(map(tuple, rows)) == sorted(map(tuple, ids.astype(np.int64)))
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert t.needs(0, 12) == [("v1", 12 * 32 + 1, t.meta["increments"][0]["tokens"])] and t.problems(0, 12) == []
+    assert t.problems(0, 13) == ["data.increments: 12 steps in all, expected at least the 13 that are trained; add to them"]

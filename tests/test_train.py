@@ -491,6 +491,49 @@ def test_a_branch_as_long_as_the_increment(train_cli, tmp_path):
     assert equal(tmp_path / "run" / "ours-cosine" / "v1" / "step-000010", tmp_path / "run" / "ptfs-cosine" / "v1" / "step-000010")
 
 
+def test_fork_points_of_another_alpha_are_kept_on_the_way(train_cli, tmp_path):
+    """train.save_at: the same bits as the main path of that alpha would save; asked for later, they are made from the last checkpoint before."""
+    assert train_cli("--mode", "main", "--version", "2", "--train.save_at", "8,12") == 0
+    run = tmp_path / "run" / "main"
+    assert checkpoint.steps(run) == [4, 8, 12, 14] and all(checkpoint.read_meta(checkpoint.path(run, s))["pinned"] for s in (4, 8, 12, 14))
+    assert train_cli("--mode", "main", "--version", "2", out="late") == 0
+    assert train_cli("--mode", "main", "--version", "2", "--train.save_at", "8,12", out="late") == 0
+    assert all(equal(checkpoint.path(run, s), checkpoint.path(tmp_path / "late" / "main", s)) for s in (4, 8, 12, 14))
+    assert train_cli("--mode", "main", "--version", "2", "--plan.alpha", "0.8", out="other") == 0
+    assert equal(checkpoint.path(run, 12), checkpoint.path(tmp_path / "other" / "main", 12))
+    for alpha, folder in (("0.8", "ours-cosine-d8"), ("0.6", "ours-cosine")):  # branches of two alphas, side by side
+        assert train_cli("--mode", "branch", "--version", "2", "--plan.alpha", alpha) == 0
+        assert checkpoint.steps(tmp_path / "run" / folder / "v2") == [20]
+
+
+def test_a_parent_from_another_folder(train_cli, tmp_path, capsys):
+    """--parent: the same bits as from the run's own; a checkpoint of another step or segment, or none, is refused. Table 13's CPT starts so."""
+    assert train_cli("--mode", "main", "--version", "2", "--train.save_at", "12") == 0 and train_cli("--mode", "branch", "--version", "2") == 0
+    run = tmp_path / "run"
+    assert train_cli("--mode", "branch", "--version", "2", "--parent", str(run / "main" / "step-000014"), out="there") == 0
+    assert equal(run / "ours-cosine" / "v2" / "step-000020", tmp_path / "there" / "ours-cosine" / "v2" / "step-000020")
+    capsys.readouterr()
+    for mode, parent, words in (
+        ("branch", run / "main" / "step-000012", "is at step 12, expected the 14 at which ours-cosine/v2 leaves main"),
+        ("branch", run / "ours-cosine" / "v2" / "step-000020", "expected one of 'main'"),
+        ("branch", run / "nowhere", "nowhere: is not there, and ours-cosine/v2 starts from it"),
+        ("main", run / "main" / "step-000012", "--parent: main starts from random weights"),
+        ("ptfs", run / "main" / "step-000012", "--parent: ptfs-cosine/v2 starts from random weights"),
+    ):
+        assert train_cli("--mode", mode, "--version", "2", "--parent", str(parent), out="refused") == 2
+        err = capsys.readouterr().err
+        assert words in err and len(err.splitlines()) == 1 and not (tmp_path / "refused").exists(), err
+    # two versions, the second twice as long: it reads v2.bin and v3.bin, as versions 2 and 3 of another plan do
+    assert train_cli("--mode", "cpt", "--version", "1") == 0
+    longer = ("--plan.increments", "10,20", "--data.increments", "10,10,10")
+    first = run / "ptfs-cosine" / "v1" / "step-000010"
+    assert train_cli("--mode", "cpt", "--version", "2", *longer, "--parent", str(first), out="longer") == 0
+    meta = checkpoint.read_meta(tmp_path / "longer" / "cpt-cosine" / "v2" / "step-000030")
+    assert meta["parent"]["hash"] == checkpoint.read_meta(first)["hash"] and len(meta["data"]["increments"]) == 3
+    assert train_cli("--mode", "cpt", "--version", "2", "--plan.increments", "10,20", "--data.increments", "10,10", out="short") == 2
+    assert "data.increments: 20 steps in all, expected at least the 30" in capsys.readouterr().err
+
+
 def test_a_parent_that_will_not_do(train_cli, tmp_path, capsys):
     """Decayed, of another step, of a newer format, without moments, damaged: one line, nothing changed, and the whole one still works."""
     from test_checkpoint import forged
