@@ -13,10 +13,10 @@ results-tiny: .venv/demo
 	$(PY) paper.py fig1 fig2 fig3 table1 fig4 fig5 table2 table3 table9 fig6 table10 table13 loss --scale tiny --seeds 3 --out out/tiny
 	mkdir -p results/tiny && cp out/tiny/results/* results/tiny/
 
-# The same at 25M parameters, for a GPU; TEXT is some 200 MB of text: make results-small TEXT=my/*.jsonl [PY=python3]
+# The same at 25M parameters, for a GPU; TEXT is some 200 MB of text: make results-small TEXT='my/*.jsonl' [PY=python3]
 results-small: $(if $(filter .venv/%,$(PY)),.venv/dev)
-	test -e data/small.tiktoken || $(PY) data.py vocab --out data/small.tiktoken --vocab_size 8192 --source $(TEXT)
-	test -e data/small/meta.json || $(PY) data.py prepare --out data/small --tokenizer data/small.tiktoken --val 0.02 --source $(TEXT)
+	test -e data/small.tiktoken || $(PY) data.py vocab --out data/small.tiktoken --vocab_size 8192 --val 0.02 --source '$(TEXT)'
+	test -e data/small/meta.json || $(PY) data.py prepare --out data/small --tokenizer data/small.tiktoken --val 0.02 --source '$(TEXT)'
 	$(PY) paper.py fig1 fig2 fig3 table1 table3 table9 fig6 loss --scale small
 	$(PY) paper.py table2 --scale small
 	$(PY) paper.py fig4 fig5 --scale small

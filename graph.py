@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Cell:
     config: config.Config
     arguments: list[str]  # of train.py, but for --out and --parent
     parent: tuple[str, int] | None  # (cell, step)
-    required: set[int] = field(default_factory=set)  # steps whose checkpoints others need
+    required: set[int]  # steps whose checkpoints others need
 
     @property
     def steps(self) -> int:
@@ -56,32 +56,32 @@ Graph = dict[str, Cell]  # by folder
 
 def add(cells: Graph, s: Setup, point: Point, seed: int) -> tuple[str, int]:
     """Put a point's segment into the graph, and all that it starts from. (its cell, its step)"""
-    c = s.config(point.run, seed)
-    segments = lineage.make_segments(point.run.paradigm, lineage.make_plan(c))
-    segment = next(g for g in segments if (g.name == "main") == (point.at is not None) and (g.name == "main" or g.version == point.version))
-    return _need(cells, s, point, seed, c, segments, segment, segment.end if point.at is None else point.at)
-
-
-def _need(cells: Graph, s: Setup, point: Point, seed: int, c: config.Config, segments: list[schedule.Segment], segment: schedule.Segment, step: int) -> tuple[str, int]:  # fmt: skip
     run = point.run
-    setting = f"{run.setting}-s{seed}"
-    name = f"{setting}/{segment.name}"
-    # The main path of several plans is one, as long as the longest of them
-    if name not in cells or segment.end > cells[name].segment.end:
-        parent = None
-        if segment.parent and run.parent and segment.version == 2:
-            parent = add(cells, s, Point(run.parent, 1), seed)
-        elif segment.parent:
-            above = next(g for g in segments if g.name == segment.parent[0])
-            parent = _need(cells, s, point, seed, c, segments, above, segment.parent[1])
-        mode = "main" if segment.name == "main" else "branch" if run.paradigm == "ours" else segment.name.partition("-")[0]
-        arguments = ["--config", run.config or s.scale.config, "--mode", mode]
-        arguments += [] if mode == "main" else ["--version", str(segment.version)]
-        arguments += [w for k, v in s.keys(run, seed).items() for w in (f"--{k}", v)]
-        there = cells[name].required if name in cells else {segment.end} - ({segment.end} if mode == "main" else set())
-        cells[name] = Cell(setting, segment, c, arguments, parent, there)
-    cells[name].required.add(step)
-    return name, step
+    c = s.config(run, seed)
+    segments = {g.name: g for g in lineage.make_segments(run.paradigm, lineage.make_plan(c))}
+
+    def need(segment: schedule.Segment, step: int) -> tuple[str, int]:
+        main = segment.name == "main"
+        name = f"{run.setting}-s{seed}/{segment.name}"
+        # the main path of several plans is one, as long as the longest of them
+        if name not in cells or (main and segment.end > cells[name].segment.end):
+            parent = None
+            if segment.parent and run.parent and segment.version == 2:
+                parent = add(cells, s, Point(run.parent, 1), seed)
+            elif segment.parent:
+                parent = need(segments[segment.parent[0]], segment.parent[1])
+            mode = "main" if main else "branch" if run.paradigm == "ours" else segment.name.partition("-")[0]
+            arguments = ["--config", run.config or s.scale.config, "--mode", mode, *([] if main else ["--version", str(segment.version)])]
+            arguments += [w for k, v in s.keys(run, seed).items() for w in (f"--{k}", v)]
+            required = cells[name].required if name in cells else set()
+            cells[name] = Cell(f"{run.setting}-s{seed}", segment, c, arguments, parent, required)
+        cells[name].required.add(step)
+        return name, step
+
+    if point.at is not None:
+        return need(segments["main"], point.at)
+    segment = next(g for g in segments.values() if g.name != "main" and g.version == point.version)
+    return need(segment, segment.end)
 
 
 def command(cells: Graph, name: str, root: Path) -> list[str]:
