@@ -9,7 +9,7 @@ Tables: 1 2 3 5 6 7 8 9 10 12 13; figures: 1 to 6, and `loss`, all losses of the
 once. Scales are files in configs/scales; results go to out/<scale>/results, a picture beside each table.
 """
 
-import contextlib
+import itertools
 import json
 import lzma
 import math
@@ -17,7 +17,6 @@ import os
 import statistics
 import time
 import zipfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -86,13 +85,17 @@ def combine(found: Scores, factors: dict[tuple[str, str, str], float]) -> tuple[
     return values[0], float(np.sqrt(np.sum(influence**2)))
 
 
-def judge(found: Scores, claim: tables.Claim, seeds: int) -> dict[str, Any]:
-    """Does a statement hold? Each of its differences is clear if it is further from zero than 95 % of chance would take it."""
+def judge(found: Scores, claim: tables.Claim, seeds: int, paper: dict[tuple[str, str, str], float]) -> dict[str, Any]:
+    """Does a statement hold? Each of its differences is clear if it is further from zero than 95 % of chance would take it.
+
+    `paper`: what the paper prints in the same places, whose differences are given beside ours.
+    """
     times = 1.96 if seeds == 1 else T975[min(seeds - 2, len(T975) - 1)]
     parts = []
     for where, factors in claim.below_zero.items():
         value, se = combine(found, factors)
-        parts.append({"where": where, "value": value, "se": se, "holds": value < 0, "clear": abs(value) > times * se})
+        printed = sum(f * paper[k] for k, f in factors.items()) if factors.keys() <= paper.keys() else None
+        parts.append({"where": where, "value": value, "se": se, "holds": value < 0, "clear": abs(value) > times * se, "paper": printed})
     contradicted = any(p["clear"] and not p["holds"] for p in parts)
     holds = all(p["clear"] and p["holds"] for p in parts)
     return {"text": claim.text, "verdict": "FAILS" if contradicted else "HOLDS" if holds else "OPEN", "parts": parts}
@@ -117,9 +120,10 @@ def measure(t: tables.Table, found: Scores, seeds: list[int], columns: list[str]
                 d["value"][c], d["se"][c] = combine(found, {(group, a, c): 1.0, (group, b, c): -1.0})
                 d["relative"][c] = d["value"][c] / statistics.fmean(s.ppl for s in found[group, b, c])
             differences.append(d)
+    paper = {(r["group"], r["name"], c): v for r in rows for c, v in r["paper"].items()}
     some = next(iter(found.values()))[0]
     return {"name": t.name, "title": t.title, "columns": t.columns, "rows": rows, "differences": differences, "notes": t.notes, "seeds": seeds,
-            "claims": [judge(found, c, len(seeds)) for c in t.claims], "documents": len(some.nats), "tokens": int(some.tokens.sum())}  # fmt: skip
+            "claims": [judge(found, c, len(seeds), paper) for c in t.claims], "documents": len(some.nats), "tokens": int(some.tokens.sum())}  # fmt: skip
 
 
 def provenance(s: tables.Setup, cells: graph.Graph, root: Path) -> dict[str, Any]:
@@ -145,37 +149,52 @@ def save_logs(results: Path, root: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The plan
+# The graph of what is asked for
 
 
-def print_left(s: tables.Setup, cells: graph.Graph, root: Path, jobs: int, ranks: int, mfu: float) -> str:
+class Asked:
+    """Tables asked for, the cells that each needs, all of them as one graph, and the checkpoints that each number is of."""
+
+    def __init__(self, s: tables.Setup, names: list[str], seeds: list[int], root: Path) -> None:
+        self.specs = {n: tables.TABLES[n](s) for n in tables.TABLES if n in {FIGURES.get(w, w) for w in names}}
+        self.cells: graph.Graph = {}
+        self.own: dict[str, graph.Graph] = {n: {} for n in self.specs}
+        self.where: dict[str, dict[tuple[str, str, str], list[Path]]] = {n: {} for n in self.specs}
+        for name, t in self.specs.items():
+            for r, seed in itertools.product(t.rows, seeds):
+                for column, point in r.points.items():
+                    cell, step = graph.add(self.cells, s, point, seed)
+                    graph.add(self.own[name], s, point, seed)
+                    self.where[name].setdefault((r.group, r.name, column), []).append(checkpoint.path(root / cell, step))
+                for point in r.also:
+                    graph.add(self.cells, s, point, seed)
+                    graph.add(self.own[name], s, point, seed)
+
+
+def left(cells: graph.Graph, root: Path, jobs: int, mfu: float) -> str:
     """What is done and what is left of some cells, in a line."""
     todo, steps, flops = graph.left(cells, root)
     line = f"{len(cells)} segments, {len(cells) - len(todo)} done"
     if todo:
-        line += f"; left: {steps:,.0f} steps, {flops:.3g} FLOPs"
-        if per := graph.rate(cells, root):
-            line += f", {graph.duration(per * flops / jobs)} at the pace so far ({jobs} side by side)"
-        else:
-            line += f", {flops / (mfu * cost.PEAK) / 3600:,.3g} GPU-hours at {mfu:.0%} of {cost.PEAK / 1e12:.0f} TFLOP/s"
+        line += f"; left: {steps:,.0f} steps, {flops:.3g} FLOPs, "
+        per = graph.rate(cells, root)
+        line += f"{graph.duration(per * flops / jobs)} at the pace so far, {jobs} side by side" if per else gpu_hours(flops, mfu)
     return line
 
 
-def print_plan(s: tables.Setup, wanted: dict[str, graph.Graph], cells: graph.Graph, root: Path, ranks: int, mfu: float, slurm: bool) -> None:
+def gpu_hours(flops: float, mfu: float) -> str:
+    return f"{flops / (mfu * cost.PEAK) / 3600:,.3g} GPU-hours at {mfu:.0%} of {cost.PEAK / 1e12:.0f} TFLOP/s"
+
+
+def print_plan(asked: Asked, root: Path, ranks: int, mfu: float, slurm: bool) -> None:
     """Steps, tokens and cost of what is asked for, and the commands that make it."""
-    for name, own in wanted.items():
-        todo = graph.left(own, root)[0]
+    for name, own in asked.own.items():
         tokens = sum(c.steps * c.config.train.batch_tokens for c in own.values())
-        every = sum(c.flops for c in own.values()) / (mfu * cost.PEAK) / 3600
-        print(
-            f"{name}: {len(own)} segments, {sum(c.steps for c in own.values()):,} steps, {tables.count(tokens)} tokens, {every:,.3g} GPU-hours; {len(todo)} to do"
-        )
-    if len(wanted) > 1:
-        print(f"all of it, each segment once: {print_left(s, cells, root, 1, ranks, mfu)}")
-    print(
-        f"GPU-hours at {mfu:.0%} of {cost.PEAK / 1e12:.0f} TFLOP/s. {ranks} process{'es' * (ranks > 1)} a segment; any line can be given again, and goes on.\n"
-    )
-    print("\n".join(graph.launch_lines(cells, graph.left(cells, root)[0], root, ranks, slurm)))
+        print(f"{name}: {len(own)} segments, {sum(c.steps for c in own.values()):,} steps, {tables.count(tokens)} tokens, "
+              f"{gpu_hours(sum(c.flops for c in own.values()), mfu)}; {len(graph.left(own, root)[0])} segments to do")  # fmt: skip
+    todo, steps, flops = graph.left(asked.cells, root)
+    print(f"To do, each segment once: {len(todo)} segments, {steps:,.0f} steps, {gpu_hours(flops, mfu)}. Any line can be given again, and goes on:\n")
+    print("\n".join(graph.launch_lines(asked.cells, todo, root, ranks, slurm)))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -191,7 +210,7 @@ def main() -> None:
     a.add_argument("--jobs", type=int, help="segments side by side [as many as GPUs or cores allow]")
     a.add_argument("--ranks", type=int, help="processes of a segment [the scale's]")
     a.add_argument("--run", choices=("yes", "no"), help="train what is missing; no: print what it would cost [the scale's]")
-    a.add_argument("--slurm", action="store_true", help="with --run no: SLURM jobs that wait for each other")
+    a.add_argument("--slurm", action="store_true", help="print SLURM jobs that wait for each other, in place of torchrun's lines")
     a.add_argument("--mfu", type=float, default=0.4, help="part of a GPU's peak that training reaches, for the costs of plans [0.4]")
     a.add_config(name=False)
     o, unknown = a.parse_known_intermixed_args()
@@ -212,105 +231,87 @@ def main() -> None:
     s = tables.Setup(scale, overrides, names)
     root = Path(o.out or f"out/{scale.name}")
     results = root / "results"
-    ranks = o.ranks or scale.ranks
-    gpus = torch.cuda.device_count() if s.base.train.device in ("auto", "cuda") else 0
-    jobs = o.jobs or max(1, (gpus or os.cpu_count() or 1) // ranks)
-    seeds = [s.base.train.seed + i for i in range(o.seeds)]
-
     if "report" in o.what:
         if len(o.what) > 1:
             raise UserError("report: goes alone; make the tables first")
         print(report.page(results))
         return
 
-    # The tables asked for, their cells, and the points of each
-    asked = [w for w in ORDER if w in o.what]
-    needed = ORDER if o.what == ["status"] else asked
-    specs = {n: tables.TABLES[n](s) for n in tables.TABLES if n in {FIGURES.get(w, w) for w in needed}}
-    cells: graph.Graph = {}
-    wanted: dict[str, graph.Graph] = {}
-    where: dict[str, dict[tuple[str, str, str], list[Path]]] = {}
-    for name, t in specs.items():
-        own: graph.Graph = {}
-        for seed in seeds:
-            for r in t.rows:
-                for column, point in [*r.points.items(), *(("", p) for p in r.also)]:
-                    graph.add(own, s, point, seed)
-                    cell, step = graph.add(cells, s, point, seed)
-                    if column:
-                        where.setdefault(name, {}).setdefault((r.group, r.name, column), []).append(checkpoint.path(root / cell, step))
-        wanted[name] = own
-    if problems := {p: None for c in cells.values() for p in config.check_batch(c.config, ranks)}:
+    ranks = o.ranks or scale.ranks
+    gpus = torch.cuda.device_count() if s.base.train.device in ("auto", "cuda") else 0
+    jobs = o.jobs or max(1, (gpus or os.cpu_count() or 1) // ranks)
+    seeds = [s.base.train.seed + i for i in range(o.seeds)]
+    what = [w for w in ORDER if w in o.what] or ORDER  # status alone: of all
+    asked = Asked(s, what, seeds, root)
+    if problems := {p: None for c in asked.cells.values() for p in config.check_batch(c.config, ranks)}:
         raise UserError("\n".join(problems))
-
     if "status" in o.what:
-        for name, own in wanted.items():
-            print(f"{name:8} {print_left(s, own, root, jobs, ranks, o.mfu)}")
-        print("\n" + "\n".join(graph.status(cells, root)))
-        print(f"\nall: {print_left(s, cells, root, jobs, ranks, o.mfu)}")
+        for name, own in asked.own.items():
+            print(f"{name:8} {left(own, root, jobs, o.mfu)}")
+        print("\n" + "\n".join(graph.status(asked.cells, root)))
+        print(f"\nall      {left(asked.cells, root, jobs, o.mfu)}")
         return
 
-    graph.check_done(cells, root)
-    todo, _, _ = graph.left(cells, root)
+    graph.check_done(asked.cells, root)
+    todo = graph.left(asked.cells, root)[0]
     if todo and not (scale.train if o.run is None else o.run == "yes"):
-        print_plan(s, wanted, cells, root, ranks, o.mfu, o.slurm)
+        print_plan(asked, root, ranks, o.mfu, o.slurm)
         raise UserError(
-            f"{', '.join(asked)}: {len(todo)} of {len(cells)} segments are not trained yet; train them here with --run yes, or as printed above"
+            f"{', '.join(what)}: {len(todo)} of {len(asked.cells)} segments are not trained yet; train them here with --run yes, or as printed above"
         )
     text.optional("matplotlib", "matplotlib", "drawing")
-    if cells:
-        if gpus and gpus < ranks:
+    if todo:
+        if 0 < gpus < ranks:
             raise UserError(f"--ranks: got {ranks} processes a segment, but this machine has {gpus} GPUs; lower it to that")
         data.ship(s.base.data.path)
         short = {
             p: None
-            for c in cells.values()
+            for c in asked.cells.values()
             for p in lineage.open_tokens(c.config, lineage.make_plan(c.config)).problems(c.segment.start, c.segment.end)
         }
         if short:
             raise UserError("\n".join(short))
     results.mkdir(parents=True, exist_ok=True)
-    made: dict[str, dict[str, Any]] = {}
-    with (
-        disk.lock(root / ".lock", f"{root}: another paper.py is at work here; wait for it or choose another --out")
-        if cells
-        else contextlib.nullcontext()
-    ):
-        if cells:
-            began = time.perf_counter()
-            if todo:
-                graph.run(cells, root, jobs, gpus, ranks)
-            known = scores(sorted({p for points in where.values() for ps in points.values() for p in ps}), root / "scores", jobs, s.base.train.device)
-            for name, t in specs.items():
-                found = {k: [known[p] for p in paths] for k, paths in where[name].items()}
-                made[name] = measure(t, found, seeds, s.columns) | {"made": provenance(s, wanted[name], root)}
+    began = time.perf_counter()
+    with disk.lock(root / ".lock", f"{root}: another paper.py is at work here; wait for it or choose another --out"):
+        if todo:
+            graph.run(asked.cells, root, jobs, gpus, ranks)
+        made = {"table9": tables.table9(s)} if "table9" in what else {}
+        if asked.cells:
+            train.steady_malloc(train.pick_device(s.base.train.device, 0))
+            every = sorted({p for points in asked.where.values() for ps in points.values() for p in ps})
+            known = scores(every, root / "scores", jobs, s.base.train.device)
+            for name, t in asked.specs.items():
+                found = {k: [known[p] for p in ps] for k, ps in asked.where[name].items()}
+                made[name] = measure(t, found, seeds, s.columns) | {"made": provenance(s, asked.own[name], root)}
             save_logs(results, root)
-            minutes = (time.perf_counter() - began) / 60
-        for name in asked:
-            publish(name, s, made, cells, wanted, root, results, seeds[0])
-    report.page(results)
-    print(f"{results / 'report.html'}: all of it" + (f"; trained and evaluated in {minutes:.1f} minutes, {jobs} side by side" if cells else ""))
+        for name in what:
+            publish(name, s, made, asked, root, results, seeds[0])
+        report.page(results)
+    print(f"{results / 'report.html'}: all of it; {graph.duration(time.perf_counter() - began)}, {jobs} side by side")
 
 
-def publish(name: str, s: tables.Setup, made: dict[str, dict[str, Any]], cells: graph.Graph, wanted: dict[str, graph.Graph], root: Path, results: Path, seed: int) -> None:  # fmt: skip
+def publish(name: str, s: tables.Setup, made: dict[str, dict[str, Any]], asked: Asked, root: Path, results: Path, seed: int) -> None:
     """Write and print a table or figure: a record (.json), Markdown (.md) and a picture (.png)."""
-    if name == "table9":
-        made[name] = tables.table9(s)
     if name in made:
         disk.write(results / f"{name}.json", json.dumps(made[name], indent=1) + "\n")
         disk.write(results / f"{name}.md", words := report.markdown(made[name]))
         print(words)
-    draw: dict[str, Callable[[str], None]] = {
-        "fig1": lambda file: figures.paradigms(s, file), "fig3": lambda file: figures.schedules(s, file), "fig6": lambda file: figures.variants(s, file),
-        "fig2": lambda file: figures.cost_and_quality(made["table3"], file),
-        "fig4": lambda file: figures.stages(made["fig4"], figures.paths(s, "fig4", cells, seed), file),
-        "fig5": lambda file: figures.stages(made["fig5"], figures.paths(s, "fig5", cells, seed), file),
-        "loss": lambda file: figures.losses({n: (c.segment, graph.records(root / n)) for n, c in wanted["table3"].items() if n.startswith(f"base-s{seed}/")}, s.schedules[0], file),
-    }  # fmt: skip
-    if name != "table9":
-        file = str(results / f"{name}.png")
-        draw.get(name, lambda file: figures.table(made[name], file))(file)
-        print(f"{file}\n")
+    if name == "table9":
+        return
+    file = str(results / f"{name}.png")
+    if name in ("fig1", "fig3", "fig6"):
+        {"fig1": figures.paradigms, "fig3": figures.schedules, "fig6": figures.variants}[name](s, file)
+    elif name in ("fig4", "fig5"):
+        figures.stages(made[name], figures.paths(s, name, asked.cells, seed), file)
+    elif name == "fig2":
+        figures.cost_and_quality(made["table3"], file)
+    elif name == "loss":
+        logs = {n: (c.segment, graph.records(root / n)) for n, c in asked.own["table3"].items() if n.startswith(f"base-s{seed}/")}
+        figures.losses(logs, s.schedules[0], file)
+    else:
+        figures.table(made[name], file)
+    print(f"{file}\n")
 
 
 if __name__ == "__main__":

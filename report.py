@@ -65,20 +65,21 @@ def words(record: dict[str, Any]) -> list[str]:
 
 
 def statements(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """(verdict, the paper's statement and what speaks against it)."""
+    """(verdict, the paper's statement, in how many places it holds, and where it does not clearly)."""
     out = []
     for c in record.get("claims", []):
-        clear = sum(p["clear"] and p["holds"] for p in c["parts"])
-        others = [
-            f"{p['where']} {p['value']:+.2f} ({p['se']:.2f})" + (" against it" if p["clear"] else "")
-            for p in c["parts"]
-            if not (p["clear"] and p["holds"])
-        ]
-        out.append((c["verdict"], f"{c['text']}: clearly in {clear} of {len(c['parts'])}" + (f"; else {'; '.join(others)}" if others else "")))
+        others = []
+        for p in c["parts"]:
+            if not (p["holds"] and p["clear"]):
+                printed = f", {p['paper']:+.2f} in the paper" if p["paper"] is not None else ""
+                others.append(f"{p['where']} {p['value']:+.2f} ({p['se']:.2f}{printed})" + (" against it" if p["clear"] else ""))
+        held, clear = sum(p["holds"] for p in c["parts"]), sum(p["holds"] and p["clear"] for p in c["parts"])
+        words = f"{c['text']}: in {held} of {len(c['parts'])}, clearly in {clear}"
+        out.append((c["verdict"], words + (f"; not clearly: {'; '.join(others)}" if others else "")))
     return out
 
 
-LEGEND = "HOLDS: every difference has the stated sign beyond 95 % of chance (Student's t over seeds); FAILS: one has the other sign beyond it; OPEN: neither. Differences are given so that below zero is as stated."
+LEGEND = "HOLDS: every difference has the stated sign beyond 95 % of chance (Student's t over seeds, or the normal distribution over documents for one seed); FAILS: one has the other sign beyond it; OPEN: neither. Differences are given (standard error) so that below zero is as stated."
 
 
 def markdown(record: dict[str, Any]) -> str:
