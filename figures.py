@@ -42,7 +42,7 @@ def finish(fig: Any, file: str, bottom: float = 0.0) -> None:
 def legend(fig: Any, axes: Any, columns: int = 6) -> float:
     """One legend below all axes; the room to leave for it."""
     key = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    fig.legend(key.values(), key.keys(), loc="lower center", ncols=min(len(key), columns), fontsize=8, frameon=False)
+    fig.legend([key[k] for k in sorted(key)], sorted(key), loc="lower center", ncols=min(len(key), columns), fontsize=8, frameon=False)
     return 0.07 * math.ceil(len(key) / columns)
 
 
@@ -101,7 +101,15 @@ def stages(record: dict[str, Any], rates: dict[str, list[float]], file: str) -> 
     x = range(len(record["rows"]))
     for i, column in enumerate(record["columns"]):
         y, e = [r["ppl"][column] for r in record["rows"]], [r["sd"][column] for r in record["rows"]]
-        right.errorbar(x, y, e, color=(COLOURS[1], COLOURS[0])[(i + len(record["columns"])) % 2], marker=MARKERS[i], capsize=3, label=column)
+        right.errorbar(
+            x,
+            y,
+            e if len(record["seeds"]) > 1 else None,
+            color=(COLOURS[1], COLOURS[0])[(i + len(record["columns"])) % 2],
+            marker=MARKERS[i],
+            capsize=3,
+            label=column,
+        )
     right.set_xticks(list(x), [r["name"] for r in record["rows"]])
     right.set(xlabel="cosine cycle (steps)", ylabel="PPL")
     right.legend(fontsize=8, frameon=False)
@@ -189,4 +197,4 @@ def losses(runs: dict[str, tuple[schedule.Segment, list[dict[str, Any]]]], name:
         if low < high:
             ax.set_ylim(low - 0.05, high + 0.1)
     axes[0].set_ylabel("loss (nats a token)")
-    finish(fig, file, legend(fig, axes[::-1]))
+    finish(fig, file, legend(fig, axes))

@@ -17,7 +17,7 @@ CAPTIONS = {
     "fig2": "Figure 2: mean perplexity against relative cost; the lower left is best",
     "fig3": "Figure 3: the learning-rate schedules over one increment",
     "fig6": "Figure 6: the learning rates of CPT's variants",
-    "loss": "Training loss (thin) and validation loss (dots) over steps",
+    "loss": "Losses: training (thin) and validation (dots) over steps",
 }
 Matrix = list[list[str]]
 
@@ -117,50 +117,61 @@ nav a { margin-right: .8rem; white-space: nowrap; } pre { background: #f6f6f6; p
 """
 
 
+def table_html(rows: Matrix) -> str:
+    e, body, before = html.escape, "", None
+    numeric = [all(r[i][:1] in "+-0123456789" for r in rows[1:]) for i in range(len(rows[0]))]
+    kinds = [" ".join(["text"] * (not numeric[i]) + ["paper"] * h.startswith("paper: ")) for i, h in enumerate(rows[0])]
+    for r in rows[1:]:
+        body += f"<tr{' class=group' if r[0] != before and before is not None else ''}>"
+        body += "".join(f'<td class="{k}">{e(cell)}</td>' for k, cell in zip(kinds, r, strict=True)) + "</tr>\n"
+        before = r[0]
+    return "<table><tr>" + "".join(f'<th class="{k}">{e(h)}</th>' for k, h in zip(kinds, rows[0], strict=True)) + f"</tr>\n{body}</table>\n"
+
+
+def section(name: str, title: str, record: dict[str, Any] | None, picture: bytes | None) -> str:
+    """One table or figure: numbers, statements, picture, and below them what is for the careful reader."""
+    e = html.escape
+    out = f'<h2 id="{name}">{e(title)}</h2>\n'
+    if record:
+        out += table_html(grid(record))
+        out += "<ul>" + "".join(f'<li><b class="{e(v)}">{e(v)}</b>{e(text)}</li>\n' for v, text in statements(record)) + "</ul>\n"
+    if picture:
+        width = int.from_bytes(picture[16:20]) * 100 // 150  # drawn at 150 dots an inch; so that letters have one size
+        out += f'<img alt="{e(title)}" width="{width}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">\n'
+    if record:
+        if rows := gaps(record):
+            out += f"<details><summary>Paired differences</summary>{table_html(rows)}</details>\n"
+        out += "".join(f'<p class="small">{e(w)}</p>\n' for w in words(record))
+    return out
+
+
 def page(results: Path) -> Path:
-    """Write report.html from the records and pictures of a folder. UserError if there are none yet."""
-    records = {n: json.loads((results / f"{n}.json").read_text()) for n in ORDER if (results / f"{n}.json").exists()}
-    names = [n for n in ORDER if n in records or (results / f"{n}.png").exists()]
-    if not names:
+    """Write report.html from the records and pictures of a folder. UserError if there are none yet, or one that paper.py did not write."""
+    body = links = ""
+    settings: dict[str, None] = {}
+    for name in ORDER:
+        file, drawn = results / f"{name}.json", results / f"{name}.png"
+        if not file.exists() and not drawn.exists():
+            continue
+        try:
+            record = json.loads(disk.read(file)) if file.exists() else None
+            title = record["title"] if record else CAPTIONS[name]
+            body += section(name, title, record, disk.read(drawn) if drawn.exists() else None)
+            links += f'<a href="#{name}">{html.escape(title.partition(":")[0])}</a> '
+            if record and "made" in record:
+                settings[json.dumps(record["made"]["config"], indent=1)] = None
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as e:
+            raise UserError(
+                f"{file}: not as paper.py writes it ({type(e).__name__}: {e!s:.60}); make the table again: python paper.py {name}"
+            ) from None
+    if not body:
         raise UserError(f"{results}: no table or figure is there yet; make some: python paper.py table3 fig2")
-
-    def title(name: str) -> str:
-        return records[name]["title"] if name in records else CAPTIONS[name]
-
-    def rows_html(rows: Matrix) -> str:
-        e, body, before = html.escape, "", None
-        numeric = [all(r[i][:1] in "+-0123456789" for r in rows[1:]) for i in range(len(rows[0]))]
-        kinds = [" ".join(["text"] * (not numeric[i]) + ["paper"] * h.startswith("paper: ")) for i, h in enumerate(rows[0])]
-        for r in rows[1:]:
-            body += f"<tr{' class=group' if r[0] != before and before is not None else ''}>"
-            body += "".join(f'<td class="{k}">{e(cell)}</td>' for k, cell in zip(kinds, r, strict=True)) + "</tr>\n"
-            before = r[0]
-        return "<table><tr>" + "".join(f'<th class="{k}">{e(h)}</th>' for k, h in zip(kinds, rows[0], strict=True)) + f"</tr>\n{body}</table>\n"
-
-    out = ""
-    for n in names:
-        out += f'<h2 id="{n}">{html.escape(title(n))}</h2>\n'
-        if n in records:
-            out += rows_html(grid(records[n]))
-        if found := statements(records[n]) if n in records else []:
-            out += "<ul>" + "".join(f'<li><b class="{v}">{v}</b>{html.escape(text)}</li>\n' for v, text in found) + "</ul>\n"
-        if (results / f"{n}.png").exists():
-            picture = (results / f"{n}.png").read_bytes()
-            width = int.from_bytes(picture[16:20]) * 100 // 150  # drawn at 150 dots an inch; so that letters have one size
-            out += f'<img alt="{html.escape(title(n))}" width="{width}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">\n'
-        if n in records:
-            if gaps(records[n]):
-                out += "<details><summary>Paired differences</summary>" + rows_html(gaps(records[n])) + "</details>\n"
-            out += "".join(f'<p class="small">{html.escape(w)}</p>\n' for w in words(records[n]))
-    made = [r["made"] for r in records.values() if "made" in r]
-    settings = "".join(f"<pre>{html.escape(json.dumps(c, indent=1))}</pre>" for c in {json.dumps(m["config"]): m["config"] for m in made}.values())
-    links = " ".join(f'<a href="#{n}">{html.escape(title(n).partition(":")[0])}</a>' for n in names)
     disk.write(results / "report.html", f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Learning-rate path switching: results</title><style>{STYLE}</style></head><body>
 <h1>Learning-rate path switching: tables and figures of the paper, measured here</h1>
 <p>Perplexity (PPL) of versions of a language model trained from scratch (PTFS), continually (CPT) and by path switching (ours), beside what
 <a href="https://arxiv.org/abs/2410.04103">the paper</a> prints for its own model and data. Lower is better.</p>
 <p class="small">{LEGEND}</p><nav>{links}</nav>
-{out}<h2>Settings</h2>{settings}</body></html>
+{body}<h2>Settings</h2>{"".join(f"<pre>{html.escape(c)}</pre>" for c in settings)}</body></html>
 """)  # fmt: skip
     return results / "report.html"

@@ -399,9 +399,15 @@ def test_bad_scales(tmp_path, text, words):
         tables.load_scale(str(tmp_path / "s.toml"))
 
 
-def test_a_report_of_nothing(tmp_path):
+def test_a_report_of_nothing_and_of_strangers_records(tmp_path):
     with pytest.raises(config.UserError, match="no table or figure is there yet"):
         report.page(tmp_path)
+    for words in ("", "[]", "{}", '{"title": 3}', '{"title": "x", "rows": []}', '{"title": "x", "header": ["a"], "rows": ["ab"]}'):
+        (tmp_path / "table3.json").write_text(words)
+        with pytest.raises(config.UserError, match=r"table3.json: not as paper.py writes it"):
+            report.page(tmp_path)
+    (tmp_path / "table3.json").write_text('{"title": "<script>", "header": ["<b>"], "rows": [["<i>"]]}')
+    assert not {"<script>", "<b>", "<i>"} & set(re.findall(r"<\w+>", report.page(tmp_path).read_text()))
 
 
 def test_plans_at_the_papers_scale(tmp_path):
