@@ -300,6 +300,7 @@ def vocab(out: str, sources: list[str], size: int, increments: list[float], val:
     if size < 257:
         raise UserError(f"--vocab_size: got {size}, expected 257 (256 bytes and <|endoftext|>) or more")
     rustbpe = optional("rustbpe", "rustbpe", "data.py vocab")
+    Path(out).parent.mkdir(parents=True, exist_ok=True)  # what cannot be is said before the work
     first = val * 2**64, (val + (1 - val) * increments[0] / sum(increments)) * 2**64
     trainer = rustbpe.Tokenizer()
     texts = (text for _, text in all_documents(sources) if first[0] <= hashes(text)[0] < first[1])
