@@ -122,26 +122,37 @@ def progress(folder: Path, s: schedule.Segment) -> int:
         return 0
 
 
-def seconds(log: list[dict[str, Any]]) -> float:
-    """Seconds of training that a log tells of, without starts, validations and saves."""
-    total, at = 0.0, 0
+def trained(log: list[dict[str, Any]]) -> tuple[int, float]:
+    """(tokens, seconds) of training that a log tells of, without starts, validations and saves."""
+    tokens, seconds, at = 0, 0.0, 0
     for r in log:
         if "config" in r:
             at = r["start"] * r["config"]["train.batch_tokens"]
         elif "tokens_per_second" in r:
-            total += (r["tokens"] - at) / r["tokens_per_second"]
+            tokens += r["tokens"] - at
+            seconds += (r["tokens"] - at) / r["tokens_per_second"]
             at = r["tokens"]
-    return total
+    return tokens, seconds
+
+
+def reached(cells: Graph, root: Path, name: str) -> int:
+    """Steps of a cell that need not be trained again."""
+    cell, folder = cells[name], root / name
+    if done(cells, root, name):
+        return cell.steps
+    if disk.held(folder / ".lock"):
+        return progress(folder, cell.segment)
+    return (lineage.resume_step(folder, sorted(cell.required)) or cell.segment.start) - cell.segment.start
 
 
 def rate(cells: Graph, root: Path) -> float | None:
     """Seconds a FLOP, as the logs of these cells have it; none where there are none."""
     spent = flops = 0.0
     for name, cell in cells.items():
-        if part := progress(root / name, cell.segment):
-            spent += seconds(records(root / name))
-            flops += cell.flops * part / cell.steps
-    return spent / flops if flops and spent else None
+        tokens, seconds = trained(records(root / name))
+        spent += seconds
+        flops += tokens * model.flops_per_token(cell.config.model)
+    return spent / flops if flops else None
 
 
 def check_done(cells: Graph, root: Path) -> None:
@@ -252,19 +263,10 @@ def status(cells: Graph, root: Path) -> list[str]:
     for group, names in groups.items():
         states = []
         for n in names:
-            cell, folder = cells[n], root / n
-            part = f"{progress(folder, cell.segment) / cell.steps:.0%}"
-            label = f"{cell.steps:,} steps" if cell.segment.name == "main" else n.rpartition("/")[2]
-            state = (
-                "done"
-                if done(cells, root, n)
-                else f"running {part}"
-                if disk.held(folder / ".lock")
-                else "to do"
-                if part == "0%"
-                else f"stopped {part}"
-            )
-            states.append(f"{label} {state}")
+            steps, of = reached(cells, root, n), cells[n].steps
+            label = f"{of:,} steps" if cells[n].segment.name == "main" else n.rpartition("/")[2]
+            state = "done" if done(cells, root, n) else "running" if disk.held(root / n / ".lock") else "stopped" if steps else "to do"
+            states.append(f"{label} {state}" + f" {steps / of:.0%}" * (state in ("running", "stopped")))
         lines.append(f"  {group:40} " + ", ".join(states))
     return lines
 
@@ -272,7 +274,7 @@ def status(cells: Graph, root: Path) -> list[str]:
 def left(cells: Graph, root: Path) -> tuple[list[str], float, float]:
     """What is not done: the cells, parents first, their steps and FLOPs that are left."""
     todo = [n for n in cells if not done(cells, root, n)]
-    parts = {n: 1 - progress(root / n, cells[n].segment) / cells[n].steps for n in todo}
+    parts = {n: 1 - reached(cells, root, n) / cells[n].steps for n in todo}
     return todo, sum(cells[n].steps * parts[n] for n in todo), sum(cells[n].flops * parts[n] for n in todo)
 
 

@@ -108,7 +108,7 @@ def measure(t: tables.Table, found: Scores, seeds: list[int], columns: list[str]
         ppl = {c: [s.ppl for s in found[r.group, r.name, c]] for c in t.columns}
         row: dict[str, Any] = {"group": r.group, "name": r.name, "labels": r.labels, "costs": r.costs, "paper": {c: v for c, v in r.paper.items() if not math.isnan(v)},
                "ppl": {c: statistics.fmean(v) for c, v in ppl.items()}, "seeds": ppl,
-               "sd": {c: statistics.stdev(v) if len(v) > 1 else found[r.group, r.name, c][0].se for c, v in ppl.items()}}  # fmt: skip
+               "sd": {c: statistics.stdev(v) for c, v in ppl.items() if len(v) > 1}}  # fmt: skip
         if t.columns == columns:
             row["appl"] = statistics.fmean(row["ppl"].values())
         rows.append(row)
@@ -132,7 +132,7 @@ def provenance(s: tables.Setup, cells: graph.Graph, root: Path) -> dict[str, Any
     for name in cells:
         log = graph.records(root / name)
         firsts += [r for r in log if "config" in r]
-        spent += graph.seconds(log)
+        spent += graph.trained(log)[1]
     return {"scale": s.scale.name, "config": config.values(s.base), "segments": len(cells), "steps": sum(c.steps for c in cells.values()), "seconds": spent,
             "devices": sorted({f"{r['device']} ({r['ranks']} rank{'s' * (r['ranks'] > 1)}, {r['dtype']})" for r in firsts}),
             "versions": sorted({f"torch {r['versions']['torch']}, Python {r['versions']['python']}" for r in firsts}),
@@ -239,7 +239,7 @@ def main() -> None:
 
     ranks = o.ranks or scale.ranks
     gpus = torch.cuda.device_count() if s.base.train.device in ("auto", "cuda") else 0
-    jobs = o.jobs or max(1, (gpus or os.cpu_count() or 1) // ranks)
+    jobs = o.jobs or max(1, (gpus * scale.per_gpu or os.cpu_count() or 1) // ranks)
     seeds = [s.base.train.seed + i for i in range(o.seeds)]
     what = [w for w in ORDER if w in o.what] or ORDER  # status alone: of all
     asked = Asked(s, what, seeds, root)

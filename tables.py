@@ -92,6 +92,7 @@ class Scale:
     config: str
     train: bool
     ranks: int
+    per_gpu: int
     sizes: dict[str, dict[str, str]]
     long: dict[str, str]
 
@@ -108,14 +109,15 @@ def load_scale(name: str) -> Scale:
         tree = tomllib.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
         raise UserError(f"{file}: not TOML: {e}") from None
-    wanted = {"config": str, "train": bool, "ranks": int, "sizes": dict, "long": dict}
+    wanted = {"config": str, "train": bool, "ranks": int, "per_gpu": int, "sizes": dict, "long": dict}
     for key in [*wanted, *tree]:
         if key not in wanted or type(tree.get(key)) is not wanted[key]:
             raise UserError(
                 f"{file}: {key}: got {tree.get(key, 'nothing')!r:.60}, expected {', '.join(f'{k} ({t.__name__})' for k, t in wanted.items())}"
             )
-    if tree["ranks"] < 1:
-        raise UserError(f"{file}: ranks: got {tree['ranks']}, expected 1 or more")
+    for key in ("ranks", "per_gpu"):
+        if tree[key] < 1:
+            raise UserError(f"{file}: {key}: got {tree[key]}, expected 1 or more")
     if not tree["sizes"] or not all(isinstance(keys, dict) for keys in tree["sizes"].values()):
         raise UserError(f"{file}: sizes: got {tree['sizes']!r:.60}, expected at least one NAME = {{ keys }}")
 
@@ -127,7 +129,9 @@ def load_scale(name: str) -> Scale:
                 out[f"{k}.{k2}".rstrip(".")] = json.dumps(v2) if not isinstance(v2, str) else v2
         return out
 
-    return Scale(file.stem, tree["config"], tree["train"], tree["ranks"], {n: flat(k) for n, k in tree["sizes"].items()}, flat(tree["long"]))
+    return Scale(
+        file.stem, tree["config"], tree["train"], tree["ranks"], tree["per_gpu"], {n: flat(k) for n, k in tree["sizes"].items()}, flat(tree["long"])
+    )
 
 
 class Setup:

@@ -206,7 +206,10 @@ def test_an_encoding_by_name(tmp_path, monkeypatch):
 
 def test_the_shipped_ranks_are_reproduced(tmp_path):
     r = subprocess.run(
-        [sys.executable, "data.py", "vocab", "--vocab_size", "1024", "--out", str(tmp_path / "new" / "r.tiktoken")], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "data.py", "vocab", "--vocab_size", "1024", "--out", str(tmp_path / "new" / "r.tiktoken")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert r.returncode == 0 and (tmp_path / "new" / "r.tiktoken").read_bytes() == data.RANKS.read_bytes()
 
