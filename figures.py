@@ -100,7 +100,7 @@ def stages(record: dict[str, Any], rates: dict[str, list[float]], file: str) -> 
     left.legend(fontsize=8, frameon=False, title="steps", title_fontsize=8)
     x = range(len(record["rows"]))
     for i, column in enumerate(record["columns"]):
-        y, e = [r["ppl"][column] for r in record["rows"]], [r["sd"][column] for r in record["rows"]]
+        y, e = [r["ppl"][column] for r in record["rows"]], [r["sd"].get(column, 0) for r in record["rows"]]
         right.errorbar(
             x,
             y,
