@@ -293,7 +293,7 @@ def check_batch(c: Config, ranks: int) -> list[str]:
         return []
     near = max(1, round(c.train.batch_tokens / unit)) * unit
     fits = [m for m in range(min(c.train.micro_batch, 1 << 16), 0, -1) if c.train.batch_tokens % (m * c.model.context * ranks) == 0]
-    fewer = [n for n in range(ranks, 0, -1) if c.train.batch_tokens % (c.train.micro_batch * c.model.context * n) == 0]
+    fewer = [n for n in range(min(ranks, 1 << 16), 0, -1) if c.train.batch_tokens % (c.train.micro_batch * c.model.context * n) == 0]
     return [
         f"train.batch_tokens: got {c.train.batch_tokens}, expected a multiple of micro_batch {c.train.micro_batch} x context {c.model.context} "
         f"x {ranks} ranks = {unit}; "

@@ -75,6 +75,10 @@ def add(cells: Graph, s: Setup, point: Point, seed: int) -> tuple[str, int]:
             arguments += [w for k, v in s.keys(run, seed).items() for w in (f"--{k}", v)]
             required = cells[name].required if name in cells else set()
             cells[name] = Cell(f"{run.setting}-s{seed}", segment, c, arguments, parent, required)
+        elif not main and (segment.start, segment.end) != (cells[name].segment.start, cells[name].segment.end):
+            raise UserError(
+                f"{name}: two of the tables asked for need different segments of this name, as with a plan.alpha of 1; ask for them with an --out each"
+            )
         cells[name].required.add(step)
         return name, step
 
@@ -106,9 +110,21 @@ def done(cells: Graph, root: Path, name: str) -> bool:
 def records(folder: Path) -> list[dict[str, Any]]:
     """A cell's log, none if it has none yet."""
     try:
-        return train.logged(folder)
+        return [r for r in train.logged(folder) if well_formed(r)]
     except OSError:
         return []
+
+
+def well_formed(r: dict[str, Any]) -> bool:
+    """A record as train.py writes it."""
+    if "config" in r:
+        return (
+            isinstance(r["config"], dict)
+            and "train.batch_tokens" in r["config"]
+            and r.keys() >= {"start", "device", "ranks", "dtype", "versions", "commit"}
+        )
+    numbers = [r[k] for k in ("tokens", "loss", "val_loss", "tokens_per_second") if k in r]
+    return type(r.get("step")) is int and all(isinstance(n, (int, float)) for n in numbers) and r.get("tokens_per_second", 1) > 0
 
 
 def progress(folder: Path, s: schedule.Segment) -> int:
@@ -117,8 +133,8 @@ def progress(folder: Path, s: schedule.Segment) -> int:
         with open(folder / "log.jsonl", "rb") as f:
             f.seek(max(0, f.seek(0, os.SEEK_END) - 4096))
             last = json.loads(f.read().splitlines()[-1])
-        return min(s.end, last.get("step", last.get("start", s.start) - 1) + 1) - s.start
-    except (OSError, ValueError, IndexError):
+        return max(s.start, min(s.end, last.get("step", last.get("start", s.start) - 1) + 1)) - s.start
+    except (OSError, ValueError, IndexError, AttributeError, TypeError):  # no log, or no line of ours
         return 0
 
 
@@ -215,7 +231,9 @@ def run(cells: Graph, root: Path, jobs: int, gpus: int, ranks: int) -> None:
                 if child.poll() is not None:
                     del running[name]
                     free.append(slot)
-                    if child.returncode:
+                    if child.returncode and (done(cells, root, name) or disk.held(root / name / ".lock")):
+                        waiting.insert(0, name)  # the child of a paper.py that was killed was faster
+                    elif child.returncode:
                         said = (output / f"{name.replace('/', '-')}.txt").read_text(errors="replace").strip().splitlines()
                         failed[name] = next((t for t in reversed(said) if "error: " in t), said[-1] if said else f"exit code {child.returncode}")
                     else:
@@ -227,10 +245,13 @@ def run(cells: Graph, root: Path, jobs: int, gpus: int, ranks: int) -> None:
             bar.update(max(0, finished + sum(progress(root / n, cells[n].segment) for n in running) - bar.n))
             time.sleep(0.2)
     finally:
-        for child, _ in running.values():
-            child.send_signal(signal.SIGTERM)  # each saves and exits
-        for child, _ in running.values():
-            child.wait()
+        told = 0
+        while alive := [child for child, _ in running.values() if child.poll() is None]:
+            if told < max(1, len(stop)):  # each signal is handed on: the first saves and exits, the second exits
+                told += 1
+                for child in alive:
+                    child.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
         bar.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -61,10 +61,12 @@ def scores(checkpoints: list[Path], kept: Path, jobs: int, device: str) -> dict[
         try:
             with np.load(file) as stored:
                 return evaluation.Score(stored["nats"], stored["tokens"])
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # not there, or not whole
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):  # not there, or not whole
             s = evaluation.score(path, train.pick_device(device, 0), quiet=True)
             with open(file.with_suffix(".partial"), "wb") as f:
                 np.savez(f, nats=s.nats, tokens=s.tokens)
+                f.flush()
+                os.fsync(f.fileno())
             file.with_suffix(".partial").rename(file)
             return s
 
@@ -123,7 +125,7 @@ def measure(t: tables.Table, found: Scores, seeds: list[int], columns: list[str]
     paper = {(r["group"], r["name"], c): v for r in rows for c, v in r["paper"].items()}
     some = next(iter(found.values()))[0]
     return {"name": t.name, "title": t.title, "columns": t.columns, "rows": rows, "differences": differences, "notes": t.notes, "seeds": seeds,
-            "claims": [judge(found, c, len(seeds), paper) for c in t.claims], "documents": len(some.nats), "tokens": int(some.tokens.sum())}  # fmt: skip
+            "claims": [judge(found, c, len(seeds), paper) for c in t.claims if c.below_zero], "documents": len(some.nats), "tokens": int(some.tokens.sum())}  # fmt: skip
 
 
 def provenance(s: tables.Setup, cells: graph.Graph, root: Path) -> dict[str, Any]:
@@ -161,6 +163,8 @@ class Asked:
         self.own: dict[str, graph.Graph] = {n: {} for n in self.specs}
         self.where: dict[str, dict[tuple[str, str, str], list[Path]]] = {n: {} for n in self.specs}
         for name, t in self.specs.items():
+            if len({(r.group, r.name) for r in t.rows}) < len(t.rows):
+                raise UserError(f"plan.steps: got {s.T}, too few to tell the rows of {name} apart; give it more")
             for r, seed in itertools.product(t.rows, seeds):
                 for column, point in r.points.items():
                     cell, step = graph.add(self.cells, s, point, seed)
@@ -199,6 +203,20 @@ def print_plan(asked: Asked, root: Path, ranks: int, mfu: float, slurm: bool) ->
 
 # ----------------------------------------------------------------------------------------------------------
 
+# What tables vary themselves, or may be asked for again with more of
+VARIED = ("plan.schedule", "plan.alpha", "plan.decay_steps", "plan.cpt_variant", "plan.versions", "train.seed")
+
+
+def check_settings(s: tables.Setup, root: Path) -> None:
+    """One folder, one base setting: that of the first call. UserError names the keys that differ."""
+    if not (root / "config.toml").exists():
+        return
+    there = config.values(config.load(str(root / "config.toml")))
+    here = config.flatten(s.base)
+    if different := [k for k, (f, v) in here.items() if not f.metadata["free"] and k not in VARIED and there[k] != v]:
+        was = ", ".join(f"{k}: {there[k]} there, {here[k][1]} here" for k in different)
+        raise UserError(f"{root / 'config.toml'}: was begun with other settings ({was}); go back to them, or choose another --out")
+
 
 def main() -> None:
     a = config.Parser(prog="paper.py", description=__doc__,
@@ -216,21 +234,23 @@ def main() -> None:
     o, unknown = a.parse_known_intermixed_args()
     scale = tables.load_scale(o.scale)
     overrides = {k: v for k in config.flatten(config.Config()) if (v := getattr(o, k)) is not None and k != "out"}
-    config.load(scale.config, overrides, unknown)
+    config.load(scale.config, overrides | ({"out": o.out} if o.out else {}), unknown)
     if wrong := [w for w in o.what if w not in ORDER and w not in ("status", "report")]:
         why = "table4 and table11 compare downstream tasks, which are not here yet; " if {"table4", "table11"} & set(wrong) else ""
         raise UserError(f"{wrong[0]}: {why}expected status, report or some of {', '.join(ORDER)}")
-    names = o.schedules.split(",") if o.schedules else list(tables.MAIN)
+    names = list(dict.fromkeys(o.schedules.split(","))) if o.schedules else list(tables.MAIN)
     if unheard := [n for n in names if n not in schedule.SCHEDULES]:
         raise UserError(f"--schedules: got {', '.join(unheard)}, expected some of {', '.join(schedule.SCHEDULES)}")
-    for option, value in (("--seeds", o.seeds), ("--jobs", o.jobs), ("--ranks", o.ranks)):
-        if value is not None and value < 1:
-            raise UserError(f"{option}: got {value}, expected 1 or more")
+    for option, value, most in (("--seeds", o.seeds, 100), ("--jobs", o.jobs, 10_000), ("--ranks", o.ranks, 10_000)):
+        if value is not None and not 1 <= value <= most:
+            raise UserError(f"{option}: got {value}, expected 1 to {most}")
     if not 0 < o.mfu <= 1:
         raise UserError(f"--mfu: got {o.mfu}, expected above 0 and at most 1")
     s = tables.Setup(scale, overrides, names)
     root = Path(o.out or f"out/{scale.name}")
     results = root / "results"
+    if root.exists() and not root.is_dir():
+        raise UserError(f"--out {root}: is no folder; choose another one")
     if "report" in o.what:
         if len(o.what) > 1:
             raise UserError("report: goes alone; make the tables first")
@@ -242,6 +262,7 @@ def main() -> None:
     jobs = o.jobs or max(1, (gpus * scale.per_gpu or os.cpu_count() or 1) // ranks)
     seeds = [s.base.train.seed + i for i in range(o.seeds)]
     what = [w for w in ORDER if w in o.what] or ORDER  # status alone: of all
+    check_settings(s, root)
     asked = Asked(s, what, seeds, root)
     if problems := {p: None for c in asked.cells.values() for p in config.check_batch(c.config, ranks)}:
         raise UserError("\n".join(problems))
@@ -274,6 +295,8 @@ def main() -> None:
     results.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     with disk.lock(root / ".lock", f"{root}: another paper.py is at work here; wait for it or choose another --out"):
+        if not (root / "config.toml").exists():
+            disk.write(root / "config.toml", config.to_toml(s.base))
         if todo:
             graph.run(asked.cells, root, jobs, gpus, ranks)
         made = {"table9": tables.table9(s)} if "table9" in what else {}

@@ -10,7 +10,7 @@ import json
 import math
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,18 +120,28 @@ def load_scale(name: str) -> Scale:
             raise UserError(f"{file}: {key}: got {tree[key]}, expected 1 or more")
     if not tree["sizes"] or not all(isinstance(keys, dict) for keys in tree["sizes"].values()):
         raise UserError(f"{file}: sizes: got {tree['sizes']!r:.60}, expected at least one NAME = {{ keys }}")
+    free = ("config", "data.path", "data.repeat", "plan.max_lr", "plan.min_lr")
 
-    def flat(keys: dict[str, Any]) -> dict[str, str]:
+    def checked(where: str, keys: dict[str, Any]) -> dict[str, str]:
         """{"model": {"hidden": 32}} as on a command line."""
-        out = {}
-        for k, v in keys.items():
-            for k2, v2 in v.items() if isinstance(v, dict) else [("", v)]:
-                out[f"{k}.{k2}".rstrip(".")] = json.dumps(v2) if not isinstance(v2, str) else v2
-        return out
+        flat = {f"{k}.{k2}".rstrip("."): v2 for k, v in keys.items() for k2, v2 in (v.items() if isinstance(v, dict) else [("", v)])}
+        for k, v in flat.items():
+            if not (k in free or k.startswith(("model.", "train."))) or k in ("train.seed", "train.save_at"):
+                raise UserError(f"{file}: {where}: {k} is not for a scale to change; expected keys of model and train, {', '.join(free)}")
+            if not isinstance(v, (str, int, float, bool)):
+                raise UserError(f"{file}: {where}: {k}: got {v!r:.60}, expected a number, a text or true or false")
+        texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in flat.items()}
+        try:
+            config.load(texts.get("config", tree["config"]), {k: v for k, v in texts.items() if k != "config"})
+        except UserError as e:
+            raise UserError(
+                "\n".join(f"{file}: {where}: {line.removeprefix('command line: ').removeprefix('--')}" for line in str(e).splitlines())
+            ) from None
+        return texts
 
-    return Scale(
-        file.stem, tree["config"], tree["train"], tree["ranks"], tree["per_gpu"], {n: flat(k) for n, k in tree["sizes"].items()}, flat(tree["long"])
-    )
+    checked("config", {})
+    sizes = {n: checked(f"sizes.{n}", k) for n, k in tree["sizes"].items()}
+    return Scale(file.stem, tree["config"], tree["train"], tree["ranks"], tree["per_gpu"], sizes, checked("long", tree["long"]))
 
 
 class Setup:
@@ -143,20 +153,26 @@ class Setup:
         c = self.base
         if c.plan.increments or c.data.increments:
             raise UserError("plan.increments, data.increments: the paper's tables take increments of plan.steps each; leave them out")
-        if len(c.increments) < 2:
-            raise UserError(f"plan.versions: got {len(c.increments)}, expected 2 or more: the tables start at version 2")
+        if c.train.save_at:
+            raise UserError("train.save_at: is set by the tables, to the fork points that they need; leave it out")
+        if not 2 <= c.plan.versions <= 100:
+            raise UserError(f"plan.versions: got {c.plan.versions}, expected 2 to 100: the tables start at version 2")
         self.T, self.N = c.plan.steps, c.plan.versions
         self.columns = [f"V{v}" for v in range(2, self.N + 1)]
-        self._configs: dict[tuple[Run, int], config.Config] = {}
+        self._configs: dict[Run, config.Config] = {}
+        for name in {*schedules, c.plan.schedule}:
+            for paradigm in schedule.PARADIGMS:
+                lineage.make_segments(paradigm, replace(lineage.make_plan(c), schedule=name))  # its complaints come before anything is done
 
     def keys(self, run: Run, seed: int) -> dict[str, str]:
         """All keys of a run, as flags of train.py."""
         return {**self.overrides, **dict(run.keys), "train.seed": str(seed)}
 
     def config(self, run: Run, seed: int) -> config.Config:
-        if (run, seed) not in self._configs:
-            self._configs[run, seed] = config.load(run.config or self.scale.config, self.keys(run, seed))
-        return self._configs[run, seed]
+        if run not in self._configs:
+            self._configs[run] = config.load(run.config or self.scale.config, self.keys(run, self.base.train.seed))
+        c = self._configs[run]
+        return replace(c, train=replace(c.train, seed=seed))
 
     def cost(self, run: Run, convention: str = "section3.2") -> float:
         """Steps of a run relative to PTFS under the same setting."""

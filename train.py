@@ -161,7 +161,7 @@ def main() -> None:
         if o.parent and not segment.parent:
             raise UserError(f"--parent: {segment.name} starts from random weights; leave it out")
         forks = [s.start for s in segments if s.parent] if o.mode == "main" else [segment.end]
-        required = sorted({*forks, *(s for s in c.train.save_at if segment.start < s < segment.end)})
+        required = sorted({*forks, *(s for s in c.train.save_at if segment.start <= s < segment.end)})
 
         device = pick_device(c.train.device, local_rank)
         kind, why = parallel.choose(c.train.parallel, ranks, llama.parameters(c.model), device)

@@ -257,6 +257,15 @@ def test_the_papers_own_numbers_hold_the_papers_statements():
     assert {k for k, v in sums.items() if v >= 0} == {("alpha 0.6 is below alpha 0.2", "multistep V2")}  # 20.40 and 20.33
 
 
+def test_a_statement_about_nothing_is_none():
+    """Two versions have no gap that could widen: nothing is said of it."""
+    t = tables.table1(setup("tiny", ["cosine"], plan__versions="2"))
+    found = {(r.group, r.name, "V2"): [score(20.0 + i)] for i, r in enumerate(t.rows)}
+    assert [c.text for c in t.claims][1].startswith("the gap") and [c["text"] for c in paper.measure(t, found, [1], ["V2"])["claims"]] == [
+        "PTFS is below CPT"
+    ]
+
+
 def test_one_seed_is_judged_by_its_documents():
     rng = np.random.default_rng(0)
     hard = rng.normal(3, 0.5, 200)
@@ -328,12 +337,23 @@ def test_table3_end_to_end_stopped_and_gone_on(tmp_path, prepared):
     assert {x["cell"] for x in logged} == {
         f"base-s1/{n}" for n in ("main", "ptfs-cosine/v1", "ptfs-cosine/v2", "cpt-cosine/v2", "ours-cosine/v1", "ours-cosine/v2")
     }
+    # what others have left or damaged there does no harm: scores are made again, lines that are no record of ours are passed over
+    for file in (root / "scores").glob("*.npz"):
+        file.write_bytes(b"")
+    with open(run / "ptfs-cosine" / "v1" / "log.jsonl", "a") as f:
+        f.write('3\n{"config": {}}\n{"step": "x"}\n')
+    r = subprocess.run(command(root, prepared, "--schedules", "cosine,cosine", what=["table3"]), capture_output=True, text=True)
+    again = json.loads((results / "table3.json").read_text())
+    assert r.returncode == 0 and again["rows"] == record["rows"] and again["made"]["seconds"] == record["made"]["seconds"], r.stderr
     # another alpha finds its place beside; other settings are not mixed in
     r = subprocess.run(command(root, prepared, "--plan.alpha", "0.5", "--run", "no"), capture_output=True, text=True)
     assert r.returncode == 2 and "of 6 segments are not trained yet" in r.stderr and "ours-cosine-d5" not in r.stderr
     kept = (results / "table3.json").read_bytes()
     r = subprocess.run(command(root, prepared, "--train.beta2", "0.9"), capture_output=True, text=True)
     assert r.returncode == 2 and "train.beta2: 0.95 there, 0.9 here" in r.stderr and (results / "table3.json").read_bytes() == kept
+    for what in ("fig1", "table1", "status"):  # nor are new cells or figures of other settings put beside them
+        r = subprocess.run(command(root, prepared, "--plan.max_lr", "1e-2", what=[what]), capture_output=True, text=True)
+        assert r.returncode == 2 and "config.toml: was begun with other settings (plan.max_lr: 0.004 there, 0.01 here)" in r.stderr
     meta = checkpoint.read_meta(run / "ours-cosine" / "v2" / "step-000020")
     assert meta["parent"]["segment"] == "main" and meta["parent"]["step"] == 14
 
@@ -372,18 +392,27 @@ def test_segments_of_two_processes_each(tmp_path, prepared):
         (["--scale", "huge"], "expected a .toml file or one of paper, small, tiny"),
         (["table99"], "table99: expected status, report or some of fig1"),
         (["table4"], "table4: table4 and table11 compare downstream tasks"),
-        (["--plan.versions", "1"], "plan.versions: got 1, expected 2 or more"),
+        (["--plan.versions", "1"], "plan.versions: got 1, expected 2 to 100"),
         (["--plan.alpha", "0.9"], "inside the warm-up"),
         (["--data.path", "nowhere"], "no prepared data"),
         (["--train.micro_batch", "5"], "train.batch_tokens: got 256"),
         (["--train.micro_btach", "5"], "did you mean train.micro_batch?"),
         (["--plan.increments", "10,20"], "plan.increments, data.increments: the paper's tables take"),
         (["report"], "report: goes alone"),
+        (["--seeds", "99999999999999999999"], "--seeds: got 99999999999999999999, expected 1 to 100"),
+        (["--ranks", "99999999"], "--ranks: got 99999999, expected 1 to 10000"),
+        (["--plan.schedule", "nope"], "plan.schedule: got 'nope'"),
+        (["--train.save_at", "3"], "train.save_at: is set by the tables"),
+        (["fig5", "--plan.alpha", "1", "--plan.warmup", "0"], "ours-cosine-d10/v1: two of the tables asked for need different segments"),
+        (["table7", "--plan.steps", "1", "--plan.warmup", "0"], "plan.steps: got 1, too few to tell the rows of table7 apart"),
     ],
 )
 def test_bad_input(tmp_path, prepared, args, words):
     r = subprocess.run(command(tmp_path / "out", prepared, *args), capture_output=True, text=True)
     assert r.returncode == 2 and words in r.stderr and len(r.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+HEAD = 'config = "tiny"\ntrain = true\nranks = 1\nper_gpu = 1\n'
 
 
 @pytest.mark.parametrize(
@@ -395,6 +424,13 @@ def test_bad_input(tmp_path, prepared, args, words):
         ('config = "tiny"\ntrain = true\nranks = 1\nper_gpu = 1\nsizes = {}\nlong = {}', "sizes: got {}"),
         ('config = "tiny"\ntrain = true\nranks = 1\nper_gpu = 1\nsizes = {a = {}}\nlong = {}\nmore = 1', "more: got 1"),
         ("[", "not TOML"),
+        (HEAD + "sizes = {a = {plan = {versions = 2}}}\nlong = {}", "sizes.a: plan.versions is not for a scale to change"),
+        (HEAD + "sizes = {a = {train = {seed = 2}}}\nlong = {}", "sizes.a: train.seed is not for a scale to change"),
+        (HEAD + "sizes = {a = {model = {hidden = 2020-01-01}}}\nlong = {}", "sizes.a: model.hidden: got datetime.date(2020, 1, 1)"),
+        (HEAD + "sizes = {a = {model = {hiddn = 32}}}\nlong = {}", "sizes.a: unknown key model.hiddn; did you mean model.hidden?"),
+        (HEAD + "sizes = {a = {config = 'nope'}}\nlong = {}", "sizes.a: config nope: there is no"),
+        (HEAD + "sizes = {a = {}}\nlong = {data = {repet = true}}", "long: data.repet is not for a scale to change"),
+        (HEAD.replace("tiny", "nope") + "sizes = {a = {}}\nlong = {}", "config: config nope: there is no"),
     ],
 )
 def test_bad_scales(tmp_path, text, words):
