@@ -10,6 +10,7 @@ import graph
 import lineage
 import schedule
 import tables
+from scales import Run, Setup
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito
 DARK = "#333333"
@@ -50,17 +51,17 @@ def legend(fig: Any, axes: Any, columns: int = 6) -> float:
 # Learning rates
 
 
-def paradigms(s: tables.Setup, file: str) -> None:
+def paradigms(s: Setup, file: str) -> None:
     """Figure 1: the paths of the three paradigms."""
     p = lineage.make_plan(s.base)
     schedule.draw({x: lineage.make_segments(x, p) for x in schedule.PARADIGMS}, file)
 
 
-def schedules(s: tables.Setup, file: str) -> None:
+def schedules(s: Setup, file: str) -> None:
     """Figure 3: the schedules, each over a whole run of T steps."""
     fig, (ax,) = canvas(1, 5)
     for i, name in enumerate(s.schedules):
-        run = tables.Run("ptfs", keys=(("plan.schedule", name),))
+        run = Run("ptfs", keys=(("plan.schedule", name),))
         first = lineage.make_segments("ptfs", lineage.make_plan(s.config(run, 1)))[0]
         ax.plot(range(first.end), [first.lr(i) for i in range(first.end)], color=COLOURS[i % 6], linestyle=("-", "--", "-.", ":")[i % 4], label=name)
     ax.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
@@ -68,14 +69,14 @@ def schedules(s: tables.Setup, file: str) -> None:
     finish(fig, file)
 
 
-def variants(s: tables.Setup, file: str) -> None:
+def variants(s: Setup, file: str) -> None:
     """Figure 6: the learning rates of CPT's variants."""
     names = {"rewarm_max": "RewarmMax", "reset_max": "ResetMax", "keep_min": "KeepMin"}
-    runs = {title: tables.Run("cpt", keys=(("plan.cpt_variant", v),)) for v, title in names.items()}
+    runs = {title: Run("cpt", keys=(("plan.cpt_variant", v),)) for v, title in names.items()}
     schedule.draw({title: lineage.make_segments("cpt", lineage.make_plan(s.config(r, 1))) for title, r in runs.items()}, file)
 
 
-def paths(s: tables.Setup, name: str, cells: graph.Graph, seed: int) -> dict[str, list[float]]:
+def paths(s: Setup, name: str, cells: graph.Graph, seed: int) -> dict[str, list[float]]:
     """The learning rate of every update that led to each row of Figure 4 or 5."""
     out = {}
     for row in tables.TABLES[name](s).rows:

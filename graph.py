@@ -28,7 +28,7 @@ import model
 import schedule
 import train
 from config import UserError
-from tables import Point, Setup
+from scales import Point, Setup
 
 
 @dataclass

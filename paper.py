@@ -12,29 +12,24 @@ once. Scales are files in configs/scales; results go to out/<scale>/results, a p
 import itertools
 import json
 import lzma
-import math
 import os
-import statistics
 import time
-import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
 import checkpoint
 import config
 import cost
 import data
 import disk
-import eval as evaluation
 import figures
 import graph
 import lineage
+import measure
 import report
+import scales
 import schedule
 import tables
 import text
@@ -44,91 +39,9 @@ from report import ORDER
 
 # What each figure is drawn from: a table's numbers, its segments, or nothing but the plan
 FIGURES = {"fig1": "", "fig2": "table3", "fig3": "", "fig4": "fig4", "fig5": "fig5", "fig6": "", "loss": "table3"}
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t, 97.5 %, for 1, 2, .. degrees of freedom
-
-# ----------------------------------------------------------------------------------------------------------
-# Measuring
 
 
-def scores(checkpoints: list[Path], kept: Path, jobs: int, device: str) -> dict[Path, evaluation.Score]:
-    """Score checkpoints on the whole validation set; kept in the folder `kept` under the hashes of weights and text."""
-    kept.mkdir(exist_ok=True)
-
-    def one(path: Path) -> evaluation.Score:
-        meta = checkpoint.read_meta(path)
-        tokens = evaluation.open_data(path, meta, None)
-        file = kept / f"{meta['hash'][:24]}-{tokens.meta['val']['sha256']['bin'][:8]}.npz"
-        try:
-            with np.load(file) as stored:
-                return evaluation.Score(stored["nats"], stored["tokens"])
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):  # not there, or not whole
-            s = evaluation.score(path, train.pick_device(device, 0), quiet=True)
-            with open(file.with_suffix(".partial"), "wb") as f:
-                np.savez(f, nats=s.nats, tokens=s.tokens)
-                f.flush()
-                os.fsync(f.fileno())
-            file.with_suffix(".partial").rename(file)
-            return s
-
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
-    with ThreadPoolExecutor(jobs) as pool:
-        return dict(zip(checkpoints, tqdm(pool.map(one, checkpoints), total=len(checkpoints), desc="evaluating", unit="checkpoint"), strict=True))
-
-
-Scores = dict[tuple[str, str, str], list[evaluation.Score]]  # {(group, name, column): one a seed}
-
-
-def combine(found: Scores, factors: dict[tuple[str, str, str], float]) -> tuple[float, float]:
-    """A sum of PPLs times factors, and its standard error: over seeds, the terms of one seed paired; of one seed, over documents."""
-    values = [sum(f * found[k][i].ppl for k, f in factors.items()) for i in range(len(next(iter(found.values()))))]
-    if len(values) > 1:
-        return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-    influence = sum(f * found[k][0].influence for k, f in factors.items())
-    return values[0], float(np.sqrt(np.sum(influence**2)))
-
-
-def judge(found: Scores, claim: tables.Claim, seeds: int, paper: dict[tuple[str, str, str], float]) -> dict[str, Any]:
-    """Does a statement hold? Each of its differences is clear if it is further from zero than 95 % of chance would take it.
-
-    `paper`: what the paper prints in the same places, whose differences are given beside ours.
-    """
-    times = 1.96 if seeds == 1 else T975[min(seeds - 2, len(T975) - 1)]
-    parts = []
-    for where, factors in claim.below_zero.items():
-        value, se = combine(found, factors)
-        printed = sum(f * paper[k] for k, f in factors.items()) if factors.keys() <= paper.keys() else None
-        parts.append({"where": where, "value": value, "se": se, "holds": value < 0, "clear": abs(value) > times * se, "paper": printed})
-    contradicted = any(p["clear"] and not p["holds"] for p in parts)
-    holds = all(p["clear"] and p["holds"] for p in parts)
-    return {"text": claim.text, "verdict": "FAILS" if contradicted else "HOLDS" if holds else "OPEN", "parts": parts}
-
-
-def measure(t: tables.Table, found: Scores, seeds: list[int], columns: list[str]) -> dict[str, Any]:
-    """The record of a table: means and spreads over seeds, paired differences, and which statements hold."""
-    rows = []
-    for r in t.rows:
-        ppl = {c: [s.ppl for s in found[r.group, r.name, c]] for c in t.columns}
-        row: dict[str, Any] = {"group": r.group, "name": r.name, "labels": r.labels, "costs": r.costs, "paper": {c: v for c, v in r.paper.items() if not math.isnan(v)},
-               "ppl": {c: statistics.fmean(v) for c, v in ppl.items()}, "seeds": ppl,
-               "sd": {c: statistics.stdev(v) for c, v in ppl.items() if len(v) > 1}}  # fmt: skip
-        if t.columns == columns:
-            row["appl"] = statistics.fmean(row["ppl"].values())
-        rows.append(row)
-    differences = []
-    for group in dict.fromkeys(r.group for r in t.rows):
-        for a, b in t.pairs:
-            d: dict[str, Any] = {"group": group, "minus": [a, b], "value": {}, "se": {}, "relative": {}}
-            for c in t.columns:
-                d["value"][c], d["se"][c] = combine(found, {(group, a, c): 1.0, (group, b, c): -1.0})
-                d["relative"][c] = d["value"][c] / statistics.fmean(s.ppl for s in found[group, b, c])
-            differences.append(d)
-    paper = {(r["group"], r["name"], c): v for r in rows for c, v in r["paper"].items()}
-    some = next(iter(found.values()))[0]
-    return {"name": t.name, "title": t.title, "columns": t.columns, "rows": rows, "differences": differences, "notes": t.notes, "seeds": seeds,
-            "claims": [judge(found, c, len(seeds), paper) for c in t.claims if c.below_zero], "documents": len(some.nats), "tokens": int(some.tokens.sum())}  # fmt: skip
-
-
-def provenance(s: tables.Setup, cells: graph.Graph, root: Path) -> dict[str, Any]:
+def provenance(s: scales.Setup, cells: graph.Graph, root: Path) -> dict[str, Any]:
     """What made a table: settings, devices, versions, commits, and the time that training took."""
     firsts, spent = [], 0.0
     for name in cells:
@@ -157,7 +70,7 @@ def save_logs(results: Path, root: Path) -> None:
 class Asked:
     """Tables asked for, the cells that each needs, all of them as one graph, and the checkpoints that each number is of."""
 
-    def __init__(self, s: tables.Setup, names: list[str], seeds: list[int], root: Path) -> None:
+    def __init__(self, s: scales.Setup, names: list[str], seeds: list[int], root: Path) -> None:
         self.specs = {n: tables.TABLES[n](s) for n in tables.TABLES if n in {FIGURES.get(w, w) for w in names}}
         self.cells: graph.Graph = {}
         self.own: dict[str, graph.Graph] = {n: {} for n in self.specs}
@@ -207,7 +120,7 @@ def print_plan(asked: Asked, root: Path, ranks: int, mfu: float, slurm: bool) ->
 VARIED = ("plan.schedule", "plan.alpha", "plan.decay_steps", "plan.cpt_variant", "plan.versions", "train.seed")
 
 
-def check_settings(s: tables.Setup, root: Path) -> None:
+def check_settings(s: scales.Setup, root: Path) -> None:
     """One folder, one base setting: that of the first call. UserError names the keys that differ."""
     if not (root / "config.toml").exists():
         return
@@ -232,7 +145,7 @@ def main() -> None:
     a.add_argument("--mfu", type=float, default=0.4, help="part of a GPU's peak that training reaches, for the costs of plans [0.4]")
     a.add_config(name=False)
     o, unknown = a.parse_known_intermixed_args()
-    scale = tables.load_scale(o.scale)
+    scale = scales.load_scale(o.scale)
     overrides = {k: v for k in config.flatten(config.Config()) if (v := getattr(o, k)) is not None and k != "out"}
     config.load(scale.config, overrides | ({"out": o.out} if o.out else {}), unknown)
     if wrong := [w for w in o.what if w not in ORDER and w not in ("status", "report")]:
@@ -246,7 +159,7 @@ def main() -> None:
             raise UserError(f"{option}: got {value}, expected 1 to {most}")
     if not 0 < o.mfu <= 1:
         raise UserError(f"--mfu: got {o.mfu}, expected above 0 and at most 1")
-    s = tables.Setup(scale, overrides, names)
+    s = scales.Setup(scale, overrides, names)
     root = Path(o.out or f"out/{scale.name}")
     results = root / "results"
     if root.exists() and not root.is_dir():
@@ -303,10 +216,10 @@ def main() -> None:
         if asked.cells:
             train.steady_malloc(train.pick_device(s.base.train.device, 0))
             every = sorted({p for points in asked.where.values() for ps in points.values() for p in ps})
-            known = scores(every, root / "scores", jobs, s.base.train.device)
+            known = measure.scores(every, root / "scores", jobs, s.base.train.device)
             for name, t in asked.specs.items():
                 found = {k: [known[p] for p in ps] for k, ps in asked.where[name].items()}
-                made[name] = measure(t, found, seeds, s.columns) | {"made": provenance(s, asked.own[name], root)}
+                made[name] = measure.measure(t, found, seeds, s.columns) | {"made": provenance(s, asked.own[name], root)}
             save_logs(results, root)
         for name in what:
             publish(name, s, made, asked, root, results, seeds[0])
@@ -314,7 +227,7 @@ def main() -> None:
     print(f"{results / 'report.html'}: all of it; {graph.duration(time.perf_counter() - began)}, {jobs} side by side")
 
 
-def publish(name: str, s: tables.Setup, made: dict[str, dict[str, Any]], asked: Asked, root: Path, results: Path, seed: int) -> None:
+def publish(name: str, s: scales.Setup, made: dict[str, dict[str, Any]], asked: Asked, root: Path, results: Path, seed: int) -> None:
     """Write and print a table or figure: a record (.json), Markdown (.md) and a picture (.png)."""
     if name in made:
         disk.write(results / f"{name}.json", json.dumps(made[name], indent=1) + "\n")

@@ -23,16 +23,18 @@ import eval as evaluation
 import figures
 import graph
 import lineage
+import measure
 import model
-import paper
 import report
+import scales
+import schedule
 import tables
 
 PRINTED = json.loads((ROOT / "results" / "paper.json").read_text())
 
 
 def setup(scale="paper", schedules=tables.MAIN, **overrides):
-    return tables.Setup(tables.load_scale(scale), {k.replace("__", "."): v for k, v in overrides.items()}, list(schedules))
+    return scales.Setup(scales.load_scale(scale), {k.replace("__", "."): v for k, v in overrides.items()}, list(schedules))
 
 
 def cells_of(s, *names, seeds=(1,)):
@@ -217,7 +219,7 @@ def score(ppl, documents=2):
 
 def verdict(ours, cpt, columns=("V2",)):
     found = {("", "Ours", c): [score(x) for x in ours] for c in columns} | {("", "CPT", c): [score(x) for x in cpt] for c in columns}
-    return paper.judge(
+    return measure.judge(
         found, tables.below("ours is below CPT", [""], list(columns), "Ours", "CPT"), len(ours), {("", "Ours", "V2"): 20.0, ("", "CPT", "V2"): 20.5}
     )
 
@@ -231,7 +233,7 @@ def test_statements_hold_fail_or_stay_open():
     assert part["paper"] == -0.5
     assert part["value"] == pytest.approx(-0.1 / 3) and part["se"] == pytest.approx(np.std([-0.1, 0.2, -0.2], ddof=1) / math.sqrt(3))
     # what is further off than chance decides: the t of 2 degrees of freedom has a closed form, p / sqrt(2 q (1 - q)) with p = 2q - 1
-    assert paper.T975[0] == pytest.approx(math.tan(math.pi * 0.475), abs=5e-4) and paper.T975[1] == pytest.approx(
+    assert measure.T975[0] == pytest.approx(math.tan(math.pi * 0.475), abs=5e-4) and measure.T975[1] == pytest.approx(
         0.95 / math.sqrt(2 * 0.975 * 0.025), abs=5e-4
     )
     assert verdict([20.0, 20.2, 20.1], [20.5, 20.75, 20.55])["verdict"] == "HOLDS"  # -0.5 +- 0.029: 17 errors
@@ -261,7 +263,7 @@ def test_a_statement_about_nothing_is_none():
     """Two versions have no gap that could widen: nothing is said of it."""
     t = tables.table1(setup("tiny", ["cosine"], plan__versions="2"))
     found = {(r.group, r.name, "V2"): [score(20.0 + i)] for i, r in enumerate(t.rows)}
-    assert [c.text for c in t.claims][1].startswith("the gap") and [c["text"] for c in paper.measure(t, found, [1], ["V2"])["claims"]] == [
+    assert [c.text for c in t.claims][1].startswith("the gap") and [c["text"] for c in measure.measure(t, found, [1], ["V2"])["claims"]] == [
         "PTFS is below CPT"
     ]
 
@@ -272,7 +274,7 @@ def test_one_seed_is_judged_by_its_documents():
     a = evaluation.Score(100 * hard, np.full(200, 100))
     b = evaluation.Score(100 * (hard + rng.normal(0.02, 0.01, 200)), np.full(200, 100))
     found = {("", "Ours", "V2"): [a], ("", "CPT", "V2"): [b]}
-    value, se = paper.combine(found, {("", "Ours", "V2"): 1.0, ("", "CPT", "V2"): -1.0})
+    value, se = measure.combine(found, {("", "Ours", "V2"): 1.0, ("", "CPT", "V2"): -1.0})
     assert (value, se) == pytest.approx(a.minus(b))
 
 
@@ -372,7 +374,7 @@ def test_segments_of_two_processes_each(tmp_path, prepared):
     root = tmp_path / "out"
     s = setup("tiny", ["cosine"], **dict(zip([a[2:] for a in BASE[::2]], BASE[1::2], strict=True)), data__path=str(prepared))
     cells: graph.Graph = {}
-    graph.add(cells, s, tables.Point(tables.Run("ptfs", keys=(("plan.schedule", "cosine"),)), 1), 1)
+    graph.add(cells, s, scales.Point(scales.Run("ptfs", keys=(("plan.schedule", "cosine"),)), 1), 1)
     graph.run(cells, root, 1, 0, 2)
     log = graph.records(root / "base-s1" / "ptfs-cosine" / "v1")
     assert log[0]["ranks"] == 2 and checkpoint.steps(root / "base-s1" / "ptfs-cosine" / "v1") == [10]
@@ -436,7 +438,7 @@ HEAD = 'config = "tiny"\ntrain = true\nranks = 1\nper_gpu = 1\n'
 def test_bad_scales(tmp_path, text, words):
     (tmp_path / "s.toml").write_text(text)
     with pytest.raises(config.UserError, match=re.escape(words)):
-        tables.load_scale(str(tmp_path / "s.toml"))
+        scales.load_scale(str(tmp_path / "s.toml"))
 
 
 def test_a_report_of_nothing_and_of_strangers_records(tmp_path):
@@ -473,7 +475,7 @@ def test_the_committed_results_are_whole():
 
 
 def test_fig2_and_losses_of_any_schedules(tmp_path):
-    s = setup("tiny", tables.schedule.SCHEDULES)
+    s = setup("tiny", schedule.SCHEDULES)
     rows = [{"group": n, "name": x, "costs": {"cost": 0.5}, "ppl": {"V2": 30.0}, "paper": {}} for n in s.schedules for x in tables.NAMES.values()]
     figures.cost_and_quality({"rows": rows, "columns": ["V2"]}, str(tmp_path / "fig2.png"))
     figures.schedules(s, str(tmp_path / "fig3.png"))
