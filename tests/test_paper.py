@@ -25,6 +25,7 @@ import graph
 import lineage
 import measure
 import model
+import paper
 import report
 import scales
 import schedule
@@ -409,9 +410,12 @@ def test_segments_of_two_processes_each(tmp_path, prepared):
         (["table7", "--plan.steps", "1", "--plan.warmup", "0"], "plan.steps: got 1, too few to tell the rows of table7 apart"),
     ],
 )
-def test_bad_input(tmp_path, prepared, args, words):
-    r = subprocess.run(command(tmp_path / "out", prepared, *args), capture_output=True, text=True)
-    assert r.returncode == 2 and words in r.stderr and len(r.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
+def test_bad_input(tmp_path, prepared, args, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", command(tmp_path / "out", prepared, *args)[1:])
+    with pytest.raises(SystemExit) as stop, config.user_errors("paper.py"):
+        paper.main()
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and words in err and len(err.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
 HEAD = 'config = "tiny"\ntrain = true\nranks = 1\nper_gpu = 1\n'
