@@ -3,14 +3,14 @@ PYTHON ?= python3
 PY = .venv/bin/python
 
 demo: .venv/demo
-	$(PY) paper.py table3 fig1 fig2 loss --scale tiny --schedules cosine --out out/demo
+	$(PY) paper.py table3 fig1 fig2 loss --scale tiny --schedules cosine
 
 test: .venv/dev
 	$(PY) -m pytest -q -n 2 tests
 
 # What results/tiny holds, anew: two CPU cores, about an hour; goes on where it was
 results-tiny: .venv/demo
-	$(PY) paper.py fig1 fig2 fig3 table1 fig4 fig5 table2 table3 table9 fig6 table10 table13 loss --scale tiny --seeds 3 --out out/tiny
+	$(PY) paper.py fig1 fig2 fig3 table1 fig4 fig5 table2 table3 table9 fig6 table10 table13 loss --scale tiny --seeds 3
 	mkdir -p results/tiny && cp out/tiny/results/* results/tiny/
 
 # The same at 25M parameters, for a GPU; TEXT is some 200 MB of text: make results-small TEXT='my/*.jsonl' [PY=python3]

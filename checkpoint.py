@@ -297,7 +297,7 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
             raise ValueError(f"{len(meta['files'])} files, version {meta['version']}")
         return meta
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{checkpoint}: is no checkpoint (no meta.json); expected a folder such as out/demo/main/step-000100") from None
+        raise UserError(f"{checkpoint}: is no checkpoint (no meta.json); expected a folder such as out/tiny/base-s1/main/step-000100") from None
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{file}: damaged ({type(e).__name__}: {e}); {_instead(checkpoint)}") from None
 

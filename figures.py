@@ -127,7 +127,7 @@ def table(record: dict[str, Any], file: str) -> None:
     for r in record["rows"]:
         groups.setdefault(r["group"], {})[r["name"]] = r
     names = list(dict.fromkeys(r["name"] for r in record["rows"]))
-    reference = "PTFS" if "PTFS" in names else record["differences"][0]["minus"][1]
+    reference = "PTFS" if "PTFS" in names else record["differences"][0]["minus"][1] if record["differences"] else names[0]
     colours = OF if reference == "PTFS" else dict(zip(names, COLOURS, strict=False))
     fig, axes = canvas(len(groups), 3.0, sharey=True)
     x = range(len(record["columns"]))

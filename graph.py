@@ -6,6 +6,7 @@ A cell starts when the checkpoint that it leaves from is there, which for a bran
 """
 
 import json
+import math
 import os
 import shlex
 import signal
@@ -299,25 +300,35 @@ def left(cells: Graph, root: Path) -> tuple[list[str], float, float]:
     return todo, sum(cells[n].steps * parts[n] for n in todo), sum(cells[n].flops * parts[n] for n in todo)
 
 
-def launch_lines(cells: Graph, names: Iterable[str], root: Path, ranks: int, slurm: bool) -> list[str]:
-    """The commands that train these cells, parents first: one after another, or as SLURM jobs that wait for each other."""
+JOB_HOURS = 20  # of training in a SLURM job, whose limit in configs/slurm.sh is 24
+
+
+def launch_lines(cells: Graph, names: Iterable[str], root: Path, ranks: int, slurm: bool, flops_per_second: float) -> list[str]:
+    """The commands that train these cells, parents first: one after another, or as SLURM jobs that wait for each other.
+
+    A SLURM job that would take too long at this pace stands there several times: each goes on where the one before was stopped.
+    """
     lines: list[str] = []
     jobs: dict[tuple[str, int], str] = {}  # (cell, step): the job that makes it
     for name in names:
         cell, words = cells[name], command(cells, name, root)
+        if not slurm:
+            start = f"torchrun --nproc_per_node {ranks} train.py" if ranks > 1 else "python train.py"
+            lines.append(f"{start} {shlex.join(words)}")
+            continue
         pieces = [(words, cell.segment.end)]
-        if slurm and cell.segment.name == "main":  # a job a version, so that a branch need not wait for the whole of the main path
+        if cell.segment.name == "main":  # a piece a version, so that a branch need not wait for the whole of the main path
             p = lineage.make_plan(cell.config)
             pieces = [([*words, "--version", str(i)], p.end(i) - p.d) for i in range(1, len(p.increments) + 1)]
-        before = jobs.get(cell.parent) if cell.parent else None
+        wait = f" --dependency=afterok:${jobs[cell.parent]}" if cell.parent in jobs else ""
+        begin = cell.segment.start
         for words, end in pieces:
-            if not slurm:
-                start = f"torchrun --nproc_per_node {ranks} train.py" if ranks > 1 else "python train.py"
-                lines.append(f"{start} {shlex.join(words)}")
-                continue
-            job = f"j{len(lines) + 1}"
-            wait = f" --dependency=afterok:${before}" if before else ""
-            lines.append(f"{job}=$(sbatch --parsable{wait} configs/slurm.sh {shlex.join(words)})")
-            jobs |= {(name, r): job for r in {*cell.required, cell.segment.end} if r <= end and (name, r) not in jobs}
-            before = job
+            hours = cell.flops / cell.steps * (end - begin) / flops_per_second / 3600
+            for _ in range(math.ceil(hours / JOB_HOURS)):
+                job = f"j{len(lines) + 1}"
+                lines.append(f"{job}=$(sbatch --parsable --job-name={shlex.quote(name)}{wait} configs/slurm.sh {shlex.join(words)})")
+                wait = f" --dependency=afterany:${job}"
+            wait = f" --dependency=afterok:${job}"
+            jobs |= {(name, r): job for r in {*cell.required, cell.segment.end} if begin < r <= end}
+            begin = end
     return lines

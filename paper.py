@@ -28,6 +28,7 @@ import figures
 import graph
 import lineage
 import measure
+import model
 import report
 import scales
 import schedule
@@ -35,7 +36,7 @@ import tables
 import text
 import train
 from config import UserError
-from report import ORDER
+from tables import ORDER
 
 # What each figure is drawn from: a table's numbers, its segments, or nothing but the plan
 FIGURES = {"fig1": "", "fig2": "table3", "fig3": "", "fig4": "fig4", "fig5": "fig5", "fig6": "", "loss": "table3"}
@@ -88,19 +89,18 @@ class Asked:
                     graph.add(self.own[name], s, point, seed)
 
 
-def left(cells: graph.Graph, root: Path, jobs: int, mfu: float) -> str:
-    """What is done and what is left of some cells, in a line."""
+def left(cells: graph.Graph, root: Path, jobs: int, mfu: float, pace: float | None) -> str:
+    """What is done and what is left of some cells, in a line. `pace`: seconds a FLOP on this machine, if known."""
     todo, steps, flops = graph.left(cells, root)
     line = f"{len(cells)} segments, {len(cells) - len(todo)} done"
     if todo:
         line += f"; left: {steps:,.0f} steps, {flops:.3g} FLOPs, "
-        per = graph.rate(cells, root)
-        line += f"{graph.duration(per * flops / jobs)} at the pace so far, {jobs} side by side" if per else gpu_hours(flops, mfu)
+        line += f"{graph.duration(pace * flops / jobs)} of training at the pace so far, {jobs} side by side" if pace else gpu_hours(flops, mfu)
     return line
 
 
 def gpu_hours(flops: float, mfu: float) -> str:
-    return f"{flops / (mfu * cost.PEAK) / 3600:,.3g} GPU-hours at {mfu:.0%} of {cost.PEAK / 1e12:.0f} TFLOP/s"
+    return f"{float(f'{flops / (mfu * cost.PEAK) / 3600:.3g}'):,g} GPU-hours"
 
 
 def print_plan(asked: Asked, root: Path, ranks: int, mfu: float, slurm: bool) -> None:
@@ -110,8 +110,23 @@ def print_plan(asked: Asked, root: Path, ranks: int, mfu: float, slurm: bool) ->
         print(f"{name}: {len(own)} segments, {sum(c.steps for c in own.values()):,} steps, {tables.count(tokens)} tokens, "
               f"{gpu_hours(sum(c.flops for c in own.values()), mfu)}; {len(graph.left(own, root)[0])} segments to do")  # fmt: skip
     todo, steps, flops = graph.left(asked.cells, root)
-    print(f"To do, each segment once: {len(todo)} segments, {steps:,.0f} steps, {gpu_hours(flops, mfu)}. Any line can be given again, and goes on:\n")
-    print("\n".join(graph.launch_lines(asked.cells, todo, root, ranks, slurm)))
+    seconds = flops / (mfu * cost.PEAK * ranks)
+    disk = sum(len(c.required) * checkpoint.BYTES * model.parameters(c.config.model) for c in asked.cells.values())
+    print(
+        f"To do, each segment once: {len(todo)} segments, {steps:,.0f} steps, {gpu_hours(flops, mfu)} at {mfu:.0%} of {cost.PEAK / 1e12:.0f} TFLOP/s, an H100's peak (--mfu);"
+    )
+    print(f"{graph.duration(seconds)} one after another on {ranks} GPU{'s' * (ranks > 1)}; {tables.count(disk)}B of checkpoints that are kept.")
+    for path in sorted({c.config.data.path for c in asked.cells.values()}):
+        if not (Path(path) / "meta.json").exists():
+            readers = [c.config for c in asked.cells.values() if c.config.data.path == path]
+            most = max(min(T, c.data.unique or T) * c.train.batch_tokens for c in readers for T in c.data.increments or c.increments)
+            print(
+                f"Data: {path} is not there yet, and up to {tables.count(most)} tokens of an increment are read: python data.py prepare --out {path} --help"
+            )
+    print(
+        "Any line can be given again, and goes on. When all are done, this command makes the tables; with --run yes it trains what is missing here.\n"
+    )
+    print("\n".join(graph.launch_lines(asked.cells, todo, root, ranks, slurm, mfu * cost.PEAK * ranks)))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -180,10 +195,11 @@ def main() -> None:
     if problems := {p: None for c in asked.cells.values() for p in config.check_batch(c.config, ranks)}:
         raise UserError("\n".join(problems))
     if "status" in o.what:
+        pace = graph.rate(asked.cells, root)
         for name, own in asked.own.items():
-            print(f"{name:8} {left(own, root, jobs, o.mfu)}")
+            print(f"{name:8} {left(own, root, jobs, o.mfu, pace)}")
         print("\n" + "\n".join(graph.status(asked.cells, root)))
-        print(f"\nall      {left(asked.cells, root, jobs, o.mfu)}")
+        print(f"\nall      {left(asked.cells, root, jobs, o.mfu, pace)}")
         return
 
     graph.check_done(asked.cells, root)
@@ -191,7 +207,7 @@ def main() -> None:
     if todo and not (scale.train if o.run is None else o.run == "yes"):
         print_plan(asked, root, ranks, o.mfu, o.slurm)
         raise UserError(
-            f"{', '.join(what)}: {len(todo)} of {len(asked.cells)} segments are not trained yet; train them here with --run yes, or as printed above"
+            f"{', '.join(what)}: {len(todo)} of {len(asked.cells)} segments are not trained yet; train them as printed above, or here with --run yes"
         )
     text.optional("matplotlib", "matplotlib", "drawing")
     if todo:

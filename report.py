@@ -9,9 +9,8 @@ from typing import Any
 import disk
 from config import UserError
 from graph import duration
+from tables import ORDER
 
-# In the paper's order
-ORDER = ["fig1", "fig2", "fig3", "table1", "fig4", "fig5", "table2", "table3", "table5", "table6", "table7", "table8", "table9", "fig6", "table10", "table12", "table13", "loss"]  # fmt: skip
 CAPTIONS = {
     "fig1": "Figure 1: the learning-rate paths of the three paradigms",
     "fig2": "Figure 2: mean perplexity against relative cost; the lower left is best",
@@ -59,7 +58,7 @@ def words(record: dict[str, Any]) -> list[str]:
         f"PPL on {record['tokens']:,} tokens of {record['documents']} held-out documents. {spread}. cost: steps relative to PTFS.",
         *record["notes"],
     ]
-    lines.append(f"Scale {m['scale']}; {m['segments']} segments, {m['steps']:,} steps, {duration(m['seconds'])} of training in all; {'; '.join(m['devices'])}; "
+    lines.append(f"Scale {m['scale']}; {m['segments']} segments, {m['steps']:,} steps, {duration(m['seconds'])} of training, summed over segments; {'; '.join(m['devices'])}; "
                  f"{'; '.join(m['versions'])}; commit {', '.join(m['commits']) or 'unknown'}; {m['date']}.")  # fmt: skip
     return lines
 
@@ -71,15 +70,15 @@ def statements(record: dict[str, Any]) -> list[tuple[str, str]]:
         others = []
         for p in c["parts"]:
             if not (p["holds"] and p["clear"]):
-                printed = f", {p['paper']:+.2f} in the paper" if p["paper"] is not None else ""
-                others.append(f"{p['where']} {p['value']:+.2f} ({p['se']:.2f}{printed})" + (" against it" if p["clear"] else ""))
+                printed = f" (the paper's {p['paper']:+.2f})" if p["paper"] is not None else ""
+                others.append(f"{p['where']} {p['value']:+.2f} ± {p['se']:.2f}{printed}" + (" against it" if p["clear"] else ""))
         held, clear = sum(p["holds"] for p in c["parts"]), sum(p["holds"] and p["clear"] for p in c["parts"])
         words = f"{c['text']}: in {held} of {len(c['parts'])}, clearly in {clear}"
         out.append((c["verdict"], words + (f"; not clearly: {'; '.join(others)}" if others else "")))
     return out
 
 
-LEGEND = "HOLDS: every difference has the stated sign beyond 95 % of chance (Student's t over seeds, or the normal distribution over documents for one seed); FAILS: one has the other sign beyond it; OPEN: neither. Differences are given (standard error) so that below zero is as stated."
+LEGEND = "HOLDS: every difference has the stated sign beyond 95 % of chance (Student's t over seeds, or the normal distribution over documents for one seed); FAILS: one has the other sign beyond it; OPEN: neither. Differences are given ± their standard error, and so that below zero is as stated."
 
 
 def markdown(record: dict[str, Any]) -> str:

@@ -58,7 +58,7 @@ class Table:
 
 def printed(table: str, columns: list[str], **which: Any) -> dict[str, float]:
     """What the paper prints in these columns of the row of a table that has these values."""
-    row: dict[str, float] = next((r for r in PAPER[table] if all(r.get(k) == v for k, v in which.items())), {})
+    row: dict[str, float] = next((r for r in PAPER.get(table, []) if all(r.get(k) == v for k, v in which.items())), {})
     return {c: row[c] for c in columns if c in row}
 
 
@@ -253,6 +253,9 @@ TABLES: dict[str, Callable[[Setup], Table]] = {
     "table1": table1, "fig4": fig4, "fig5": fig5, "table2": table2, "table3": table3, "table5": table5, "table6": table6, "table7": table7,
     "table8": table8, "table10": table10, "table12": table12, "table13": table13,
 }  # fmt: skip
+# Everything that paper.py makes, in the paper's order
+ORDER = ["fig1", "fig2", "fig3", "table1", "fig4", "fig5", "table2", "table3", "table5", "table6", "table7", "table8", "table9", "fig6", "table10", "table12", "table13", "loss"]  # fmt: skip
+ORDER += [name for name in TABLES if name not in ORDER]
 REWARM = "CPT is RewarmMax here, as the paper's numbers of its base setting say."
 
 
