@@ -255,6 +255,8 @@ def check(c: Config) -> list[str]:
             found.append(f"{k}: got {v!r}, expected one of {', '.join(choices)}")
     if max(c.plan.versions, len(c.plan.increments)) > MOST:
         found.append(f"plan.versions: got {c.plan.versions}, expected at most {MOST}")
+    if min(c.data.increments, default=1) < 1:
+        found.append(f"data.increments: got {c.data.increments}, expected steps of 1 or more each")
     found += [f"train.{b}: got {getattr(c.train, b)}, expected below 1" for b in ("beta1", "beta2") if getattr(c.train, b) >= 1]
     m = c.model
     if min(m.n_head, m.hidden) < 1:

@@ -1,8 +1,8 @@
 """Perplexity of checkpoints on the whole validation set, APPL, and samples.
 
-    python eval.py out/tiny/base-s1                                table of a run: versions x paradigms, APPL, standard errors
-    python eval.py out/tiny/base-s1/main/step-000120 OTHER ..      any checkpoints, the first one compared with the others
-    python eval.py CHECKPOINT --sample "The whale"         a continuation
+    python eval.py out/tiny/base-s1                             table of a run: versions x paradigms, APPL, standard errors
+    python eval.py out/tiny/base-s1/main/step-000080 OTHER ..   any checkpoints, the first one compared with the others
+    python eval.py CHECKPOINT --sample "The whale"              a continuation
 
 PPL = exp(mean negative log-likelihood of a token). Standard errors are over documents: tokens of one document are not
 independent, so a document is the unit, and two checkpoints are compared document by document.
@@ -160,7 +160,7 @@ def main() -> None:
     paths = [Path(p) for p in o.path]
     for p in paths:
         if not p.exists():
-            raise UserError(f"{p}: does not exist; expected a run such as out/tiny/base-s1 or a checkpoint such as out/tiny/base-s1/main/step-000120")
+            raise UserError(f"{p}: does not exist; expected a run such as out/tiny/base-s1 or a checkpoint such as out/tiny/base-s1/main/step-000080")
 
     if o.sample is not None:
         for p in paths:
