@@ -202,8 +202,8 @@ def test_several_problems_are_reported_at_once():
 def test_the_script_lists_segments_and_every_update(tmp_path):
     args = ["--paradigm", "ours", "--schedule", "cosine", "--increments", "700,500,900", "--warmup", "20", "--alpha", "0.3", "--max_lr", "3e-4"]
     segments = json.loads(script(*args, "--json").stdout)
-    assert [s["name"] for s in segments] == ["main", "ours-cosine/v1", "ours-cosine/v2", "ours-cosine/v3"]
-    assert segments[2] == {"name": "ours-cosine/v2", "version": 2, "parent": ["main", 990], "start": 990, "end": 1200}
+    assert [s["name"] for s in segments] == ["main", "ours-cosine-d210/v1", "ours-cosine-d210/v2", "ours-cosine-d210/v3"]
+    assert segments[2] == {"name": "ours-cosine-d210/v2", "version": 2, "parent": ["main", 990], "start": 990, "end": 1200}
     rows = list(csv.DictReader(io.StringIO(script(*args, "--csv").stdout)))
     by_name = {s.name: s for s in plan("ours", Plan([700, 500, 900], 20, 3e-4, alpha=0.3))}
     assert len(rows) == sum(s["end"] - s["start"] for s in segments)
