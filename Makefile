@@ -8,7 +8,7 @@ demo: .venv/demo
 test: .venv/dev
 	$(PY) -m pytest -q -n 2 tests
 
-# What results/tiny holds, anew: two CPU cores, about an hour; goes on where it was
+# What results/tiny holds, anew: two CPU cores, an hour or two; goes on where it was
 results-tiny: .venv/demo
 	$(PY) paper.py fig1 fig2 fig3 table1 fig4 fig5 table2 table3 table9 fig6 table10 table13 loss --scale tiny --seeds 3
 	mkdir -p results/tiny && cp out/tiny/results/* results/tiny/
