@@ -69,7 +69,13 @@ class Model:
     vocab_size: int = key(2048, "token ids; must equal the data's vocabulary", low=2)
     context: int = key(128, "tokens of a sequence", low=1)
     qkv_bias: bool = key(False, "biases on q, k and v, as Qwen has them")
+    tied: bool = key(False, "one matrix for the embedding and the head")
     rope_theta: float = key(10000.0, "base of the rotary angles", low=1)
+    rope_scaling: str = key("none", "how the angles of a longer context are made", choices=("none", "linear", "llama3", "yarn"))
+    rope_factor: float = key(1.0, "rope_scaling: how many times longer it is", low=1)
+    rope_context: int = key(8192, "llama3, yarn: the context that it is stretched from", low=1)
+    rope_low: float = key(1.0, "llama3, yarn: pairs that turn fewer times over rope_context are stretched fully", low=1e-6)
+    rope_high: float = key(4.0, "llama3, yarn: pairs that turn more times are kept", low=1e-6)
     norm_eps: float = key(1e-5, "epsilon of RMSNorm", low=1e-12)
 
 
@@ -269,6 +275,8 @@ def check(c: Config) -> list[str]:
         )
     elif m.context * (m.hidden // m.n_head) > ANGLES:
         found.append(f"model.context: got {m.context} and heads of {m.hidden // m.n_head}, expected a product of at most {ANGLES:,} (rotary angles)")
+    if m.rope_scaling in ("llama3", "yarn") and not m.rope_low < m.rope_high:
+        found.append(f"model.rope_low: got {m.rope_low:g}, expected below model.rope_high = {m.rope_high:g}")
     if m.n_kv_head and m.n_head % m.n_kv_head:
         found.append(f"model.n_kv_head: got {m.n_kv_head}, expected a divisor of model.n_head = {m.n_head}")
     return found
@@ -278,7 +286,7 @@ def model_of(recorded: dict[str, Any], where: str) -> Model:
     """The model in the `values` that a checkpoint records, which a stranger may have written. UserError names what is wrong with them."""
     c = Config()
     for f in fields(Model):
-        value = recorded.get(f"model.{f.name}", "nothing")
+        value = recorded.get(f"model.{f.name}", getattr(c.model, f.name))  # a key that came later had its default
         try:
             setattr(c.model, f.name, typed(f.type, value))
         except ValueError:

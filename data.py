@@ -33,7 +33,7 @@ import config
 import disk
 from config import UserError
 from reader import between, check_files, id_dtype, read_meta, tok_path, tokenizer_of
-from text import KINDS, PATTERN, Tokenizer, all_documents, files_of, optional
+from text import KINDS, PATTERN, Tokenizer, all_documents, copy_tokenizer, files_of, optional
 
 HERE = Path(__file__).parent
 TEXT = HERE / "corpus" / "embedded.jsonl.xz"  # the text that ships with the project, the default source
@@ -68,9 +68,9 @@ def _encode(batch: list[tuple[int, str]]) -> list[tuple[int, bytes]]:
     """(bucket, record) of each document."""
     dtype, eot = id_dtype(_tokenizer.vocab_size), _tokenizer.eot
     out = []
-    for source, text in batch:
+    for (source, text), encoded in zip(batch, _tokenizer.encode_many([text for _, text in batch]), strict=True):
         h, draw = hashes(text)
-        ids = np.array(_tokenizer.encode(text) + [eot], dtype)
+        ids = np.array(encoded + [eot], dtype)
         out.append((h * BUCKETS >> 64, _RECORD.pack(h, draw, source, len(ids)) + ids.tobytes()))
     return out
 
@@ -253,7 +253,10 @@ def prepare(out: str, sources: list[str], tokenizer: str = str(RANKS), increment
                 )
         if tok.is_file:
             shutil.copyfile(tokenizer, work / "out" / "tokenizer.tiktoken")
-        meta = {"format": 1, "tokenizer": "tokenizer.tiktoken" if tok.is_file else tokenizer, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size, "eot": tok.eot, "dtype": dtype,
+        if tok.is_folder:
+            copy_tokenizer(Path(tokenizer), work / "out" / "tokenizer")
+        kept = "tokenizer.tiktoken" if tok.is_file else "tokenizer" if tok.is_folder else tokenizer
+        meta = {"format": 1, "tokenizer": kept, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size, "eot": tok.eot, "dtype": dtype,
                 "sources": [{"increments": len(increments), "from": sources, "weights": weights}], "val": written[0], "increments": written[1:]}  # fmt: skip
         disk.write_json(work / "out" / "meta.json", meta)
         os.rename(work / "out", folder)
@@ -350,7 +353,7 @@ def main() -> None:
         verb.add_argument("--increments", default="4", help="how many, or their proportion, such as 1,1,2 [4]")
         verb.add_argument("--val", type=float, default=0.05, help="part of the documents for validation [0.05]")
     p.add_argument("--out", default="data/demo", help="[data/demo]")
-    p.add_argument("--tokenizer", default=str(RANKS), help=f"bytes, a tiktoken encoding (cl100k_base), or a rank file [{RANKS.relative_to(HERE)}]")
+    p.add_argument("--tokenizer", default=str(RANKS), help=f"bytes, a tiktoken encoding (cl100k_base), a rank file, or a folder with tokenizer.json [{RANKS.relative_to(HERE)}]")
     q.add_argument("--out", required=True)
     r.add_argument("out", metavar="FOLDER")
     v.add_argument("--vocab_size", type=int, required=True)

@@ -25,6 +25,8 @@ import kernels
 import model as llama
 import reader
 from config import UserError
+from generate import generate
+from text import Tokenizer
 from train import pick_device, steady_malloc
 
 
@@ -92,6 +94,15 @@ def open_data(path: Path, meta: dict[str, Any], folder: str | None) -> reader.To
     return tokens
 
 
+def open_tokenizer(path: Path, meta: dict[str, Any], folder: str | None) -> Tokenizer:
+    """The tokenizer of a checkpoint: from its data, from another folder made with it, or from the model that was imported."""
+    where = Path(folder or str(meta["config"].get("data.path")))
+    tok = Tokenizer(str(where)) if (where / "tokenizer.json").is_file() else reader.tokenizer_of(where)
+    if tok.sha256 != meta["data"].get("tokenizer"):
+        raise UserError(f"--data {where}: its tokenizer is not the one that {path} was trained with; choose the data it was trained on")
+    return tok
+
+
 @torch.no_grad()
 def score(path: Path, device: torch.device, folder: str | None = None, rows: int = 16, quiet: bool = False) -> Score:
     """Score a checkpoint on the whole validation set of its data; every token but the very first is a target once."""
@@ -126,21 +137,13 @@ def finished(run: Path) -> dict[str, dict[int, Path]]:
     return found
 
 
-@torch.no_grad()
-def sample(path: Path, device: torch.device, prompt: str, length: int, seed: int, folder: str | None) -> str:
-    """The prompt and `length` tokens drawn after it, or fewer where the text ends."""
+def sample(path: Path, device: torch.device, prompts: list[str], length: int, seed: int, folder: str | None, temperature: float = 1.0,
+           top_p: float = 1.0) -> list[str]:  # fmt: skip
+    """Each prompt and `length` tokens drawn after it, or fewer where the text ends."""
     net, meta = load_model(path, device)
-    tokens = open_data(path, meta, folder)
-    tok = reader.tokenizer_of(tokens.folder)
-    torch.manual_seed(seed)
-    ids = torch.tensor([tok.encode(prompt) or [tok.eot]], device=device)
-    start = ids.shape[1] if prompt else 1
-    for _ in range(length):
-        p = torch.softmax(net(ids[:, -tokens.context :])[0, -1].float(), -1)
-        ids = torch.cat((ids, torch.multinomial(p, 1)[None]), 1)
-        if ids[0, -1] == tok.eot:
-            break
-    return prompt + tok.decode(ids[0, start:].tolist())
+    tok = open_tokenizer(path, meta, folder)
+    ids = [tok.encode(p) or [tok.eot] for p in prompts]
+    return [p + tok.decode(new) for p, new in zip(prompts, generate(net, ids, length, {tok.eot}, temperature, top_p, seed), strict=True)]
 
 
 def main() -> None:
@@ -149,12 +152,16 @@ def main() -> None:
     a.add_argument("--data", help="a prepared folder [the one that the checkpoint was trained on]")
     a.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     a.add_argument("--json", action="store_true")
-    a.add_argument("--sample", metavar="TEXT", help="write a continuation of this text")
-    a.add_argument("--length", type=int, default=100, help="tokens of the continuation [100]")
-    a.add_argument("--seed", type=int, default=1, help="of the continuation [1]")
+    a.add_argument("--sample", metavar="TEXT", action="append", help="write a continuation of this text; again for more, which are drawn side by side")
+    a.add_argument("--length", type=int, default=100, help="tokens of a continuation [100]")
+    a.add_argument("--temperature", type=float, default=1.0, help="of a continuation; 0: the likeliest token each time [1]")
+    a.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens that have this probability together [1]")
+    a.add_argument("--seed", type=int, default=1, help="of the continuations [1]")
     o = a.parse_args()
     if not 0 <= o.seed < 2**63 or o.length < 0:
         raise UserError(f"--seed, --length: got {o.seed} and {o.length}, expected 0 or more, and the seed below 2^63")
+    if not (0 <= o.temperature < math.inf and 0 < o.top_p <= 1):
+        raise UserError(f"--temperature, --top_p: got {o.temperature} and {o.top_p}, expected 0 or more, and above 0 and at most 1")
     device = pick_device(o.device, 0)
     steady_malloc(device)
     paths = [Path(p) for p in o.path]
@@ -164,7 +171,7 @@ def main() -> None:
 
     if o.sample is not None:
         for p in paths:
-            print(sample(p, device, o.sample, o.length, o.seed, o.data))
+            print("\n\n".join(sample(p, device, o.sample, o.length, o.seed, o.data, o.temperature, o.top_p)))
         return
 
     if len(paths) == 1 and not (paths[0] / "meta.json").exists():

@@ -74,12 +74,13 @@ def check_lineage(where: Path, meta: dict[str, Any], c: config.Config, s: schedu
     if meta["segment"] != s.name:
         raise UserError(f"{where}: is a checkpoint of {meta['segment'][:60]!r}, expected one of {s.name!r}; move it back")
     now = config.flatten(c)
-    different = [k for k, (f, v) in now.items() if not f.metadata["free"] and not k.startswith("plan.") and meta["config"].get(k) != v]
+    then = config.values(config.Config()) | meta["config"]  # a key that came later had its default
+    different = [k for k, (f, v) in now.items() if not f.metadata["free"] and not k.startswith("plan.") and then[k] != v]
     if meta["path"] != fingerprint(s, tokens.ends, meta["step"]):
-        plan_keys = [k for k, (_, v) in now.items() if k.startswith("plan.") and meta["config"].get(k) != v]
+        plan_keys = [k for k, (_, v) in now.items() if k.startswith("plan.") and then[k] != v]
         different += plan_keys or ["plan"]
     if different:
-        was = ", ".join(f"{k}: {ascii(meta['config'].get(k))[:60]} there, {ascii(now[k][1]) if k in now else '?'} here" for k in different)
+        was = ", ".join(f"{k}: {ascii(then.get(k))[:60]} there, {ascii(now[k][1]) if k in now else '?'} here" for k in different)
         raise UserError(f"{where}: was made with another config ({was}); go back to it, or choose another --out")
     identity = tokens.identity(meta["step"])
     if meta["data"].get("tokenizer") != identity["tokenizer"]:

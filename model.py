@@ -1,11 +1,12 @@
 """The whole transformer: LLaMA, and Qwen by one switch (biases on q, k and v).
 
-Pre-norm blocks of causal attention with rotary positions and SwiGLU, RMSNorm, untied embeddings, no other biases. The
+Pre-norm blocks of causal attention with rotary positions and SwiGLU, RMSNorm, no other biases, embeddings untied or tied. The
 modules hold weights and shapes; what they compute is in kernels/. Weights are float32, and are cast where they are used
 to the dtype of the activations. Shapes: B sequences, T tokens, C = hidden, H heads of D, K key/value heads, V ids.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -15,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 import config
 import kernels
-from kernels.attention import attention
+from kernels.attention import attention, masked_attention
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.rms_norm import add_rms_norm, rms_norm
-from kernels.rope import rope, rope_table
+from kernels.rope import rope, rope_table, scaling
 from kernels.swiglu import swiglu
 
 # ----------------------------------------------------------------------------------------------------------
@@ -65,13 +66,28 @@ class Block(nn.Module):
         self.gate_up = Linear(c.hidden, 2 * f, bias=False)
         self.ffn_out = Linear(f, c.hidden, bias=False)
 
-    def forward(self, added: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, added: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor, mask: Tensor | None = None,
+                past: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`mask` (B, 1, T, S): which of S keys a query sees, if not those before it. `past`: keys and values (B, S, K, D) to which
+        those of this call are added, at the positions (B, T)."""
         y, x = self.attn_norm(added, x)  # (B, T, C) each
         B, T, C = y.shape
         q, k, v = rope(self.qkv(y).view(B, T, -1, self.D), cos, sin, *self.heads, self.use["rope"])  # (B, T, H, D), (B, T, K, D) twice
-        y = attention(q, k, v, self.use["attention"]).reshape(B, T, C)
+        if past:
+            k, v = (whole.scatter_(1, past[2][:, :, None, None].expand_as(new), new) for whole, new in zip(past[:2], (k, v), strict=True))
+        y = (attention(q, k, v, self.use["attention"]) if mask is None else masked_attention(q, k, v, mask)).reshape(B, T, C)
         y, x = self.ffn_norm(self.attn_out(y), x)
         return self.ffn_out(swiglu(self.gate_up(y), self.use["swiglu"])), x  # (B, T, 2f) -> (B, T, f) -> (B, T, C)
+
+
+@dataclass
+class Cache:
+    """Keys and values (L, B, S, K, D) of sequences that are continued, S at most the context; a row has its first `lengths` (B,) filled."""
+
+    k: Tensor
+    v: Tensor
+    lengths: Tensor
+    end: int = 0  # the longest row's; the host knows it without asking the device
 
 
 class Transformer(nn.Module):
@@ -86,12 +102,15 @@ class Transformer(nn.Module):
 
     def __init__(self, c: config.Model, dtype: torch.dtype = torch.float32, use: dict[str, str] | None = None, recompute: bool = False) -> None:
         super().__init__()
-        self.dtype, self.use, self.recompute = dtype, use or dict.fromkeys(kernels.NAMES, "torch"), recompute
+        self.config, self.dtype, self.use, self.recompute = c, dtype, use or dict.fromkeys(kernels.NAMES, "torch"), recompute
         self.embed = nn.Embedding(c.vocab_size, c.hidden)
         self.blocks = nn.ModuleList(Block(c, self.use) for _ in range(c.n_layer))
         self.norm = RMSNorm(c, self.use["rms_norm"])
         self.head = Linear(c.hidden, c.vocab_size, bias=False)
-        for name, table in zip(("cos", "sin"), rope_table(c.context, c.hidden // c.n_head, c.rope_theta), strict=True):
+        if c.tied:
+            self.head.weight = self.embed.weight
+        stretch = scaling(c.rope_scaling, c.rope_factor, c.rope_context, c.rope_low, c.rope_high, c.rope_theta)
+        for name, table in zip(("cos", "sin"), rope_table(c.context, c.hidden // c.n_head, c.rope_theta, stretch), strict=True):
             self.register_buffer(name, table, persistent=False)
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -99,17 +118,38 @@ class Transformer(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        """Token ids (B, T), T at most the context -> logits (B, T, V); with targets (B, T) -> their loss in nats, float32."""
-        T = ids.shape[1]
+    def forward(self, ids: Tensor, targets: Tensor | None = None, reduction: str = "mean", documents: Tensor | None = None,
+                cache: Cache | None = None, last: Tensor | None = None) -> Tensor:  # fmt: skip
+        """Token ids (B, T), T at most the context -> logits (B, T, V); with targets (B, T) -> their loss in nats, float32.
+
+        `documents` (B, T): a token sees only tokens of its own number. `cache`: the ids continue its rows, and are added to it;
+        whoever calls moves `lengths` on, so a row may be padded on its right. `last` (B, 1): logits (B, 1, V) of this place in each row alone.
+        """
+        B, T = ids.shape
+        cos, sin, mask, pasts = self.cos[:T], self.sin[:T], None, [None] * len(self.blocks)
+        if documents is not None:
+            mask = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]  # (B, 1, T, T)
+        if cache:
+            at = cache.lengths[:, None] + torch.arange(T, device=ids.device)  # (B, T)
+            if cache.end:  # else all rows begin, and attention is the usual one
+                cos, sin = self.cos[at], self.sin[at]  # (B, T, D/2)
+            cache.end += T
+            mask = (torch.arange(cache.end, device=ids.device) <= at[:, :, None])[:, None] if cache.end > T else None  # (B, 1, T, S)
+            pasts = [(k[:, : cache.end], v[:, : cache.end], at) for k, v in zip(cache.k, cache.v, strict=True)]
         added, x = self.embed(ids).to(self.dtype), None  # (B, T, C)
-        for block in self.blocks:
-            given = (added, x, self.cos[:T], self.sin[:T])
+        for block, past in zip(self.blocks, pasts, strict=True):
+            given = (added, x, cos, sin, mask, past)
             added, x = checkpoint(block, *given, use_reentrant=False) if self.recompute else block(*given)
         y, _ = self.norm(added, x)
         if targets is None:
-            return self.head(y)
+            return self.head(y if last is None else y.gather(1, last[:, :, None].expand(-1, -1, y.shape[2])))
         return linear_cross_entropy(y, self.head.weight, targets, reduction, self.use["cross_entropy"])
+
+    def cache(self, rows: int, size: int) -> Cache:
+        """An empty one for so many sequences of at most `size` tokens."""
+        c, device = self.config, self.embed.weight.device
+        k = torch.zeros(c.n_layer, rows, size, c.n_kv_head or c.n_head, c.hidden // c.n_head, dtype=self.dtype, device=device)
+        return Cache(k, torch.zeros_like(k), torch.zeros(rows, dtype=torch.int64, device=device))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -121,7 +161,7 @@ def parameters(c: config.Model) -> int:
     h, f = c.hidden, c.ffn or 4 * c.hidden
     qkv = h + 2 * (c.n_kv_head or c.n_head) * (h // c.n_head)  # rows
     block = 2 * h + qkv * h + (qkv if c.qkv_bias else 0) + h * h + 3 * h * f
-    return 2 * c.vocab_size * h + c.n_layer * block + h
+    return (1 if c.tied else 2) * c.vocab_size * h + c.n_layer * block + h
 
 
 def flops_per_token(c: config.Model, causal: bool = True) -> float:

@@ -72,7 +72,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def tok_path(folder: Path, meta: dict[str, Any]) -> str:
-    return str(folder / meta["tokenizer"]) if meta["tokenizer"].endswith(".tiktoken") else meta["tokenizer"]
+    return str(folder / meta["tokenizer"]) if meta["tokenizer"].endswith((".tiktoken", "tokenizer")) else meta["tokenizer"]
 
 
 def tokenizer_of(folder: Path) -> Tokenizer:

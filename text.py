@@ -9,6 +9,8 @@ import itertools
 import json
 import lzma
 import os
+import re
+import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,13 +32,23 @@ PIECE = 8000  # characters of a document cut from a .txt or .md file
 PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
+ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # what ends a document: GPT-2, Qwen and ours; Llama 3; Llama 2
+
+
 class Tokenizer:
-    """`bytes`, a tiktoken encoding by name, or a rank file (lines of base64 and rank, as tiktoken reads them)."""
+    """`bytes`, a tiktoken encoding by name, a rank file (lines of base64 and rank, as tiktoken reads them), or a folder with
+    Hugging Face's tokenizer.json. Text that looks like a special token is ordinary text.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.is_file = os.sep in name or name.endswith(".tiktoken")
+        self.hf: Any = None
+        self.is_folder = Path(name).is_dir()
+        self.is_file = not self.is_folder and (os.sep in name or name.endswith(".tiktoken"))
         self.sha256 = hashlib.sha256(name.encode()).hexdigest()
+        if self.is_folder:
+            self._hugging_face(Path(name))
+            return
         if name == "bytes":
             self.eot, self.vocab_size = 256, 257
             return
@@ -69,11 +81,45 @@ class Tokenizer:
                 ) from None
         self.eot, self.vocab_size = self.encoding.eot_token, self.encoding.n_vocab
 
+    def _hugging_face(self, folder: Path) -> None:
+        """The vocabulary is as large as config.json beside it says: released models have rows that no token uses."""
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise UserError(f"{file}: is not there; make it: transformers.AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})")
+        library = optional("tokenizers", "tokenizers", str(file))
+        text = disk.read(file)
+        try:
+            self.hf = library.Tokenizer.from_str(text.decode())
+            rows, known = json_object(folder / "config.json").get("vocab_size", 0), self.hf.get_vocab(with_added_tokens=True)
+            if type(rows) is not int:
+                raise ValueError(f"vocab_size of config.json is {rows!r:.40}")
+        except Exception as e:  # the library's errors have no type of their own
+            raise UserError(f"{file}: is no tokenizer of Hugging Face: {str(e)[:120]}") from None
+        self.hf.encode_special_tokens = True
+        self.hf.no_truncation()
+        self.hf.no_padding()
+        end = next((e for e in ENDS if e in known), None)
+        if end is None:
+            raise UserError(f"{file}: has no token that ends a document; expected one of {', '.join(ENDS)}")
+        self.eot, self.vocab_size = known[end], max(rows, 1 + max(known.values()))
+        self.sha256 = hashlib.sha256(text).hexdigest()
+        made = json_object(folder / "config.json").get("pathswitch")  # hf.py export has written it: the same ids as another tokenizer's
+        if isinstance(made, dict) and made.get("tokenizer_json") == self.sha256 and re.fullmatch("[0-9a-f]{64}", str(made.get("tokenizer"))):
+            self.sha256 = made["tokenizer"]
+
     def encode(self, text: str) -> list[int]:
-        return list(text.encode()) if self.name == "bytes" else self.encoding.encode_ordinary(text)
+        return self.encode_many([text])[0]
+
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text."""
+        if self.hf:
+            return [e.ids for e in self.hf.encode_batch(texts, add_special_tokens=False)]
+        return [list(t.encode()) for t in texts] if self.name == "bytes" else [self.encoding.encode_ordinary(t) for t in texts]
 
     def decode(self, ids: list[int]) -> str:
         """The text up to the first <|endoftext|>; bytes that are not UTF-8, and ids without a token, become replacement characters."""
+        if self.hf:
+            return self.hf.decode(list(itertools.takewhile(lambda i: i != self.eot, ids)), skip_special_tokens=False)
 
         def token(i: int) -> bytes:
             try:
@@ -82,6 +128,27 @@ class Tokenizer:
                 return b"\xff"
 
         return b"".join(map(token, itertools.takewhile(lambda i: i != self.eot, ids))).decode(errors="replace")
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy what a folder of Hugging Face's holds of a tokenizer, and config.json, which says how large its vocabulary is."""
+    target.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json", "config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def json_object(file: Path) -> dict[str, Any]:
+    """What a JSON file holds, an empty object if it is not there. UserError if it is no object."""
+    try:
+        found = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{file}: is not JSON: {e}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: got {str(found)[:40]!r}, expected a JSON object")
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -272,3 +272,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, use: str = "torch") -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D), (B, K, T, D)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """softmax(q k' / sqrt(D)) v where `mask` (B, 1, T, S) is true: for several documents in a row, and with a cache of keys; by PyTorch's own.
+
+    q (B, T, H, D), k and v (B, S, K, D) -> (B, T, H, D).
+    """
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)

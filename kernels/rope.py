@@ -10,25 +10,60 @@ gradients and writes the one that the product's backward wants. v is only copied
 gradients together afterwards.
 """
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from kernels import served, tl, triton
 
 
-def rope_table(T: int, D: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles t * theta^(-2i/D), each (T, D/2) in float32."""
-    frequencies = theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
+def rope_table(T: int, D: int, theta: float, scaling: Callable[[Tensor], tuple[Tensor, float]] | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles t * theta^(-2i/D), each (T, D/2) in float32. `scaling`: frequencies -> (others, a factor of cos and sin)."""
+    frequencies, factor = theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D), 1.0
+    if scaling:
+        frequencies, factor = scaling(frequencies)
     angles = torch.outer(torch.arange(T, dtype=torch.float64), frequencies)
-    return angles.cos().float(), angles.sin().float()
+    return (factor * angles.cos()).float(), (factor * angles.sin()).float()
+
+
+def scaling(kind: str, factor: float, context: int, low: float, high: float, theta: float) -> Callable[[Tensor], tuple[Tensor, float]] | None:
+    """How released models stretch a context of so many tokens by `factor`; none: they do not.
+
+    linear: all angles are divided by it (Chen et al. 2023). llama3 and yarn divide only those of slow pairs, which turn
+    fewer than `low` times over the context, keep those that turn more than `high` times, and mix between: llama3 by the
+    number of turns, yarn by the index of the pair (Peng et al. 2023), which also sharpens the softmax.
+    """
+
+    def linear(f: Tensor) -> tuple[Tensor, float]:
+        return f / factor, 1.0
+
+    def llama3(f: Tensor) -> tuple[Tensor, float]:
+        turns = context * f / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return f * (keep + (1 - keep) / factor), 1.0
+
+    def yarn(f: Tensor) -> tuple[Tensor, float]:
+        D = 2 * len(f)
+
+        def pair(turns: float) -> float:
+            """The index, not rounded, of the pair that turns so many times."""
+            return D * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+        first, last = max(math.floor(pair(high)), 0), min(math.ceil(pair(low)), D - 1)
+        divide = ((torch.arange(D // 2, dtype=f.dtype) - first) / max(last - first, 0.001)).clamp(0, 1)
+        return f * (1 - divide + divide / factor), 0.1 * math.log(factor) + 1
+
+    return {"none": None, "linear": linear, "llama3": llama3, "yarn": yarn}[kind]
 
 
 def rope_ref(qkv: Tensor, cos: Tensor, sin: Tensor, H: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv (B, T, H + 2K, D), cos and sin (T, D/2) -> q (B, T, H, D) and k (B, T, K, D) turned, v (B, T, K, D)."""
+    """qkv (B, T, H + 2K, D), cos and sin (T, D/2), or (B, T, D/2) where rows are at other positions -> q (B, T, H, D) and k (B, T, K, D) turned, v (B, T, K, D)."""
     qk, v = qkv.split((H + K, K), dim=2)
     x = qk.float() if qk.dtype in (torch.bfloat16, torch.float16) else qk
-    cos = torch.cat((cos, cos), dim=1)[:, None]  # (T, 1, D)
-    sin = torch.cat((-sin, sin), dim=1)[:, None]
+    cos = torch.cat((cos, cos), dim=-1).unsqueeze(-2)  # (T, 1, D)
+    sin = torch.cat((-sin, sin), dim=-1).unsqueeze(-2)
     qk = torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).type_as(v)  # rolled by D/2: (b, a)
     q, k = qk.split((H, K), dim=2)
     return q, k, v

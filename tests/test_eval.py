@@ -87,10 +87,13 @@ def test_a_table_of_a_run_and_single_checkpoints(trained, train_cli, tmp_path):
 
 
 def test_a_sample_continues_its_prompt_and_repeats_with_its_seed(trained):
-    a, b, c = (evaluation.sample(trained, CPU, "The whale", 20, seed, None) for seed in (1, 1, 2))
+    a, b, c = (evaluation.sample(trained, CPU, ["The whale"], 20, seed, None)[0] for seed in (1, 1, 2))
     assert a == b != c and a.startswith("The whale") and len(a) > len("The whale")
     assert cli(trained, "--sample", "The whale", "--length", "20").stdout == a + "\n"
-    assert len(evaluation.sample(trained, CPU, "x" * 100, 3, 1, None)) > 100  # a prompt longer than the context
+    assert cli(trained, "--sample", "The whale", "--sample", "", "--length", "20").stdout.startswith(a + "\n\n")
+    greedy = evaluation.sample(trained, CPU, ["The whale"], 20, 1, None, temperature=0.0)
+    assert greedy == evaluation.sample(trained, CPU, ["The whale"], 20, 2, None, top_p=1e-9)
+    assert len(evaluation.sample(trained, CPU, ["x" * 100], 3, 1, None)[0]) > 100  # a prompt longer than the context
 
 
 def test_bad_input(trained, tmp_path, prepared):
@@ -131,7 +134,7 @@ def test_bad_input(trained, tmp_path, prepared):
         ("model.n_head", 3, "model.n_head: got 3, expected a divisor"),
         ("model.rope_theta", 10**400, "model.rope_theta: got 1000"),
         ("model.rope_theta", float("nan"), "model.rope_theta: got nan"),
-        ("model.hidden", ..., "model.hidden: got 'nothing', expected a whole number"),
+        ("model.hidden", ..., "its model of 1 blocks of width 64 takes"),
         ("data.path", 5, "no prepared data"),
         ("config", [], "config: got [], expected dict"),
         ("data", None, "data: got None, expected dict"),

@@ -1,0 +1,100 @@
+"""Continuations against transformers', and the cache against whole sequences."""
+
+import numpy as np
+import pytest
+import torch
+from test_model import small
+
+import generate
+import model
+import peers
+
+
+def net_of(**kw):
+    torch.manual_seed(0)
+    net = model.Transformer(small(context=96, **kw)).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return net
+
+
+SCALED = {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_context": 32}
+
+
+@pytest.mark.parametrize("kw", [{}, {"n_kv_head": 2, "qkv_bias": True}, {"n_kv_head": 1, "tied": True, **SCALED}], ids=str)
+@torch.no_grad()
+def test_the_cache_gives_the_logits_of_whole_sequences(kw):
+    net = net_of(**kw)
+    rows = [torch.randint(0, 61, (n,)) for n in (40, 23, 1)]  # of different lengths, read together, then token by token
+    ids = torch.zeros(3, 40, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    cache, read = net.cache(3, 96), torch.tensor([40, 23, 1])
+    logits = net(ids, cache=cache, last=read[:, None] - 1)[:, 0]
+    for _ in range(50):
+        for i, row in enumerate(rows):
+            whole = net(row[None])[0, -1]
+            # fp32 rounding of sums in another order, on logits of size about 3
+            torch.testing.assert_close(logits[i], whole, rtol=1e-5, atol=1e-5)
+        cache.lengths += read
+        new = torch.randint(0, 61, (3, 1))
+        rows = [torch.cat((row, n)) for row, n in zip(rows, new, strict=True)]
+        read = torch.ones(3, dtype=torch.int64)
+        logits = net(new, cache=cache)[:, 0]
+
+
+@torch.no_grad()
+def test_several_tokens_at_a_time_join_the_cache():
+    net = net_of(n_kv_head=2)
+    ids = torch.randint(0, 61, (2, 60))
+    cache, parts = net.cache(2, 60), []
+    for part in ids.split((20, 33, 7), dim=1):
+        parts.append(net(part, cache=cache))
+        cache.lengths += part.shape[1]
+    torch.testing.assert_close(torch.cat(parts, 1), net(ids), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kw", [{}, {"n_kv_head": 2, "qkv_bias": True}], ids=str)
+def test_greedy_equals_transformers_for_64_tokens(kw):
+    net = net_of(**kw)
+    twin = peers.hugging_face(net.config, net).eval()
+    prompts = [torch.randint(0, 61, (n,)).tolist() for n in (3, 17, 32)]
+    ours = generate.generate(net, prompts, 64, set())
+    for prompt, found in zip(prompts, ours, strict=True):
+        theirs = twin.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=None)
+        assert found == theirs[0, len(prompt) :].tolist() and len(found) == 64
+
+
+def test_a_row_ends_and_does_not_depend_on_those_beside_it():
+    net = net_of()
+    prompts = [[1, 2, 3], [4] * 20, [5]]
+    for how in ({}, {"temperature": 1.0, "top_p": 0.9}):
+        together = generate.generate(net, prompts, 30, set(), **how)
+        assert [len(t) for t in together] == [30] * 3
+        assert generate.generate(net, prompts[:1], 30, set(), **how) == together[:1]
+        end = together[1][12]
+        cut = generate.generate(net, prompts, 30, {end}, **how)
+        assert cut[1] == together[1][: together[1].index(end)]  # the end itself is left out
+        stopped = generate.generate(net, prompts, 30, set(), **how, done=lambda row, ids: row == 2 and len(ids) == 5)
+        assert [len(t) for t in stopped] == [30, 30, 5] and stopped[2] == together[2][:5]
+
+
+def test_longer_than_the_context():
+    net = net_of()
+    (out,) = generate.generate(net, [list(range(60)) * 3], 250, set())
+    assert len(out) == 250
+    with torch.no_grad():  # the first is read from the last half of the context, as is the one after it is full
+        window = torch.tensor([(list(range(60)) * 3)[-48:]])
+        assert out[0] == net(window)[0, -1].argmax().item()
+        assert out[49] == net(torch.tensor([out[1:49]]))[0, -1].argmax().item()
+
+
+def test_draws_follow_the_probabilities():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(20_000, 1)
+    chance = [np.random.default_rng(i) for i in range(20_000)]
+    # standard errors of 20,000 draws: at most 0.0036
+    for temperature, top_p, expected in [(1.0, 1.0, [0.5, 0.3, 0.15, 0.05]), (1.0, 0.7, [0.625, 0.375, 0, 0]), (1.0, 0.01, [1, 0, 0, 0]),
+                                         (0.5, 1.0, np.array([0.25, 0.09, 0.0225, 0.0025]) / 0.365), (0.0, 1.0, [1, 0, 0, 0])]:  # fmt: skip
+        found = np.bincount(generate.draw(logits, temperature, top_p, chance), minlength=4) / 20_000
+        np.testing.assert_allclose(found, expected, atol=0.015)
