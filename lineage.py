@@ -6,7 +6,7 @@ checkpoint is taken only where this config would have made it, bit for bit: same
 
 import hashlib
 import struct
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import reader
 import schedule
 from config import UserError
 
+IMPORT = "import"  # the segment of a model that was made elsewhere
 MODES = {"main": "ours", "branch": "ours", "ptfs": "ptfs", "cpt": "cpt"}  # mode: paradigm
 
 
@@ -89,12 +90,25 @@ def check_lineage(where: Path, meta: dict[str, Any], c: config.Config, s: schedu
         raise UserError(f"{where}: was trained on other increments than those of data.path {tokens.folder}; choose the data it was trained on")
 
 
+def check_model(where: Path, meta: dict[str, Any], c: config.Config, tokenizer: str) -> None:
+    """Is a checkpoint a model of this config's shape and tokenizer? Its sequences may be shorter. UserError names the keys that say no."""
+    theirs = config.model_of(meta["config"], f"{where / 'meta.json'}")
+    if different := [f.name for f in fields(theirs) if f.name != "context" and getattr(theirs, f.name) != getattr(c.model, f.name)]:
+        was = ", ".join(f"model.{k}: {getattr(theirs, k)} there, {getattr(c.model, k)} here" for k in different)
+        raise UserError(f"{where}: is another model ({was}); take its own keys")
+    if c.model.context > theirs.context:
+        raise UserError(f"model.context: got {c.model.context}, expected at most the {theirs.context} of {where}")
+    if meta["data"].get("tokenizer") != tokenizer:
+        raise UserError(f"{where}: has another tokenizer than data.path {c.data.path}; prepare the text with its own: data.py prepare --tokenizer ..")
+
+
 def begin(c: config.Config, run: Path, segments: list[schedule.Segment], segment: schedule.Segment, required: list[int], tokens: reader.Tokens,
           maker: str, parent: str | None = None) -> dict[str, Any]:  # fmt: skip
     """Where training a segment begins: at its own last checkpoint (resume), at its parent's (branch, CPT), or from random weights.
 
-    The step, which of `required` are there, the checkpoint, and what to record of the parent. `maker`: the command that makes a missing
-    parent; `parent`: a checkpoint in its place, which must be what this config would have made.
+    The step, which of `required` are there, the checkpoint, whether its weights alone are taken, and what to record of the parent. `maker`: the
+    command that makes a missing parent; `parent`: a checkpoint in its place, which must be what this config would have made, or an
+    imported model, which stands in for any parent and for random weights.
     """
     folder = run / segment.name
     for f in sorted(folder.glob("step-*")):
@@ -106,9 +120,18 @@ def begin(c: config.Config, run: Path, segments: list[schedule.Segment], segment
             check_lineage(where := checkpoint.path(folder, step), checkpoint.read_meta(where), c, segment, tokens)
     if (last := resume_step(folder, required)) is not None:
         origin = checkpoint.path(folder, last)
-        return {"start": last, "done": done, "origin": str(origin), "parent": checkpoint.read_meta(origin).get("parent")}
+        recorded = checkpoint.read_meta(origin).get("parent")
+        if parent and checkpoint.read_meta(Path(parent))["hash"] != (recorded or {}).get("hash"):
+            raise UserError(f"--parent {parent}: {folder} was begun from another one; leave it out to go on, or choose another --out")
+        return {"start": last, "done": done, "origin": str(origin), "weights": False, "parent": recorded}
+    if parent and (meta := checkpoint.read_meta(Path(parent)))["segment"] == IMPORT:
+        check_model(Path(parent), meta, c, tokens.meta["tokenizer_sha256"])
+        record = {"segment": IMPORT, "step": 0, "hash": meta["hash"]}
+        return {"start": segment.start, "done": done, "origin": parent, "weights": True, "parent": record}
     if not segment.parent:
-        return {"start": segment.start, "done": done, "origin": None, "parent": None}
+        if parent:
+            raise UserError(f"--parent: {segment.name} starts from random weights or an imported model; leave it out")
+        return {"start": segment.start, "done": done, "origin": None, "weights": False, "parent": None}
     name, step = segment.parent
     origin = Path(parent) if parent else checkpoint.path(run / name, step)
     if not (origin / "meta.json").exists():
@@ -116,7 +139,8 @@ def begin(c: config.Config, run: Path, segments: list[schedule.Segment], segment
     check_lineage(origin, meta := checkpoint.read_meta(origin), c, next(s for s in segments if s.name == name), tokens)
     if meta["step"] != step:
         raise UserError(f"{origin}: is at step {meta['step']}, expected the {step} at which {segment.name} leaves {name}")
-    return {"start": segment.start, "done": done, "origin": str(origin), "parent": {"segment": name, "step": step, "hash": meta["hash"]}}
+    record = {"segment": name, "step": step, "hash": meta["hash"]}
+    return {"start": segment.start, "done": done, "origin": str(origin), "weights": False, "parent": record}
 
 
 def resume_step(folder: Path, required: list[int]) -> int | None:

@@ -123,7 +123,7 @@ def main() -> None:
     )
     a.add_argument("--mode", default="main", help=", ".join(lineage.MODES))
     a.add_argument("--version", help="the version to train; main: the version at whose fork point it ends [the last planned]")
-    a.add_argument("--parent", help="the checkpoint that branch or cpt starts from [the one in the run's folder]")
+    a.add_argument("--parent", help="the checkpoint that branch or cpt starts from [the one in the run's folder]; an imported model: that any mode starts from")
     a.add_argument("--dry_run", action="store_true", help="say what would be done, touch nothing")
     a.add_config()
     with config.user_errors("train.py"):
@@ -158,8 +158,6 @@ def main() -> None:
             raise UserError("\n".join(problems))
         run = Path(c.out)
         folder = run / segment.name
-        if o.parent and not segment.parent:
-            raise UserError(f"--parent: {segment.name} starts from random weights; leave it out")
         forks = [s.start for s in segments if s.parent] if o.mode == "main" else [segment.end]
         required = sorted({*forks, *(s for s in c.train.save_at if segment.start <= s < segment.end)})
 
@@ -216,7 +214,7 @@ def main() -> None:
                     checkpoint.verify(origin)
                     with torch.device("meta"):  # shapes alone
                         shapes = llama.Transformer(c.model)
-                        checkpoint.fits(origin, checkpoint.state(shapes, torch.optim.AdamW(shapes.parameters())))
+                        checkpoint.fits(origin, checkpoint.state(shapes, None if begin["weights"] else torch.optim.AdamW(shapes.parameters())))
                 checkpoint.check_space(folder, checkpoint.BYTES * llama.parameters(c.model))
                 # From here on the disk and the device are used
                 held.enter_context(disk.lock(folder / ".lock", f"{folder}: another process is training here; wait for it or choose another --out"))
@@ -229,7 +227,7 @@ def main() -> None:
                 for step in done:
                     checkpoint.pin(checkpoint.path(folder, step))
         say(f"{folder}: from step {start} to {segment.end}, from {origin or 'random weights'}")
-        train(c, p, segment, folder, required, tokens, origin, begin["parent"], start, log_file, watchdog, device, kind, rank, ranks)
+        train(c, p, segment, folder, required, tokens, origin, begin["weights"], begin["parent"], start, log_file, watchdog, device, kind, rank, ranks)
 
 
 def dry_run(say: Any, c: config.Config, p: schedule.Plan, segment: schedule.Segment, segments: list[schedule.Segment],
@@ -282,9 +280,12 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 
 
 def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder: Path, required: list[int], tokens: reader.Tokens,
-          origin: Path | None, parent_record: dict | None, start: int, log_file: BinaryIO | None, watchdog: parallel.Watchdog,
+          origin: Path | None, weights: bool, parent_record: dict | None, start: int, log_file: BinaryIO | None, watchdog: parallel.Watchdog,
           device: torch.device, kind: str, rank: int, ranks: int) -> None:  # fmt: skip
-    """Updates `start` .. `segment.end - 1`. A checkpoint named `step` holds the state after exactly `step` updates."""
+    """Updates `start` .. `segment.end - 1`. A checkpoint named `step` holds the state after exactly `step` updates.
+
+    `weights`: of `origin` only these are taken, and AdamW begins anew.
+    """
     t, T, end = c.train, c.model.context, segment.end
     bf16 = t.dtype == "bfloat16" or (t.dtype == "auto" and device.type == "cuda")
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -308,7 +309,7 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(t.beta1, t.beta2), fused=True)
     if origin:
         with parallel.together(rank, ranks):
-            checkpoint.load(origin, checkpoint.state(net, optimizer))
+            checkpoint.load(origin, checkpoint.state(net, None if weights else optimizer))
     model: torch.nn.Module = torch.compile(net) if compiled and kind != "fsdp" else net  # type: ignore[assignment]
     if kind == "ddp":
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
