@@ -124,7 +124,7 @@ def begin(c: config.Config, run: Path, segments: list[schedule.Segment], segment
         if parent and checkpoint.read_meta(Path(parent))["hash"] != (recorded or {}).get("hash"):
             raise UserError(f"--parent {parent}: {folder} was begun from another one; leave it out to go on, or choose another --out")
         return {"start": last, "done": done, "origin": str(origin), "weights": False, "parent": recorded}
-    if parent and (meta := checkpoint.read_meta(Path(parent)))["segment"] == IMPORT:
+    if parent and (Path(parent) / "meta.json").exists() and (meta := checkpoint.read_meta(Path(parent)))["segment"] == IMPORT:
         check_model(Path(parent), meta, c, tokens.meta["tokenizer_sha256"])
         record = {"segment": IMPORT, "step": 0, "hash": meta["hash"]}
         return {"start": segment.start, "done": done, "origin": parent, "weights": True, "parent": record}
