@@ -85,6 +85,11 @@ class Data:
     increments: list[int] = key([], "steps read of v1.bin, v2.bin and so on, where a version takes several of them or a part of one; empty: those of the plan", free=True)  # fmt: skip
     unique: int | None = key(None, "take this many steps' worth of an increment, and read them again and again; none: all of it", low=1)
     repeat: bool = key(False, "read an increment again when it is too short, instead of refusing")
+    sft: str = key(
+        "", "JSONL of examples, for --mode sft (there also --data FILE) and for decay_mix", free=True
+    )  # free: what they are is compared as data
+    epochs: int = key(1, "sft: times that the examples are read", low=1, free=True)
+    decay_mix: float = key(0.0, "part of the sequences of a branch's batches that are examples of data.sft", low=0, free=True)
     verify: bool = key(True, "check the SHA-256 of the token files before training", free=True)
 
 
@@ -263,6 +268,8 @@ def check(c: Config) -> list[str]:
         found.append(f"plan.versions: got {c.plan.versions}, expected at most {MOST}")
     if min(c.data.increments, default=1) < 1:
         found.append(f"data.increments: got {c.data.increments}, expected steps of 1 or more each")
+    if c.data.decay_mix >= 1:
+        found.append(f"data.decay_mix: got {c.data.decay_mix:g}, expected below 1")
     found += [f"train.{b}: got {getattr(c.train, b)}, expected below 1" for b in ("beta1", "beta2") if getattr(c.train, b) >= 1]
     m = c.model
     if min(m.n_head, m.hidden) < 1:
@@ -352,11 +359,13 @@ class Parser(argparse.ArgumentParser):
                 help=f"{f.metadata['help']}{choices} [{shown}]",
             )
 
-    def parse_config(self, argv: list[str] | None = None, default: str = "tiny") -> tuple[argparse.Namespace, Config]:
-        """The script's own arguments and the config that they name, with its overrides."""
+    def parse_config(
+        self, argv: list[str] | None = None, default: str = "tiny", modes: dict[str, str] | None = None
+    ) -> tuple[argparse.Namespace, Config]:
+        """The script's own arguments and the config that they name, with its overrides. `modes`: other defaults for some --mode."""
         args, unknown = self.parse_known_args(argv)
         overrides = {k: getattr(args, k) for k in flatten(Config()) if getattr(args, k) is not None}
-        return args, load(args.config or default, overrides, unknown)
+        return args, load(args.config or (modes or {}).get(getattr(args, "mode", ""), default), overrides, unknown)
 
 
 def world() -> tuple[int, int, int]:

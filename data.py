@@ -353,7 +353,11 @@ def main() -> None:
         verb.add_argument("--increments", default="4", help="how many, or their proportion, such as 1,1,2 [4]")
         verb.add_argument("--val", type=float, default=0.05, help="part of the documents for validation [0.05]")
     p.add_argument("--out", default="data/demo", help="[data/demo]")
-    p.add_argument("--tokenizer", default=str(RANKS), help=f"bytes, a tiktoken encoding (cl100k_base), a rank file, or a folder with tokenizer.json [{RANKS.relative_to(HERE)}]")
+    p.add_argument(
+        "--tokenizer",
+        default=str(RANKS),
+        help=f"bytes, a tiktoken encoding (cl100k_base), a rank file, or a folder with tokenizer.json [{RANKS.relative_to(HERE)}]",
+    )
     q.add_argument("--out", required=True)
     r.add_argument("out", metavar="FOLDER")
     v.add_argument("--vocab_size", type=int, required=True)

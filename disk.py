@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from config import UserError
 
-LIMIT = 1 << 24  # bytes of a JSON or rank file; a larger one is none of ours
+LIMIT = 1 << 26  # bytes of a JSON or rank file; a larger one is none of ours (Llama 3's tokenizer.json has 17 MB)
 
 
 def sync(path: Path) -> None:

@@ -22,11 +22,11 @@ from tqdm import tqdm
 import checkpoint
 import config
 import kernels
+import lineage
 import model as llama
 import reader
 from config import UserError
 from generate import generate
-from text import Tokenizer
 from train import pick_device, steady_malloc
 
 
@@ -94,15 +94,6 @@ def open_data(path: Path, meta: dict[str, Any], folder: str | None) -> reader.To
     return tokens
 
 
-def open_tokenizer(path: Path, meta: dict[str, Any], folder: str | None) -> Tokenizer:
-    """The tokenizer of a checkpoint: from its data, from another folder made with it, or from the model that was imported."""
-    where = Path(folder or str(meta["config"].get("data.path")))
-    tok = Tokenizer(str(where)) if (where / "tokenizer.json").is_file() else reader.tokenizer_of(where)
-    if tok.sha256 != meta["data"].get("tokenizer"):
-        raise UserError(f"--data {where}: its tokenizer is not the one that {path} was trained with; choose the data it was trained on")
-    return tok
-
-
 @torch.no_grad()
 def score(path: Path, device: torch.device, folder: str | None = None, rows: int = 16, quiet: bool = False) -> Score:
     """Score a checkpoint on the whole validation set of its data; every token but the very first is a target once."""
@@ -124,15 +115,15 @@ def score(path: Path, device: torch.device, folder: str | None = None, rows: int
 def finished(run: Path) -> dict[str, dict[int, Path]]:
     """{"ptfs-cosine": {1: checkpoint, ..}, ..}: the finished versions of a run."""
     found: dict[str, dict[int, Path]] = {}
-    for folder in sorted(run.glob("*/v*")):
+    for folder in sorted([*run.glob("*/v*"), *run.glob("sft/*/v*")]):
         if there := checkpoint.steps(folder):
             meta = checkpoint.read_meta(last := checkpoint.path(folder, there[-1]))
             if meta["finished"]:
-                found.setdefault(folder.parent.name, {})[meta["version"]] = last
+                found.setdefault(folder.parent.relative_to(run).as_posix(), {})[meta["version"]] = last
     # CPT's version 1 is PTFS's
     for name in found:
         first = found.get(name.replace("cpt-", "ptfs-").removesuffix("-rewarm_max").removesuffix("-keep_min"), {})
-        if name.startswith("cpt-") and 1 in first:
+        if name.removeprefix("sft/").startswith("cpt-") and 1 in first:
             found[name] = {1: first[1], **found[name]}
     return found
 
@@ -141,7 +132,7 @@ def sample(path: Path, device: torch.device, prompts: list[str], length: int, se
            top_p: float = 1.0) -> list[str]:  # fmt: skip
     """Each prompt and `length` tokens drawn after it, or fewer where the text ends."""
     net, meta = load_model(path, device)
-    tok = open_tokenizer(path, meta, folder)
+    tok = lineage.open_tokenizer(path, meta, folder)
     ids = [tok.encode(p) or [tok.eot] for p in prompts]
     return [p + tok.decode(new) for p, new in zip(prompts, generate(net, ids, length, {tok.eot}, temperature, top_p, seed), strict=True)]
 
@@ -152,7 +143,9 @@ def main() -> None:
     a.add_argument("--data", help="a prepared folder [the one that the checkpoint was trained on]")
     a.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     a.add_argument("--json", action="store_true")
-    a.add_argument("--sample", metavar="TEXT", action="append", help="write a continuation of this text; again for more, which are drawn side by side")
+    a.add_argument(
+        "--sample", metavar="TEXT", action="append", help="write a continuation of this text; again for more, which are drawn side by side"
+    )
     a.add_argument("--length", type=int, default=100, help="tokens of a continuation [100]")
     a.add_argument("--temperature", type=float, default=1.0, help="of a continuation; 0: the likeliest token each time [1]")
     a.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens that have this probability together [1]")

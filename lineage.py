@@ -15,8 +15,10 @@ import config
 import reader
 import schedule
 from config import UserError
+from text import Tokenizer
 
 IMPORT = "import"  # the segment of a model that was made elsewhere
+TUNING = "sft"  # the first part of the name of a fine-tuning's
 MODES = {"main": "ours", "branch": "ours", "ptfs": "ptfs", "cpt": "cpt"}  # mode: paradigm
 
 
@@ -29,11 +31,18 @@ def make_plan(c: config.Config, version: int | None = None) -> schedule.Plan:
     return schedule.Plan(increments, **rest)
 
 
-def open_tokens(c: config.Config, p: schedule.Plan) -> reader.Tokens:
+def open_tokens(c: config.Config, p: schedule.Plan, kind: type[reader.Tokens] = reader.Tokens) -> Any:
     """The data as a plan reads it."""
-    return reader.Tokens(
-        c.data.path, c.model.context, c.batch_sequences, c.data.increments or p.increments, c.train.seed, c.data.repeat, c.data.unique
-    )
+    return kind(c.data.path, c.model.context, c.batch_sequences, c.data.increments or p.increments, c.train.seed, c.data.repeat, c.data.unique)
+
+
+def open_tokenizer(path: Path, meta: dict[str, Any], folder: str | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint: from its data, from another folder made with it, or from the model that was imported."""
+    where = Path(folder or str(meta["config"].get("data.path")))
+    tok = Tokenizer(str(where)) if (where / "tokenizer.json").is_file() else reader.tokenizer_of(where)
+    if tok.sha256 != meta["data"].get("tokenizer"):
+        raise UserError(f"--data {where}: its tokenizer is not the one that {path} was trained with; choose the data it was trained on")
+    return tok
 
 
 def make_segments(paradigm: str, p: schedule.Plan) -> list[schedule.Segment]:
@@ -56,7 +65,42 @@ def pick(c: config.Config, mode: str, version: int | None) -> tuple[schedule.Pla
         return p, segments, segments[0]
     if version is None:
         raise UserError(f"--version: not given; --mode {mode} expects one of 1..{len(p.increments)}")
-    return p, segments, next(s for s in segments if s.version == version and s.name != "main")
+    segment = next(s for s in segments if s.version == version and s.name != "main")
+    if mode == "branch" and c.data.decay_mix:
+        segment = replace(segment, name=segment.name.replace("/", f"-mix{c.data.decay_mix:g}/"))
+    return p, segments, segment
+
+
+def tuned(c: config.Config, parent: str | None, given: set[str]) -> tuple[config.Config, dict[str, Any]]:
+    """The config of `--mode sft`, whose model is the parent's, and the parent's meta. `given`: keys of the command line."""
+    if not parent:
+        raise UserError("--parent: not given; --mode sft expects a checkpoint, such as out/tiny/base-s1/ours-cosine/v4/step-000800")
+    meta = checkpoint.read_meta(Path(parent))
+    theirs = config.model_of(meta["config"], f"{Path(parent) / 'meta.json'}")
+    usual = config.Model()
+    if other := [
+        f.name for f in fields(theirs) if f.name != "context" and getattr(c.model, f.name) not in (getattr(usual, f.name), getattr(theirs, f.name))
+    ]:
+        raise UserError(
+            f"model.{other[0]}: got {getattr(c.model, other[0])}, but the model is that of {parent}, {getattr(theirs, other[0])}; leave it out"
+        )
+    if (context := c.model.context if "model.context" in given or c.model.context != usual.context else theirs.context) > theirs.context:
+        raise UserError(f"model.context: got {context}, expected at most the {theirs.context} of {parent}")
+    if not c.data.sft:
+        raise UserError("--data: not given; --mode sft expects a .jsonl file of examples")
+    where, depth = Path(parent), len(Path(meta["segment"]).parts)
+    home = (where if len(where.parts) > depth + 1 else where.absolute()).parents[depth]
+    inside = home / meta["segment"] == where.parent
+    path = c.data.path if "data.path" in given else str(meta["config"].get("data.path"))
+    out = str(home) if inside and "out" not in given else c.out
+    return replace(c, model=replace(theirs, context=context), data=replace(c.data, path=path), out=out), meta
+
+
+def tuning(c: config.Config, meta: dict[str, Any], steps: int) -> tuple[schedule.Plan, schedule.Segment]:
+    """The plan of a fine-tuning of so many steps, and its one segment: the learning rates of a version 1 from scratch."""
+    p = replace(make_plan(c), increments=[steps])
+    whole = make_segments("ptfs", p)[0]
+    return p, replace(whole, name=f"{TUNING}/{meta['segment']}", version=meta["version"], parent=(meta["segment"], meta["step"]))
 
 
 def fingerprint(s: schedule.Segment, ends: list[int], step: int) -> dict[str, Any]:
@@ -86,6 +130,9 @@ def check_lineage(where: Path, meta: dict[str, Any], c: config.Config, s: schedu
     identity = tokens.identity(meta["step"])
     if meta["data"].get("tokenizer") != identity["tokenizer"]:
         raise UserError(f"{where}: was trained with another tokenizer than data.path {tokens.folder}; choose the data it was trained on")
+    if different := [k for k in ("examples", "epochs", "mix") if meta["data"].get(k) != identity.get(k)]:
+        raise UserError(f"{where}: was trained on other examples ({different[0]}: {meta['data'].get(different[0])!r:.20} there, {identity.get(different[0])!r:.20} here); "
+                        "go back to those, or choose another --out")  # fmt: skip
     if meta["data"].get("increments") != identity["increments"]:
         raise UserError(f"{where}: was trained on other increments than those of data.path {tokens.folder}; choose the data it was trained on")
 
@@ -108,7 +155,7 @@ def begin(c: config.Config, run: Path, segments: list[schedule.Segment], segment
 
     The step, which of `required` are there, the checkpoint, whether its weights alone are taken, and what to record of the parent. `maker`: the
     command that makes a missing parent; `parent`: a checkpoint in its place, which must be what this config would have made, or an
-    imported model, which stands in for any parent and for random weights.
+    imported model, which stands in for any parent and for random weights; a fine-tuning starts from any.
     """
     folder = run / segment.name
     for f in sorted(folder.glob("step-*")):
@@ -124,9 +171,10 @@ def begin(c: config.Config, run: Path, segments: list[schedule.Segment], segment
         if parent and checkpoint.read_meta(Path(parent))["hash"] != (recorded or {}).get("hash"):
             raise UserError(f"--parent {parent}: {folder} was begun from another one; leave it out to go on, or choose another --out")
         return {"start": last, "done": done, "origin": str(origin), "weights": False, "parent": recorded}
-    if parent and (Path(parent) / "meta.json").exists() and (meta := checkpoint.read_meta(Path(parent)))["segment"] == IMPORT:
+    alone = segment.name.startswith(f"{TUNING}/")
+    if parent and (Path(parent) / "meta.json").exists() and ((meta := checkpoint.read_meta(Path(parent)))["segment"] == IMPORT or alone):
         check_model(Path(parent), meta, c, tokens.meta["tokenizer_sha256"])
-        record = {"segment": IMPORT, "step": 0, "hash": meta["hash"]}
+        record = {"segment": meta["segment"], "step": meta["step"], "hash": meta["hash"]}
         return {"start": segment.start, "done": done, "origin": parent, "weights": True, "parent": record}
     if not segment.parent:
         if parent:

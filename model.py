@@ -7,6 +7,7 @@ to the dtype of the activations. Shapes: B sequences, T tokens, C = hidden, H he
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -125,8 +126,9 @@ class Transformer(nn.Module):
         `documents` (B, T): a token sees only tokens of its own number. `cache`: the ids continue its rows, and are added to it;
         whoever calls moves `lengths` on, so a row may be padded on its right. `last` (B, 1): logits (B, 1, V) of this place in each row alone.
         """
-        B, T = ids.shape
-        cos, sin, mask, pasts = self.cos[:T], self.sin[:T], None, [None] * len(self.blocks)
+        T = ids.shape[1]
+        cos, sin, mask = self.cos[:T], self.sin[:T], None
+        pasts: list[Any] = [None] * len(self.blocks)
         if documents is not None:
             mask = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]  # (B, 1, T, T)
         if cache:

@@ -213,7 +213,11 @@ class Tokens:
         seen = self.place(step - 1)[0] + 1 if step else 0
         return {"tokenizer": self.meta["tokenizer_sha256"], "increments": [p["sha256"]["bin"] for p in self.meta["increments"][:seen]]}
 
-    def batch(self, step: int, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+    def targets(self, step: int) -> int:
+        """Targets of a global batch: all its tokens."""
+        return self.B * self.context
+
+    def batch(self, step: int, rows: slice = slice(None)) -> tuple[np.ndarray, ...]:
         """Rows of global batch `step`: (inputs, targets), each int64 (rows, context).
 
         An increment is cut into sequences of `context` tokens (and one more, the last target); update k of the increment reads

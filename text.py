@@ -85,7 +85,9 @@ class Tokenizer:
         """The vocabulary is as large as config.json beside it says: released models have rows that no token uses."""
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise UserError(f"{file}: is not there; make it: transformers.AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})")
+            raise UserError(
+                f"{file}: is not there; make it: transformers.AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+            )
         library = optional("tokenizers", "tokenizers", str(file))
         text = disk.read(file)
         try:
@@ -110,11 +112,17 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         return self.encode_many([text])[0]
 
-    def encode_many(self, texts: list[str]) -> list[list[int]]:
+    def encode_many(self, texts: list[str], threads: int = 1) -> list[list[int]]:
         """The ids of each text."""
-        if self.hf:
+        if self.hf and threads > 1:
             return [e.ids for e in self.hf.encode_batch(texts, add_special_tokens=False)]
-        return [list(t.encode()) for t in texts] if self.name == "bytes" else [self.encoding.encode_ordinary(t) for t in texts]
+        if self.hf:
+            return [self.hf.encode(t, add_special_tokens=False).ids for t in texts]
+        return [list(t.encode()) for t in texts] if self.name == "bytes" else self.encoding.encode_ordinary_batch(texts, num_threads=threads)
+
+    def special(self, token: str) -> int | None:
+        """The id of a special token; none: it has no such token, and the same characters are text."""
+        return self.hf.token_to_id(token) if self.hf else None
 
     def decode(self, ids: list[int]) -> str:
         """The text up to the first <|endoftext|>; bytes that are not UTF-8, and ids without a token, become replacement characters."""
@@ -133,7 +141,14 @@ class Tokenizer:
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy what a folder of Hugging Face's holds of a tokenizer, and config.json, which says how large its vocabulary is."""
     target.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json", "config.json"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "config.json",
+    ):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
@@ -155,11 +170,11 @@ def json_object(file: Path) -> dict[str, Any]:
 # Sources: documents of files, folders, globs and Hugging Face datasets
 
 
-def files_of(source: str) -> list[Path]:
+def files_of(source: str, flag: str = "--source") -> list[Path]:
     """The files behind a source, sorted. UserError if there is none or its kind is unknown."""
     p = Path(source)
     if not source:
-        raise UserError("--source: got an empty text, expected a file, a folder, a glob or hf:NAME")
+        raise UserError(f"{flag}: got an empty text, expected a file, a folder, a glob or hf:NAME")
     if p.is_dir():
         found = sorted(f for f in p.rglob("*") if f.name.endswith(KINDS) and f.is_file())
     elif p.is_file():
@@ -168,10 +183,10 @@ def files_of(source: str) -> list[Path]:
         found = sorted(Path(f) for f in glob.glob(source, recursive=True) if Path(f).is_file())
     if not found:
         what = f"has no {', '.join(KINDS)} in it" if p.is_dir() else "does not exist"
-        raise UserError(f"--source {source}: {what}; expected a file, a folder, a glob or hf:NAME")
+        raise UserError(f"{flag} {source}: {what}; expected a file, a folder, a glob or hf:NAME")
     for f in found:
         if not f.name.endswith(KINDS):
-            raise UserError(f"--source {f}: unknown kind; expected one of {', '.join(KINDS)}")
+            raise UserError(f"{flag} {f}: unknown kind; expected one of {', '.join(KINDS)}")
     return found
 
 
@@ -183,8 +198,8 @@ def optional(module: str, package: str, why: str) -> Any:
         raise UserError(f"{why} needs the package {package}: pip install {package}") from None
 
 
-def documents(file: Path, progress: Callable[[int], Any]) -> Iterator[str]:
-    """The documents of one file, streamed; `progress` is told the bytes read."""
+def documents(file: Path, progress: Callable[[int], Any], parse: Callable[[str, Path, int], Any] | None = None) -> Iterator[Any]:
+    """The documents of one file, streamed; `progress` is told the bytes read. `parse` makes something else of a line of JSONL, its file and number."""
     if file.suffix == ".parquet":
         parquet = optional("pyarrow.parquet", "pyarrow", str(file))
         try:
@@ -218,7 +233,7 @@ def documents(file: Path, progress: Callable[[int], Any]) -> Iterator[str]:
                     read = raw.tell()
                 if ".jsonl" in file.name:
                     if line.strip():
-                        yield json_text(line, file, number)
+                        yield (parse or json_text)(line, file, number)
                     continue
                 # a text file is cut where a line is empty, so that a book spreads over the increments as a corpus does
                 piece += line

@@ -4,6 +4,7 @@
     --mode branch --version 2  leave the main path and decay: version 2 of path switching
     --mode ptfs   --version 2  version 2 from scratch
     --mode cpt    --version 2  version 2 from version 1's finished checkpoint
+    --mode sft    --parent CHECKPOINT --data FILE.jsonl    fine-tune any of them (sft.py)
 
 Called again, on the same number of ranks or another, it goes on from its last checkpoint; finished, it says so. SIGTERM
 and Ctrl-C, on any rank, save and exit with 143 and 130; a second one exits at once. Exit code 2: something only you can
@@ -22,11 +23,12 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 import torch.distributed as dist
@@ -43,7 +45,9 @@ import model as llama
 import parallel
 import reader
 import schedule
+import sft
 from config import UserError
+from kernels.cross_entropy import IGNORE
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s of the data sheets
 
@@ -119,11 +123,15 @@ def main() -> None:
     a = config.Parser(
         prog="train.py",
         description=__doc__,
-        usage="train.py [--config NAME] [--mode MODE] [--version I] [--parent CHECKPOINT] [--dry_run] [--section.key VALUE ..]",
+        usage="train.py [--config NAME] [--mode MODE] [--version I] [--parent CHECKPOINT] [--data FILE] [--dry_run] [--section.key VALUE ..]",
     )
-    a.add_argument("--mode", default="main", help=", ".join(lineage.MODES))
+    modes = [*lineage.MODES, "sft"]
+    a.add_argument("--mode", default="main", help=", ".join(modes))
     a.add_argument("--version", help="the version to train; main: the version at whose fork point it ends [the last planned]")
-    a.add_argument("--parent", help="the checkpoint that branch or cpt starts from [the one in the run's folder]; an imported model: that any mode starts from")
+    a.add_argument(
+        "--parent", help="the checkpoint that branch or cpt starts from [the one in the run's folder]; an imported model: that any mode starts from"
+    )
+    a.add_argument("--data", dest="data.sft", help="sft: a .jsonl file of examples; the same as --data.sft")
     a.add_argument("--dry_run", action="store_true", help="say what would be done, touch nothing")
     a.add_config()
     with config.user_errors("train.py"):
@@ -132,17 +140,25 @@ def main() -> None:
         # The config for the device, where none is named
         cuda = torch.cuda.is_available()
         default = "small" if cuda and Path(config.load("small").data.path).exists() else "tiny"
-        o, c = a.parse_config(default=default)
+        o, c = a.parse_config(default=default, modes={"sft": "sft"})
         say = print if rank == 0 else lambda *a, **k: None
-        if not o.config:
+        if not o.config and o.mode != "sft":
             say(f"no --config given: {default}" + (" (small once data/small is there: see configs/small.toml)" if cuda and default == "tiny" else ""))
 
         # What is wrong is said at once, before anything is touched
-        problems = [] if o.mode in lineage.MODES else [f"--mode: got {o.mode!r}, expected one of {', '.join(lineage.MODES)}"]
+        problems = [] if o.mode in modes else [f"--mode: got {o.mode!r}, expected one of {', '.join(modes)}"]
         version = int(o.version) if o.version and o.version.isdecimal() and len(o.version) < 5 and int(o.version) > 0 else None
         if o.version is not None and version is None:
             problems.append(f"--version: got {o.version!r}, expected a whole number from 1 to 9999")
         mode = "main" if problems else o.mode
+        examples_file = c.data.sft if mode == "sft" or (mode == "branch" and c.data.decay_mix) else ""
+        base: dict[str, Any] = {}  # sft: the parent's meta
+        if mode == "sft":
+            if version:
+                problems.append("--version: got one, but --mode sft takes that of --parent; leave it out")
+            c, base = lineage.tuned(c, o.parent, {k for k in config.flatten(c) if getattr(o, k) is not None})
+        elif mode == "branch" and c.data.decay_mix and not c.data.sft:
+            problems.append("data.decay_mix: needs examples to mix in; name their file with --data.sft")
         problems += config.check_batch(c, ranks) + parallel.problems(c.train.parallel, c.train.shard_ranks, ranks)
         if c.train.compile == "on" and not (cuda and c.train.device in ("auto", "cuda")) and not cpp_compiler():
             problems.append("train.compile: got on, which on a CPU needs a C++ compiler, and there is none; install g++ or take --train.compile off")
@@ -151,20 +167,29 @@ def main() -> None:
         except UserError as e:
             problems.append(str(e))
         try:
-            p, segments, segment = lineage.pick(c, mode, version)
+            if mode == "sft":  # its length comes from the examples, which are counted below
+                p, segment = lineage.tuning(c, base, max(c.plan.warmup + 1, 1))
+                segments = [segment]
+            else:
+                p, segments, segment = lineage.pick(c, mode, version)
         except UserError as e:
             problems.append(str(e))
         if problems:
             raise UserError("\n".join(problems))
         run = Path(c.out)
         folder = run / segment.name
-        forks = [s.start for s in segments if s.parent] if o.mode == "main" else [segment.end]
-        required = sorted({*forks, *(s for s in c.train.save_at if segment.start <= s < segment.end)})
 
         device = pick_device(c.train.device, local_rank)
         kind, why = parallel.choose(c.train.parallel, ranks, llama.parameters(c.model), device)
         if o.dry_run:
-            dry_run(say, c, p, segment, segments, folder, required, kind, why, ranks)
+            examples = None
+            if examples_file:
+                tok = lineage.open_tokenizer(Path(o.parent), base, c.data.path) if mode == "sft" else reader.tokenizer_of(Path(c.data.path))
+                with tempfile.TemporaryDirectory() as nowhere:
+                    examples = sft.Examples(sft.prepare(examples_file, tok, Path(nowhere)), c.model.context, c.train.seed)
+                if mode == "sft":
+                    p, segment = lineage.tuning(c, base, sft.Tuning(examples, base["data"], c.batch_sequences, c.data.epochs).steps)
+            dry_run(say, c, p, segment, segments, folder, needed(c, mode, segments, segment), kind, why, ranks, examples)
             return
 
     # The ranks meet, and from here on what stops one stops all
@@ -182,18 +207,37 @@ def main() -> None:
         # Data: enough of it, whole, and of this vocabulary
         watchdog.beat("checking data and checkpoints")
         with parallel.together(rank, ranks):
-            if rank == 0:
+            if rank == 0 and mode != "sft":
                 data.ship(c.data.path)
+        prepared, tokens = "", cast(Any, None)
         with parallel.together(rank, ranks):
-            tokens = lineage.open_tokens(c, p)
-            if tokens.meta["vocab_size"] != c.model.vocab_size:
-                raise UserError(
-                    f"model.vocab_size: got {c.model.vocab_size}, expected {tokens.meta['vocab_size']}, the vocabulary of data.path {c.data.path}"
-                )
-            if problems := tokens.problems(segment.start, segment.end):
-                raise UserError("\n".join(problems))
+            if mode != "sft":
+                tokens = lineage.open_tokens(c, p, sft.Mix if examples_file else reader.Tokens)
+                if tokens.meta["vocab_size"] != c.model.vocab_size:
+                    raise UserError(
+                        f"model.vocab_size: got {c.model.vocab_size}, expected {tokens.meta['vocab_size']}, the vocabulary of data.path {c.data.path}"
+                    )
+                if problems := tokens.problems(segment.start, segment.end):
+                    raise UserError("\n".join(problems))
+        with parallel.together(rank, ranks):
+            if examples_file and rank == 0:
+                tok = lineage.open_tokenizer(Path(o.parent), base, c.data.path) if mode == "sft" else reader.tokenizer_of(Path(c.data.path))
+                prepared = str(sft.prepare(examples_file, tok, run))
+        prepared = parallel.told(prepared, ranks)
+        with parallel.together(rank, ranks):
+            if examples_file:
+                watchdog.beat("packing examples")
+                examples = sft.Examples(Path(prepared), c.model.context, c.train.seed)
+                say(examples)
+                if mode == "sft":
+                    tokens = sft.Tuning(examples, base["data"], c.batch_sequences, c.data.epochs)
+                    p, segment = lineage.tuning(c, base, tokens.steps)
+                    segments = [segment]
+                else:
+                    tokens.mix(examples, c.data.decay_mix, segment.start)
+        required = needed(c, mode, segments, segment)
 
-        parallel.check_same({"data": tokens.meta["hash"]}, rank, ranks, f"{c.data.path} must be the same on all machines")
+        parallel.check_same({"data": tokens.meta["hash"]}, rank, ranks, f"{tokens.folder} must be the same on all machines")
 
         # Where it begins, as rank 0 sees it (disks that are shared may show others an older state for a while)
         with parallel.together(rank, ranks):
@@ -209,7 +253,8 @@ def main() -> None:
         log_file: BinaryIO | None = None
         with parallel.together(rank, ranks):
             if rank == 0:
-                reader.check_files(tokens.folder, [name for name, _, _ in tokens.needs(start, segment.end)] + ["val"], c.data.verify)
+                if mode != "sft":
+                    reader.check_files(tokens.folder, [name for name, _, _ in tokens.needs(start, segment.end)] + ["val"], c.data.verify)
                 if origin:
                     checkpoint.verify(origin)
                     with torch.device("meta"):  # shapes alone
@@ -227,11 +272,19 @@ def main() -> None:
                 for step in done:
                     checkpoint.pin(checkpoint.path(folder, step))
         say(f"{folder}: from step {start} to {segment.end}, from {origin or 'random weights'}")
-        train(c, p, segment, folder, required, tokens, origin, begin["weights"], begin["parent"], start, log_file, watchdog, device, kind, rank, ranks)
+        train(
+            c, p, segment, folder, required, tokens, origin, begin["weights"], begin["parent"], start, log_file, watchdog, device, kind, rank, ranks
+        )
+
+
+def needed(c: config.Config, mode: str, segments: list[schedule.Segment], segment: schedule.Segment) -> list[int]:
+    """The steps that a segment must save: where others fork off, its end, and those that were asked for."""
+    forks = [s.start for s in segments if s.parent] if mode == "main" else [segment.end]
+    return sorted({*forks, *(s for s in c.train.save_at if segment.start <= s < segment.end)})
 
 
 def dry_run(say: Any, c: config.Config, p: schedule.Plan, segment: schedule.Segment, segments: list[schedule.Segment],
-            folder: Path, required: list[int], kind: str, why: str, ranks: int) -> None:  # fmt: skip
+            folder: Path, required: list[int], kind: str, why: str, ranks: int, examples: sft.Examples | None) -> None:  # fmt: skip
     """What would be done: the segment, its LR at the milestones, sizes, the batch, the tokens needed and there."""
     m, t = c.model, c.train
     steps, flops = segment.end - segment.start, llama.flops_per_token(m)
@@ -255,6 +308,12 @@ def dry_run(say: Any, c: config.Config, p: schedule.Plan, segment: schedule.Segm
     say(
         f"batch        {t.batch_tokens:,} tokens = micro-batch {t.micro_batch} x context {m.context} x accumulation {accumulate} x {ranks} rank{'s' * (ranks > 1)}"
     )
+    if examples:
+        say(f"examples     {examples}")
+    if step := lineage.resume_step(folder, required):
+        say(f"goes on      from {checkpoint.path(folder, step)}")
+    if segment.name.startswith(f"{lineage.TUNING}/"):
+        return
     there = (Path(c.data.path) / "meta.json").exists()
     if not there:
         say(
@@ -266,8 +325,6 @@ def dry_run(say: Any, c: config.Config, p: schedule.Plan, segment: schedule.Segm
         say(f"data         {tokens.folder / name}.bin: {need:,} tokens needed, {have:,} there")
     if tokens.meta["vocab_size"] != m.vocab_size:
         say(f"             its vocabulary is {tokens.meta['vocab_size']:,}, model.vocab_size {m.vocab_size:,}: train.py would refuse")
-    if step := lineage.resume_step(folder, required):
-        say(f"goes on      from {checkpoint.path(folder, step)}")
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
@@ -279,7 +336,7 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     return [r for r in records if isinstance(r, dict)]
 
 
-def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder: Path, required: list[int], tokens: reader.Tokens,
+def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder: Path, required: list[int], tokens: reader.Tokens | sft.Tuning,
           origin: Path | None, weights: bool, parent_record: dict | None, start: int, log_file: BinaryIO | None, watchdog: parallel.Watchdog,
           device: torch.device, kind: str, rank: int, ranks: int) -> None:  # fmt: skip
     """Updates `start` .. `segment.end - 1`. A checkpoint named `step` holds the state after exactly `step` updates.
@@ -322,10 +379,18 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
     # -- Batch: B rows = accumulation x ranks x micro-batch. 1 and 8 GPUs see the same rows in the same step.
     accumulation = t.batch_tokens // (t.micro_batch * T * ranks)
 
-    def to_device(arrays: tuple[Any, Any]) -> list[torch.Tensor]:
+    def to_device(arrays: tuple[Any, ...]) -> list[torch.Tensor]:
         """Pinned memory is copied while the device computes; the host is micro-batches ahead, so the device never waits for data."""
         host = [torch.from_numpy(a) for a in arrays]
         return [(h.pin_memory() if device.type == "cuda" else h).to(device, non_blocking=True) for h in host]
+
+    def share(micro: int, whole_batch: int) -> torch.Tensor:
+        """A micro-batch's part of this rank's part of the loss: the mean over the targets of the global batch, of which there are so many."""
+        first = (micro * ranks + rank) * t.micro_batch
+        x, y, *documents = to_device(tokens.batch(step, slice(first, first + t.micro_batch)))
+        if not documents:  # every token is a target
+            return model(x, y) / accumulation
+        return model(x, y, "sum", *documents) * (ranks / whole_batch)
 
     def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
         if ranks > 1:
@@ -345,19 +410,19 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
         return int(news[0]), not news[1]
 
     def validate() -> float | None:
-        """Loss in nats over the first `eval_tokens` of the validation set, each rank a share of them; none if a signal cut it short."""
+        """Loss in nats over the first `eval_tokens` of the validation set, each rank a share of them; none if it is empty or a signal cut it short."""
         total = torch.zeros(3, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
         with torch.no_grad(), parallel.gathered(net):
             for arrays in tokens.validation(t.micro_batch, t.eval_tokens, rank, ranks):
                 if asked and not last:  # the last one is kept: a finished run has its val_loss
                     total[2] = 1
                     break
-                x, y = to_device(arrays)
-                total[0] += net(x, y, "sum")
-                total[1] += y.numel()
+                x, y, *documents = to_device(arrays)
+                total[0] += net(x, y, "sum", *documents)
+                total[1] += (y != IGNORE).sum()
                 watchdog.beat(f"validation at step {step}")
         nats, count, cut = mean_over_ranks(total).tolist()
-        return None if cut else nats / count
+        return nats / count if count and not cut else None
 
     def save(step: int) -> None:
         values = config.values(c)
@@ -437,7 +502,7 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
 
     def batch_of(step: int) -> str:
         increment, k = tokens.place(step)
-        return f"It is batch {k} of increment v{increment + 1}"
+        return f"It is batch {k} of " + (f"{tokens.folder}" if isinstance(tokens, sft.Tuning) else f"increment v{increment + 1}")
 
     # -- The loop: evaluate, save, stop, one optimizer step, log
     before = [r["loss"] for r in logged(folder) if "loss" in r and r["step"] < start] if t.spike is not None and rank == 0 else []
@@ -475,11 +540,10 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             loss = torch.zeros((), device=device)
+            whole_batch = tokens.targets(step)
             for micro in range(accumulation):
-                first = (micro * ranks + rank) * t.micro_batch
-                x, y = to_device(tokens.batch(step, slice(first, first + t.micro_batch)))
                 with parallel.exchange(model, last=micro == accumulation - 1):
-                    part = model(x, y) / accumulation
+                    part = share(micro, whole_batch)
                     part.backward()
                 loss += part.detach()
             norm = parallel.whole(torch.nn.utils.clip_grad_norm_(net.parameters(), t.clip))

@@ -1,0 +1,351 @@
+"""Fine-tuning: what is learned from, packing, and that it is the training that unpacked examples would give."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import BASE, ROOT
+from test_model import small
+
+import checkpoint
+import data
+import eval as evaluation
+import generate
+import model
+import sft
+from config import UserError
+from kernels.cross_entropy import IGNORE
+from text import Tokenizer
+
+BYTES = Tokenizer("bytes")
+
+
+def jsonl(file, records):
+    file.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return str(file)
+
+
+def sums(n, seed=0):
+    """Prompts whose answer is the letter after the last one."""
+    r = np.random.default_rng(seed)
+    letters = ["".join(chr(97 + i) for i in r.integers(0, 25, 4)) for _ in range(n)]
+    return [{"prompt": f"{w} ->", "response": f" {chr(ord(w[-1]) + 1)}"} for w in letters]
+
+
+MIXED = [
+    {"prompt": "2 + 2 =", "response": " 4"},
+    {"messages": [{"role": "system", "content": "Sums."}, {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"},
+                  {"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "饿"}, {"role": "user", "content": "unanswered"}]},
+    {"prompt": "", "response": "by itself"},
+]  # fmt: skip
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    return sft.Examples(sft.prepare(jsonl(tmp_path / "a.jsonl", MIXED), BYTES, tmp_path, quiet=True), 256, 1)
+
+
+def test_loss_is_on_responses_and_nothing_else(mixed):
+    """Against the text that transformers' ChatML template would write, here spelled out."""
+    chat = "<|im_start|>system\nSums.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n[4<|im_end|>]\n<|im_start|>user\n<|im_end|><|im_end|>\n<|im_start|>assistant\n[饿<|im_end|>"
+    expected = ["2 + 2 =[ 4", chat, "[by itself"]
+    for i, text in enumerate(expected):
+        a, b = mixed.starts[i], mixed.ends[i]
+        ids, loss = mixed.ids[a:b].tolist(), mixed.loss[a:b].tolist()
+        assert bytes(ids[:-1]).decode() == text.replace("[", "").replace("]", "") and ids[-1] == BYTES.eot
+        learned, inside = [], False
+        for byte in text.encode():
+            if byte in b"[]":
+                inside = byte == ord("[")
+            else:
+                learned.append(int(inside))
+        assert loss == [*learned, 1]  # <|endoftext|> is learned
+    # in a row: the target of each place is the next token of its own example, where that is part of a response
+    x, y, documents = mixed.rows(mixed.train)
+    seen = sorted(y[y != IGNORE].tolist())
+    assert seen == sorted(t for i in range(3) for t, m in zip(mixed.ids[mixed.starts[i] + 1 : mixed.ends[i]].tolist(), mixed.loss[mixed.starts[i] + 1 : mixed.ends[i]], strict=True) if m)  # fmt: skip
+    assert mixed.targets.tolist() == (y != IGNORE).sum(1).tolist()
+    assert (documents > 0).sum() == sum(mixed.ends - mixed.starts - 1) and (y[documents == 0] == IGNORE).all() and not x[documents == 0].any()
+
+
+def test_marks_are_tokens_where_the_tokenizer_has_them(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {c: i for i, c in enumerate(tokenizers.pre_tokenizers.ByteLevel.alphabet())}
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = tokenizers.decoders.ByteLevel()
+    tok.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    (tmp_path / "tok").mkdir()
+    tok.save(str(tmp_path / "tok" / "tokenizer.json"))
+    ours = Tokenizer(str(tmp_path / "tok"))
+    e = sft.Examples(sft.prepare(jsonl(tmp_path / "a.jsonl", [MIXED[1]]), ours, tmp_path, quiet=True), 256, 1)
+    rendered = "<|im_start|>system\nSums.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n<|im_start|>user\n"
+    before = tok.encode(rendered, add_special_tokens=False).ids  # special tokens in text are special here
+    assert e.ids[: len(before)].tolist() == before and before.count(257) == 4
+    assert e.ids[len(before)] != 258  # what a user wrote is text
+    assert ours.encode("<|im_end|>") == e.ids[len(before) : len(before) + 10].tolist() and (e.ids == 258).sum() == 5
+
+
+@pytest.mark.parametrize("room, longest, n", [(10, 10, 500), (100, 60, 2000), (128, 3, 100), (7, 7, 1), (5, 1, 0)])
+def test_packing(room, longest, n):
+    lengths = np.random.default_rng(0).integers(0, longest + 1, n)
+    rows = sft.pack(lengths, room)
+    assert sorted(i for row in rows for i in row) == list(range(n))
+    assert all(lengths[row].sum() <= room for row in rows)
+    # best fit decreasing is within 11/9 of the best, which is at least the total over the room (Johnson 1974)
+    assert len(rows) <= 11 / 9 * max(1, -(-lengths.sum() // room)) + 1
+
+
+def test_packed_is_unpacked(tmp_path):
+    """Loss and gradients of packed rows are those of the examples one by one: no example sees another, wherever it stands."""
+    r = np.random.default_rng(0)
+    records = [
+        {"prompt": "".join(map(chr, r.integers(97, 123, r.integers(0, 12)))), "response": "".join(map(chr, r.integers(97, 123, r.integers(1, 9))))}
+        for _ in range(30)
+    ]
+    e = sft.Examples(sft.prepare(jsonl(tmp_path / "a.jsonl", records), BYTES, tmp_path, quiet=True), 64, 1)
+    torch.manual_seed(0)
+    net = model.Transformer(small(vocab_size=257, context=64, n_kv_head=2)).double()
+    net.dtype = torch.float64  # so that any leak would stand out; in float32 the same within rounding, below
+
+    def total(net, rows):
+        x, y, documents = map(torch.from_numpy, e.rows(rows))
+        loss = net(x, y, "sum", documents)
+        loss.backward()
+        return loss.item()
+
+    assert max(map(len, e.train)) > 3
+    packed = total(net, e.train)
+    gradients = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    alone = 0.0
+    for i in (i for row in e.train for i in row):
+        ids = torch.tensor(e.ids[e.starts[i] : e.ends[i]].tolist())
+        learned = torch.tensor(e.loss[e.starts[i] + 1 : e.ends[i]].tolist(), dtype=torch.bool)
+        loss = net(ids[None, :-1], ids[None, 1:].masked_fill(~learned[None], IGNORE), "sum")  # the usual causal attention
+        loss.backward()
+        alone += loss.item()
+    # rotary tables are float32, so positions that differ turn pairs by angles that differ by 1e-7
+    assert packed == pytest.approx(alone, rel=1e-6)
+    for g, p in zip(gradients, net.parameters(), strict=True):
+        torch.testing.assert_close(g, p.grad, rtol=1e-4, atol=1e-6)
+    single = model.Transformer(small(vocab_size=257, context=64, n_kv_head=2))
+    single.load_state_dict({k: v.float() for k, v in net.state_dict().items()}, strict=False)
+    assert total(single, e.train) == pytest.approx(packed, rel=1e-5)  # 24 bits over sums of some hundred terms
+
+
+def test_an_epoch_reads_every_example_once_and_batches_are_a_function_of_the_step(tmp_path):
+    e = sft.Examples(sft.prepare(jsonl(tmp_path / "a.jsonl", sums(300)), BYTES, tmp_path, quiet=True), 32, 1)
+    t = sft.Tuning(e, {}, 8, 3)
+    n = len(e.train)
+    orders = [e.which(np.arange(n) + k * n).tolist() for k in range(3)]
+    assert all(sorted(o) == list(range(n)) for o in orders) and len({tuple(o) for o in orders}) == 3
+    assert sum(len(row) for row in e.train) + sum(len(row) for row in e.val) == 300 and e.val  # a fiftieth, by hash
+    counted = [t.batch(s) for s in range(t.steps)]
+    assert sum((y != IGNORE).sum() for _, y, _ in counted) == 3 * e.targets.sum() == sum(t.targets(s) for s in range(t.steps))
+    for s in (0, t.steps - 1):
+        parts = [t.batch(s, slice(i, i + 2)) for i in range(0, 8, 2)]
+        for whole, pieces in zip(counted[s], zip(*parts, strict=True), strict=True):
+            assert (whole == np.concatenate(pieces)).all()
+
+
+@pytest.fixture
+def parent(train_cli, tmp_path):
+    assert train_cli("--mode", "main", "--version", "1") == 0 and train_cli("--mode", "branch", "--version", "1") == 0
+    return tmp_path / "run" / "ours-cosine" / "v1" / "step-000010"
+
+
+def weights(path):
+    from safetensors.torch import load_file
+
+    return {k: v for f in sorted(path.glob("*.safetensors")) for k, v in load_file(f).items() if k.startswith(("model.", "exp_avg"))}
+
+
+TUNE = ("--mode", "sft", "--data.epochs", "3", "--plan.warmup", "1", "--train.batch_tokens", "256")
+
+
+def test_a_fine_tuning_is_a_segment(train_cli, parent, tmp_path, capsys):
+    """Weights of the parent, fresh moments, its own steps; resumed in the same bits; in any micro-batches the same within rounding; two ranks too."""
+    file = jsonl(tmp_path / "a.jsonl", sums(200))
+    args = (*TUNE, "--parent", str(parent), "--data", file)
+    assert train_cli(*args, out="whole") == 0
+    assert "200 examples" in capsys.readouterr().out
+    end = max((tmp_path / "whole/sft/ours-cosine/v1").glob("step-*"))
+    meta = checkpoint.read_meta(end)
+    assert meta["finished"] and meta["version"] == 1 and meta["parent"]["hash"] == checkpoint.read_meta(parent)["hash"]
+    assert meta["step"] == -(-len(sft.Examples(next((tmp_path / "whole").glob("examples-*")), 32, 1).train) * 3 // 8)
+    assert train_cli(*args, "--train.save_at", "7", out="half") == 0
+    import shutil
+
+    shutil.rmtree(tmp_path / "half/sft/ours-cosine/v1" / end.name)
+    assert train_cli(*args, out="half") == 0
+    a, b = weights(end), weights(tmp_path / "half/sft/ours-cosine/v1" / end.name)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert train_cli(*args, "--train.micro_batch", "1", out="small") == 0
+    c = weights(tmp_path / "small/sft/ours-cosine/v1" / end.name)
+    ranks = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "train.py",
+        "--config",
+        "tiny",
+        *BASE,
+        *args,
+        "--out",
+    ]
+    subprocess.run(
+        [*ranks, str(tmp_path / "two"), "--data.path", str(checkpoint.read_meta(parent)["config"]["data.path"])],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    d = weights(tmp_path / "two/sft/ours-cosine/v1" / end.name)
+    for other in (c, d):
+        for k in a:
+            if k.startswith("model"):  # the mean is over the batch's targets, however they are spread; sums in another order
+                torch.testing.assert_close(a[k], other[k], rtol=1e-3, atol=1e-5)
+    capsys.readouterr()
+    # what changes the examples, or starts from elsewhere, is another fine-tuning
+    other = jsonl(tmp_path / "b.jsonl", sums(200, 1))
+    for changed, words in (((*TUNE, "--parent", str(parent), "--data", other), "was trained on other examples"),
+                           ((*TUNE, "--parent", str(parent), "--data", file, "--data.epochs", "4"), "another config"),
+                           ((*TUNE, "--parent", str(end), "--data", file), None)):  # fmt: skip
+        code = train_cli(*changed, out="whole")
+        assert code == (2 if words else 0)
+        assert not words or words in capsys.readouterr().err
+    assert (tmp_path / "whole/sft/sft/ours-cosine/v1").exists()
+
+
+def test_its_place_is_the_parents_run(train_cli, parent, tmp_path, monkeypatch):
+    import train
+
+    file = jsonl(tmp_path / "a.jsonl", sums(40))
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "--mode", "sft", "--parent", str(parent), "--data", file, "--train.batch_tokens", "256", "--plan.warmup", "1"]
+    )
+    train.main()
+    (end,) = (tmp_path / "run/sft/ours-cosine/v1").glob("step-*")
+    assert checkpoint.read_meta(end)["config"]["model.hidden"] == 16 and checkpoint.read_meta(end)["config"]["plan.max_lr"] == 2e-5
+    found = evaluation.finished(tmp_path / "run")
+    assert found["sft/ours-cosine"] == {1: end}
+
+
+def test_a_task_is_learned(train_cli, tmp_path):
+    """Letters after letters, from 2,000 examples: prompts that were never seen are answered."""
+    bigger = ["--model.hidden", "64", "--model.n_layer", "2", "--train.batch_tokens", "512", "--train.micro_batch", "16"]
+    bigger += ["--plan.max_lr", "3e-3", "--train.weight_decay", "0"]
+    assert train_cli("--mode", "ptfs", "--version", "1", *bigger) == 0
+    start = tmp_path / "run/ptfs-cosine/v1/step-000010"
+    file = jsonl(tmp_path / "a.jsonl", sums(2000))
+    assert train_cli("--mode", "sft", "--parent", str(start), "--data", file, "--data.epochs", "8", *bigger, "--plan.warmup", "10") == 0
+    end = max((tmp_path / "run/sft/ptfs-cosine/v1").glob("step-*"))
+    unseen = [s for s in sums(400, seed=9) if s not in sums(2000)]
+    assert len(unseen) > 300
+
+    def right(path):
+        net, _ = evaluation.load_model(path, torch.device("cpu"))
+        answers = generate.generate(net, [BYTES.encode(s["prompt"]) for s in unseen], 5, {BYTES.eot})
+        return np.mean([BYTES.decode(a) == s["response"] for a, s in zip(answers, unseen, strict=True)])
+
+    assert right(start) == 0 and right(end) > 0.9
+
+
+def test_examples_in_the_decay_of_a_branch(train_cli, tmp_path, capsys):
+    """data.decay_mix: the last rows of a batch are examples, the others the text that the plain branch reads; it stands beside that branch."""
+    assert train_cli("--mode", "main", "--version", "1") == 0
+    file = jsonl(tmp_path / "a.jsonl", sums(100))
+    mix = ("--mode", "branch", "--version", "1", "--data.sft", file, "--data.decay_mix", "0.25")
+    assert train_cli(*mix) == 0 and train_cli("--mode", "branch", "--version", "1") == 0
+    plain, mixed = (tmp_path / "run" / name / "v1" / "step-000010" for name in ("ours-cosine", "ours-cosine-mix0.25"))
+    meta = checkpoint.read_meta(mixed)
+    assert meta["parent"] == checkpoint.read_meta(plain)["parent"] and meta["data"]["mix"] == 0.25
+    assert not torch.equal(weights(plain)["model.embed.weight"], weights(mixed)["model.embed.weight"])
+    tokens = sft.Mix(meta["config"]["data.path"], 32, 8, [10] * 4, 1)
+    text = [tokens.__class__.__mro__[1].batch(tokens, s) for s in range(4, 10)]
+    e = sft.Examples(next((tmp_path / "run").glob("examples-*")), 32, 1)
+    tokens.mix(e, 0.25, 4)
+    for s in range(4, 10):
+        x, y, documents = tokens.batch(s)
+        assert (x[:6] == text[s - 4][0][:6]).all() and (y[:6] == text[s - 4][1][:6]).all() and not documents[:6].any()
+        expected = e.rows([e.train[i] for i in e.which(np.arange(2) + 2 * (s - 4))])
+        assert all((got[6:] == want).all() for got, want in zip((x, y, documents), expected, strict=True))
+        assert tokens.targets(s) == 6 * 32 + (expected[1] != IGNORE).sum() == (y != IGNORE).sum()
+        halves = [tokens.batch(s, slice(i, i + 4)) for i in (0, 4)]
+        assert (np.concatenate([h[1] for h in halves]) == y).all()
+    capsys.readouterr()
+    for args, words in (
+        ((*mix[:4], "--data.decay_mix", "0.25"), "data.decay_mix: needs examples"),
+        ((*mix[:6], "--data.decay_mix", "0.01"), "expected 0.125 to 0.875"),
+        ((*mix[:6], "--data.decay_mix", "1"), "expected below 1"),
+        ((*mix[:4], "--data.sft", jsonl(tmp_path / "b.jsonl", sums(100, 2)), *mix[6:]), "was trained on other examples"),
+    ):
+        assert train_cli(*args) == 2
+        assert words in (err := capsys.readouterr().err) and len(err.splitlines()) == 1, err
+
+
+GOOD = json.dumps(MIXED[0]) + "\n"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (GOOD + "{\n", "a.jsonl:2: got '{\\n', which is not JSON"),
+        (GOOD + "\n" + '{"prompt": "x"}\n', "a.jsonl:3: got"),
+        ('{"prompt": "x", "response": ""}\n', "a.jsonl:1: got"),
+        ('{"prompt": 1, "response": "a"}\n', "a.jsonl:1: got"),
+        ("[]\n", "a.jsonl:1: got"),
+        ('{"messages": []}\n', "a.jsonl:1: got"),
+        ('{"messages": [{"role": "robot", "content": "a"}]}\n', "message 1 has role 'robot'"),
+        ('{"messages": [{"role": "user", "content": ["a"]}]}\n', "message 1 has role 'user' and content ['a']"),
+        ('{"messages": [{"role": "user", "content": "a"}]}\n', "no message of the assistant"),
+        ("\n", "holds no example"),
+        (GOOD.replace("2 + 2", "2" * 40), "none of its 1 examples fits a sequence of model.context = 32"),
+    ],
+)
+def test_lines_that_are_no_examples(train_cli, parent, tmp_path, capsys, text, words):
+    (tmp_path / "a.jsonl").write_text(text)
+    capsys.readouterr()
+    assert train_cli(*TUNE, "--parent", str(parent), "--data", str(tmp_path / "a.jsonl"), out="bad") == 2
+    err = capsys.readouterr().err
+    assert words in err and len(err.splitlines()) == 1, err
+    assert not (tmp_path / "bad" / "sft").exists()
+
+
+def test_what_is_refused(train_cli, parent, tmp_path, capsys, monkeypatch):
+    file = jsonl(tmp_path / "a.jsonl", sums(40))
+    (tmp_path / "a.txt").write_text("text")
+    capsys.readouterr()
+    for args, words in [
+        (("--data", file), "--parent: not given"),
+        (("--parent", str(tmp_path)), "is no checkpoint"),
+        (("--parent", str(parent)), "--data: not given"),
+        (("--parent", str(parent), "--data", str(tmp_path / "nowhere.jsonl")), "nowhere.jsonl: does not exist"),
+        (("--parent", str(parent), "--data", str(tmp_path / "a.txt")), "is no file of examples"),
+        (("--parent", str(parent), "--data", file, "--model.n_layer", "2"), "model.n_layer: got 2, but the model is that of"),
+        (("--parent", str(parent), "--data", file, "--model.context", "64"), "model.context: got 64, expected at most the 32"),
+        (("--parent", str(parent), "--data", file, "--version", "2"), "--version: got one"),
+        (
+            ("--parent", str(parent), "--data", file, "--plan.warmup", "5000"),
+            "plan.warmup: got 5000 steps, expected fewer than the first increment's",
+        ),
+        (("--parent", str(parent), "--data", file, "--data.path", str(tmp_path)), "no prepared data"),
+    ]:
+        assert train_cli(*TUNE, *args, out="bad") == 2
+        err = capsys.readouterr().err
+        assert words in err and len(err.splitlines()) == 1, err
+    assert not (tmp_path / "bad" / "sft").exists()
+    folder = sft.prepare(file, BYTES, tmp_path, quiet=True)
+    assert sft.prepare(file, BYTES, tmp_path, quiet=True) == folder  # once
+    with open(folder / "ids.bin", "ab") as f:
+        f.write(b"1")
+    with pytest.raises(UserError, match="ids.bin has another size"):
+        sft.Examples(folder, 32, 1)
+    assert data.TEXT.exists() and train_cli(*TUNE, "--parent", str(parent), "--data", file, "--dry_run", out="dry") == 0
+    assert "40 examples" in capsys.readouterr().out and not (tmp_path / "dry").exists()
