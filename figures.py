@@ -153,6 +153,23 @@ def table(record: dict[str, Any], file: str) -> None:
     finish(fig, file, legend(fig, axes, 5 if len(groups) > 1 else 2))
 
 
+def downstream(record: dict[str, Any], file: str) -> None:
+    """Tables 4 and 11: the mean over tasks, a group of bars a version."""
+    groups = list(dict.fromkeys(m["group"] for m in record["means"]))
+    fig, axes = canvas(len(groups), sharey=True)
+    for ax, group in zip(axes, groups, strict=True):
+        mine = [m for m in record["means"] if m["group"] == group]
+        versions = list(dict.fromkeys(m["version"] for m in mine))
+        for i, (name, colour) in enumerate(OF.items()):
+            ax.bar(
+                [v + 0.27 * (i - 1) for v in range(len(versions))], [m["value"] for m in mine if m["name"] == name], 0.25, label=name, color=colour
+            )
+        ax.set_xticks(range(len(versions)), versions)
+        ax.set_title(group, fontsize=9)
+    axes[0].set_ylabel("mean over tasks (%)")
+    finish(fig, file, legend(fig, axes))
+
+
 def cost_and_quality(record: dict[str, Any], file: str) -> None:
     """Figure 2: APPL against relative cost, here and in the paper; lower left is better."""
     columns = record["columns"]

@@ -5,7 +5,9 @@
     python paper.py report                           one HTML file of all tables and figures made so far
     python paper.py table8 --scale paper             the paper's own settings: the plan, its cost, the commands to submit
 
-Tables: 1 2 3 5 6 7 8 9 10 12 13; figures: 1 to 6, and `loss`, all losses of the base setting over steps. What they share is trained
+    python paper.py table4 --sft FILE.jsonl --data_dir DIR   fine-tune each version, then the harness's downstream tasks
+
+Tables: 1 to 13; figures: 1 to 6, and `loss`, all losses of the base setting over steps. What they share is trained
 once. Scales are files in configs/scales; results go to out/<scale>/results, a picture beside each table.
 """
 
@@ -24,6 +26,7 @@ import config
 import cost
 import data
 import disk
+import downstream
 import figures
 import graph
 import lineage
@@ -76,6 +79,7 @@ class Asked:
         self.cells: graph.Graph = {}
         self.own: dict[str, graph.Graph] = {n: {} for n in self.specs}
         self.where: dict[str, dict[tuple[str, str, str], list[Path]]] = {n: {} for n in self.specs}
+        self.cell: dict[Path, str] = {}
         for name, t in self.specs.items():
             if len({(r.group, r.name) for r in t.rows}) < len(t.rows):
                 raise UserError(f"plan.steps: got {s.T}, too few to tell the rows of {name} apart; give it more")
@@ -83,7 +87,8 @@ class Asked:
                 for column, point in r.points.items():
                     cell, step = graph.add(self.cells, s, point, seed)
                     graph.add(self.own[name], s, point, seed)
-                    self.where[name].setdefault((r.group, r.name, column), []).append(checkpoint.path(root / cell, step))
+                    self.where[name].setdefault((r.group, r.name, column), []).append(path := checkpoint.path(root / cell, step))
+                    self.cell[path] = cell
                 for point in r.also:
                     graph.add(self.cells, s, point, seed)
                     graph.add(self.own[name], s, point, seed)
@@ -148,7 +153,7 @@ def check_settings(s: scales.Setup, root: Path) -> None:
 
 def main() -> None:
     a = config.Parser(prog="paper.py", description=__doc__,
-                      usage="paper.py WHAT .. [--scale NAME] [--seeds N] [--schedules A,B] [--jobs N] [--ranks N] [--run yes|no] [--slurm] [--section.key VALUE ..]")  # fmt: skip
+                      usage="paper.py WHAT .. [--scale NAME] [--seeds N] [--schedules A,B] [--sft FILE] [--tasks A,B] [--data_dir DIR] [--jobs N] [--ranks N] [--run yes|no] [--slurm] [--section.key VALUE ..]")  # fmt: skip
     a.add_argument("what", nargs="+", help=f"status, report, or some of {', '.join(ORDER)}")
     a.add_argument("--scale", default="tiny", help="a name in configs/scales/ or a .toml file [tiny]")
     a.add_argument("--seeds", type=int, default=1, help="repeat with so many seeds, from train.seed on [1]")
@@ -156,6 +161,11 @@ def main() -> None:
     a.add_argument("--jobs", type=int, help="segments side by side [as many as GPUs or cores allow]")
     a.add_argument("--ranks", type=int, help="processes of a segment [the scale's]")
     a.add_argument("--run", choices=("yes", "no"), help="train what is missing; no: print what it would cost [the scale's]")
+    a.add_argument("--sft", metavar="FILE", help="table4, table11: fine-tune each version on these examples first [take them as they are]")
+    a.add_argument("--tasks", help=f"table4, table11: tasks of the harness [{','.join(downstream.NINE)}]")
+    a.add_argument("--data_dir", help="table4, table11: folder of local copies of the tasks' data [the hub]")
+    a.add_argument("--limit", type=int, help="table4, table11: so many examples of each task [all]")
+    a.add_argument("--num_fewshot", type=int, help="table4, table11: examples in the prompt [as each task says]")
     a.add_argument("--slurm", action="store_true", help="print SLURM jobs that wait for each other, in place of torchrun's lines")
     a.add_argument("--mfu", type=float, default=0.4, help="part of a GPU's peak that training reaches, for the costs of plans [0.4]")
     a.add_config(name=False)
@@ -164,8 +174,7 @@ def main() -> None:
     overrides = {k: v for k in config.flatten(config.Config()) if (v := getattr(o, k)) is not None and k != "out"}
     config.load(scale.config, overrides | ({"out": o.out} if o.out else {}), unknown)
     if wrong := [w for w in o.what if w not in ORDER and w not in ("status", "report")]:
-        why = "table4 and table11 compare downstream tasks, which are not here yet; " if {"table4", "table11"} & set(wrong) else ""
-        raise UserError(f"{wrong[0]}: {why}expected status, report or some of {', '.join(ORDER)}")
+        raise UserError(f"{wrong[0]}: expected status, report or some of {', '.join(ORDER)}")
     names = list(dict.fromkeys(o.schedules.split(","))) if o.schedules else list(tables.MAIN)
     if unheard := [n for n in names if n not in schedule.SCHEDULES]:
         raise UserError(f"--schedules: got {', '.join(unheard)}, expected some of {', '.join(schedule.SCHEDULES)}")
@@ -190,6 +199,11 @@ def main() -> None:
     jobs = o.jobs or max(1, (gpus * scale.per_gpu or os.cpu_count() or 1) // ranks)
     seeds = [s.base.train.seed + i for i in range(o.seeds)]
     what = [w for w in ORDER if w in o.what] or ORDER  # status alone: of all
+    tasked = [w for w in o.what if w in tables.DOWNSTREAM]
+    options = {"data_dir": o.data_dir, "limit": o.limit, "num_fewshot": o.num_fewshot}
+    asked_tasks = list(dict.fromkeys(n for n in (o.tasks or ",".join(downstream.NINE)).split(",") if n))
+    if tasked and "status" not in o.what:
+        downstream.check(asked_tasks, o.sft, options)
     check_settings(s, root)
     asked = Asked(s, what, seeds, root)
     if problems := {p: None for c in asked.cells.values() for p in config.check_batch(c.config, ranks)}:
@@ -206,6 +220,10 @@ def main() -> None:
     todo = graph.left(asked.cells, root)[0]
     if todo and not (scale.train if o.run is None else o.run == "yes"):
         print_plan(asked, root, ranks, o.mfu, o.slurm)
+        if tasked and o.sft:
+            print(
+                f"Then, for each version of {', '.join(tasked)}, which --run yes does, too: train.py --config sft --mode sft --parent CHECKPOINT --data {o.sft}"
+            )
         raise UserError(
             f"{', '.join(what)}: {len(todo)} of {len(asked.cells)} segments are not trained yet; train them as printed above, or here with --run yes"
         )
@@ -231,9 +249,14 @@ def main() -> None:
         made = {"table9": tables.table9(s)} if "table9" in what else {}
         if asked.cells:
             train.steady_malloc(train.pick_device(s.base.train.device, 0))
-            every = sorted({p for points in asked.where.values() for ps in points.values() for p in ps})
+            every = sorted({p for name, points in asked.where.items() if name not in tasked for ps in points.values() for p in ps})
             known = measure.scores(every, root / "scores", jobs, s.base.train.device)
             for name, t in asked.specs.items():
+                if name in tasked:
+                    made[name] = downstream.make(
+                        t, s, asked.cells, asked.cell, asked.where[name], root, o.sft, asked_tasks, jobs, gpus, ranks, options
+                    )
+                    continue
                 found = {k: [known[p] for p in ps] for k, ps in asked.where[name].items()}
                 made[name] = measure.measure(t, found, seeds, s.columns) | {"made": provenance(s, asked.own[name], root)}
             save_logs(results, root)
@@ -256,6 +279,8 @@ def publish(name: str, s: scales.Setup, made: dict[str, dict[str, Any]], asked: 
         {"fig1": figures.paradigms, "fig3": figures.schedules, "fig6": figures.variants}[name](s, file)
     elif name in ("fig4", "fig5"):
         figures.stages(made[name], figures.paths(s, name, asked.cells, seed), file)
+    elif name in tables.DOWNSTREAM:
+        figures.downstream(made[name], file)
     elif name == "fig2":
         figures.cost_and_quality(made["table3"], file)
     elif name == "loss":

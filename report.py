@@ -51,7 +51,7 @@ def gaps(record: dict[str, Any]) -> Matrix:
 def words(record: dict[str, Any]) -> list[str]:
     """What the numbers are, and by what they were made."""
     if "seeds" not in record:
-        return []
+        return record.get("notes", [])
     n, m = len(record["seeds"]), record["made"]
     spread = f"Mean ± standard deviation over {n} seeds; differences paired by seed (standard error)" if n > 1 else "One seed; differences paired by document (standard error)"  # fmt: skip
     lines = [

@@ -48,6 +48,7 @@ class Scale:
     per_gpu: int
     sizes: dict[str, dict[str, str]]
     long: dict[str, str]
+    sft: dict[str, str]
 
 
 def load_scale(name: str) -> Scale:
@@ -62,7 +63,8 @@ def load_scale(name: str) -> Scale:
         tree = tomllib.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
         raise UserError(f"{file}: not TOML: {e}") from None
-    wanted = {"config": str, "train": bool, "ranks": int, "per_gpu": int, "sizes": dict, "long": dict}
+    tree = {"sft": {}, **tree}
+    wanted = {"config": str, "train": bool, "ranks": int, "per_gpu": int, "sizes": dict, "long": dict, "sft": dict}
     for key in [*wanted, *tree]:
         if key not in wanted or type(tree.get(key)) is not wanted[key]:
             raise UserError(
@@ -73,7 +75,7 @@ def load_scale(name: str) -> Scale:
             raise UserError(f"{file}: {key}: got {tree[key]}, expected 1 or more")
     if not tree["sizes"] or not all(isinstance(keys, dict) for keys in tree["sizes"].values()):
         raise UserError(f"{file}: sizes: got {tree['sizes']!r:.60}, expected at least one NAME = {{ keys }}")
-    free = ("config", "data.path", "data.repeat", "plan.max_lr", "plan.min_lr")
+    free = ("config", "data.path", "data.repeat", "data.epochs", "plan.max_lr", "plan.min_lr", "plan.warmup")
 
     def checked(where: str, keys: dict[str, Any]) -> dict[str, str]:
         """{"model": {"hidden": 32}} as on a command line."""
@@ -94,7 +96,9 @@ def load_scale(name: str) -> Scale:
 
     checked("config", {})
     sizes = {n: checked(f"sizes.{n}", k) for n, k in tree["sizes"].items()}
-    return Scale(file.stem, tree["config"], tree["train"], tree["ranks"], tree["per_gpu"], sizes, checked("long", tree["long"]))
+    return Scale(
+        file.stem, tree["config"], tree["train"], tree["ranks"], tree["per_gpu"], sizes, checked("long", tree["long"]), checked("sft", tree["sft"])
+    )
 
 
 class Setup:

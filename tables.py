@@ -249,13 +249,37 @@ def _cycles(s: Setup, name: str, title: str, points: Callable[[float], dict[str,
     return Table(name, title, list(rows[0].points), rows, claims)
 
 
+def table4(s: Setup) -> Table:
+    rows = three(s, "", {}, "table1_3", {"schedule": "cosine"}, keys={"plan.schedule": "cosine"})
+    return Table("table4", "Table 4: downstream tasks", s.columns, rows, [])
+
+
+def table11(s: Setup) -> Table:
+    total = s.T * s.N * s.base.train.batch_tokens
+    of = {
+        size: {k: v for k, v in keys.items() if k != "config"} | {"config": keys.get("config", s.scale.config)}
+        for size, keys in s.scale.sizes.items()
+    }
+    own = next((size for size, keys in of.items() if keys == {"config": s.scale.config}), "base")
+    large = list(of)[-1]
+    rows = []
+    for label, setting, keys, named in (
+        (f"{own}-{count(total)}", "base", {}, ""),
+        (f"{own}-{count(4 * total)}", f"steps-{4 * s.T}", {"plan.steps": str(4 * s.T), **s.scale.long}, ""),
+        (f"{large}-{count(total)}", f"size-{large}", {k: v for k, v in of[large].items() if k != "config"}, of[large]["config"]),
+    ):
+        rows += three(s, label, {}, "table1_3", {"schedule": "cosine"}, setting, {**keys, "plan.schedule": "cosine"}, named)
+    return Table("table11", "Table 11: downstream tasks, with more data and a larger model", s.columns, rows, [])
+
+
 TABLES: dict[str, Callable[[Setup], Table]] = {
-    "table1": table1, "fig4": fig4, "fig5": fig5, "table2": table2, "table3": table3, "table5": table5, "table6": table6, "table7": table7,
-    "table8": table8, "table10": table10, "table12": table12, "table13": table13,
+    "table1": table1, "fig4": fig4, "fig5": fig5, "table2": table2, "table3": table3, "table4": table4, "table5": table5, "table6": table6, "table7": table7,
+    "table8": table8, "table10": table10, "table11": table11, "table12": table12, "table13": table13,
 }  # fmt: skip
 # Everything that paper.py makes, in the paper's order
-ORDER = ["fig1", "fig2", "fig3", "table1", "fig4", "fig5", "table2", "table3", "table5", "table6", "table7", "table8", "table9", "fig6", "table10", "table12", "table13", "loss"]  # fmt: skip
+ORDER = ["fig1", "fig2", "fig3", "table1", "fig4", "fig5", "table2", "table3", "table4", "table5", "table6", "table7", "table8", "table9", "fig6", "table10", "table11", "table12", "table13", "loss"]  # fmt: skip
 ORDER += [name for name in TABLES if name not in ORDER]
+DOWNSTREAM = ("table4", "table11")  # whose numbers are not perplexities: downstream.py makes them
 REWARM = "CPT is RewarmMax here, as the paper's numbers of its base setting say."
 
 

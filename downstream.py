@@ -1,0 +1,114 @@
+"""Tables 4 and 11: fine-tune each version of each paradigm on the same examples, and compare them on downstream tasks.
+
+The versions are cells of the graph that the other tables share; the fine-tunings are a second graph, once those are there. Scores of
+a checkpoint on tasks are kept in <root>/tasks, so a table goes on where it was.
+"""
+
+import hashlib
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import checkpoint
+import config
+import disk
+import graph
+import lineage
+import sft
+import tables
+import train
+from config import UserError
+from scales import Setup
+
+NINE = {"c3": "C3", "gsm8k": "GSM8K", "mmlu": "MMLU", "csl": "CSL", "ceval-valid": "C-EVAL", "bbh": "BBH", "cmmlu": "CMMLU", "gaokao": "GAOKAO", "agieval": "AGIEval"}  # fmt: skip
+Scores = dict[str, dict[str, Any]]  # task: value, se, metric, n
+
+
+def check(names: list[str], file: str | None, options: dict[str, Any]) -> None:
+    """What can be wrong with the tasks and their data, before anything is trained."""
+    import tasks  # needs a package that the rest does not
+
+    if file and not Path(file).is_file():
+        raise UserError(f"--sft {file}: is not there; expected a .jsonl file of examples")
+    if options["limit"] is not None and options["limit"] < 1:
+        raise UserError(f"--limit: got {options['limit']}, expected 1 or more")
+    for name in names:
+        tasks.load((name,), options["data_dir"], options["num_fewshot"])
+
+
+def tunings(s: Setup, cells: graph.Graph, at: dict[Path, str], root: Path, file: str, ranks: int) -> tuple[graph.Graph, dict[Path, Path]]:
+    """The fine-tunings of checkpoints that are there, {checkpoint: its cell}; and where the result of each will be."""
+    found: graph.Graph = {}
+    results = {}
+    for path, cell in at.items():
+        setting = cells[cell].setting
+        arguments = ["--config", "sft", "--mode", "sft", "--parent", str(path), "--data", file]
+        c, meta = lineage.tuned(config.load("sft", {**s.scale.sft, "data.sft": file, "train.device": s.base.train.device}), str(path), {"out"})
+        if problems := config.check_batch(c, ranks):
+            raise UserError("\n".join(problems))
+        examples = sft.Examples(sft.prepare(file, lineage.open_tokenizer(path, meta), root / setting), c.model.context, c.train.seed)
+        _, segment = lineage.tuning(c, meta, sft.Tuning(examples, meta["data"], c.batch_sequences, c.data.epochs).steps)
+        arguments += [w for k, v in {**s.scale.sft, "train.device": s.base.train.device}.items() for w in (f"--{k}", v)]
+        found[name := f"{setting}/{segment.name}"] = graph.Cell(setting, segment, c, arguments, None, {segment.end})
+        results[path] = checkpoint.path(root / name, segment.end)
+    return found, results
+
+
+def scores(path: Path, names: list[str], root: Path, s: Setup, options: dict[str, Any]) -> Scores:
+    """Of a checkpoint on tasks; those that are known are not asked again."""
+    import tasks
+
+    folder = root / "tasks"
+    folder.mkdir(parents=True, exist_ok=True)
+    known: Scores = {}
+    for name in names:
+        key = hashlib.sha256(json.dumps([checkpoint.read_meta(path)["hash"], name, options], sort_keys=True).encode()).hexdigest()[:16]
+        file = folder / f"{key}.json"
+        try:
+            known[name] = disk.read_json(file)["score"]
+        except (FileNotFoundError, ValueError, KeyError):
+            device = train.pick_device(s.base.train.device, 0)
+            known[name] = tasks.evaluate(path, [name], device, **options)[name]
+            disk.write_json(file, {"checkpoint": str(path), "task": name, "options": options, "score": known[name]})
+    return known
+
+
+def record(t: tables.Table, found: dict[tuple[str, str, str], list[Scores]], names: list[str], notes: list[str]) -> dict[str, Any]:
+    """A table of versions x tasks x paradigms, means over seeds in percent; the paper's numbers below ours."""
+    groups = list(dict.fromkeys(r.group for r in t.rows))
+    several = len(groups) > 1
+    rows, means = [], []
+    for group in groups:
+        for column in t.columns:
+            for r in (r for r in t.rows if r.group == group):
+                values = [100 * statistics.fmean(known[n]["value"] for known in found[group, r.name, column]) for n in names]
+                means.append({"group": group, "version": column, "name": r.name, "value": statistics.fmean(values)})
+                rows.append([*[group] * several, column, r.name, *(f"{v:.2f}" for v in values), f"{means[-1]['value']:.2f}"])
+    for p in tables.PAPER["table4_downstream"]:
+        if several or p["scale"] == "1.2B-42B":
+            shown = [f"{p[NINE[n]]:.2f}" if n in NINE else "-" for n in names]
+            rows.append(
+                [*[p["scale"]] * several, p["version"], f"{p['paradigm']} (paper)", *shown, f"{p['AVG']:.2f}" if set(names) == set(NINE) else "-"]
+            )
+    one = next(iter(found.values()))[0]
+    said = ", ".join(f"{NINE.get(n, n)} {one[n]['metric']} of {one[n]['n']:,}" for n in names)
+    return {"name": t.name, "title": t.title, "header": [*["scale"] * several, "Ver.", "TP", *(NINE.get(n, n) for n in names), "AVG"], "rows": rows,
+            "means": means, "notes": [f"Percent: {said}.", *notes], "scores": [{"of": list(k), "seeds": v} for k, v in found.items()]}  # fmt: skip
+
+
+def make(t: tables.Table, s: Setup, cells: graph.Graph, cell: dict[Path, str], where: dict[tuple[str, str, str], list[Path]], root: Path, file: str | None,
+         names: list[str], jobs: int, gpus: int, ranks: int, options: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
+    """Fine-tune versions, which are trained, on the examples of `file` (none: take them as they are), evaluate them, and return the table's record."""
+    at = {p: cell[p] for ps in where.values() for p in ps}
+    results, tuned = {p: p for p in at}, "not fine-tuned"
+    if file:
+        found, results = tunings(s, cells, at, root, file, ranks)
+        if graph.left(found, root)[0]:
+            graph.run(found, root, jobs, gpus, ranks)
+        c = next(iter(found.values())).config
+        tuned = f"fine-tuned on {Path(file).name}, epochs {c.data.epochs}, max_lr {c.plan.max_lr:g}"
+    known = {p: scores(r, names, root, s, options) for p, r in results.items()}
+    shown = {k: [known[p] for p in ps] for k, ps in where.items()}
+    limits = "".join(f"; {k} {options[k]}" for k in ("limit", "num_fewshot") if options[k] is not None)
+    return record(t, shown, names, [f"Scale {s.scale.name}, versions {tuned}{limits}."])
