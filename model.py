@@ -125,8 +125,16 @@ class Transformer(nn.Module):
         `documents` (B, T): a token sees only tokens of its own number. `cache`: the ids continue its rows, and are added to it;
         whoever calls moves `lengths` on, so a row may be padded on its right. `last` (B, 1): logits (B, 1, V) of this place in each row alone.
         """
-        B, T = ids.shape
-        cos, sin, mask, pasts = self.cos[:T], self.sin[:T], None, [None] * len(self.blocks)
+        y = self.states(ids, documents, cache)
+        if targets is None:
+            return self.head(y if last is None else y.gather(1, last[:, :, None].expand(-1, -1, y.shape[2])))
+        return linear_cross_entropy(y, self.head.weight, targets, reduction, self.use["cross_entropy"])
+
+    def states(self, ids: Tensor, documents: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """What the head reads, (B, T, C), for whoever wants logits of some places only."""
+        T = ids.shape[1]
+        cos, sin, mask = self.cos[:T], self.sin[:T], None
+        pasts: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * len(self.blocks)
         if documents is not None:
             mask = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]  # (B, 1, T, T)
         if cache:
@@ -140,10 +148,7 @@ class Transformer(nn.Module):
         for block, past in zip(self.blocks, pasts, strict=True):
             given = (added, x, cos, sin, mask, past)
             added, x = checkpoint(block, *given, use_reentrant=False) if self.recompute else block(*given)
-        y, _ = self.norm(added, x)
-        if targets is None:
-            return self.head(y if last is None else y.gather(1, last[:, :, None].expand(-1, -1, y.shape[2])))
-        return linear_cross_entropy(y, self.head.weight, targets, reduction, self.use["cross_entropy"])
+        return self.norm(added, x)[0]
 
     def cache(self, rows: int, size: int) -> Cache:
         """An empty one for so many sequences of at most `size` tokens."""
