@@ -3,6 +3,7 @@
     python eval.py out/tiny/base-s1                             table of a run: versions x paradigms, APPL, standard errors
     python eval.py out/tiny/base-s1/main/step-000080 OTHER ..   any checkpoints, the first one compared with the others
     python eval.py CHECKPOINT --sample "The whale"              a continuation
+    python eval.py out/tiny/base-s1 --tasks gsm8k,mmlu          downstream tasks, of a run's versions or of checkpoints
 
 PPL = exp(mean negative log-likelihood of a token). Standard errors are over documents: tokens of one document are not
 independent, so a document is the unit, and two checkpoints are compared document by document.
@@ -128,6 +129,20 @@ def finished(run: Path) -> dict[str, dict[int, Path]]:
     return found
 
 
+def chosen(paths: list[Path]) -> dict[str, dict[int, Path]] | None:
+    """The finished versions if it is a run's folder that was named, None if it is checkpoints."""
+    for p in paths:
+        if not p.exists():
+            raise UserError(f"{p}: does not exist; expected a run such as out/tiny/base-s1 or a checkpoint such as out/tiny/base-s1/main/step-000080")
+    if len(paths) > 1 or (paths[0] / "meta.json").exists():
+        return None
+    if run := finished(paths[0]):
+        return run
+    raise UserError(
+        f"{paths[0]}: holds no finished version; train one: python train.py --mode ptfs --version 1 --out {paths[0]}; or name a checkpoint in it"
+    )
+
+
 def sample(path: Path, device: torch.device, prompts: list[str], length: int, seed: int, folder: str | None, temperature: float = 1.0,
            top_p: float = 1.0) -> list[str]:  # fmt: skip
     """Each prompt and `length` tokens drawn after it, or fewer where the text ends."""
@@ -150,29 +165,33 @@ def main() -> None:
     a.add_argument("--temperature", type=float, default=1.0, help="of a continuation; 0: the likeliest token each time [1]")
     a.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens that have this probability together [1]")
     a.add_argument("--seed", type=int, default=1, help="of the continuations [1]")
+    a.add_argument("--tasks", metavar="NAME,..", help="downstream tasks of lm-evaluation-harness, of configs/tasks, or YAML files")
+    a.add_argument("--data_dir", metavar="DIR", help="local copies of the tasks' datasets, each in DIR/its name on the hub [from the hub]")
+    a.add_argument("--limit", type=int, help="the first questions of each task only, as a trial")
+    a.add_argument("--num_fewshot", type=int, help="examples before each question [as the task says]")
+    a.add_argument("--batch", type=int, default=16, help="of the tasks: rows side by side [16]")
     o = a.parse_args()
     if not 0 <= o.seed < 2**63 or o.length < 0:
         raise UserError(f"--seed, --length: got {o.seed} and {o.length}, expected 0 or more, and the seed below 2^63")
     if not (0 <= o.temperature < math.inf and 0 < o.top_p <= 1):
         raise UserError(f"--temperature, --top_p: got {o.temperature} and {o.top_p}, expected 0 or more, and above 0 and at most 1")
+    if (o.limit is not None and o.limit < 1) or o.batch < 1 or (o.num_fewshot or 0) < 0:
+        raise UserError(f"--limit, --batch, --num_fewshot: got {o.limit}, {o.batch} and {o.num_fewshot}, expected 1 or more, 1 or more and 0 or more")
+    if o.tasks is not None:
+        import tasks  # needs a package that the rest does not
+
+        tasks.run(o)
+        return
     device = pick_device(o.device, 0)
     steady_malloc(device)
     paths = [Path(p) for p in o.path]
-    for p in paths:
-        if not p.exists():
-            raise UserError(f"{p}: does not exist; expected a run such as out/tiny/base-s1 or a checkpoint such as out/tiny/base-s1/main/step-000080")
-
+    run = chosen(paths)
     if o.sample is not None:
         for p in paths:
             print("\n\n".join(sample(p, device, o.sample, o.length, o.seed, o.data, o.temperature, o.top_p)))
         return
 
-    if len(paths) == 1 and not (paths[0] / "meta.json").exists():
-        run = finished(paths[0])
-        if not run:
-            raise UserError(
-                f"{paths[0]}: holds no finished version; train one: python train.py --mode ptfs --version 1 --out {paths[0]}; or name a checkpoint in it"
-            )
+    if run:
         known: dict[Path, Score] = {}
         for p in sorted({p for versions in run.values() for p in versions.values()}):
             known[p] = score(p, device, o.data)

@@ -119,16 +119,24 @@ class Transformer(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None, reduction: str = "mean", documents: Tensor | None = None,
-                cache: Cache | None = None, last: Tensor | None = None) -> Tensor:  # fmt: skip
+    def forward(self, ids: Tensor, targets: Tensor | None = None, reduction: str = "mean", documents: Tensor | None = None) -> Tensor:
         """Token ids (B, T), T at most the context -> logits (B, T, V); with targets (B, T) -> their loss in nats, float32.
 
-        `documents` (B, T): a token sees only tokens of its own number. `cache`: the ids continue its rows, and are added to it;
-        whoever calls moves `lengths` on, so a row may be padded on its right. `last` (B, 1): logits (B, 1, V) of this place in each row alone.
+        `documents` (B, T): a token sees only tokens of its own number.
+        """
+        y = self.states(ids, documents)
+        if targets is None:
+            return self.head(y)
+        return linear_cross_entropy(y, self.head.weight, targets, reduction, self.use["cross_entropy"])
+
+    def states(self, ids: Tensor, documents: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """What the head reads, (B, T, C), for whoever wants logits of some places only.
+
+        `cache`: the ids continue its rows, and are added to it; whoever calls moves `lengths` on, so a row may be padded on its right.
         """
         T = ids.shape[1]
         cos, sin, mask = self.cos[:T], self.sin[:T], None
-        pasts: list[Any] = [None] * len(self.blocks)
+        pasts: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * len(self.blocks)
         if documents is not None:
             mask = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]  # (B, 1, T, T)
         if cache:
@@ -142,10 +150,7 @@ class Transformer(nn.Module):
         for block, past in zip(self.blocks, pasts, strict=True):
             given = (added, x, cos, sin, mask, past)
             added, x = checkpoint(block, *given, use_reentrant=False) if self.recompute else block(*given)
-        y, _ = self.norm(added, x)
-        if targets is None:
-            return self.head(y if last is None else y.gather(1, last[:, :, None].expand(-1, -1, y.shape[2])))
-        return linear_cross_entropy(y, self.head.weight, targets, reduction, self.use["cross_entropy"])
+        return self.norm(added, x)[0]
 
     def cache(self, rows: int, size: int) -> Cache:
         """An empty one for so many sequences of at most `size` tokens."""

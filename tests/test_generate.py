@@ -31,7 +31,7 @@ def test_the_cache_gives_the_logits_of_whole_sequences(kw):
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row
     cache, read = net.cache(3, 96), torch.tensor([40, 23, 1])
-    logits = net(ids, cache=cache, last=read[:, None] - 1)[:, 0]
+    logits = net.head(net.states(ids, cache=cache)[torch.arange(3), read - 1])
     for _ in range(50):
         for i, row in enumerate(rows):
             whole = net(row[None])[0, -1]
@@ -41,7 +41,7 @@ def test_the_cache_gives_the_logits_of_whole_sequences(kw):
         new = torch.randint(0, 61, (3, 1))
         rows = [torch.cat((row, n)) for row, n in zip(rows, new, strict=True)]
         read = torch.ones(3, dtype=torch.int64)
-        logits = net(new, cache=cache)[:, 0]
+        logits = net.head(net.states(new, cache=cache))[:, 0]
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def test_several_tokens_at_a_time_join_the_cache():
     ids = torch.randint(0, 61, (2, 60))
     cache, parts = net.cache(2, 60), []
     for part in ids.split((20, 33, 7), dim=1):
-        parts.append(net(part, cache=cache))
+        parts.append(net.head(net.states(part, cache=cache)))
         cache.lengths += part.shape[1]
     torch.testing.assert_close(torch.cat(parts, 1), net(ids), rtol=1e-5, atol=1e-5)
 

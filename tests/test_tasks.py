@@ -1,0 +1,327 @@
+"""Downstream tasks: the adapter against the harness's own for Hugging Face's models, tables, local copies of datasets, ranks."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import config
+import eval as evaluation
+import model
+import peers
+from config import UserError
+from text import Tokenizer
+
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # no retries of a network that is not there
+lm_eval = pytest.importorskip("lm_eval")
+import tasks  # noqa: E402
+
+CPU = torch.device("cpu")
+FIXTURES = ROOT / "tests" / "fixtures" / "tasks"
+ALL = [str(FIXTURES / f"{n}.yaml") for n in ("choosing", "continuing", "reading")]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """What `datasets` makes of files goes to a folder of this session's."""
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    datasets.disable_progress_bars()
+    os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """(ours, the harness's) adapter for the same weights and the same ids: a byte is a token."""
+    import tokenizers
+    import transformers
+    from lm_eval.models.huggingface import HFLM
+    from tokenizers import decoders, models, pre_tokenizers
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    net = model.Transformer(config.Model(n_layer=2, n_head=4, n_kv_head=2, hidden=32, vocab_size=257, context=96)).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+        net.head.weight[97:123] += 0.5 * net.head.weight[97:123]  # letters are likelier, and so are stop strings
+    keep = [*range(33, 127), *range(161, 173), *range(174, 256)]  # byte-level BPE spells a byte as a printable character
+    rest = iter(range(256, 400))
+    spelling = {chr(b) if b in keep else chr(next(rest)): b for b in range(256)}
+    tok = tokenizers.Tokenizer(models.BPE(spelling, []))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    tok.add_special_tokens(["<|endoftext|>"])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|endoftext|>")
+    twin = peers.hugging_face(net.config, net).eval()
+    twin.generation_config.eos_token_id = twin.config.eos_token_id = 256
+    return tasks.LM(net, Tokenizer("bytes"), 3), HFLM(pretrained=twin, tokenizer=fast, batch_size=3, max_length=96, device="cpu")
+
+
+def requests(*args):
+    from lm_eval.api.instance import Instance
+
+    return [Instance("loglikelihood", {}, a, i) for i, a in enumerate(args)]
+
+
+def test_log_likelihoods_equal_those_of_the_harness(pair):
+    pairs = [
+        ("The whale", " swims"),
+        ("The whale", " sings"),
+        ("A or B? ", "A"),  # the space moves to the answer
+        ("A or B? ", "B"),
+        ("", "no context"),
+        ("Ein Wal, größer als 40 Fuß:", " 鯨"),
+        ("far too long for the context " * 10, " and cut on its left"),
+        ("x", "y" * 96),
+    ]
+    for lm in pair:
+        lm.found = lm.loglikelihood(requests(*pairs), disable_tqdm=True)
+    for ours, theirs in zip(pair[0].found, pair[1].found, strict=True):
+        assert ours == (pytest.approx(theirs[0], abs=1e-4), theirs[1])
+    # the likeliest next token is known to be it
+    ids = pair[0].tok_encode("The whale")
+    best = pair[0].net(torch.tensor([ids]))[0, -1].argmax().item()
+    assert pair[0]._loglikelihood_tokens([(None, ids, [best]), (None, ids, [best ^ 1])])[0][1] is True
+    with pytest.raises(UserError, match="an answer has 97 tokens, and the model's context is 96"):
+        pair[0].loglikelihood(requests(("x", "y" * 97)))
+
+
+def test_whole_texts_in_windows_equal_those_of_the_harness(pair):
+    texts = [("short",), ("a" * 96,), ("It was late, and the rain had not stopped. " * 7,), ("b" * 97,)]
+    ours, theirs = (lm.loglikelihood_rolling(requests(*texts), disable_tqdm=True) for lm in pair)
+    assert ours == pytest.approx(theirs, abs=1e-3, rel=1e-6)  # sums of up to 300 tokens
+
+
+def test_answers_equal_those_of_the_harness(pair):
+    long = "cut to the context less the new tokens " * 5
+    how = [
+        {"until": ["e"], "max_gen_toks": 40},
+        {"until": ["th", "\n"], "max_gen_toks": 16, "do_sample": False},
+        {"until": [], "max_gen_toks": 8, "temperature": 0.0},
+    ]
+    asked = [(text, kw) for kw in how for text in ("The ship", "One two three", "A", long, "größer als")]
+    ours, theirs = (lm.generate_until(requests(*asked), disable_tqdm=True) for lm in pair)
+    assert ours == theirs
+    assert any(len(t.encode()) < 40 for t in ours[:5]) and not any("e" in t for t in ours[:5]) and len({*ours}) > 5
+
+
+def test_a_row_stops_at_its_stop_string_and_draws_differ_by_batch(pair, monkeypatch):
+    lm, calls = pair[0], []
+    original = tasks.generate
+    monkeypatch.setattr(tasks, "generate", lambda *a: calls.append(original(*a)) or calls[-1])
+    (text,) = lm.generate_until(requests(("The ship", {"until": [], "max_gen_toks": 40})))
+    stop = text[5:7]
+    assert lm.generate_until(requests(("The ship", {"until": stop, "max_gen_toks": 40}))) == [text.split(stop)[0]]
+    assert len(calls[1][0]) <= len(text[:7].encode()) + 4 < len(calls[0][0]) == 40
+    drawn = [lm.generate_until(requests(("The ship", {"until": [], "max_gen_toks": 20, "do_sample": True, "temperature": 1.0})))[0] for _ in range(2)]
+    assert drawn[0] != drawn[1]
+
+
+def test_scores_of_tasks_equal_those_of_the_harness(pair):
+    found = tasks.load(tuple(ALL), str(FIXTURES), None)
+    a, b = (
+        lm_eval.simple_evaluate(
+            lm, tasks=list(found.values()), log_samples=False, bootstrap_iters=10, task_manager=tasks.catalogue((tasks.OURS,), False)
+        )["results"]
+        for lm in pair
+    )
+    assert a.keys() == b.keys() == {"choosing", "colours", "letters", "continuing", "reading"}
+    for name in a:
+        for key, value in a[name].items():
+            assert value == (pytest.approx(b[name][key], rel=1e-5) if isinstance(value, float) else b[name][key]), (name, key)
+    assert (
+        lm_eval.simple_evaluate(
+            pair[0], tasks=list(found.values()), log_samples=False, bootstrap_iters=10, task_manager=tasks.catalogue((tasks.OURS,), False)
+        )["results"]
+        == a
+    )  # and again
+
+
+def test_the_headline_of_a_task():
+    both = {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.1, "exact_match,flexible-extract": 0.5,
+            "exact_match_stderr,flexible-extract": 0.2, "alias": "x", "sample_len": 4}  # fmt: skip
+    assert tasks.headline(both) == {"value": 0.5, "se": 0.2, "metric": "exact_match (flexible-extract)", "n": 4}
+    assert tasks.headline({"acc_norm,none": 1.0, "acc,none": 0.75, "acc_stderr,none": "N/A", "sample_len": 1}) == {
+        "value": 0.75,
+        "se": None,
+        "metric": "acc",
+        "n": 1,
+    }
+    assert tasks.headline({"word_perplexity,none": 9.0, "byte_perplexity,none": 2.0, "sample_len": 1})["metric"] == "word_perplexity"
+    assert tasks.headline({"exact_match,get-answer": 0.5, "exact_match_stderr,get-answer": math.nan, "sample_len": 1})["se"] is None
+
+
+def test_the_table_has_versions_and_paradigms_and_a_mean():
+    def r(value, metric="acc"):
+        return {"value": value, "se": 0.1, "metric": metric, "n": 8}
+
+    record = tasks.table("t", ["Ver.", "TP"], [(["V2", "PTFS"], {"a": r(0.25), "b": r(0.5)}), (["V2", "Ours"], {"a": r(0.125), "b": r(1.0)})])
+    assert record["header"] == ["Ver.", "TP", "a", "b", "AVG"]
+    assert record["rows"] == [["V2", "PTFS", "25.00", "50.00", "37.50"], ["V2", "Ours", "12.50", "100.00", "56.25"]]
+    mixed = tasks.table("t", ["checkpoint"], [(["x"], {"a": r(0.25), "b": r(7.5, "word_perplexity")})])
+    assert mixed["rows"] == [["x", "25.00", "7.50", "-"]] and mixed["notes"] == ["a: acc, %, of 8", "b: word_perplexity, of 8"]
+    names = ["cpt-cosine", "ours-cosine", "ours-cosine-d5", "ptfs-cosine"]
+    assert [tasks.paradigm(n, names) for n in names] == ["CPT", "Ours cosine", "Ours cosine-d5", "PTFS"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.fixture
+def trained(train_cli, tmp_path):
+    assert train_cli("--mode", "ptfs", "--version", "1") == 0
+    return tmp_path / "run" / "ptfs-cosine" / "v1" / "step-000010"
+
+
+def cli(*args, ranks=1):
+    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return subprocess.run([*start, "eval.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=200)
+
+
+def test_a_run_and_two_ranks(trained, train_cli, tmp_path):
+    assert train_cli("--mode", "cpt", "--version", "2") == 0
+    ask = ["--tasks", ",".join(ALL), "--data_dir", FIXTURES, "--device", "cpu"]
+    r = cli(tmp_path / "run", *ask)
+    rows = [line.split("|")[1:-1] for line in r.stdout.splitlines() if line.startswith("| V") and "Ver." not in line]
+    assert [[c.strip() for c in row[:2]] for row in rows] == [["V1", "PTFS"], ["V1", "CPT"], ["V2", "CPT"]], r.stderr
+    assert "2 of 2: " in r.stderr and "choosing.yaml: acc, %, of 14" in r.stdout
+    one = json.loads(cli(tmp_path / "run", *ask, "--json").stdout)
+    assert one["cpt-cosine"]["1"] == one["ptfs-cosine"]["1"] != one["cpt-cosine"]["2"]
+    two = cli(trained, *ask, "--json", ranks=2)
+    (found,) = json.loads(two.stdout).values()
+    for name, want in one["ptfs-cosine"]["1"].items():
+        assert found[name]["n"] == want["n"] and found[name]["value"] == pytest.approx(want["value"], rel=1e-6), name
+        assert name.endswith("reading.yaml") or found[name]["se"] == pytest.approx(want["se"])  # a bootstrap over another order
+    assert two.stderr.count(f": {trained}: ") == 1  # one rank speaks
+    limited = tasks.evaluate(trained, ALL[:1], CPU, None, str(FIXTURES), limit=2, num_fewshot=0)
+    assert limited[ALL[0]]["n"] == 4
+    r = cli(trained, *ask, "--limit", "1", ranks=2)
+    assert r.stderr.count("error: ") == 4 and "--tasks: colours has 1 questions for 2 ranks" in r.stderr, r.stderr  # a line a task
+
+
+def write(file, *rows):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+
+
+def test_our_own_tasks_load_local_copies(tmp_path, trained):
+    ask = {"id": 0, "context": ["甲：你要茶吗？", "乙：要。"], "question": "乙要什么？", "choice": ["茶", "水", "酒"], "answer": "茶"}
+    write(tmp_path / "clue" / "clue" / "README.md", "---\nconfigs:\n- config_name: c3\n  data_files:\n  - {split: train, path: c3/train.jsonl}\n"
+          "  - {split: validation, path: c3/validation.jsonl}\n---\n")  # fmt: skip
+    for split in ("train", "validation"):
+        write(tmp_path / "clue" / "clue" / "c3" / f"{split}.jsonl", ask, {**ask, "choice": ["水", "茶"]})
+    for split in ("train", "test"):
+        write(
+            tmp_path / "ydli-ai" / "CSL" / "benchmark" / "cls_ctg" / f"{split}.tsv",
+            'to category\t"纸船"的浮力\t理学\n',
+            "to category\t陶罐上的纹样\t艺术学\n",
+        )
+    questions = {
+        "keywords": "x",
+        "example": [{"question": f"{i}．一加一等于（　　） \nA．1\nB．2\nC．3\nD．4\n", "answer": ["B"], "index": i, "score": 4} for i in range(2)],
+    }
+    for subject in OURS_GAOKAO:
+        write(tmp_path / "OpenLMLab" / "GAOKAO-Bench" / "Data" / "Objective_Questions" / f"{subject}.json", questions)
+    found = tasks.load(("c3", "csl", "gaokao"), str(tmp_path), None)
+    c3, csl = found["c3"], found["csl"]
+    doc = list(c3.eval_docs)[1]
+    assert c3.doc_to_text(doc) == "文章：甲：你要茶吗？\n乙：要。\n问题：乙要什么？\n答案：" and c3.doc_to_choice(doc)[c3.doc_to_target(doc)] == "茶"
+    docs = list(csl.eval_docs)
+    assert csl.doc_to_text(docs[0]) == '论文标题："纸船"的浮力\n论文门类：' and [csl.doc_to_target(d) for d in docs] == [
+        "理学",
+        "艺术学",
+    ]
+    g = tasks.leaves({"gaokao": found["gaokao"]})
+    doc = next(iter(g[0].eval_docs))
+    assert len(g) == 7 and g[0].doc_to_text(doc).endswith("D．4\n答案：")
+    assert [g[0].process_results(doc, [(-9.0, False)] * i + [(-1.0, False)] + [(-9.0, False)] * (3 - i))["acc"] for i in range(4)] == [0, 1, 0, 0]
+    assert csl.process_results(docs[1], [(-9.0, False)] * 9 + [(-1.0, False)] + [(-9.0, False)] * 3)["acc"] == 1
+    result = tasks.evaluate(trained, ["c3", "csl", "gaokao"], CPU, data_dir=str(tmp_path), batch=5)
+    assert {n: r["n"] for n, r in result.items()} == {"c3": 2, "csl": 2, "gaokao": 14} and {r["metric"] for r in result.values()} == {"acc"}
+
+
+OURS_GAOKAO = ("2010-2022_Biology_MCQs", "2010-2022_Chemistry_MCQs", "2010-2013_English_MCQs", "2010-2022_History_MCQs", "2010-2022_Math_I_MCQs",
+               "2010-2022_Math_II_MCQs", "2010-2022_Political_Science_MCQs")  # fmt: skip
+
+
+def test_the_harness_has_the_papers_tasks_and_loads_local_copies(tmp_path):
+    for split in ("train", "test"):
+        write(
+            tmp_path / "openai" / "gsm8k" / "main" / f"{split}.jsonl",
+            *({"question": f"What is {i} + 1?", "answer": f"It is {i + 1}.\n#### {i + 1}"} for i in range(8)),
+        )
+    write(tmp_path / "openai" / "gsm8k" / "README.md", "---\nconfigs:\n- config_name: main\n  data_files:\n  - {split: train, path: main/train.jsonl}\n"
+          "  - {split: test, path: main/test.jsonl}\n---\n")  # fmt: skip
+    gsm8k = tasks.load(("gsm8k",), str(tmp_path), None)["gsm8k"]
+    assert gsm8k.doc_to_text(gsm8k.eval_docs[3]) == "Question: What is 3 + 1?\nAnswer:"
+    with pytest.raises(UserError, match="gsm8k asks for 256 new tokens, and the model's context is 96"):
+        tasks.check({"gsm8k": gsm8k}, 96, None, 1)
+    tasks.check({"gsm8k": gsm8k}, 257, None, 8)
+    names = ("mmlu", "bbh", "agieval", "ceval-valid", "cmmlu")
+    known = tasks.catalogue((tasks.OURS,), True)
+    assert set(names) <= set(known.all_groups)
+    for name, copy in zip(names, ("cais/mmlu", "SaylorTwift/bbh", "hails/agieval-", "ceval/ceval-exam", "haonan-li/cmmlu"), strict=True):
+        with pytest.raises(UserError, match=f"there is no .*{copy}.*; get it: huggingface-cli download --repo-type dataset {copy}"):
+            tasks.load((name,), str(tmp_path), None)
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--tasks", "gsmk8"], "got gsmk8, which is unknown; did you mean gsm8k"),
+        (["--tasks", FIXTURES / "nothing.yaml"], "nothing.yaml: there is no such file"),
+        (["--tasks", "c3", "--data_dir", "nowhere"], "--data_dir nowhere: is no folder"),
+        (["--tasks", "c3", "--data_dir", FIXTURES], "--repo-type dataset clue/clue --local-dir"),
+        (["--tasks", "csl", "--data_dir", FIXTURES], "get it: git clone https://github.com/ydli-ai/CSL"),
+        (["--tasks", "csl"], "expected --data_dir DIR with it below DIR"),
+        (["--tasks", "c3"], "the dataset clue/clue cannot be read"),
+        (["--tasks", ","], "--tasks: got no name"),
+        (["--tasks", "c3", "--limit", "0"], "--limit, --batch, --num_fewshot: got 0, 16 and None"),
+        (["--tasks", "c3", "--batch", "0"], "got None, 0 and None"),
+        (["--tasks", "c3", "--num_fewshot", "-1"], "got None, 16 and -1"),
+        (["--tasks", ALL[0], "--data_dir", FIXTURES], "is no checkpoint"),
+    ],
+    ids=lambda v: " ".join(map(str, v))[-40:] if isinstance(v, list) else "",
+)
+def test_bad_input(tmp_path, monkeypatch, capsys, args, words):
+    (tmp_path / "meta.json").write_text("{}")  # no model is read before all this is known
+    if "is no checkpoint" in words:
+        (tmp_path / "meta.json").unlink()
+        args, tmp_path = [tmp_path, *args], FIXTURES
+    monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path), *map(str, args)])
+    with pytest.raises(SystemExit) as e, config.user_errors("eval.py"):
+        evaluation.main()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert e.value.code == 2 and len(lines) == 1 and words in lines[0], lines
+
+
+def test_a_dataset_is_read_as_the_file_says_or_refused(tmp_path, pair):
+    task = "task: odd\ndataset_path: json\ndataset_kwargs: {data_files: {test: odd.jsonl}}\ntest_split: test\noutput_type: generate_until\ndoc_to_text: '{{text}}'\n"
+    write(
+        tmp_path / "odd.yaml",
+        task + "doc_to_target: ''\ngeneration_kwargs: {until: [x], max_gen_toks: 4, num_beams: 2}\nmetric_list: [{metric: exact_match}]\n",
+    )
+    write(tmp_path / "odd.jsonl", {"text": "a"})
+    name = str(tmp_path / "odd.yaml")
+    with pytest.raises(UserError, match="odd has generation_kwargs num_beams, expected until"):
+        tasks.check(tasks.load((name,), str(tmp_path), None), 96, None, 1)
+    write(tmp_path / "odd.jsonl", "not JSON\n")
+    with pytest.raises(UserError, match="the dataset json cannot be read"):
+        tasks.load((name,), str(tmp_path), 1)
+    with pytest.raises(UserError, match="asks for a chat template"):
+        pair[0].apply_chat_template([])
+
+
+def test_without_the_harness(monkeypatch):
+    monkeypatch.delitem(sys.modules, "tasks")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr(sys, "argv", ["eval.py", "x", "--tasks", "c3"])
+    with pytest.raises(UserError, match="--tasks needs the package lm-eval .*: pip install"):
+        evaluation.main()
