@@ -97,8 +97,8 @@ def tuned(c: config.Config, parent: str | None, given: set[str]) -> tuple[config
 
 
 def tuning(c: config.Config, meta: dict[str, Any], steps: int) -> tuple[schedule.Plan, schedule.Segment]:
-    """The plan of a fine-tuning of so many steps, and its one segment: the learning rates of a version 1 from scratch."""
-    p = replace(make_plan(c), increments=[steps])
+    """The plan of a fine-tuning of so many steps, and its one segment: the learning rates of a version 1 from scratch, warmed up in a tenth at most."""
+    p = replace(make_plan(c), increments=[steps], warmup=min(c.plan.warmup, steps // 10))
     whole = make_segments("ptfs", p)[0]
     return p, replace(whole, name=f"{TUNING}/{meta['segment']}", version=meta["version"], parent=(meta["segment"], meta["step"]))
 

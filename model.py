@@ -7,7 +7,6 @@ to the dtype of the activations. Shapes: B sequences, T tokens, C = hidden, H he
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn as nn

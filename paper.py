@@ -250,7 +250,7 @@ def main() -> None:
         if asked.cells:
             train.steady_malloc(train.pick_device(s.base.train.device, 0))
             every = sorted({p for name, points in asked.where.items() if name not in tasked for ps in points.values() for p in ps})
-            known = measure.scores(every, root / "scores", jobs, s.base.train.device)
+            known = measure.scores(every, root / "scores", jobs, s.base.train.device) if every else {}
             for name, t in asked.specs.items():
                 if name in tasked:
                     made[name] = downstream.make(

@@ -168,7 +168,7 @@ def main() -> None:
             problems.append(str(e))
         try:
             if mode == "sft":  # its length comes from the examples, which are counted below
-                p, segment = lineage.tuning(c, base, max(c.plan.warmup + 1, 1))
+                p, segment = lineage.tuning(c, base, 10 * max(c.plan.warmup, 1))
                 segments = [segment]
             else:
                 p, segments, segment = lineage.pick(c, mode, version)

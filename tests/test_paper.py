@@ -3,6 +3,7 @@
 import json
 import lzma
 import math
+import os
 import re
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from conftest import BASE, ROOT
 import checkpoint
 import config
 import cost
+import downstream
 import eval as evaluation
 import figures
 import graph
@@ -518,3 +520,47 @@ def test_cost_bad_input(args, words):
 def test_cost_refuses_an_impossible_plan():
     with pytest.raises(config.UserError, match=r"plan.alpha: got 2"):
         cost.steps("ours", replace(lineage.make_plan(config.load("tiny")), alpha=2.0))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Downstream tasks
+
+
+def test_the_papers_averages_are_of_its_nine_tasks():
+    for r in tables.PAPER["table4_downstream"]:
+        assert r["AVG"] == pytest.approx(sum(r[name] for name in downstream.NINE.values()) / 9, abs=0.0051)  # printed to two digits
+    assert len(tables.PAPER["table4_downstream"]) == 27
+
+
+def test_table11_takes_the_cells_of_tables_6_and_7():
+    s = setup("paper", ["cosine"])
+    own = {n for n in cells_of(s, "table11") if not re.search("3.1B.*cpt", n)}  # Table 6's CPT is RewarmMax
+    assert own <= cells_of(s, "table6").keys() | cells_of(s, "table7").keys() | cells_of(s, "table3").keys()
+    assert cells_of(s, "table4").keys() <= cells_of(s, "table3").keys()
+    assert {r.group for r in tables.table11(s).rows} == {"1.2B-41.9B", "1.2B-168B", "3.1B-41.9B"}
+
+
+def test_table4_end_to_end(tmp_path, prepared):
+    """Versions are trained, fine-tuned and asked; what is known is not asked again; without --sft they are asked as they are."""
+    pytest.importorskip("lm_eval")
+    sft = tmp_path / "sft.jsonl"
+    sft.write_text("".join(json.dumps({"prompt": f"Q: {i}\nA:", "response": " red"}) + "\n" for i in range(80)))
+    tasks = ROOT / "tests" / "fixtures" / "tasks"
+    args = ["--sft", str(sft), "--tasks", f"{tasks / 'colours.yaml'}", "--data_dir", str(tasks), "--run", "yes"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    root = tmp_path / "out"
+    r = subprocess.run(command(root, prepared, *args, what=["table4"]), capture_output=True, text=True, env=env)
+    assert r.returncode == 0, r.stderr
+    record = json.loads((root / "results" / "table4.json").read_text())
+    assert record["header"][:2] == ["Ver.", "TP"] and [row[:2] for row in record["rows"][:3]] == [["V2", "PTFS"], ["V2", "CPT"], ["V2", "Ours"]]
+    assert len(record["rows"]) == 3 + 9 and record["rows"][3][1] == "PTFS (paper)" and (root / "results" / "table4.png").exists()
+    (tuned,) = (root / "base-s1" / "sft" / "ours-cosine" / "v2").glob("step-*")
+    assert checkpoint.read_meta(tuned)["parent"]["segment"] == "ours-cosine/v2"
+    table = subprocess.run([sys.executable, "eval.py", str(tuned), "--tasks", args[3], "--data_dir", args[5], "--json"], cwd=ROOT, capture_output=True, text=True, env=env)  # fmt: skip
+    (found,) = json.loads(table.stdout).values()
+    assert f"{100 * next(iter(found.values()))['value']:.2f}" == record["rows"][2][2]
+    before = {f: f.stat().st_mtime_ns for f in (root / "tasks").iterdir()}
+    again = subprocess.run(command(root, prepared, *args, what=["table4"]), capture_output=True, text=True, env=env)
+    assert again.returncode == 0 and {f: f.stat().st_mtime_ns for f in (root / "tasks").iterdir()} == before and len(before) == 3
+    plain = subprocess.run(command(root, prepared, *args[2:], what=["table4"]), capture_output=True, text=True, env=env)
+    assert plain.returncode == 0 and "not fine-tuned" in plain.stdout and "report.html" in plain.stdout

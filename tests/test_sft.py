@@ -331,10 +331,7 @@ def test_what_is_refused(train_cli, parent, tmp_path, capsys, monkeypatch):
         (("--parent", str(parent), "--data", file, "--model.n_layer", "2"), "model.n_layer: got 2, but the model is that of"),
         (("--parent", str(parent), "--data", file, "--model.context", "64"), "model.context: got 64, expected at most the 32"),
         (("--parent", str(parent), "--data", file, "--version", "2"), "--version: got one"),
-        (
-            ("--parent", str(parent), "--data", file, "--plan.warmup", "5000"),
-            "plan.warmup: got 5000 steps, expected fewer than the first increment's",
-        ),
+        (("--parent", str(parent), "--data", file, "--plan.warmup", "-1"), "plan.warmup: got -1, expected 0 or more"),
         (("--parent", str(parent), "--data", file, "--data.path", str(tmp_path)), "no prepared data"),
     ]:
         assert train_cli(*TUNE, *args, out="bad") == 2
