@@ -5,6 +5,7 @@
     python bench.py kernels              each kernel beside PyTorch, torch.compile, Liger and its bar; --save tells train.py which is best
     python bench.py data                 the reader, and the shard writer beside tiktoken alone
     python bench.py checkpoint           save, its stall and load beside a plain write, copy and read of the same bytes
+    python bench.py eval                 what downstream tasks ask, log-likelihoods and answers, beside transformers
 
 A step is bf16 over fp32 weights on a GPU and fp32 on one thread on a CPU; each row runs in a fresh process, as a user would
 run it, in turn with the others. `--json FILE` keeps everything, `--plot FILE.png` draws it. A peer that is not installed is
@@ -729,6 +730,88 @@ def bench_checkpoint(o: Any, c: config.Config, device: torch.device, dtype: torc
     return {"bytes": size, "rows": rows, "bars": bars}
 
 
+def bench_eval(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
+    """Our adapter for downstream tasks beside transformers with the same weights on the same batch, in turn.
+
+    A question and each of its four answers fill the context: answers of an eighth of it, or of one token, where the question is read once for
+    all four. Written answers are half a context after a quarter. transformers does what the harness's own adapter asks of it, which
+    reads questions once as well: all logits of a row, and `generate`.
+    """
+    text.optional("transformers", "transformers", "bench.py eval")
+    import tasks  # needs a package that the rest does not
+
+    tok, m, B, rounds = text.Tokenizer(str(data.RANKS)), c.model, 16, o.rounds or 5
+    if m.vocab_size < tok.vocab_size or m.context < 32:
+        raise UserError(
+            f"model.vocab_size, model.context: got {m.vocab_size} and {m.context}, expected {tok.vocab_size} or more, of {data.RANKS.name}, and 32 or more"
+        )
+    with device:
+        net = llama.Transformer(m, dtype, kernels.choose(c.train.kernels, device, m)).eval()
+        peer: Any = peers.hugging_face(m, net).to(device, dtype).eval()
+    lm = tasks.LM(net, tok, B)
+    with lzma.open(data.TEXT, "rt", encoding="utf-8") as f:
+        ids = tok.encode("".join(json.loads(line)["text"] for line in f)[: 20 * B * m.context])
+    T, a = m.context, m.context // 8
+    questions = [ids[i * T : (i + 1) * T] for i in range(B)]
+    answers = {
+        "four answers each": [(q[:-a], ids[k : k + a]) for q in questions for k in range(0, 4 * a, a)],
+        "four answers of a token": [(q[:-1], [k]) for q in questions for k in range(4)],
+    }
+    prompts = [q[: T // 4] for q in questions]
+
+    @torch.no_grad()
+    def all_logits(asked: list[tuple[list[int], list[int]]]) -> list[float]:
+        out = [0.0] * len(asked)
+        read: dict[tuple[int, ...], list[int]] = {}  # answers of one token read the same
+        for i, (q, x) in enumerate(asked):
+            read.setdefault((*q, *x[:-1]), []).append(i)
+        for k in range(0, len(read), B):
+            part = list(read)[k : k + B]
+            logp = peer(torch.tensor(part, device=device)).logits.log_softmax(-1)
+            for row, key in zip(logp, part, strict=True):
+                for i in read[key]:
+                    answer = torch.tensor(asked[i][1], device=device)
+                    out[i] = row[-len(answer) :].gather(1, answer[:, None]).sum().item()
+        return out
+
+    def write() -> list[list[int]]:
+        made = peer.generate(
+            torch.tensor(prompts, device=device), max_new_tokens=T // 2, min_new_tokens=T // 2, do_sample=False, use_cache=True, pad_token_id=0
+        )
+        return made[:, len(prompts[0]) :].tolist()
+
+    def ours(asked: list[tuple[list[int], list[int]]]) -> list[float]:
+        return [nats for nats, _ in lm._loglikelihood_tokens([(None, *p) for p in asked])]
+
+    calls: dict[str, dict[str, Callable[[], Any]]] = {
+        name: {"ours": partial(ours, x), "transformers": partial(all_logits, x)} for name, x in answers.items()
+    }
+    calls["written answers"] = {"ours": lambda: tasks.generate(net, prompts, T // 2, set()), "transformers": write}
+    tokens = {name: sum(len(q) + len(x) - 1 for q, x in asked) for name, asked in answers.items()} | {"written answers": B * (T // 2)}
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for i in tqdm(range(rounds + 1), desc="eval", disable=None):
+        for name, sides in calls.items():
+            found = {}
+            for who, fn in sides.items():
+                began = time.perf_counter()
+                found[who] = fn()  # lists, so a device has ended its work
+                if i:  # the first warms up
+                    seconds.setdefault((name, who), []).append(time.perf_counter() - began)
+            flat = {who: np.array(x, dtype=np.float64) for who, x in found.items()}
+            if not np.allclose(flat["ours"], flat["transformers"], rtol=1e-3 if dtype == torch.float32 else 0.05):
+                raise UserError(f"bench.py eval: {name}: ours and transformers disagree, so there is nothing to compare")
+    rows, bars = [], []
+    for name, sides in calls.items():
+        speed = {who: tokens[name] / statistics.median(seconds[name, who]) for who in sides}
+        ratio = speed["ours"] / speed["transformers"]
+        bars += verdict(name, ratio, 1.0)
+        rows += [{"row": f"{name}: {who}", "tokens_per_second": speed[who]} | ({"ratio": ratio, "to": "transformers", "bar": show(bars[-1:])} if who == "ours" else {})
+                 for who in sides]  # fmt: skip
+    print(f"{B} rows of {T}; tokens are counted once for each answer, and new ones for those that are written")
+    table(rows, row=("row", "", 1), tokens_per_second=("tokens/s", ",.0f", 1), ratio=("ratio", ".2f", 1), to=("to", "", 1), bar=("bar", "", 1))
+    return {"batch": B, "rounds": rounds, "rows": rows, "bars": bars}
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Output
 
@@ -803,10 +886,10 @@ def main() -> None:
     add = a.add_subparsers(dest="verb", required=True, parser_class=config.Parser)
     verbs = {v: add.add_parser(v, usage=f"bench.py {v} [--flag VALUE ..] [--section.key VALUE ..]", help=h, description=h) for v, h in (
         ("step", "a training step beside its peers"), ("kernels", "each kernel beside its peers"),
-        ("data", "reader and shard writer"), ("checkpoint", "save and load"))}  # fmt: skip
+        ("data", "reader and shard writer"), ("checkpoint", "save and load"), ("eval", "downstream tasks beside transformers"))}  # fmt: skip
     yes: Row = {"action": "store_true"}
     flags: tuple[tuple[str, str, Row, str], ...] = (
-        ("step data checkpoint", "--size", {"dest": "config"}, "a name in configs/ or a .toml file, as --config"),
+        ("step data checkpoint eval", "--size", {"dest": "config"}, "a name in configs/ or a .toml file, as --config"),
         ("kernels", "--size", {"dest": "sizes", "nargs": "+"}, "names in configs/ [203m 608m 1.2b 3.1b; on a CPU tiny]"),
         ("kernels", "--only", {"type": some(one_of(*CASES))}, f"some of {','.join(CASES)}"),
         ("kernels", "--save", yes, "write which is fastest into kernels/measured.json, where train.kernels = auto looks it up"),
@@ -823,7 +906,7 @@ def main() -> None:
         ("step", "--warmup", {"type": at_least(0), "default": 10}, "updates before them [10]"),
         ("step", "--updates", {"type": at_least(0), "default": 20}, "updates whose last loss is compared [20]"),
         ("step", "--row", {}, argparse.SUPPRESS),
-        ("step data checkpoint", "--rounds", {"type": at_least(1)}, "how often all is measured, in turn [3]"),
+        ("step data checkpoint eval", "--rounds", {"type": at_least(1)}, "how often all is measured, in turn [3; eval 5]"),
         (
             "data",
             "--megabytes",
@@ -833,7 +916,7 @@ def main() -> None:
         ("data", "--jobs", {"type": at_least(1), "default": os.cpu_count() or 1}, "processes, and threads of tiktoken [one a core]"),
         ("data", "--tokenizer", {"default": str(data.RANKS)}, f"a tiktoken encoding or a rank file [{data.RANKS.name}]"),
         ("data checkpoint", "--dir", {}, "where to write [the system's temporary folder]"),
-        ("step kernels data checkpoint", "--json", {}, "write everything to this file"),
+        ("step kernels data checkpoint eval", "--json", {}, "write everything to this file"),
         ("step kernels", "--plot", {}, "draw it into this file"),
     )
     for names, flag, how, what in flags:
@@ -875,7 +958,9 @@ def main() -> None:
         print(json.dumps((memory if o.memory else step)(o, c, device, dtype)))
         return
     print(f"bench.py {o.verb}: {name}, {dtype}")
-    run = {"step": memory if o.memory else step, "kernels": bench_kernels, "data": bench_data, "checkpoint": bench_checkpoint}[o.verb]
+    run = {"step": memory if o.memory else step, "kernels": bench_kernels, "data": bench_data, "checkpoint": bench_checkpoint, "eval": bench_eval}[
+        o.verb
+    ]
     found = run(o, c, device, dtype)
     result = {
         "bench": o.verb,

@@ -50,6 +50,8 @@ except ImportError as e:
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of each default that a task relies on
 lm_eval.api.task.tqdm = functools.partial(tqdm, disable=None, delay=2, leave=False)  # a bar a task, as ours are
+if not sys.stderr.isatty():
+    datasets.disable_progress_bars()
 OURS = Path(__file__).parent / "configs" / "tasks"
 NEW = 256  # tokens of an answer where the task does not say, as the harness's adapters have it
 READERS = ("csv", "json", "parquet", "text")  # what `datasets` reads single files with
@@ -246,7 +248,7 @@ def catalogue(folders: tuple[Path, ...], everything: bool) -> Any:
 
 @functools.cache
 def load(names: tuple[str, ...], data_dir: str | None, num_fewshot: int | None) -> dict[str, Any]:
-    """{name: the harness's task or group}, questions read. num_fewshot: another one gets objects of its own, which the harness writes it into."""
+    """{name: the harness's task or group}, questions read; of a file, the name in it. num_fewshot: the harness writes it into them, so it has its own."""
     if data_dir is not None and not Path(data_dir).is_dir():
         raise UserError(f"--data_dir {data_dir}: is no folder; expected one with local copies of the tasks' datasets")
     files = {n: Path(n) for n in names if n.endswith(".yaml")}
@@ -271,7 +273,7 @@ def load(names: tuple[str, ...], data_dir: str | None, num_fewshot: int | None) 
         raise UserError("\n".join(problems))
     with local_copies(data_dir):
         made = known.load(list(named.values()))
-    found = {n: made["groups"].get(named[n]) or made["tasks"][named[n]] for n in names}
+    found = {n: made["groups"].get(n) or made["tasks"][n] for n in named.values()}
     for n, t in found.items():
         if isinstance(t, Group) and not t.has_aggregation:
             raise UserError(f"--tasks: got {n}, a group without a score of its own; name tasks in it: {', '.join(t.child_names[:5])} ..")
@@ -334,7 +336,7 @@ def evaluate(path: Path, names: list[str], device: torch.device, data: str | Non
     with parallel.company(rank, ranks), contextlib.redirect_stdout(sys.stderr):
         made = evaluator.simple_evaluate(lm, tasks=list(found.values()), limit=limit, num_fewshot=num_fewshot, log_samples=False,
                                          bootstrap_iters=1000, task_manager=catalogue((OURS,), False))  # fmt: skip
-    return {n: headline(made["results"][t.name if isinstance(t, Group) else t.task_name]) for n, t in found.items()} if made else {}
+    return {n: headline(made["results"][n]) for n in found} if made else {}
 
 
 def table(title: str, labels: list[str], rows: list[tuple[list[str], dict[str, Result]]]) -> dict[str, Any]:

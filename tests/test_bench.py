@@ -146,6 +146,19 @@ def test_data_that_is_too_little_says_so(run):
     assert code == 2 and result is None and "bench.py: error: --megabytes 0.1: data.py could not prepare that text" in said
 
 
+def test_eval(run):
+    pytest.importorskip("lm_eval")
+    code, result, text = run("eval", *TINY, "--model.vocab_size", "1024", "--model.context", "32", "--rounds", "2")
+    rows = by_row(result)
+    names = ("four answers each", "four answers of a token", "written answers")
+    assert code == 0 and list(rows) == [f"{n}: {who}" for n in names for who in ("ours", "transformers")] and "tokens/s" in text
+    for n, b in zip(names, result["bars"], strict=True):
+        ours, theirs = (rows[f"{n}: {who}"]["tokens_per_second"] for who in ("ours", "transformers"))
+        assert rows[f"{n}: ours"]["ratio"] == b["got"] == ours / theirs and b["what"] == n
+    code, _, text = run("eval", *TINY)
+    assert code == 2 and "model.vocab_size, model.context: got 64 and 16, expected 1024 or more" in text
+
+
 def test_checkpoint(run, tmp_path, monkeypatch):
     saves, real = [], checkpoint.Saver.save
 
