@@ -83,6 +83,9 @@ def load_model(path: Path, device: torch.device) -> tuple[llama.Transformer, dic
         raise UserError(f"{path}: its model of {c.n_layer:,} blocks of width {c.hidden:,} takes {need:,} bytes, got files of {there:,}; restore it")
     net = llama.Transformer(c, torch.bfloat16 if device.type == "cuda" else torch.float32, kernels.choose("auto", device, c))
     checkpoint.load(path, checkpoint.state(net))
+    for w in net.parameters():
+        if w.dim() == 2:
+            w.data = w.data.to(net.dtype)  # once, in place of at each use: the same numbers
     return net.to(device).eval(), meta
 
 

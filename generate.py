@@ -46,7 +46,7 @@ def generate(net: llama.Transformer, prompts: Sequence[list[int]], length: int, 
         read = torch.tensor([len(row) for row in rows], device=device)
         over: set[int] = set()
         while True:
-            logits = net.head(net.states(ids, cache=cache)[torch.arange(len(rows)), read - 1])  # (B, V)
+            logits = net.head(net.states(ids, cache=cache)[torch.arange(len(rows), device=device), read - 1])  # (B, V)
             cache.lengths += read
             new = draw(logits, temperature, top_p, [chance[i] for i in alive])
             for i, token in zip(alive, new, strict=True):
