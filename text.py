@@ -141,7 +141,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 def json_object(file: Path) -> dict[str, Any]:
     """What a JSON file holds, an empty object if it is not there. UserError if it is no object."""
     try:
-        found = json.loads(file.read_bytes())
+        found = json.loads(disk.read(file))
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as e:
