@@ -369,7 +369,7 @@ def plain_pattern(pattern: str) -> str:
 
     Possessive quantifiers match what plain ones do in these patterns, since what follows one never begins with what it takes.
     """
-    return re.sub(r"([?*+}])\+", r"\1", pattern).replace("$", r"\z")
+    return re.sub(r"([?*+]|\{\d+,?\d*\})\+", r"\1", pattern).replace("$", r"\z")
 
 
 def made_tokenizer(tok: Tokenizer) -> dict[str, Any]:
