@@ -1,4 +1,4 @@
-"""Text -> token files by increment: `prepare`, `add`, `verify`, and `vocab` for a tokenizer of one's own.
+"""Text -> token files by increment: `prepare`, `add`, `verify`, `bins` for token files of others, and `vocab` for a tokenizer of one's own.
 
     data/<name>/  meta.json  v1.bin .. vN.bin  val.bin      token ids, uint16 or uint32, <|endoftext|> after each document
                   v1.ids .. vN.ids  val.ids                 the documents' hashes, sorted, uint64
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 import config
 import disk
@@ -225,6 +226,21 @@ def report(folder: Path, meta: dict[str, Any], written: list[dict], duplicates: 
     print(f"{duplicates:,} duplicate documents dropped" + (f", and {again:,} that an earlier increment or validation holds" if again else ""))
 
 
+def finish(work: Path, folder: Path, tok: Tokenizer, source: dict[str, Any], written: list[dict]) -> dict[str, Any]:
+    """Tokenizer and meta.json beside the token files, and all of it becomes `folder`; returns the meta."""
+    if tok.is_file:
+        shutil.copyfile(tok.name, work / "out" / "tokenizer.tiktoken")
+    if tok.is_folder:
+        copy_tokenizer(Path(tok.name), work / "out" / "tokenizer")
+    kept = "tokenizer.tiktoken" if tok.is_file else "tokenizer" if tok.is_folder else tok.name
+    meta = {"format": 1, "tokenizer": kept, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size, "eot": tok.eot, "dtype": id_dtype(tok.vocab_size),
+            "sources": [source], "val": written[0], "increments": written[1:]}  # fmt: skip
+    disk.write_json(work / "out" / "meta.json", meta)
+    os.rename(work / "out", folder)
+    disk.sync(folder.parent)
+    return meta
+
+
 def prepare(out: str, sources: list[str], tokenizer: str = str(RANKS), increments: list[float] | None = None, val: float = 0.05,
             weights: list[float] | None = None, jobs: int = 0, quiet: bool = False) -> dict[str, Any]:  # fmt: skip
     """Make `out` from the sources: validation gets the part `val` of the documents, the increments the rest in their proportion.
@@ -251,16 +267,7 @@ def prepare(out: str, sources: list[str], tokenizer: str = str(RANKS), increment
                 raise UserError(
                     f"{part['name']}: no document falls into it, of {sum(p['documents'] for p in written)} in all; expected more text or fewer increments"
                 )
-        if tok.is_file:
-            shutil.copyfile(tokenizer, work / "out" / "tokenizer.tiktoken")
-        if tok.is_folder:
-            copy_tokenizer(Path(tokenizer), work / "out" / "tokenizer")
-        kept = "tokenizer.tiktoken" if tok.is_file else "tokenizer" if tok.is_folder else tokenizer
-        meta = {"format": 1, "tokenizer": kept, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size, "eot": tok.eot, "dtype": dtype,
-                "sources": [{"increments": len(increments), "from": sources, "weights": weights}], "val": written[0], "increments": written[1:]}  # fmt: skip
-        disk.write_json(work / "out" / "meta.json", meta)
-        os.rename(work / "out", folder)
-        disk.sync(folder.parent)
+        meta = finish(work, folder, tok, {"increments": len(increments), "from": sources, "weights": weights}, written)
     report(folder, meta, written, duplicates, 0, quiet)
     return meta
 
@@ -294,6 +301,93 @@ def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: 
         disk.write_json(folder / "meta.json", meta)
     report(folder, meta, written, duplicates, again, quiet)
     return meta, again
+
+
+LLMC = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # the magic number of llm.c's token files: version, dtype (GPT-2, Llama 3)
+
+
+def read_bin(file: Path, tok: Tokenizer) -> np.ndarray:
+    """The ids of nanoGPT's token file (uint16, nothing else) or llm.c's (256 int32 before them: magic, version, tokens), mapped. UserError if it is neither."""
+    if not file.is_file():
+        raise UserError(f"{file}: is not there, or no file; expected a .bin of nanoGPT or llm.c")
+    size = file.stat().st_size
+    head = np.fromfile(file, "<i4", 256)
+    at, dtype = 0, "<u2"
+    if len(head) == 256 and head[0] in LLMC:
+        version, dtype = LLMC[int(head[0])]
+        at, item = 1024, np.dtype(dtype).itemsize
+        if head[1] != version:
+            raise UserError(f"{file}: version {head[1]} of magic number {head[0]}, expected {version}")
+        if (size - at) != item * int(head[2]):
+            raise UserError(
+                f"{file}: got {size - at:,} bytes after its header, expected {item * int(head[2]):,} for {head[2]:,} tokens; fetch it again"
+            )
+    elif len(head) == 256 and 20_200_000 < head[0] < 20_400_000 and not head[3:].any():
+        raise UserError(f"{file}: magic number {head[0]}, expected one of {', '.join(map(str, LLMC))} (llm.c), or ids alone (nanoGPT)")
+    elif size % 2:
+        raise UserError(f"{file}: got {size:,} bytes, expected an even number: 2 for each id (nanoGPT)")
+    elif tok.vocab_size > 1 << 16:
+        raise UserError(
+            f"{file}: ids of 2 bytes, but the {tok.vocab_size:,} of tokenizer {tok.name} need 4; expected a file of llm.c with magic number 20240801"
+        )
+    if size == at:
+        raise UserError(f"{file}: is empty, expected token ids")
+    return np.memmap(file, dtype, "r", at)
+
+
+def documents_of(file: Path, ids: np.ndarray, tok: Tokenizer, bar: tqdm) -> np.ndarray:
+    """(first, end, hash of the text) of each document that is not empty, uint64 (n, 3). <|endoftext|> may end documents, as nanoGPT writes it, or begin them, as llm.c does."""
+    marks = []
+    for low in range(0, len(ids), 1 << 24):  # a part at a time, so that memory stays small
+        part = np.asarray(ids[low : low + (1 << 24)])
+        if part.max() >= tok.vocab_size:
+            raise UserError(
+                f"{file}: token id {part.max()}, expected below the vocabulary's {tok.vocab_size}; it was made with another tokenizer than {tok.name}"
+            )
+        marks.append(low + np.flatnonzero(part == tok.eot))
+    edges = np.concatenate(([-1], *marks, [len(ids)]))
+    found = []
+    for first, end in zip(edges[:-1] + 1, edges[1:], strict=True):
+        if first < end:
+            found.append((first, end, hashes(tok.decode(ids[first:end].tolist()))[0]))
+        bar.update(int(end - first) + 1)
+    return np.array(found, np.uint64).reshape(-1, 3)
+
+
+def bins(out: str, val: str, files: list[str], tokenizer: str, quiet: bool = False) -> dict[str, Any]:
+    """Make `out` from token files that others made, one for validation and one for each increment, their documents in their order.
+
+    Every document is ended by <|endoftext|>, also one that a file cuts at its end, and is taken once: validation has
+    the first claim, then v1 and so on. Its hash is that of its text, so that `add` knows it. Returns the meta.
+    """
+    folder = Path(out).resolve()
+    if folder.exists():
+        raise UserError(f"{folder}: is there already and is never overwritten; choose another --out")
+    tok = Tokenizer(tokenizer)
+    sources = [Path(f) for f in (val, *files)]
+    ids = [read_bin(f, tok) for f in sources]
+    with tqdm(total=sum(map(len, ids)), unit="token", unit_scale=True, desc="reading", disable=True if quiet else None, delay=2) as bar:
+        docs = [documents_of(f, i, tok, bar) for f, i in zip(sources, ids, strict=True)]
+    owner = np.repeat(np.arange(len(docs)), [len(d) for d in docs])
+    every, first = np.unique(np.concatenate([d[:, 2] for d in docs]), return_index=True)
+    kept = np.zeros(len(owner), bool)
+    kept[first] = True
+    holder = owner[first][np.searchsorted(every, np.concatenate([d[:, 2] for d in docs]))]  # the file that has the text first
+    again = int((holder != owner).sum())
+    duplicates = int((~kept).sum()) - again
+    dtype, written = id_dtype(tok.vocab_size), []
+    with workspace(folder) as work:
+        for i, (file, d) in enumerate(zip(sources, docs, strict=True)):
+            d = d[kept[owner == i]]
+            if not len(d):
+                raise UserError(f"{file}: has no document that {'it alone has' if len(docs[i]) else 'is not empty'}; expected one at least")
+            writer = Writer(work / "out", f"v{i}" if i else "val", dtype)
+            for (a, b), h in zip(d[:, :2].tolist(), np.sort(d[:, 2]).tolist(), strict=True):  # the .ids are sorted, the documents in the file's order
+                writer.write(h, np.append(ids[i][a:b], tok.eot).astype(dtype).tobytes())
+            written.append(writer.close())
+        meta = finish(work, folder, tok, {"increments": len(files), "from": [val, *files], "weights": None}, written)
+    report(folder, meta, written, duplicates, again, quiet)
+    return meta
 
 
 def vocab(out: str, sources: list[str], size: int, increments: list[float], val: float) -> None:
@@ -341,6 +435,11 @@ def main() -> None:
     p = verbs.add_parser("prepare", help="make a folder of increments and a validation set")
     q = verbs.add_parser("add", help="append an increment to a folder")
     r = verbs.add_parser("verify", help="check a folder's sizes and SHA-256")
+    b = verbs.add_parser("bins", help="make a folder of token files of nanoGPT or llm.c")
+    b.add_argument("files", nargs="+", metavar="BIN", help="v1, v2, ..")
+    b.add_argument("--val", required=True, metavar="BIN", help="the validation set")
+    b.add_argument("--tokenizer", required=True, help="that made them, such as gpt2; as for prepare")
+    b.add_argument("--out", required=True)
     v = verbs.add_parser("vocab", help="train a rank file on the first increment (needs rustbpe)")
     for verb in (p, q, v):
         verb.add_argument(
@@ -367,6 +466,9 @@ def main() -> None:
         size = check_files(Path(o.out))
         tokenizer_of(Path(o.out))
         print(f"{o.out}: {size:,} bytes as they were written")
+        return
+    if o.verb == "bins":
+        bins(o.out, o.val, o.files, o.tokenizer)
         return
     sources = o.source or [str(TEXT)]
     increments = numbers("increments", getattr(o, "increments", None))

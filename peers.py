@@ -1,13 +1,13 @@
 """What people would use instead, at our shapes: nanoGPT's model, and transformers' Llama with or without Liger's kernels."""
 
 import importlib
-from typing import Any
 
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 import config
+import hf
 import model as llama
 
 
@@ -53,22 +53,8 @@ def hugging_face(c: config.Model, ours: llama.Transformer, liger: bool = False) 
     kind = "Qwen2" if c.qkv_bias else "Llama"
     if liger:
         getattr(importlib.import_module("liger_kernel.transformers"), f"apply_liger_kernel_to_{kind.lower()}")()
-    D, K = c.hidden // c.n_head, c.n_kv_head or c.n_head
-    settings = getattr(transformers, f"{kind}Config")(
-        vocab_size=c.vocab_size, hidden_size=c.hidden, intermediate_size=c.ffn or 4 * c.hidden, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
-        num_key_value_heads=K, max_position_embeddings=c.context, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, tie_word_embeddings=False,
-        use_cache=False, attn_implementation="sdpa")  # fmt: skip
-    settings.rope_parameters = {"rope_type": "default", "rope_theta": c.rope_theta}
+    settings = getattr(transformers, f"{kind}Config")(**hf.to_config(c), use_cache=False, attn_implementation="sdpa")
     net = getattr(transformers, f"{kind}ForCausalLM")(settings)
-    w = {"model.embed_tokens.weight": ours.embed.weight, "model.norm.weight": ours.norm.weight, "lm_head.weight": ours.head.weight}
-    b: Any
-    for i, b in enumerate(ours.blocks):
-        at = f"model.layers.{i}."
-        for leaf in ("weight", "bias") if c.qkv_bias else ("weight",):
-            parts = getattr(b.qkv, leaf).split([c.hidden, K * D, K * D])
-            w |= {f"{at}self_attn.{name}_proj.{leaf}": part for name, part in zip("qkv", parts, strict=True)}
-        w[f"{at}self_attn.o_proj.weight"], w[f"{at}mlp.down_proj.weight"] = b.attn_out.weight, b.ffn_out.weight
-        w[f"{at}mlp.gate_proj.weight"], w[f"{at}mlp.up_proj.weight"] = b.gate_up.weight.chunk(2)
-        w[f"{at}input_layernorm.weight"], w[f"{at}post_attention_layernorm.weight"] = b.attn_norm.weight, b.ffn_norm.weight
-    net.load_state_dict(w)
+    weights = hf.theirs(c, dict(ours.named_parameters()))
+    net.load_state_dict({"lm_head.weight": ours.head.weight, **weights})  # a tied head, too, has its name there
     return net.train()

@@ -1,6 +1,7 @@
 """Text: the documents of files, folders, globs and Hugging Face datasets, and the tokenizers."""
 
 import base64
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -129,13 +130,17 @@ class Tokenizer:
         if self.hf:
             return self.hf.decode(list(itertools.takewhile(lambda i: i != self.eot, ids)), skip_special_tokens=False)
 
+        ids = list(itertools.takewhile(lambda i: i != self.eot, ids))
+        with contextlib.suppress(KeyError):
+            return (bytes(ids) if self.name == "bytes" else self.encoding.decode_bytes(ids)).decode(errors="replace")
+
         def token(i: int) -> bytes:
             try:
-                return bytes([i]) if self.name == "bytes" else self.encoding.decode_single_token_bytes(i)
+                return self.encoding.decode_single_token_bytes(i)
             except KeyError:  # cl100k_base has such ids, and a model may draw one
                 return b"\xff"
 
-        return b"".join(map(token, itertools.takewhile(lambda i: i != self.eot, ids))).decode(errors="replace")
+        return b"".join(map(token, ids)).decode(errors="replace")
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -156,7 +161,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 def json_object(file: Path) -> dict[str, Any]:
     """What a JSON file holds, an empty object if it is not there. UserError if it is no object."""
     try:
-        found = json.loads(file.read_bytes())
+        found = json.loads(disk.read(file))
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as e:

@@ -1,0 +1,446 @@
+"""Released models in and ours out: logits against transformers', weights bit for bit, ids against tiktoken's, and every refusal."""
+
+import itertools
+import json
+import lzma
+import os
+import pickle
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from test_data import cl100k_cache
+from test_train import tensors
+
+import checkpoint
+import config
+import data
+import eval
+import generate
+import hf
+import lineage
+import model
+import reader
+import text
+import train
+from config import UserError
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 24}
+YARN2 = {**YARN, "factor": 2.0, "beta_fast": 6.0, "beta_slow": 0.5, "original_max_position_embeddings": 48}
+LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.5}
+DEFAULT = {"rope_type": "default", "rope_theta": 777.0}
+
+
+def released(folder, kind="Llama", dtype=torch.float32, shard=None, rows=301, **kw):
+    """A random model as transformers itself saves it, with the tokenizer `bytes` of 257 ids: the other rows are padding."""
+    settings = {"vocab_size": rows, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+                "max_position_embeddings": 96, "rms_norm_eps": 1e-5, **kw}  # fmt: skip
+    torch.manual_seed(1)
+    net = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**settings)).to(dtype).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn_like(p))  # so that norms, biases and depth all matter
+    net.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
+    (folder / "tokenizer.json").write_text(json.dumps(hf.made_tokenizer(text.Tokenizer("bytes"))))
+    return net
+
+
+def edit(folder, **changes):
+    file = folder / "config.json"
+    settings = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({k: v for k, v in settings.items() if v != "gone"}))
+
+
+@torch.no_grad()
+def check_logits(net, twin):
+    """fp32 rounding over two blocks of sums of at most 44 terms on logits of size about 3: 1e-5 is about 30 units in the last place.
+
+    All positions up to the context: that is where stretched angles differ.
+    """
+    ids = torch.randint(0, net.config.vocab_size, (3, net.config.context))
+    expected = twin(input_ids=ids).logits
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(net(ids), expected, rtol=1e-5, atol=1e-5)
+
+
+CASES = [
+    ("Llama", {}), ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_parameters": LLAMA3}), ("Llama", {"rope_parameters": LINEAR}),
+    ("Llama", {"rope_parameters": YARN, "rows": 259, "intermediate_size": 128}), ("Qwen2", {"rope_parameters": YARN2, "num_key_value_heads": 1}),
+    ("Qwen2", {"tie_word_embeddings": True, "rope_parameters": DEFAULT, "shard": "10KB"}), ("Llama", {"dtype": torch.bfloat16, "rope_parameters": LLAMA3}),
+    ("Qwen2", {"dtype": torch.float16, "shard": "10KB"})]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, kw", CASES, ids=str)
+def test_there_and_back(kind, kw, tmp_path):
+    twin = released(tmp_path / "hf", kind, **kw).float()
+    assert (tmp_path / "hf" / "model.safetensors.index.json").exists() == ("shard" in kw)
+    made = hf.bring(str(tmp_path / "hf"), str(tmp_path / "out" / "x"), quiet=True)
+    net, meta = eval.load_model(made, torch.device("cpu"))
+    check_logits(net, twin)
+    assert (meta["segment"], meta["step"], meta["finished"], meta["pinned"], meta["tokens"]) == (lineage.IMPORT, 0, True, True, 0)
+    c = config.load(str(tmp_path / "out" / "x" / "model.toml"))  # what train.py takes
+    assert c.model == net.config and config.check_batch(c, 1) == []
+    lineage.check_model(made, meta, c, text.Tokenizer(str(tmp_path / "hf")).sha256)
+
+    out = hf.send(str(made), str(tmp_path / "back"), quiet=True)
+    theirs, original = load_file(out / "model.safetensors"), twin.state_dict()
+    assert theirs.keys() == original.keys() - ({"lm_head.weight"} if net.config.tied else set())
+    assert all(t.dtype == torch.float32 and torch.equal(t, original[name]) for name, t in theirs.items())  # bit for bit
+    check_logits(net, transformers.AutoModelForCausalLM.from_pretrained(out))
+    again = hf.bring(str(out), str(tmp_path / "out" / "y"), quiet=True)
+    first, second = tensors(made), tensors(again)
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    new = checkpoint.read_meta(again)
+    assert new["data"] == meta["data"]
+    assert {k: v for k, v in new["config"].items() if k.startswith("model.")} == {k: v for k, v in meta["config"].items() if k.startswith("model.")}
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.name.endswith(".partial")) == []
+
+
+def test_the_older_spelling_is_read(tmp_path):
+    twin = released(tmp_path / "hf", rope_parameters=LLAMA3)
+    old = {("type" if k == "rope_type" else k): v for k, v in LLAMA3.items() if k != "rope_theta"}
+    edit(tmp_path / "hf", rope_parameters="gone", rope_theta=500, rope_scaling=old, head_dim=None)
+    check_logits(eval.load_model(hf.bring(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True), torch.device("cpu"))[0], twin)
+
+
+def test_a_tied_head_may_be_there_and_old_angles_too(tmp_path):
+    released(tmp_path / "hf", tie_word_embeddings=True)
+    file = tmp_path / "hf" / "model.safetensors"
+    w = load_file(file)
+    save_file({**w, "lm_head.weight": w["model.embed_tokens.weight"].clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, file)
+    assert "model.head.weight" not in tensors(hf.bring(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+HARD = ["", " ", "\n", "鲸鱼在海里。", "中文 English 混合123", "🙂👩‍👩‍👧‍👦🏳️‍🌈", "e\u0301\u0302a\u0308 café", "a\r\n\r\n b\n\r\t\v\f c", "  \n  \n\n   x  ", "1234567890 12 3,456.78",
+        "I'LL WE'VE DON'T it's I'M they'Re 'S 'ſ", "a\0b\0\0", "<|endoftext|> <|im_start|>user", "مرحبا שלום नमस्ते ไทย", "\u00a0\u2003\u2028x\u0085", "ǅ ß İ ŉ",
+        *(c * n for c in " =-a\n\t*🙂" for n in (1, 7, 64, 81, 128, 257, 1000)), "ab" * 3000]  # fmt: skip
+
+
+def checkpoint_of(folder, tokenizer, **kw):
+    """A checkpoint of random weights trained on nothing, with this tokenizer."""
+    tok = text.Tokenizer(tokenizer)
+    c = config.Config(model=config.Model(n_layer=1, n_head=2, hidden=8, vocab_size=tok.vocab_size, context=96, **kw))
+    c.data.path = str(folder / "data")
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": f"text {i} of a few words"}) + "\n" for i in range(40)))
+    data.prepare(c.data.path, [str(folder / "a.jsonl")], tokenizer, [1.0], val=0.3, jobs=1, quiet=True)
+    torch.manual_seed(1)
+    net = model.Transformer(c.model)
+    record = {"segment": "main", "version": 1, "path": {}, "finished": True, "pinned": True, "parent": None, "tokens": 0, "config": config.values(c),
+              "data": {"tokenizer": tok.sha256, "increments": []}}  # fmt: skip
+    (folder / "main").mkdir()
+    checkpoint.save(folder / "main", 0, checkpoint.state(net), record)
+    return folder / "main" / "step-000000", tok, net
+
+
+def corpus():
+    with lzma.open(data.TEXT, "rt") as f:
+        return [json.loads(line)["text"] for line in f]
+
+
+@pytest.mark.parametrize("name", ["bytes", str(data.RANKS), "cl100k_base", "gpt2", "o200k_base"])
+def test_an_exported_tokenizer_gives_the_same_ids(name, tmp_path, monkeypatch):
+    if name == "cl100k_base":
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cl100k_cache(tmp_path / "cache")))
+    try:
+        made, tok, _ = checkpoint_of(tmp_path, name)
+    except UserError as e:
+        if "tiktoken fetches its file" in str(e):
+            pytest.skip("its ranks are not on this machine")
+        raise
+    out = hf.send(str(made), str(tmp_path / "hf"), quiet=True)
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    theirs.backend_tokenizer.encode_special_tokens = True  # text that looks like a special token is text, as it is for us
+    r = random.Random(0)
+    made_up = [
+        "".join(r.choices(letters, k=r.randint(1, 60))) for letters in ("ab", " \n", " =-", "aA's", "中文 ", "\r\n \t", "0 1a") for _ in range(100)
+    ]
+    texts = corpus() + HARD + made_up
+    assert any("\u4e00" <= c <= "\u9fff" for t in texts for c in t)
+    for many in itertools.batched(texts, 100):
+        expected = tok.encode_many(list(many))
+        found = [e.ids for e in theirs.backend_tokenizer.encode_batch(list(many))]
+        assert found == expected
+        assert [theirs.decode(i, clean_up_tokenization_spaces=False) for i in found] == list(many)
+    assert theirs(HARD[4]).input_ids == tok.encode(HARD[4])
+    assert theirs.eos_token_id == tok.eot and theirs.convert_tokens_to_ids("<|endoftext|>") == tok.eot
+    said = theirs.apply_chat_template([{"role": "user", "content": "Hi\n"}], tokenize=False, add_generation_prompt=True)
+    assert said == "<|im_start|>user\nHi\n<|im_end|>\n<|im_start|>assistant\n"
+    back = text.Tokenizer(str(out))  # and is ours again: the same prepared data goes on
+    assert (back.sha256, back.vocab_size, back.eot) == (tok.sha256, tok.vocab_size, tok.eot)
+    assert checkpoint.read_meta(hf.bring(str(out), str(tmp_path / "x"), quiet=True))["data"]["tokenizer"] == tok.sha256
+
+
+@pytest.mark.parametrize(
+    "kw", [{}, {"qkv_bias": True, "tied": True, "rope_scaling": "yarn", "rope_factor": 4.0, "rope_context": 24, "rope_high": 32.0}], ids=str
+)
+def test_greedy_equals_transformers_on_the_exported_folder(kw, tmp_path):
+    made, tok, net = checkpoint_of(tmp_path, str(data.RANKS), **kw)
+    out = hf.send(str(made), str(tmp_path / "hf"), quiet=True)
+    twin, theirs = transformers.AutoModelForCausalLM.from_pretrained(out), transformers.AutoTokenizer.from_pretrained(out)
+    assert type(twin).__name__ == ("Qwen2ForCausalLM" if kw else "LlamaForCausalLM")
+    check = torch.randint(0, tok.vocab_size, (2, 96))
+    with torch.no_grad():
+        torch.testing.assert_close(net(check), twin(check).logits, rtol=1e-5, atol=1e-5)
+    prompt = theirs("The whale", return_tensors="pt").input_ids
+    (ours,) = generate.generate(net, prompt.tolist(), 64, set())
+    found = twin.generate(prompt, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert found[0, prompt.shape[1] :].tolist() == ours and len(ours) == 64
+
+
+def test_a_pattern_that_cannot_be_exported_is_found(tmp_path, monkeypatch):
+    made, _, _ = checkpoint_of(tmp_path, str(data.RANKS))
+    monkeypatch.setattr(hf, "plain_pattern", lambda p: p.replace(r"\p{N}{1,3}", r"\p{N}"))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="gives other ids for 'The whale, 1234567"):
+        hf.send(str(made), str(tmp_path / "hf"), quiet=True)
+    assert [p for p in sorted(tmp_path.rglob("*")) if p.name != ".hf.lock"] == before
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Training
+
+
+@pytest.fixture
+def imported(tmp_path, monkeypatch):
+    """(run(*flags, out=, parent=) -> exit code of train.py, the imported checkpoint, the prepared data), and the other way round in a folder."""
+    released(tmp_path / "hf", "Qwen2", tie_word_embeddings=True)
+    made = hf.bring(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True)
+    pieces = [t[i : i + 400] for t in corpus()[:40] for i in range(0, len(t), 400)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in pieces))
+    folder = tmp_path / "data"
+    meta = data.prepare(str(folder), [str(tmp_path / "a.jsonl")], str(tmp_path / "x" / "tokenizer"), [1.0, 1.0], jobs=1, quiet=True)
+    assert (meta["vocab_size"], meta["eot"]) == (301, 256)  # the padding rows are the model's vocabulary, too
+    torch.set_num_threads(1)
+
+    def run(*flags, out="run", toml=tmp_path / "x" / "model.toml"):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(toml), "--model.context", "32", "--train.batch_tokens", "128", "--plan.steps", "6",
+            "--plan.versions", "2", "--plan.warmup", "2", "--train.eval_every", "0", "--train.eval_tokens", "320", "--train.device", "cpu",
+            "--data.path", str(folder), "--out", str(tmp_path / out), *flags])  # fmt: skip
+        try:
+            train.main()
+        except SystemExit as e:
+            return e.code
+        return 0
+
+    return run, made, folder
+
+
+def test_an_imported_model_is_trained_on_by_every_mode(imported, tmp_path, capsys):
+    run, made, folder = imported
+    parent = ("--parent", str(made))
+    record = {"segment": "import", "step": 0, "hash": checkpoint.read_meta(made)["hash"]}
+    assert run("--mode", "main", *parent) == 0
+    main = tmp_path / "run" / "main"
+    assert checkpoint.read_meta(checkpoint.path(main, 8))["parent"] == record  # the fork point of version 2
+    assert run("--mode", "branch", "--version", "2") == 0  # from that main path
+    assert run("--mode", "branch", "--version", "1", *parent, out="alone") == 0
+    assert run("--mode", "cpt", "--version", "2", *parent, out="cpt") == 0
+    ends = [tmp_path / p for p in ("run/ours-cosine/v2", "alone/ours-cosine/v1", "cpt/cpt-cosine/v2")]
+    last = [checkpoint.path(p, checkpoint.steps(p)[-1]) for p in ends]
+    assert checkpoint.read_meta(last[0])["parent"]["segment"] == "main" and all(checkpoint.read_meta(p)["parent"] == record for p in last[1:])
+    assert checkpoint.read_meta(last[0])["data"]["tokenizer"] == checkpoint.read_meta(made)["data"]["tokenizer"]
+
+    # Resumed without --parent, and not from another one
+    assert run("--mode", "main") == 0 and "nothing to do" in capsys.readouterr().out
+    released(tmp_path / "hf2", "Qwen2", tie_word_embeddings=True)
+    w = load_file(tmp_path / "hf2" / "model.safetensors")
+    save_file({k: v + 1e-3 for k, v in w.items()}, tmp_path / "hf2" / "model.safetensors", {"format": "pt"})
+    other = hf.bring(str(tmp_path / "hf2"), str(tmp_path / "y"), quiet=True)
+    assert run("--mode", "main", "--parent", str(other)) == 2 and "was begun from another one" in capsys.readouterr().err
+
+    # Perplexity and samples of both
+    data.add(str(folder), [str(data.TEXT)], jobs=1, quiet=True)
+    assert reader.read_meta(folder)["increments"][2]["documents"] > 500
+    before = eval.score(made, torch.device("cpu"), str(folder), quiet=True).ppl
+    assert eval.score(last[0], torch.device("cpu"), quiet=True).ppl < before
+    for path in (made, last[0]):
+        assert eval.sample(path, torch.device("cpu"), ["The whale"], 5, 1, None)[0].startswith("The whale")
+    out = hf.send(str(last[0]), str(tmp_path / "back"), quiet=True)
+    settings = json.loads((out / "config.json").read_text())
+    assert settings["max_position_embeddings"] == 32 and settings["pathswitch"]["segment"] == "ours-cosine/v2" and settings["bos_token_id"] is None
+    check_logits(eval.load_model(last[0], torch.device("cpu"))[0], transformers.AutoModelForCausalLM.from_pretrained(out))
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--model.hidden", "36"), "is another model (model.hidden: 32 there, 36 here)"),
+    (("--model.rope_theta", "5"), "is another model (model.rope_theta: 10000.0 there, 5.0 here)"),
+    (("--model.context", "128"), "model.context: got 128, expected at most the 96"),
+    (("--model.vocab_size", "257", "--data.path", "{prepared}"), "is another model (model.vocab_size: 301 there, 257 here)"),
+])  # fmt: skip
+def test_what_disagrees_with_the_imported_model_is_refused(imported, prepared, tmp_path, capsys, flags, words):
+    run, made, _ = imported
+    assert run("--mode", "main", *(f.replace("{prepared}", str(prepared)) for f in flags), "--parent", str(made)) == 2
+    assert words in capsys.readouterr().err and not list((tmp_path / "run").glob("*/step-*"))
+
+
+def test_another_tokenizer_than_the_imported_model_s_is_refused(prepared, tmp_path, monkeypatch, capsys):
+    released(tmp_path / "hf", rows=257)
+    made = hf.bring(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tmp_path / "x" / "model.toml"), "--model.context", "32", "--train.batch_tokens", "128",
+        "--plan.steps", "6", "--plan.warmup", "2", "--data.path", str(prepared), "--parent", str(made)])  # fmt: skip
+    with pytest.raises(SystemExit) as e:
+        train.main()
+    assert e.value.code == 2 and "has another tokenizer than data.path" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Refusals
+
+
+def weights(**changes):
+    """Tensors changed, added (a tensor), or taken away (None)."""
+
+    def change(folder):
+        w = load_file(file := folder / "model.safetensors")
+        w |= {name.replace("__", "."): t for name, t in changes.items()}
+        save_file({n: t for n, t in w.items() if t is not None}, file, {"format": "pt"})
+
+    return change
+
+
+def index(**changes):
+    """The file cut into two, and then an index that says something else."""
+
+    def change(folder):
+        w = load_file(folder / "model.safetensors")
+        os.remove(folder / "model.safetensors")
+        names = sorted(w)
+        for i, part in enumerate((names[:5], names[5:])):
+            save_file({n: w[n] for n in part}, folder / f"m-{i}.safetensors")
+        whole = {n: f"m-{int(n in names[5:])}.safetensors" for n in names}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {**whole, **changes}}))
+
+    return change
+
+
+def keys(**changes):
+    return lambda folder: edit(folder, **changes)
+
+
+def pickled(folder):
+    os.remove(folder / "model.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+
+
+def put(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+NORM, DOWN = "model__norm__weight", "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda f: os.remove(f / "config.json"), "config.json: is not there; expected a folder that save_pretrained made"),
+    (put("config.json", b"{"), "config.json: is not JSON"),
+    (put("config.json", b"[1]"), "config.json: got '[1]', expected a JSON object"),
+    (put("config.json", b"[" * 100000), "config.json: is not JSON"),
+    (keys(architectures=["MistralForCausalLM"]), "architectures: got ['MistralForCausalLM'], expected one of LlamaForCausalLM, Qwen2ForCausalLM"),
+    (keys(architectures=[[]]), "architectures: got [[]]"),
+    (keys(architectures="gone"), "architectures: got None"),
+    (keys(model_type="mistral"), "model_type: got 'mistral', expected llama"),
+    (keys(hidden_size="32"), "hidden_size: got '32', expected a whole number"),
+    (keys(num_hidden_layers=True), "num_hidden_layers: got True, expected a whole number"),
+    (keys(hidden_size="gone"), "hidden_size: got None, expected a whole number"),
+    (keys(num_attention_heads=0), "model.n_head: got 0"),
+    (keys(num_key_value_heads=3), "model.n_kv_head: got 3, expected a divisor"),
+    (keys(rms_norm_eps=None, max_position_embeddings=1 << 40), "model.context: got"),
+    (keys(num_hidden_layers=10**12), "num_hidden_layers: got 1,000,000,000,000, but the files hold 21 tensors"),
+    (keys(vocab_size=10**15), "is of a model of 64,"),
+    (keys(hidden_size=1 << 40, head_dim=1 << 38), "model.context: got 96"),
+    (keys(head_dim=16), "head_dim: got 16, expected hidden_size / num_attention_heads = 8"),
+    (keys(attention_bias=True), "attention_bias: got True, expected False"),
+    (keys(mlp_bias=True), "mlp_bias: got True, expected False"),
+    (keys(hidden_act="gelu"), "hidden_act: got 'gelu', expected 'silu'"),
+    (keys(use_sliding_window=True), "use_sliding_window: got True"),
+    (keys(layer_types=["full_attention", "sliding_attention"]), "layer_types: got"),
+    (keys(quantization_config={"bits": 4}), "quantization_config: got {'bits': 4}"),
+    (keys(partial_rotary_factor=0.5), "partial_rotary_factor: got 0.5"),
+    (keys(auto_map={"AutoModel": "evil.Model"}), "auto_map: got"),
+    (keys(tie_word_embeddings=1), "tie_word_embeddings: got 1, expected true or false"),
+    (keys(rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "rope_parameters.rope_type: got 'dynamic', expected one of default, linear, llama3, yarn"),
+    (keys(rope_parameters="gone", rope_scaling={"type": "longrope"}), "rope_scaling.rope_type: got 'longrope'"),
+    (keys(rope_parameters="gone", rope_scaling={"type": ["yarn"]}), "rope_scaling.rope_type: got ['yarn']"),
+    (keys(rope_parameters=7), "rope_parameters: got 7"),
+    (keys(rope_parameters={"full_attention": {"rope_type": "default"}}), "rope_parameters: got"),
+    (keys(rope_parameters={"rope_theta": -1.0}), "model.rope_theta: got -1.0"),
+    (keys(rope_parameters={"rope_theta": float("nan")}), "model.rope_theta: got nan"),
+    (keys(rope_parameters={"rope_type": "linear"}), "rope_parameters.factor: got None, expected a number"),
+    (keys(rope_parameters={**LLAMA3, "mix": 1}), "rope_parameters.mix: got 1, expected it not to be there"),
+    (keys(rope_parameters={**LLAMA3, "low_freq_factor": 4.0}), "model.rope_low: got 4, expected below"),
+    (keys(rope_parameters={**LLAMA3, "partial_rotary_factor": 0.5}), "rope_parameters.partial_rotary_factor: got 0.5"),
+    (keys(rope_parameters={**YARN, "attention_factor": 1.5}), "rope_parameters.attention_factor: got 1.5, expected 0.1 ln(factor) + 1 = 1.13863"),
+    (keys(rope_parameters={**YARN, "mscale": 1.0}), "rope_parameters.mscale: got 1.0"),
+    (keys(rope_parameters={**YARN, "truncate": False}), "rope_parameters.truncate: got False, expected true"),
+    (keys(rope_parameters={k: v for k, v in YARN.items() if "orig" not in k}), "rope_parameters.original_max_position_embeddings: got None"),
+    (pickled, "pytorch_model.bin: pickled weights are not read"),
+    (lambda f: os.remove(f / "model.safetensors"), "has no model.safetensors and no model.safetensors.index.json"),
+    (lambda f: os.truncate(f / "model.safetensors", 999), "model.safetensors: is no safetensors file"),
+    (put("adapter_config.json", b"{}"), "adapter_config.json: is that of an adapter"),
+    (weights(**{DOWN: None}), f"{DOWN} is missing"),
+    (weights(lm_head__weight=None), "lm_head.weight is missing"),
+    (weights(**{NORM: torch.ones(31)}), "is of a model of 3"),
+    (weights(**{NORM: torch.ones(2, 16)}), "model.norm.weight has shape (2, 16), expected (32,)"),
+    (weights(**{NORM: torch.ones(32, dtype=torch.float64)}), "model.norm.weight is F64, expected F32, BF16, F16"),
+    (weights(**{NORM: torch.full((32,), torch.inf)}), "model.norm.weight holds values that are not finite"),
+    (weights(extra__lora_A=torch.ones(3)), "has 1 tensors that are no part of the model, such as extra.lora_A"),
+    (lambda f: (edit(f, tie_word_embeddings=True)), "lm_head.weight is not model.embed_tokens.weight"),
+    (index(**{DOWN: "m-9.safetensors"}), "m-9.safetensors: is not there, but model.safetensors.index.json names it"),
+    (index(**{DOWN: "../m-1.safetensors"}), "weight_map: got '../m-1.safetensors', expected names of .safetensors files in this folder"),
+    (index(**{DOWN: "/etc/passwd"}), "weight_map: got '/etc/passwd'"),
+    (index(**{DOWN: "m-0.safetensors"}), f"m-0.safetensors: has no {DOWN}, but model.safetensors.index.json says so"),
+    (index(**{DOWN: 7}), "weight_map: got"),
+    (lambda f: os.remove(f / "tokenizer.json"), "tokenizer.json: is not there; make it"),
+    (put("tokenizer.json", b"{}"), "tokenizer.json: is no tokenizer of Hugging Face"),
+    (lambda f: released(f, rows=200), "tokenizer.json: has ids to 256, expected below the 200 rows of the model"),
+])  # fmt: skip
+def test_what_cannot_be_imported_is_refused_by_name(tmp_path, monkeypatch, capsys, change, words):
+    released(tmp_path / "hf")
+    change(tmp_path / "hf")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(sys, "argv", ["hf.py", "import", str(tmp_path / "hf"), "--out", str(tmp_path / "out" / "x")])
+    with pytest.raises(SystemExit) as e, config.user_errors("hf.py"):
+        hf.main()
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and words in said and len(said.strip().splitlines()) == 1 and said.startswith("hf.py: error: "), said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path, second_save_fails):
+    released(tmp_path / "hf")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="there: is there already and is never overwritten"):
+        hf.bring(str(tmp_path / "hf"), str(tmp_path / "there"))
+    with pytest.raises(UserError, match="nowhere: is no folder"):
+        hf.bring(str(tmp_path / "nowhere"), str(tmp_path / "x"))
+    made = hf.bring(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True)
+    with pytest.raises(OSError, match="No space left"):
+        hf.bring(str(tmp_path / "hf"), str(tmp_path / "y"), quiet=True)
+    with pytest.raises(UserError, match="there: is there already"):
+        hf.send(str(made), str(tmp_path / "there"))
+    with pytest.raises(UserError, match="is no checkpoint"):
+        hf.send(str(tmp_path / "hf"), str(tmp_path / "z"))
+    with pytest.raises(UserError, match="its tokenizer is not the one"):
+        other = tmp_path / "other"
+        other.mkdir()
+        checkpoint_of(other, str(data.RANKS))
+        hf.send(str(made), str(tmp_path / "z"), str(other / "data"))
+    shard = next(made.glob("*.safetensors"))
+    shard.write_bytes(bytes(np.frombuffer(shard.read_bytes(), np.uint8)[::-1]))
+    with pytest.raises(UserError, match="its bytes have changed"):
+        hf.send(str(made), str(tmp_path / "z"))
+    assert not (tmp_path / "y").exists() and not (tmp_path / "z").exists() and not list(tmp_path.glob(".*.partial"))
