@@ -495,3 +495,75 @@ def test_a_part_of_an_increment_read_again_and_again(prepared):
     assert not np.array_equal(epochs[0], epochs[1])
     assert t.needs(0, 12) == [("v1", 12 * 32 + 1, t.meta["increments"][0]["tokens"])] and t.problems(0, 12) == []
     assert t.problems(0, 13) == ["data.increments: 12 steps in all, expected at least the 13 that are trained; add to them"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Token files of others
+
+
+def llmc(file, ids, magic=20240520, version=1, dtype="<u2", count=None):
+    """As llm.c's data_common.py writes it."""
+    head = np.zeros(256, "<i4")
+    head[:3] = magic, version, len(ids) if count is None else count
+    file.write_bytes(head.tobytes() + np.array(ids, dtype).tobytes())
+
+
+def streams(docs):
+    """The documents in bytes' ids, each ended by <|endoftext|> (nanoGPT) and each begun by it (llm.c)."""
+    return [i for d in docs for i in [*d.encode(), 256]], [i for d in docs for i in [256, *d.encode()]]
+
+
+def test_token_files_of_nanogpt_and_llmc(tmp_path):
+    a, b, c, d = (documents(40, s) for s in (1, 2, 3, 4))
+    np.array(streams(a)[0], "<u2").tofile(tmp_path / "val.bin")
+    np.array(streams(b)[0], "<u2").tofile(tmp_path / "v1.bin")
+    llmc(tmp_path / "v2.bin", streams(c)[1])
+    llmc(tmp_path / "v3.bin", streams(d)[1][1:-1], 20240801, 7, "<u4")  # begins and ends within a document
+    np.array(list(b"one document"), "<u2").tofile(tmp_path / "v4.bin")  # no <|endoftext|>
+    np.array(streams([b[0], a[0], "new", "new", "newer"])[0] + [256, 256], "<u2").tofile(tmp_path / "v5.bin")
+    names = [str(tmp_path / f"v{i}.bin") for i in range(1, 6)]
+    r = cli("bins", "--out", str(tmp_path / "d"), "--tokenizer", "bytes", "--val", str(tmp_path / "val.bin"), *names)
+    assert r.returncode == 0, r.stderr
+    assert "1 duplicate documents dropped, and 2 that an earlier increment or validation holds" in r.stdout
+    folder = tmp_path / "d"
+    assert [read(folder, p) for p in parts(folder)] == [a, b, c, [*d[:-1], d[-1][:-1]], ["one document"], ["new", "newer"]]  # in their order
+    assert reader.check_files(folder, quiet=True) and (folder / "v1.bin").read_bytes() == (tmp_path / "v1.bin").read_bytes()
+    # add knows their documents, since the hash is that of the text
+    meta, again = data.add(str(folder), [write(tmp_path / "a.jsonl", a + b + documents(9, 9))], jobs=1, quiet=True)
+    assert again == 80 and meta["increments"][5]["documents"] == 9 and meta["sources"][0]["from"][1:] == names
+    assert reader.Tokens(str(folder), 16, 2, [3], 1).batch(0)[0].shape == (2, 16)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda f: f.unlink(), "v1.bin: is not there"),
+        (lambda f: f.write_bytes(b""), "v1.bin: is empty"),
+        (lambda f: f.write_bytes(b"abc"), "v1.bin: got 3 bytes, expected an even number"),
+        (lambda f: np.array([5, 257, 6], "<u2").tofile(f), "v1.bin: token id 257, expected below the vocabulary's 257"),
+        (lambda f: np.array([256, 256], "<u2").tofile(f), "v1.bin: has no document that is not empty"),
+        (lambda f: shutil.copy(f.parent / "val.bin", f), "v1.bin: has no document that it alone has"),
+        (lambda f: llmc(f, [1, 2, 3], count=4), "v1.bin: got 6 bytes after its header, expected 8 for 4 tokens"),
+        (lambda f: llmc(f, [1, 2, 3], count=-1), "v1.bin: got 6 bytes after its header, expected -2"),
+        (lambda f: llmc(f, [1, 2, 3], version=2), "v1.bin: version 2 of magic number 20240520, expected 1"),
+        (lambda f: llmc(f, [1, 2, 3], magic=20240521), "v1.bin: magic number 20240521, expected one of 20240520, 20240801"),
+        (lambda f: llmc(f, [], count=0), "v1.bin: is empty"),
+        (lambda f: (f.parent / "d").mkdir(), "d: is there already and is never overwritten"),
+    ],
+)
+def test_token_files_that_are_none_are_refused(tmp_path, change, words):
+    for name, seed in (("val", 1), ("v1", 2)):
+        np.array(streams(documents(5, seed))[0], "<u2").tofile(tmp_path / f"{name}.bin")
+    change(tmp_path / "v1.bin")
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    with pytest.raises(UserError) as e:
+        data.bins(str(tmp_path / "d"), str(tmp_path / "val.bin"), [str(tmp_path / "v1.bin")], "bytes", quiet=True)
+    assert words in str(e.value)
+    assert sorted(p.name for p in tmp_path.rglob("*") if not p.name.endswith(".lock")) == before
+
+
+def test_ids_of_two_bytes_do_not_hold_a_large_vocabulary(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cl100k_cache(tmp_path / "cache")))
+    np.array([1, 2], "<u2").tofile(tmp_path / "v1.bin")
+    with pytest.raises(UserError, match="ids of 2 bytes, but the 100,277 of tokenizer cl100k_base need 4"):
+        data.bins(str(tmp_path / "d"), str(tmp_path / "v1.bin"), [str(tmp_path / "v1.bin")], "cl100k_base", quiet=True)
