@@ -438,11 +438,11 @@ def check_tokenizer(tok: Tokenizer, folder: Path) -> None:
 
 def send(source: str, out: str, data: str | None = None, quiet: bool = False) -> Path:
     """Export a checkpoint; returns the folder. UserError, and nothing is written, if it or its tokenizer is not whole."""
-    from eval import load_model, open_tokenizer  # not at the top: peers.py needs this file for its mapping alone
+    from eval import load_model  # not at the top: peers.py needs this file for its mapping alone
 
     path, target = Path(source), new(out)
     meta = checkpoint.read_meta(path)
-    tok = open_tokenizer(path, meta, data)
+    tok = lineage.open_tokenizer(path, meta, data)
     net, _ = load_model(path, torch.device("cpu"))
     c = net.config
     checkpoint.check_space(target.parent, 4 * llama.parameters(c))
