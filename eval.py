@@ -89,20 +89,22 @@ def load_model(path: Path, device: torch.device) -> tuple[llama.Transformer, dic
     return net.to(device).eval(), meta
 
 
-def open_data(path: Path, meta: dict[str, Any], folder: str | None) -> reader.Tokens:
-    """The data of a checkpoint, or another folder made with the same tokenizer."""
+def open_data(path: Path, meta: dict[str, Any], folder: str | None, context: int | None = None) -> reader.Tokens:
+    """The data of a checkpoint, or another folder made with the same tokenizer, in sequences as long as the model's, or shorter."""
     c = config.model_of(meta["config"], f"{path / 'meta.json'}")
-    tokens = reader.Tokens(folder or str(meta["config"].get("data.path")), c.context, 1, [1], 0)
+    if context and context > c.context:
+        raise UserError(f"--context: got {context}, expected at most the {c.context} of {path}")
+    tokens = reader.Tokens(folder or str(meta["config"].get("data.path")), context or c.context, 1, [1], 0)
     if (tokens.meta["tokenizer_sha256"], tokens.meta["vocab_size"]) != (meta["data"].get("tokenizer"), c.vocab_size):
         raise UserError(f"--data {tokens.folder}: its tokenizer is not the one that {path} was trained with; choose the data it was trained on")
     return tokens
 
 
 @torch.no_grad()
-def score(path: Path, device: torch.device, folder: str | None = None, rows: int = 16, quiet: bool = False) -> Score:
+def score(path: Path, device: torch.device, folder: str | None = None, rows: int = 16, quiet: bool = False, context: int | None = None) -> Score:
     """Score a checkpoint on the whole validation set of its data; every token but the very first is a target once."""
-    net, meta = load_model(path, device)
-    tokens = open_data(path, meta, folder)
+    tokens = open_data(path, checkpoint.read_meta(path), folder, context)
+    net, _ = load_model(path, device)
     reader.check_files(tokens.folder, ["val"], quiet=True)
     stream = np.asarray(tokens.tokens("val"))
     # the document of each target: <|endoftext|> belongs to the document that it ends
@@ -159,6 +161,7 @@ def main() -> None:
     a = config.Parser(prog="eval.py", description=__doc__)
     a.add_argument("path", nargs="+", help="checkpoints, or one run's folder")
     a.add_argument("--data", help="a prepared folder [the one that the checkpoint was trained on]")
+    a.add_argument("--context", type=int, help="perplexity: tokens of a sequence, to compare models of several contexts [the model's]")
     a.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     a.add_argument("--json", action="store_true")
     a.add_argument(
@@ -178,6 +181,8 @@ def main() -> None:
         raise UserError(f"--seed, --length: got {o.seed} and {o.length}, expected 0 or more, and the seed below 2^63")
     if not (0 <= o.temperature < math.inf and 0 < o.top_p <= 1):
         raise UserError(f"--temperature, --top_p: got {o.temperature} and {o.top_p}, expected 0 or more, and above 0 and at most 1")
+    if o.context is not None and o.context < 1:
+        raise UserError(f"--context: got {o.context}, expected 1 or more")
     if (o.limit is not None and o.limit < 1) or o.batch < 1 or (o.num_fewshot or 0) < 0:
         raise UserError(f"--limit, --batch, --num_fewshot: got {o.limit}, {o.batch} and {o.num_fewshot}, expected 1 or more, 1 or more and 0 or more")
     if o.tasks is not None:
@@ -197,7 +202,7 @@ def main() -> None:
     if run:
         known: dict[Path, Score] = {}
         for p in sorted({p for versions in run.values() for p in versions.values()}):
-            known[p] = score(p, device, o.data)
+            known[p] = score(p, device, o.data, context=o.context)
         scores = {name: {v: known[p] for v, p in sorted(versions.items())} for name, versions in run.items()}
         shared = common(scores.values())
         mean = {n: appl({v: s.ppl for v, s in vs.items()}, shared) if shared else math.nan for n, vs in scores.items()}
@@ -217,7 +222,7 @@ def main() -> None:
         print(f"SE over {len(next(iter(known.values())).nats)} documents")
         return
 
-    results = {str(p): score(p, device, o.data) for p in paths}
+    results = {str(p): score(p, device, o.data, context=o.context) for p in paths}
     if len({(len(s.nats), s.tokens.sum()) for s in results.values()}) > 1:
         raise UserError("the checkpoints were trained on different data, so their validation sets differ; name one with --data")
     if o.json:

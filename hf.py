@@ -39,7 +39,7 @@ CONTEXT = 2048  # of model.toml at most: longer sequences are for whoever has th
 # keys of config.json that would change what is computed, and their values for which they do not
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "use_sliding_window": (False,), "quantization_config": (None,),
-    "partial_rotary_factor": (1, None), "rope_interleaved": (False,), "pretraining_tp": (1, None), "attention_dropout": (0, None), "auto_map": (None,)}  # fmt: skip
+    "partial_rotary_factor": (1, None), "rope_interleaved": (False,), "attention_dropout": (0, None), "auto_map": (None,)}  # fmt: skip
 ROPE = {"default": set(), "linear": {"factor"}, "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
         "yarn": {"factor", "beta_fast", "beta_slow", "attention_factor", "truncate", "original_max_position_embeddings"}}  # fmt: skip
 

@@ -42,9 +42,8 @@ $PY train.py "${SHORT[@]}" --mode branch --version 2
 MAIN=$(ls -d "$WORK"/model/main/step-* | tail -1)
 BRANCH=$(ls -d "$WORK"/model/ours-cosine/v2/step-* | tail -1)
 
-# 4. Perplexity on the validation set. The import has a context of 8,192 and the others one of 256, so each is of its own windows
-$PY eval.py "$IMPORT" --data "$WORK/data"
-$PY eval.py "$MAIN" "$BRANCH"
+# 4. Perplexity on the validation set, all in windows of 256 tokens; the differences are paired, document by document
+$PY eval.py "$IMPORT" "$MAIN" "$BRANCH" --data "$WORK/data" --context 256
 
 # 5. Handed back, and read by transformers
 [ -e "$WORK/back" ] || $PY hf.py export "$BRANCH" --out "$WORK/back"

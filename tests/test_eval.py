@@ -50,6 +50,17 @@ def test_score_is_the_mean_over_every_token_and_by_document(trained, prepared):
     np.testing.assert_allclose([sum(v) for v in by_document.values()], s.nats, rtol=1e-4)
 
 
+def test_shorter_windows_are_those_of_a_model_of_that_context(trained):
+    net, _ = evaluation.load_model(trained, CPU)
+    s = evaluation.score(trained, CPU, quiet=True, context=8)
+    stream = np.fromfile(evaluation.open_data(trained, checkpoint.read_meta(trained), None).folder / "val.bin", "<u2").astype(np.int64)
+    rows = torch.from_numpy(stream[: (len(stream) - 1) // 8 * 8]).view(-1, 8)
+    targets = torch.from_numpy(stream[1 : rows.numel() + 1]).view(-1, 8)
+    with torch.no_grad():
+        assert s.nats.sum() == pytest.approx(net(rows, targets, "sum").item(), rel=1e-3)  # but for the last, shorter one
+    assert s.ppl > evaluation.score(trained, CPU, quiet=True).ppl  # less to go by
+
+
 def test_standard_errors_are_those_of_a_bootstrap_over_documents():
     r = np.random.default_rng(0)
     n = 400
@@ -104,6 +115,8 @@ def test_bad_input(trained, tmp_path, prepared):
         ([trained, tmp_path / "empty"], "is no checkpoint"),
         ([trained, "--data", tmp_path / "empty"], "no prepared data"),
         ([trained, "--length", "x", "--sample", "a"], "invalid int value"),
+        ([trained, "--context", "64"], "--context: got 64, expected at most the 32"),
+        ([trained, "--context", "0"], "--context: got 0, expected 1 or more"),
     ]:
         r = cli(*args)
         assert r.returncode == 2 and words in r.stderr and len(r.stderr.splitlines()) == 1, r.stderr
@@ -124,7 +137,7 @@ def test_bad_input(trained, tmp_path, prepared):
         ("model.hidden", 10**9, "model.context: got 32 and heads of 500000000"),
         ("model.hidden", 10**5, "of width 100,000 takes 640,"),
         ("model.n_layer", 10**9, "its model of 1,000,000,000 blocks of width 16 takes"),
-        ("model.vocab_size", 2**62, "bytes, got files of"),
+        ("model.vocab_size", 2**62, "its tokenizer is not the one"),
         ("model.ffn", 10**15, "bytes, got files of"),
         ("model.context", 10**12, "model.context: got 1000000000000 and heads of 8"),
         ("model.n_layer", 2**64, "model.n_layer: got 18446744073709551616, expected a whole number"),

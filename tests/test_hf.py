@@ -9,11 +9,14 @@ import sys
 
 import numpy as np
 import pytest
+import tiktoken
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from test_data import cl100k_cache
 from test_train import tensors
+from tiktoken_ext import openai_public
 
 import checkpoint
 import config
@@ -151,24 +154,39 @@ def corpus():
         return [json.loads(line)["text"] for line in f]
 
 
-@pytest.mark.parametrize("name", ["bytes", str(data.RANKS), "cl100k_base", "gpt2", "o200k_base"])
-def test_an_exported_tokenizer_gives_the_same_ids(name, tmp_path, monkeypatch):
-    if name == "cl100k_base":
-        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cl100k_cache(tmp_path / "cache")))
-    try:
-        made, tok, _ = checkpoint_of(tmp_path, name)
-    except UserError as e:
-        if "tiktoken fetches its file" in str(e):
-            pytest.skip("its ranks are not on this machine")
-        raise
-    out = hf.send(str(made), str(tmp_path / "hf"), quiet=True)
-    theirs = transformers.AutoTokenizer.from_pretrained(out)
-    theirs.backend_tokenizer.encode_special_tokens = True  # text that looks like a special token is text, as it is for us
+def hard_texts():
     r = random.Random(0)
     made_up = [
         "".join(r.choices(letters, k=r.randint(1, 60))) for letters in ("ab", " \n", " =-", "aA's", "中文 ", "\r\n \t", "0 1a") for _ in range(100)
     ]
-    texts = corpus() + HARD + made_up
+    return corpus() + HARD + made_up
+
+
+@pytest.mark.parametrize("name", ["gpt2", "o200k_base"])
+def test_the_patterns_of_other_encodings(name, monkeypatch):
+    """As tiktoken has them, over ranks that are here: its own come from the network."""
+    tok = text.Tokenizer(str(data.RANKS))
+    ranks = tok.encoding._mergeable_ranks
+    for loader in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
+        monkeypatch.setattr(openai_public, loader, lambda *a, **kw: ranks)
+    pattern = getattr(openai_public, name)()["pat_str"]
+    assert pattern != tok.encoding._pat_str
+    tok.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)})
+    made = tokenizers.Tokenizer.from_str(json.dumps(hf.made_tokenizer(tok)))
+    made.encode_special_tokens = True
+    texts = hard_texts()
+    assert [e.ids for e in made.encode_batch(texts)] == tok.encode_many(texts)
+
+
+@pytest.mark.parametrize("name", ["bytes", str(data.RANKS), "cl100k_base"])
+def test_an_exported_tokenizer_gives_the_same_ids(name, tmp_path, monkeypatch):
+    if name == "cl100k_base":
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cl100k_cache(tmp_path / "cache")))
+    made, tok, _ = checkpoint_of(tmp_path, name)
+    out = hf.send(str(made), str(tmp_path / "hf"), quiet=True)
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    theirs.backend_tokenizer.encode_special_tokens = True  # text that looks like a special token is text, as it is for us
+    texts = hard_texts()
     assert any("\u4e00" <= c <= "\u9fff" for t in texts for c in t)
     for many in (texts[i : i + 100] for i in range(0, len(texts), 100)):
         expected = tok.encode_many(many)
