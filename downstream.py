@@ -22,6 +22,13 @@ from config import UserError
 from scales import Setup
 
 NINE = {"c3": "C3", "gsm8k": "GSM8K", "mmlu": "MMLU", "csl": "CSL", "ceval-valid": "C-EVAL", "bbh": "BBH", "cmmlu": "CMMLU", "gaokao": "GAOKAO", "agieval": "AGIEval"}  # fmt: skip
+
+
+def title(task: str) -> str:
+    """The paper's name of a task, or its own."""
+    return NINE.get(task, Path(task).stem)
+
+
 Scores = dict[str, dict[str, Any]]  # task: value, se, metric, n
 
 
@@ -69,7 +76,7 @@ def scores(path: Path, names: list[str], root: Path, s: Setup, options: dict[str
             known[name] = disk.read_json(file)["score"]
         except (FileNotFoundError, ValueError, KeyError):
             device = train.pick_device(s.base.train.device, 0)
-            known[name] = tasks.evaluate(path, [name], device, **options)[name]
+            (known[name],) = tasks.evaluate(path, [name], device, **options).values()
             disk.write_json(file, {"checkpoint": str(path), "task": name, "options": options, "score": known[name]})
     return known
 
@@ -92,8 +99,8 @@ def record(t: tables.Table, found: dict[tuple[str, str, str], list[Scores]], nam
                 [*[p["scale"]] * several, p["version"], f"{p['paradigm']} (paper)", *shown, f"{p['AVG']:.2f}" if set(names) == set(NINE) else "-"]
             )
     one = next(iter(found.values()))[0]
-    said = ", ".join(f"{NINE.get(n, n)} {one[n]['metric']} of {one[n]['n']:,}" for n in names)
-    return {"name": t.name, "title": t.title, "header": [*["scale"] * several, "Ver.", "TP", *(NINE.get(n, n) for n in names), "AVG"], "rows": rows,
+    said = ", ".join(f"{title(n)} {one[n]['metric']} of {one[n]['n']:,}" for n in names)
+    return {"name": t.name, "title": t.title, "header": [*["scale"] * several, "Ver.", "TP", *(title(n) for n in names), "AVG"], "rows": rows,
             "means": means, "notes": [f"Percent: {said}.", *notes], "scores": [{"of": list(k), "seeds": v} for k, v in found.items()]}  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import re
 
 import pytest
 import torch
@@ -181,7 +182,7 @@ def test_a_lock_is_held_by_one_and_let_go(tmp_path):
 def test_nothing_unpickles():
     for file in [*ROOT.glob("*.py")]:
         text = file.read_text()
-        assert "torch.load" not in text and "import pickle" not in text and "eval(" not in text.replace(".eval()", "") and "exec(" not in text
+        assert "torch.load" not in text and "import pickle" not in text and not re.search(r"(?<![\w.])(eval|exec)\(", text), file
 
 
 # ----------------------------------------------------------------------------------------------------------
