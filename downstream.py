@@ -55,7 +55,11 @@ def tunings(s: Setup, cells: graph.Graph, at: dict[Path, str], root: Path, file:
         if problems := config.check_batch(c, ranks):
             raise UserError("\n".join(problems))
         examples = sft.Examples(sft.prepare(file, lineage.open_tokenizer(path, meta), root / setting), c.model.context, c.train.seed)
-        _, segment = lineage.tuning(c, meta, sft.Tuning(examples, meta["data"], c.batch_sequences, c.data.epochs).steps)
+        data = sft.Tuning(examples, meta["data"], c.batch_sequences, c.data.epochs)
+        _, segment = lineage.tuning(c, meta, data.steps)
+        for step in checkpoint.steps(root / setting / segment.name):  # one folder never holds two fine-tunings
+            there = checkpoint.path(root / setting / segment.name, step)
+            lineage.check_lineage(there, checkpoint.read_meta(there), c, segment, data)
         arguments += [w for k, v in {**s.scale.sft, "train.device": s.base.train.device}.items() for w in (f"--{k}", v)]
         found[name := f"{setting}/{segment.name}"] = graph.Cell(setting, segment, c, arguments, None, {segment.end})
         results[path] = checkpoint.path(root / name, segment.end)

@@ -14,6 +14,7 @@ import checkpoint
 import config
 import reader
 import schedule
+import sft
 from config import UserError
 from text import Tokenizer
 
@@ -114,7 +115,7 @@ def fingerprint(s: schedule.Segment, ends: list[int], step: int) -> dict[str, An
             "lr_sha256": hashlib.sha256(rates).hexdigest(), "increments": [e for e in ends if e < step]}  # fmt: skip
 
 
-def check_lineage(where: Path, meta: dict[str, Any], c: config.Config, s: schedule.Segment, tokens: reader.Tokens) -> None:
+def check_lineage(where: Path, meta: dict[str, Any], c: config.Config, s: schedule.Segment, tokens: reader.Tokens | sft.Tuning) -> None:
     """Is a checkpoint of segment `s` what this config would have made? UserError names the keys or files that say no."""
     if meta["segment"] != s.name:
         raise UserError(f"{where}: is a checkpoint of {meta['segment'][:60]!r}, expected one of {s.name!r}; move it back")
@@ -149,7 +150,7 @@ def check_model(where: Path, meta: dict[str, Any], c: config.Config, tokenizer: 
         raise UserError(f"{where}: has another tokenizer than data.path {c.data.path}; prepare the text with its own: data.py prepare --tokenizer ..")
 
 
-def begin(c: config.Config, run: Path, segments: list[schedule.Segment], segment: schedule.Segment, required: list[int], tokens: reader.Tokens,
+def begin(c: config.Config, run: Path, segments: list[schedule.Segment], segment: schedule.Segment, required: list[int], tokens: reader.Tokens | sft.Tuning,
           maker: str, parent: str | None = None) -> dict[str, Any]:  # fmt: skip
     """Where training a segment begins: at its own last checkpoint (resume), at its parent's (branch, CPT), or from random weights.
 

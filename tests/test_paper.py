@@ -562,5 +562,8 @@ def test_table4_end_to_end(tmp_path, prepared):
     before = {f: f.stat().st_mtime_ns for f in (root / "tasks").iterdir()}
     again = subprocess.run(command(root, prepared, *args, what=["table4"]), capture_output=True, text=True, env=env)
     assert again.returncode == 0 and {f: f.stat().st_mtime_ns for f in (root / "tasks").iterdir()} == before and len(before) == 3
+    sft.write_text(sft.read_text().replace("red", "sea"))  # as many steps, other examples
+    other = subprocess.run(command(root, prepared, *args, what=["table4"]), capture_output=True, text=True, env=env)
+    assert other.returncode == 2 and "was trained on other examples" in other.stderr
     plain = subprocess.run(command(root, prepared, *args[2:], what=["table4"]), capture_output=True, text=True, env=env)
     assert plain.returncode == 0 and "not fine-tuned" in plain.stdout and "report.html" in plain.stdout
