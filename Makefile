@@ -33,6 +33,7 @@ bench: $(if $(filter .venv/%,$(PY)),.venv/dev)
 	for size in $(SIZES); do $(PY) bench.py step --size $$size --json results/gpu/step-$$size.json --plot results/gpu/step-$$size.png || exit; done
 	$(PY) bench.py step --memory --size 203m --json results/gpu/memory.json
 	$(PY) bench.py checkpoint --size 1.2b --json results/gpu/checkpoint.json
+	$(PY) bench.py eval --size 203m --json results/gpu/eval-203m.json
 
 # Break real runs and compare with undisturbed ones: one round of all faults, or rounds for so many minutes
 MINUTES = 0

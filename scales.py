@@ -112,6 +112,8 @@ class Setup:
             raise UserError("plan.increments, data.increments: the paper's tables take increments of plan.steps each; leave them out")
         if c.train.save_at:
             raise UserError("train.save_at: is set by the tables, to the fork points that they need; leave it out")
+        if c.data.sft or c.data.decay_mix:
+            raise UserError("data.sft, data.decay_mix: the paper's tables take branches of text alone; leave them out, or train with train.py")
         if not 2 <= c.plan.versions <= 100:
             raise UserError(f"plan.versions: got {c.plan.versions}, expected 2 to 100: the tables start at version 2")
         self.T, self.N = c.plan.steps, c.plan.versions

@@ -413,6 +413,7 @@ def test_segments_of_two_processes_each(tmp_path, prepared):
         (["--seeds", "99999999999999999999"], "--seeds: got 99999999999999999999, expected 1 to 100"),
         (["--ranks", "99999999"], "--ranks: got 99999999, expected 1 to 10000"),
         (["--plan.schedule", "nope"], "plan.schedule: got 'nope'"),
+        (["--data.decay_mix", "0.1"], "data.sft, data.decay_mix: the paper's tables take"),
         (["--train.save_at", "3"], "train.save_at: is set by the tables"),
         (["fig5", "--plan.alpha", "1", "--plan.warmup", "0"], "ours-cosine-d10/v1: two of the tables asked for need different segments"),
         (["table7", "--plan.steps", "1", "--plan.warmup", "0"], "plan.steps: got 1, too few to tell the rows of table7 apart"),

@@ -141,9 +141,11 @@ def accumulate_in_every_way(work):
             "4 ranks, hybrid": (4, 8, ("--train.parallel", "fsdp", "--train.shard_ranks", "2")),
             "4 ranks, hybrid, recomputed": (4, 4, ("--train.parallel", "fsdp", "--train.shard_ranks", "2", "--train.recompute", "true")),
             "1 rank, fsdp": (1, 8, ("--train.parallel", "fsdp"))}  # fmt: skip
+    for name in ("1 x 32", "2 ranks x 16", "2 ranks x 16, fsdp", "4 ranks, hybrid"):  # one matrix twice in a model
+        ways[f"{name}, tied"] = (*ways[name][:2], (*ways[name][2], "--model.tied", "true"))
     found = {name: gradients(work, name, ranks, "--train.micro_batch", str(micro), *extra) for name, (ranks, micro, extra) in ways.items()}
-    want = found["1 x 32"]
     for name, got in found.items():
+        want = found["1 x 32, tied" if name.endswith("tied") else "1 x 32"]
         # fp32 sums of 1,024 terms in another order: some 1e-7 each
         assert (got - want).norm() <= 1e-6 * want.norm(), (name, float((got - want).norm() / want.norm()))
 
