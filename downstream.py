@@ -22,14 +22,7 @@ from config import UserError
 from scales import Setup
 
 NINE = {"c3": "C3", "gsm8k": "GSM8K", "mmlu": "MMLU", "csl": "CSL", "ceval-valid": "C-EVAL", "bbh": "BBH", "cmmlu": "CMMLU", "gaokao": "GAOKAO", "agieval": "AGIEval"}  # fmt: skip
-
-
-def title(task: str) -> str:
-    """The paper's name of a task, or its own."""
-    return NINE.get(task, Path(task).stem)
-
-
-Scores = dict[str, dict[str, Any]]  # task: value, se, metric, n
+Scores = dict[str, dict[str, Any]]  # task as it was asked for: task (its own name), value, se, metric, n
 
 
 def check(names: list[str], file: str | None, options: dict[str, Any]) -> None:
@@ -48,19 +41,19 @@ def tunings(s: Setup, cells: graph.Graph, at: dict[Path, str], root: Path, file:
     """The fine-tunings of checkpoints that are there, {checkpoint: its cell}; and where the result of each will be."""
     found: graph.Graph = {}
     results = {}
+    keys = {**s.scale.sft, "data.sft": file, "train.device": s.base.train.device}
+    plain = config.load("sft", keys)
+    settled = {k: v for k, (f, v) in config.flatten(plain).items() if not f.metadata["free"]}
+    key = hashlib.sha256(json.dumps([disk.sha256(Path(file)), plain.data.epochs, settled], sort_keys=True).encode()).hexdigest()[:8]
     for path, cell in at.items():
-        setting = cells[cell].setting
-        arguments = ["--config", "sft", "--mode", "sft", "--parent", str(path), "--data", file]
-        c, meta = lineage.tuned(config.load("sft", {**s.scale.sft, "data.sft": file, "train.device": s.base.train.device}), str(path), {"out"})
+        setting = f"{cells[cell].setting}-sft-{key}"  # a folder for each set of examples and keys
+        arguments = ["--config", "sft", "--mode", "sft", "--parent", str(path), *(w for k, v in keys.items() for w in (f"--{k}", v))]
+        c, meta = lineage.tuned(plain, str(path), {"out"})
         if problems := config.check_batch(c, ranks):
             raise UserError("\n".join(problems))
         examples = sft.Examples(sft.prepare(file, lineage.open_tokenizer(path, meta), root / setting), c.model.context, c.train.seed)
         data = sft.Tuning(examples, meta["data"], c.batch_sequences, c.data.epochs)
         _, segment = lineage.tuning(c, meta, data.steps)
-        for step in checkpoint.steps(root / setting / segment.name):  # one folder never holds two fine-tunings
-            there = checkpoint.path(root / setting / segment.name, step)
-            lineage.check_lineage(there, checkpoint.read_meta(there), c, segment, data)
-        arguments += [w for k, v in {**s.scale.sft, "train.device": s.base.train.device}.items() for w in (f"--{k}", v)]
         found[name := f"{setting}/{segment.name}"] = graph.Cell(setting, segment, c, arguments, None, {segment.end})
         results[path] = checkpoint.path(root / name, segment.end)
     return found, results
@@ -80,42 +73,49 @@ def scores(path: Path, names: list[str], root: Path, s: Setup, options: dict[str
             known[name] = disk.read_json(file)["score"]
         except (FileNotFoundError, ValueError, KeyError):
             device = train.pick_device(s.base.train.device, 0)
-            (known[name],) = tasks.evaluate(path, [name], device, **options).values()
+            ((own, score),) = tasks.evaluate(path, [name], device, **options).items()
+            known[name] = {"task": own, **score}
             disk.write_json(file, {"checkpoint": str(path), "task": name, "options": options, "score": known[name]})
     return known
 
 
-def record(t: tables.Table, found: dict[tuple[str, str, str], list[Scores]], names: list[str], notes: list[str]) -> dict[str, Any]:
+def record(of: tables.Table, found: dict[tuple[str, str, str], list[Scores]], names: list[str], notes: list[str]) -> dict[str, Any]:
     """A table of versions x tasks x paradigms, means over seeds in percent; the paper's numbers below ours."""
-    groups = list(dict.fromkeys(r.group for r in t.rows))
+    groups = list(dict.fromkeys(r.group for r in of.rows))
     several = len(groups) > 1
     rows, means = [], []
     for group in groups:
-        for column in t.columns:
-            for r in (r for r in t.rows if r.group == group):
+        for column in of.columns:
+            for r in (r for r in of.rows if r.group == group):
                 values = [100 * statistics.fmean(known[n]["value"] for known in found[group, r.name, column]) for n in names]
                 means.append({"group": group, "version": column, "name": r.name, "value": statistics.fmean(values)})
                 rows.append([*[group] * several, column, r.name, *(f"{v:.2f}" for v in values), f"{means[-1]['value']:.2f}"])
-    for p in tables.PAPER["table4_downstream"]:
+    for p in tables.PAPER["table4_downstream"] if set(names) & set(NINE) else []:
         if several or p["scale"] == "1.2B-42B":
             shown = [f"{p[NINE[n]]:.2f}" if n in NINE else "-" for n in names]
             rows.append(
                 [*[p["scale"]] * several, p["version"], f"{p['paradigm']} (paper)", *shown, f"{p['AVG']:.2f}" if set(names) == set(NINE) else "-"]
             )
     one = next(iter(found.values()))[0]
-    said = ", ".join(f"{title(n)} {one[n]['metric']} of {one[n]['n']:,}" for n in names)
-    return {"name": t.name, "title": t.title, "header": [*["scale"] * several, "Ver.", "TP", *(title(n) for n in names), "AVG"], "rows": rows,
+    titles = [NINE.get(n, one[n]["task"]) for n in names]
+    said = ", ".join(f"{t} {one[n]['metric']} of {one[n]['n']:,}" for t, n in zip(titles, names, strict=True))
+    return {"name": of.name, "title": of.title, "header": [*["scale"] * several, "Ver.", "TP", *titles, "AVG"], "rows": rows,
             "means": means, "notes": [f"Percent: {said}.", *notes], "scores": [{"of": list(k), "seeds": v} for k, v in found.items()]}  # fmt: skip
 
 
 def make(t: tables.Table, s: Setup, cells: graph.Graph, cell: dict[Path, str], where: dict[tuple[str, str, str], list[Path]], root: Path, file: str | None,
-         names: list[str], jobs: int, gpus: int, ranks: int, options: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
+         names: list[str], may_train: bool, jobs: int, gpus: int, ranks: int, options: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
     """Fine-tune versions, which are trained, on the examples of `file` (none: take them as they are), evaluate them, and return the table's record."""
     at = {p: cell[p] for ps in where.values() for p in ps}
     results, tuned = {p: p for p in at}, "not fine-tuned"
     if file:
         found, results = tunings(s, cells, at, root, file, ranks)
-        if graph.left(found, root)[0]:
+        if (todo := graph.left(found, root)[0]) and not may_train:
+            print("\n".join(graph.launch_lines(found, todo, root, ranks, False, 1.0)))
+            raise UserError(
+                f"{t.name}: {len(todo)} of {len(found)} fine-tunings are not trained yet; train them as printed above, or here with --run yes"
+            )
+        if todo:
             graph.run(found, root, jobs, gpus, ranks)
         c = next(iter(found.values())).config
         tuned = f"fine-tuned on {Path(file).name}, epochs {c.data.epochs}, max_lr {c.plan.max_lr:g}"

@@ -179,8 +179,10 @@ def main() -> None:
     o = a.parse_args()
     if not 0 <= o.seed < 2**63 or o.length < 0:
         raise UserError(f"--seed, --length: got {o.seed} and {o.length}, expected 0 or more, and the seed below 2^63")
-    if not (0 <= o.temperature < math.inf and 0 < o.top_p <= 1):
-        raise UserError(f"--temperature, --top_p: got {o.temperature} and {o.top_p}, expected 0 or more, and above 0 and at most 1")
+    if not 0 <= o.temperature < math.inf:
+        raise UserError(f"--temperature: got {o.temperature}, expected 0 or more")
+    if not 0 < o.top_p <= 1:
+        raise UserError(f"--top_p: got {o.top_p}, expected above 0 and at most 1")
     if o.context is not None and o.context < 1:
         raise UserError(f"--context: got {o.context}, expected 1 or more")
     if (o.limit is not None and o.limit < 1) or o.batch < 1 or (o.num_fewshot or 0) < 0:
@@ -195,8 +197,11 @@ def main() -> None:
     paths = [Path(p) for p in o.path]
     run = chosen(paths)
     if o.sample is not None:
-        for p in paths:
-            print("\n\n".join(sample(p, device, o.sample, o.length, o.seed, o.data, o.temperature, o.top_p)))
+        texts = {str(p): sample(p, device, o.sample, o.length, o.seed, o.data, o.temperature, o.top_p) for p in paths}
+        if o.json:
+            print(json.dumps(texts, indent=1))
+        else:
+            print("\n\n".join("\n\n".join([f"{p}:"] * (len(paths) > 1) + written) for p, written in texts.items()))
         return
 
     if run:
@@ -204,8 +209,8 @@ def main() -> None:
         for p in sorted({p for versions in run.values() for p in versions.values()}):
             known[p] = score(p, device, o.data, context=o.context)
         scores = {name: {v: known[p] for v, p in sorted(versions.items())} for name, versions in run.items()}
-        shared = common(scores.values())
-        mean = {n: appl({v: s.ppl for v, s in vs.items()}, shared) if shared else math.nan for n, vs in scores.items()}
+        shared = common([vs for n, vs in scores.items() if not n.startswith("sft/") and "-mix" not in n] or list(scores.values()))
+        mean = {n: appl({v: s.ppl for v, s in vs.items()}, shared) if shared and vs.keys() >= set(shared) else math.nan for n, vs in scores.items()}
         if o.json:
             rows = {
                 n: {"ppl": {v: s.ppl for v, s in vs.items()}, "se": {v: s.se for v, s in vs.items()}, "appl": mean[n]} for n, vs in scores.items()
@@ -215,7 +220,9 @@ def main() -> None:
         columns = sorted({v for vs in scores.values() for v in vs})
         table = [["PPL (SE)", *(f"V{v}" for v in columns), "APPL of " + ", ".join(f"V{v}" for v in shared) if shared else "APPL"]]
         for n, vs in scores.items():
-            table.append([n, *(f"{vs[v].ppl:.2f} ({vs[v].se:.2f})" if v in vs else "-" for v in columns), f"{mean[n]:.2f}" if shared else "-"])
+            table.append(
+                [n, *(f"{vs[v].ppl:.2f} ({vs[v].se:.2f})" if v in vs else "-" for v in columns), "-" if math.isnan(mean[n]) else f"{mean[n]:.2f}"]
+            )
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for row in table:
             print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]))

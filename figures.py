@@ -167,7 +167,8 @@ def downstream(record: dict[str, Any], file: str) -> None:
         ax.set_xticks(range(len(versions)), versions)
         ax.set_title(group, fontsize=9)
     axes[0].set_ylabel("mean over tasks (%)")
-    finish(fig, file, legend(fig, axes))
+    axes[0].legend(fontsize=8, frameon=False)
+    finish(fig, file)
 
 
 def cost_and_quality(record: dict[str, Any], file: str) -> None:

@@ -297,7 +297,10 @@ def new(out: str) -> Path:
 def model_toml(c: config.Config, source: str) -> str:
     """What train.py --config wants: the model, and the least of the rest."""
     m, plain, context = c.model, config.Model(), min(c.model.context, CONTEXT)
-    keys = {f.name: getattr(m, f.name) for f in fields(m) if f.name != "context" and getattr(m, f.name) != getattr(plain, f.name)}
+    shape = ("n_layer", "n_head", "hidden", "vocab_size")
+    keys = {
+        f.name: getattr(m, f.name) for f in fields(m) if f.name in shape or (f.name != "context" and getattr(m, f.name) != getattr(plain, f.name))
+    }
     line = "".join(f"{k} = {v!r}\n" if isinstance(v, float) else f"{k} = {json.dumps(v)}\n" for k, v in keys.items())
     batch = context * max(1, 65536 // context)
     return (
@@ -305,7 +308,8 @@ def model_toml(c: config.Config, source: str) -> str:
         f"[model]\n{line}context = {context} # at most {m.context}; shorter sequences may be trained\n\n"
         f"[data]\npath = {json.dumps(f'data/{Path(c.out).name}', ensure_ascii=False)} # python data.py prepare --out .. --tokenizer {c.data.path} --source ..\n\n"
         f"[plan]\nmax_lr = 1e-4 # of a model that has learned already; see also steps, warmup\n\n"
-        f"[train]\nbatch_tokens = {batch} # {batch // context} x {context:,}\nmicro_batch = 1\n"
+        f"[train]\nbase = {json.dumps(str(checkpoint.path(Path(c.out) / lineage.IMPORT, 0)), ensure_ascii=False)} # in place of random weights\n"
+        f"batch_tokens = {batch} # {batch // context} x {context:,}\nmicro_batch = 1\n"
     )
 
 
@@ -338,8 +342,8 @@ def bring(source: str, out: str, quiet: bool = False) -> Path:
             f"{made}: {llama.parameters(m):,} parameters, {len(shards.where)} tensors of {folder}\nGo on with:\n"
             f"  python eval.py {made} --sample TEXT\n"
             f"  python data.py prepare --out data/{target.name} --tokenizer {target / 'tokenizer'} --source TEXT\n"
-            f"  python train.py --config {toml} --mode main --parent {made}\n"
-            f"--mode branch (with or without a main path) and --mode cpt take --parent {made} too"
+            f"  python train.py --config {toml} --mode main\n"
+            f"  python train.py --config {toml} --mode branch --version 1        (or at once, without a main path, and so for cpt: --parent {made})"
         )
     return made
 

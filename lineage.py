@@ -119,6 +119,14 @@ def check_lineage(where: Path, meta: dict[str, Any], c: config.Config, s: schedu
     """Is a checkpoint of segment `s` what this config would have made? UserError names the keys or files that say no."""
     if meta["segment"] != s.name:
         raise UserError(f"{where}: is a checkpoint of {meta['segment'][:60]!r}, expected one of {s.name!r}; move it back")
+    identity = tokens.identity(meta["step"])
+    seen, own = meta["data"], {k: identity.get(k) for k in ("examples", "epochs", "mix")}
+    if seen.get("examples") != own["examples"]:
+        raise UserError(f"{where}: was trained on other examples than data.sft {c.data.sft or '(none)'}; go back to those, or choose another --out")
+    if other := [k for k in ("epochs", "mix") if seen.get(k) != own[k]]:
+        raise UserError(
+            f"{where}: was trained with another data.{other[0].replace('mix', 'decay_mix')} ({seen.get(other[0])!r:.20} there, {own[other[0]]} here); go back to it, or choose another --out"
+        )
     now = config.flatten(c)
     then = config.values(config.Config()) | meta["config"]  # a key that came later had its default
     different = [k for k, (f, v) in now.items() if not f.metadata["free"] and not k.startswith("plan.") and then[k] != v]
@@ -126,14 +134,12 @@ def check_lineage(where: Path, meta: dict[str, Any], c: config.Config, s: schedu
         plan_keys = [k for k, (_, v) in now.items() if k.startswith("plan.") and then[k] != v]
         different += plan_keys or ["plan"]
     if different:
-        was = ", ".join(f"{k}: {ascii(then.get(k))[:60]} there, {ascii(now[k][1]) if k in now else '?'} here" for k in different)
+        was = ", ".join(
+            f"{k}: {ascii(then.get(k))[:60]} there, {now[k][1]!a} here" if k in now else "other lengths or learning rates" for k in different
+        )
         raise UserError(f"{where}: was made with another config ({was}); go back to it, or choose another --out")
-    identity = tokens.identity(meta["step"])
     if meta["data"].get("tokenizer") != identity["tokenizer"]:
         raise UserError(f"{where}: was trained with another tokenizer than data.path {tokens.folder}; choose the data it was trained on")
-    if different := [k for k in ("examples", "epochs", "mix") if meta["data"].get(k) != identity.get(k)]:
-        raise UserError(f"{where}: was trained on other examples ({different[0]}: {meta['data'].get(different[0])!r:.20} there, {identity.get(different[0])!r:.20} here); "
-                        "go back to those, or choose another --out")  # fmt: skip
     if meta["data"].get("increments") != identity["increments"]:
         raise UserError(f"{where}: was trained on other increments than those of data.path {tokens.folder}; choose the data it was trained on")
 
@@ -164,12 +170,12 @@ def begin(c: config.Config, run: Path, segments: list[schedule.Segment], segment
             raise UserError(f"{f}: is no checkpoint (a folder of files and meta.json), and in the way of one; restore it or move it away")
     done = [r for r in required if r in checkpoint.steps(folder)]
     for step in checkpoint.steps(folder):  # all of them, so that one folder never holds two runs
-        if step <= segment.end:
+        if step <= segment.end or segment.name.startswith(f"{TUNING}/"):  # a main path may be longer, a fine-tuning is another one
             check_lineage(where := checkpoint.path(folder, step), checkpoint.read_meta(where), c, segment, tokens)
     if (last := resume_step(folder, required)) is not None:
         origin = checkpoint.path(folder, last)
         recorded = checkpoint.read_meta(origin).get("parent")
-        if parent and checkpoint.read_meta(Path(parent))["hash"] != (recorded or {}).get("hash"):
+        if parent and (Path(parent) / "meta.json").exists() and checkpoint.read_meta(Path(parent))["hash"] != (recorded or {}).get("hash"):
             raise UserError(f"--parent {parent}: {folder} was begun from another one; leave it out to go on, or choose another --out")
         return {"start": last, "done": done, "origin": str(origin), "weights": False, "parent": recorded}
     alone = segment.name.startswith(f"{TUNING}/")
@@ -179,7 +185,9 @@ def begin(c: config.Config, run: Path, segments: list[schedule.Segment], segment
         return {"start": segment.start, "done": done, "origin": parent, "weights": True, "parent": record}
     if not segment.parent:
         if parent:
-            raise UserError(f"--parent: {segment.name} starts from random weights or an imported model; leave it out")
+            raise UserError(
+                f"{parent}: is no imported model, and {segment.name} starts from one or from random weights; leave out --parent and train.base"
+            )
         return {"start": segment.start, "done": done, "origin": None, "weights": False, "parent": None}
     name, step = segment.parent
     origin = Path(parent) if parent else checkpoint.path(run / name, step)

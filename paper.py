@@ -120,7 +120,7 @@ def print_plan(asked: Asked, root: Path, ranks: int, mfu: float, slurm: bool) ->
     print(
         f"To do, each segment once: {len(todo)} segments, {steps:,.0f} steps, {gpu_hours(flops, mfu)} at {mfu:.0%} of {cost.PEAK / 1e12:.0f} TFLOP/s, an H100's peak (--mfu);"
     )
-    print(f"{graph.duration(seconds)} one after another on {ranks} GPU{'s' * (ranks > 1)}; {tables.count(disk)}B of checkpoints that are kept.")
+    print(f"{graph.duration(seconds)} one after another on {ranks} GPU{'s' * (ranks > 1)}; {disk / 1e9:,.3g} GB of checkpoints that are kept.")
     for path in sorted({c.config.data.path for c in asked.cells.values()}):
         if not (Path(path) / "meta.json").exists():
             readers = [c.config for c in asked.cells.values() if c.config.data.path == path]
@@ -202,8 +202,6 @@ def main() -> None:
     tasked = [w for w in o.what if w in tables.DOWNSTREAM]
     options = {"data_dir": o.data_dir, "limit": o.limit, "num_fewshot": o.num_fewshot}
     asked_tasks = list(dict.fromkeys(n for n in (o.tasks or ",".join(downstream.NINE)).split(",") if n))
-    if tasked and "status" not in o.what:
-        downstream.check(asked_tasks, o.sft, options)
     check_settings(s, root)
     asked = Asked(s, what, seeds, root)
     if problems := {p: None for c in asked.cells.values() for p in config.check_batch(c.config, ranks)}:
@@ -218,12 +216,13 @@ def main() -> None:
 
     graph.check_done(asked.cells, root)
     todo = graph.left(asked.cells, root)[0]
-    if todo and not (scale.train if o.run is None else o.run == "yes"):
+    may_train = scale.train if o.run is None else o.run == "yes"
+    if tasked and (may_train or not todo):
+        downstream.check(asked_tasks, o.sft, options)
+    if todo and not may_train:
         print_plan(asked, root, ranks, o.mfu, o.slurm)
         if tasked and o.sft:
-            print(
-                f"Then, for each version of {', '.join(tasked)}, which --run yes does, too: train.py --config sft --mode sft --parent CHECKPOINT --data {o.sft}"
-            )
+            print(f"Then this command with --run no prints the fine-tunings of {' and '.join(tasked)}, which --run yes does, too.")
         raise UserError(
             f"{', '.join(what)}: {len(todo)} of {len(asked.cells)} segments are not trained yet; train them as printed above, or here with --run yes"
         )
@@ -254,7 +253,7 @@ def main() -> None:
             for name, t in asked.specs.items():
                 if name in tasked:
                     made[name] = downstream.make(
-                        t, s, asked.cells, asked.cell, asked.where[name], root, o.sft, asked_tasks, jobs, gpus, ranks, options
+                        t, s, asked.cells, asked.cell, asked.where[name], root, o.sft, asked_tasks, may_train, jobs, gpus, ranks, options
                     )
                     continue
                 found = {k: [known[p] for p in ps] for k, ps in asked.where[name].items()}

@@ -236,7 +236,10 @@ def below(folder: Path, files: Any) -> Any:
         return [below(folder, f) for f in files]
     if not (folder / files).is_file():
         owner = "/".join(Path(files).parts[:2])
-        raise UserError(f"--data_dir: there is no {folder / files}; get it: git clone https://github.com/{owner} {folder / owner}")
+        get = (
+            f"; get it: git clone https://github.com/{owner} {folder / owner}" if len(Path(files).parts) > 2 else ", which the task's data_files name"
+        )
+        raise UserError(f"--data_dir: there is no {folder / files}{get}")
     return str(folder / files)
 
 
@@ -353,10 +356,11 @@ def table(title: str, labels: list[str], rows: list[tuple[list[str], dict[str, R
 
 
 def paradigm(name: str, all_names: list[str]) -> str:
-    """PTFS, CPT or Ours of a run's "ptfs-cosine" and so on; with what follows where a paradigm has several."""
-    kind, _, rest = name.partition("-")
-    alone = sum(n.partition("-")[0] == kind for n in all_names) == 1
-    return NAMES.get(kind, kind) if alone else f"{NAMES.get(kind, kind)} {rest}"
+    """PTFS, CPT or Ours of a run's "ptfs-cosine" and so on; with what follows where a paradigm has several, and (SFT) if it was fine-tuned."""
+    tuned = name.startswith("sft/")
+    kind, _, rest = name.removeprefix("sft/").partition("-")
+    alone = sum(n.removeprefix("sft/").partition("-")[0] == kind and n.startswith("sft/") == tuned for n in all_names) == 1
+    return (NAMES.get(kind, kind) if alone else f"{NAMES.get(kind, kind)} {rest}") + " (SFT)" * tuned
 
 
 def run(o: Namespace) -> None:
@@ -388,9 +392,9 @@ def run(o: Namespace) -> None:
         print(json.dumps(rows, indent=1))
         return
     if versions:
-        order = sorted(versions, key=lambda n: (list(NAMES).index(k) if (k := n.partition("-")[0]) in NAMES else len(NAMES), n))
+        order = sorted(versions, key=lambda n: (list(NAMES).index(k) if (k := n.removeprefix("sft/").partition("-")[0]) in NAMES else len(NAMES), n))
         lines = [([f"V{v}", paradigm(n, order)], known[versions[n][v]]) for v in sorted({v for vs in versions.values() for v in vs}) for n in order if v in versions[n]]  # fmt: skip
         record = table(f"Downstream tasks: {o.path[0]}", ["Ver.", "TP"], lines)
     else:
         record = table("Downstream tasks", ["checkpoint"], [([str(p)], r) for p, r in known.items()])
-    print(report.markdown(record) + "\n" + "\n".join(record["notes"]))
+    print(report.markdown(record))

@@ -131,7 +131,7 @@ def main() -> None:
     a.add_argument(
         "--parent", help="the checkpoint that branch or cpt starts from [the one in the run's folder]; an imported model: that any mode starts from"
     )
-    a.add_argument("--data", dest="data.sft", help="sft: a .jsonl file of examples; the same as --data.sft")
+    a.add_argument("--data", dest="data.sft", metavar="FILE", help="sft: a .jsonl file of examples; the same as --data.sft")
     a.add_argument("--dry_run", action="store_true", help="say what would be done, touch nothing")
     a.add_config()
     with config.user_errors("train.py"):
@@ -178,6 +178,7 @@ def main() -> None:
             raise UserError("\n".join(problems))
         run = Path(c.out)
         folder = run / segment.name
+        parent = o.parent or (c.train.base if not segment.parent else "") or None
 
         device = pick_device(c.train.device, local_rank)
         kind, why = parallel.choose(c.train.parallel, ranks, llama.parameters(c.model), device)
@@ -189,7 +190,7 @@ def main() -> None:
                     examples = sft.Examples(sft.prepare(examples_file, tok, Path(nowhere)), c.model.context, c.train.seed)
                 if mode == "sft":
                     p, segment = lineage.tuning(c, base, sft.Tuning(examples, base["data"], c.batch_sequences, c.data.epochs).steps)
-            dry_run(say, c, p, segment, segments, folder, needed(c, mode, segments, segment), kind, why, ranks, examples)
+            dry_run(say, c, p, segment, segments, folder, needed(c, mode, segments, segment), kind, why, ranks, examples, parent)
             return
 
     # The ranks meet, and from here on what stops one stops all
@@ -242,7 +243,7 @@ def main() -> None:
         # Where it begins, as rank 0 sees it (disks that are shared may show others an older state for a while)
         with parallel.together(rank, ranks):
             maker = command(mode="main", version=segment.version) if mode == "branch" else command(mode="cpt", version=segment.version - 1)
-            begin = lineage.begin(c, run, segments, segment, required, tokens, maker, o.parent) if rank == 0 else {}
+            begin = lineage.begin(c, run, segments, segment, required, tokens, maker, parent) if rank == 0 else {}
         begin = parallel.told(begin, ranks)
         start, done, origin = begin["start"], begin["done"], Path(begin["origin"]) if begin["origin"] else None
         if done == required:
@@ -263,7 +264,7 @@ def main() -> None:
                 checkpoint.check_space(folder, checkpoint.BYTES * llama.parameters(c.model))
                 # From here on the disk and the device are used
                 held.enter_context(disk.lock(folder / ".lock", f"{folder}: another process is training here; wait for it or choose another --out"))
-                if begin != lineage.begin(c, run, segments, segment, required, tokens, maker, o.parent):
+                if begin != lineage.begin(c, run, segments, segment, required, tokens, maker, parent):
                     raise UserError(f"{folder}: another process has just trained here; call this again")
                 log_file = held.enter_context(disk.append(folder / "log.jsonl"))
                 if not (run / "config.toml").exists():
@@ -284,13 +285,12 @@ def needed(c: config.Config, mode: str, segments: list[schedule.Segment], segmen
 
 
 def dry_run(say: Any, c: config.Config, p: schedule.Plan, segment: schedule.Segment, segments: list[schedule.Segment],
-            folder: Path, required: list[int], kind: str, why: str, ranks: int, examples: sft.Examples | None) -> None:  # fmt: skip
+            folder: Path, required: list[int], kind: str, why: str, ranks: int, examples: sft.Examples | None, parent: str | None) -> None:  # fmt: skip
     """What would be done: the segment, its LR at the milestones, sizes, the batch, the tokens needed and there."""
     m, t = c.model, c.train
     steps, flops = segment.end - segment.start, llama.flops_per_token(m)
-    say(
-        f"segment      {segment.name}: steps {segment.start:,} .. {segment.end:,} ({steps:,}), from {f'{segment.parent[0]} at step {segment.parent[1]:,}' if segment.parent else 'random weights'}"
-    )
+    origin = f"{segment.parent[0]} at step {segment.parent[1]:,}" if segment.parent else "random weights"
+    say(f"segment      {segment.name}: steps {segment.start:,} .. {segment.end:,} ({steps:,}), from {parent or origin}")
     stones = {segment.start, p.warmup - 1, *(p.end(i + 1) - 1 for i in range(len(p.increments))), *required, segment.end - 1}
     say("LR           " + "\n             ".join(f"update {s:>9,}: {segment.lr(s):.6g}" for s in sorted(stones) if segment.start <= s < segment.end))
     often = f" (and the last {t.keep} of every {t.checkpoint_every:,} steps)" * (t.checkpoint_every > 0)
@@ -322,7 +322,8 @@ def dry_run(say: Any, c: config.Config, p: schedule.Plan, segment: schedule.Segm
         return
     tokens = lineage.open_tokens(c, p)
     for name, need, have in tokens.needs(segment.start, segment.end):
-        say(f"data         {tokens.folder / name}.bin: {need:,} tokens needed, {have:,} there")
+        short = "; too few: train.py would refuse" if have < need and not c.data.repeat else ""
+        say(f"data         {tokens.folder / name}.bin: {need:,} tokens needed, {have:,} there{short}")
     if tokens.meta["vocab_size"] != m.vocab_size:
         say(f"             its vocabulary is {tokens.meta['vocab_size']:,}, model.vocab_size {m.vocab_size:,}: train.py would refuse")
 

@@ -261,7 +261,8 @@ def test_an_imported_model_is_trained_on_by_every_mode(imported, tmp_path, capsy
     run, made, folder = imported
     parent = ("--parent", str(made))
     record = {"segment": "import", "step": 0, "hash": checkpoint.read_meta(made)["hash"]}
-    assert run("--mode", "main", *parent) == 0
+    assert run("--mode", "main", "--dry_run") == 0 and f"from {made}" in capsys.readouterr().out
+    assert run("--mode", "main") == 0  # train.base of model.toml
     main = tmp_path / "run" / "main"
     assert checkpoint.read_meta(checkpoint.path(main, 8))["parent"] == record  # the fork point of version 2
     assert run("--mode", "branch", "--version", "2") == 0  # from that main path

@@ -546,6 +546,8 @@ def test_table4_end_to_end(tmp_path, prepared):
     pytest.importorskip("lm_eval")
     sft = tmp_path / "sft.jsonl"
     sft.write_text("".join(json.dumps({"prompt": f"Q: {i}\nA:", "response": " red"}) + "\n" for i in range(80)))
+    other_sft = tmp_path / "other.jsonl"
+    other_sft.write_text(sft.read_text().replace("red", "sea"))  # as many steps, other examples
     tasks = ROOT / "tests" / "fixtures" / "tasks"
     args = ["--sft", str(sft), "--tasks", f"{tasks / 'colours.yaml'}", "--data_dir", str(tasks), "--run", "yes"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
@@ -554,17 +556,20 @@ def test_table4_end_to_end(tmp_path, prepared):
     assert r.returncode == 0, r.stderr
     record = json.loads((root / "results" / "table4.json").read_text())
     assert record["header"][:2] == ["Ver.", "TP"] and [row[:2] for row in record["rows"][:3]] == [["V2", "PTFS"], ["V2", "CPT"], ["V2", "Ours"]]
-    assert len(record["rows"]) == 3 + 9 and record["rows"][3][1] == "PTFS (paper)" and (root / "results" / "table4.png").exists()
-    (tuned,) = (root / "base-s1" / "sft" / "ours-cosine" / "v2").glob("step-*")
+    assert len(record["rows"]) == 3 and record["header"][2] == "colours" and (root / "results" / "table4.png").exists()
+    (tuned,) = root.glob("base-s1-sft-*/sft/ours-cosine/v2/step-*")
     assert checkpoint.read_meta(tuned)["parent"]["segment"] == "ours-cosine/v2"
+    plan = subprocess.run(
+        command(root, prepared, *args[:1], str(other_sft), *args[2:-1], "no", what=["table4"]), capture_output=True, text=True, env=env
+    )
+    assert plan.returncode == 2 and "3 of 3 fine-tunings are not trained yet" in plan.stderr and plan.stdout.count("--mode sft") == 3
     table = subprocess.run([sys.executable, "eval.py", str(tuned), "--tasks", args[3], "--data_dir", args[5], "--json"], cwd=ROOT, capture_output=True, text=True, env=env)  # fmt: skip
     (found,) = json.loads(table.stdout).values()
     assert f"{100 * next(iter(found.values()))['value']:.2f}" == record["rows"][2][2]
     before = {f: f.stat().st_mtime_ns for f in (root / "tasks").iterdir()}
     again = subprocess.run(command(root, prepared, *args, what=["table4"]), capture_output=True, text=True, env=env)
     assert again.returncode == 0 and {f: f.stat().st_mtime_ns for f in (root / "tasks").iterdir()} == before and len(before) == 3
-    sft.write_text(sft.read_text().replace("red", "sea"))  # as many steps, other examples
-    other = subprocess.run(command(root, prepared, *args, what=["table4"]), capture_output=True, text=True, env=env)
-    assert other.returncode == 2 and "was trained on other examples" in other.stderr
+    other = subprocess.run(command(root, prepared, "--sft", str(other_sft), *args[2:], what=["table4"]), capture_output=True, text=True, env=env)
+    assert other.returncode == 0 and len(list((root / "tasks").iterdir())) == 6  # beside the others, which stay
     plain = subprocess.run(command(root, prepared, *args[2:], what=["table4"]), capture_output=True, text=True, env=env)
     assert plain.returncode == 0 and "not fine-tuned" in plain.stdout and "report.html" in plain.stdout

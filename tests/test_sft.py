@@ -215,7 +215,7 @@ def test_a_fine_tuning_is_a_segment(train_cli, parent, tmp_path, capsys):
     # what changes the examples, or starts from elsewhere, is another fine-tuning
     other = jsonl(tmp_path / "b.jsonl", sums(200, 1))
     for changed, words in (((*TUNE, "--parent", str(parent), "--data", other), "was trained on other examples"),
-                           ((*TUNE, "--parent", str(parent), "--data", file, "--data.epochs", "4"), "another config"),
+                           ((*TUNE, "--parent", str(parent), "--data", file, "--data.epochs", "4"), "another data.epochs (3 there, 4 here)"),
                            ((*TUNE, "--parent", str(end), "--data", file), None)):  # fmt: skip
         code = train_cli(*changed, out="whole")
         assert code == (2 if words else 0)

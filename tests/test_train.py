@@ -517,8 +517,8 @@ def test_a_parent_from_another_folder(train_cli, tmp_path, capsys):
         ("branch", run / "main" / "step-000012", "is at step 12, expected the 14 at which ours-cosine/v2 leaves main"),
         ("branch", run / "ours-cosine" / "v2" / "step-000020", "expected one of 'main'"),
         ("branch", run / "nowhere", "nowhere: is not there, and ours-cosine/v2 starts from it"),
-        ("main", run / "main" / "step-000012", "--parent: main starts from random weights"),
-        ("ptfs", run / "main" / "step-000012", "--parent: ptfs-cosine/v2 starts from random weights"),
+        ("main", run / "main" / "step-000012", "is no imported model, and main starts from one or from random weights"),
+        ("ptfs", run / "main" / "step-000012", "is no imported model, and ptfs-cosine/v2 starts from one or from random weights"),
     ):
         assert train_cli("--mode", mode, "--version", "2", "--parent", str(parent), out="refused") == 2
         err = capsys.readouterr().err
