@@ -269,6 +269,8 @@ def check(c: Config) -> list[str]:
         found.append(f"plan.versions: got {c.plan.versions}, expected at most {MOST}")
     if min(c.data.increments, default=1) < 1:
         found.append(f"data.increments: got {c.data.increments}, expected steps of 1 or more each")
+    if c.data.epochs > MOST:
+        found.append(f"data.epochs: got {c.data.epochs}, expected at most {MOST}")
     if c.data.decay_mix >= 1:
         found.append(f"data.decay_mix: got {c.data.decay_mix:g}, expected below 1")
     found += [f"train.{b}: got {getattr(c.train, b)}, expected below 1" for b in ("beta1", "beta2") if getattr(c.train, b) >= 1]
@@ -285,6 +287,8 @@ def check(c: Config) -> list[str]:
         found.append(f"model.context: got {m.context} and heads of {m.hidden // m.n_head}, expected a product of at most {ANGLES:,} (rotary angles)")
     if m.rope_scaling in ("llama3", "yarn") and not m.rope_low < m.rope_high:
         found.append(f"model.rope_low: got {m.rope_low:g}, expected below model.rope_high = {m.rope_high:g}")
+    if m.rope_scaling == "yarn" and not (m.rope_theta > 1 and m.rope_high <= 1e9):
+        found.append(f"model.rope_theta, model.rope_high: got {m.rope_theta:g} and {m.rope_high:g}, expected for yarn above 1, and at most 1e9")
     if m.n_kv_head and m.n_head % m.n_kv_head:
         found.append(f"model.n_kv_head: got {m.n_kv_head}, expected a divisor of model.n_head = {m.n_head}")
     return found
@@ -308,7 +312,10 @@ def check_batch(c: Config, ranks: int) -> list[str]:
     """The global batch must be whole micro-batches on every rank, or 1 and 8 GPUs would not run the same optimization."""
     unit = c.train.micro_batch * c.model.context * ranks
     if c.train.batch_tokens % unit == 0:
-        return []
+        B, part = c.batch_sequences, c.data.decay_mix
+        if not part or 0 < int(part * B + 0.5) < B:
+            return []
+        return [f"data.decay_mix: got {part:g} of a batch of {B} sequences, expected {1 / B:.3g} to {1 - 1 / B:.3g}"]
     near = max(1, round(c.train.batch_tokens / unit)) * unit
     fits = [m for m in range(min(c.train.micro_batch, 1 << 16), 0, -1) if c.train.batch_tokens % (m * c.model.context * ranks) == 0]
     fewer = [n for n in range(min(ranks, 1 << 16), 0, -1) if c.train.batch_tokens % (c.train.micro_batch * c.model.context * n) == 0]

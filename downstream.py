@@ -67,7 +67,10 @@ def scores(path: Path, names: list[str], root: Path, s: Setup, options: dict[str
     folder.mkdir(parents=True, exist_ok=True)
     known: Scores = {}
     for name in names:
-        key = hashlib.sha256(json.dumps([checkpoint.read_meta(path)["hash"], name, options], sort_keys=True).encode()).hexdigest()[:16]
+        # a task of one's own is another one when its folder, or the data's, has changed
+        near = [Path(name).parent, Path(options["data_dir"] or ".")] if name.endswith(".yaml") else []
+        stamps = sorted((str(f), f.stat().st_size, f.stat().st_mtime_ns) for d in near for f in d.iterdir() if f.is_file())
+        key = hashlib.sha256(json.dumps([checkpoint.read_meta(path)["hash"], name, options, stamps], sort_keys=True).encode()).hexdigest()[:16]
         file = folder / f"{key}.json"
         try:
             known[name] = disk.read_json(file)["score"]

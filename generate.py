@@ -16,7 +16,8 @@ def draw(logits: Tensor, temperature: float, top_p: float, chance: list[np.rando
     """
     if temperature == 0:
         return logits.argmax(-1).tolist()
-    p, order = torch.softmax(logits.float() / temperature, -1).sort(descending=True, stable=True)
+    logits = (logits.cpu() if logits.device.type == "mps" else logits).double()  # so that no temperature and no part is too small
+    p, order = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1).sort(descending=True, stable=True)
     p = p * (p.cumsum(-1) - p < top_p)  # the first always stays
     edges = p.cumsum(-1)
     u = torch.tensor([c.random() for c in chance], device=p.device)[:, None] * edges[:, -1:]

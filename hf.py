@@ -105,7 +105,10 @@ def from_config(file: Path) -> config.Model:
     def take(key: str, kind: Any, default: Any = None, of: dict[str, Any] = found, prefix: str = "") -> Any:
         value = of.get(key, default)
         try:
-            return config.typed(kind, default if value is None else value)
+            found = config.typed(kind, default if value is None else value)
+            if kind is float and not math.isfinite(found):
+                raise ValueError
+            return found
         except ValueError:
             raise refuse(prefix + key, value, config.type_name(kind)) from None
 
@@ -289,7 +292,11 @@ def making(out: Path) -> Iterator[Path]:
 def new(out: str) -> Path:
     """A path that is still free, said before any work is done."""
     folder = Path(out)
-    if not folder.name or folder.exists() or folder.is_symlink():
+    try:
+        out.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--out: got {out!r}, expected a name in UTF-8") from None
+    if folder.name in ("", "..") or folder.exists() or folder.is_symlink():
         raise UserError(f"{out or '--out'}: is there already and is never overwritten; choose another --out")
     return folder
 
@@ -306,7 +313,7 @@ def model_toml(c: config.Config, source: str) -> str:
     return (
         f"# A released model, by hf.py import of {json.dumps(source)}\nout = {json.dumps(c.out, ensure_ascii=False)}\n\n"
         f"[model]\n{line}context = {context} # at most {m.context}; shorter sequences may be trained\n\n"
-        f"[data]\npath = {json.dumps(f'data/{Path(c.out).name}', ensure_ascii=False)} # python data.py prepare --out .. --tokenizer {c.data.path} --source ..\n\n"
+        f"[data]\npath = {json.dumps(f'data/{Path(c.out).name}', ensure_ascii=False)} # python data.py prepare --out .. --tokenizer {json.dumps(c.data.path)} --source ..\n\n"
         f"[plan]\nmax_lr = 1e-4 # of a model that has learned already; see also steps, warmup\n\n"
         f"[train]\nbase = {json.dumps(str(checkpoint.path(Path(c.out) / lineage.IMPORT, 0)), ensure_ascii=False)} # in place of random weights\n"
         f"batch_tokens = {batch} # {batch // context} x {context:,}\nmicro_batch = 1\n"
@@ -452,7 +459,10 @@ def send(source: str, out: str, data: str | None = None, quiet: bool = False) ->
     checkpoint.check_space(target.parent, 4 * llama.parameters(c))
     with making(target) as work:
         write_tokenizer(tok, work)
-        save_file(theirs(c, {name: p.detach() for name, p in net.named_parameters()}), work / "model.safetensors", {"format": "pt"})
+        try:
+            save_file(theirs(c, {name: p.detach() for name, p in net.named_parameters()}), work / "model.safetensors", {"format": "pt"})
+        except SafetensorError as e:  # of the disk
+            raise UserError(f"{target / 'model.safetensors'}: cannot be written ({e})") from None
         from_where = {"tokenizer": meta["data"]["tokenizer"], "tokenizer_json": disk.sha256(work / "tokenizer.json"), "segment": meta["segment"],
                       "step": meta["step"], "version": meta["version"], "hash": meta["hash"]}  # fmt: skip
         settings = {**to_config(c), "bos_token_id": None, "eos_token_id": tok.eot, "torch_dtype": "float32", "pathswitch": from_where}

@@ -90,7 +90,8 @@ def tuned(c: config.Config, parent: str | None, given: set[str]) -> tuple[config
     if not c.data.sft:
         raise UserError("--data: not given; --mode sft expects a .jsonl file of examples")
     where, depth = Path(parent), len(Path(meta["segment"]).parts)
-    home = (where if len(where.parts) > depth + 1 else where.absolute()).parents[depth]
+    where = where if len(where.parts) > depth + 1 else where.absolute()
+    home = where.parents[depth]
     inside = home / meta["segment"] == where.parent
     path = c.data.path if "data.path" in given else str(meta["config"].get("data.path"))
     out = str(home) if inside and "out" not in given else c.out
@@ -169,16 +170,19 @@ def begin(c: config.Config, run: Path, segments: list[schedule.Segment], segment
         if checkpoint.STEP.fullmatch(f.name) and (f.is_symlink() or not (f / "meta.json").is_file()):
             raise UserError(f"{f}: is no checkpoint (a folder of files and meta.json), and in the way of one; restore it or move it away")
     done = [r for r in required if r in checkpoint.steps(folder)]
-    for step in checkpoint.steps(folder):  # all of them, so that one folder never holds two runs
-        if step <= segment.end or segment.name.startswith(f"{TUNING}/"):  # a main path may be longer, a fine-tuning is another one
+    alone = segment.name.startswith(f"{TUNING}/")
+    there = checkpoint.steps(folder)
+    if parent and there and (Path(parent) / "meta.json").exists():
+        recorded = checkpoint.read_meta(checkpoint.path(folder, there[0])).get("parent") or {}
+        if checkpoint.read_meta(Path(parent))["hash"] != recorded.get("hash"):
+            raise UserError(f"--parent {parent}: {folder} was begun from another one; leave it out to go on, or choose another --out")
+    for step in there:  # all of them, so that one folder never holds two runs
+        if step <= segment.end or alone:  # a main path may be longer, a fine-tuning is another one
             check_lineage(where := checkpoint.path(folder, step), checkpoint.read_meta(where), c, segment, tokens)
     if (last := resume_step(folder, required)) is not None:
         origin = checkpoint.path(folder, last)
         recorded = checkpoint.read_meta(origin).get("parent")
-        if parent and (Path(parent) / "meta.json").exists() and checkpoint.read_meta(Path(parent))["hash"] != (recorded or {}).get("hash"):
-            raise UserError(f"--parent {parent}: {folder} was begun from another one; leave it out to go on, or choose another --out")
         return {"start": last, "done": done, "origin": str(origin), "weights": False, "parent": recorded}
-    alone = segment.name.startswith(f"{TUNING}/")
     if parent and (Path(parent) / "meta.json").exists() and ((meta := checkpoint.read_meta(Path(parent)))["segment"] == IMPORT or alone):
         check_model(Path(parent), meta, c, tokens.meta["tokenizer_sha256"])
         record = {"segment": meta["segment"], "step": meta["step"], "hash": meta["hash"]}

@@ -56,7 +56,7 @@ def stretches(line: str, file: Path, number: int) -> list[Stretch]:
         prompt, response = record.get("prompt"), record.get("response")
         if not isinstance(prompt, str) or not isinstance(response, str) or not response:
             raise wrong(f"got {line.strip()[:60]!r}")
-        return [([prompt], False), ([response], True)]
+        return [([clean(prompt)], False), ([clean(response)], True)]
     messages = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise wrong(f"got {line.strip()[:60]!r}")
@@ -66,6 +66,7 @@ def stretches(line: str, file: Path, number: int) -> list[Stretch]:
         role, content = m.get("role"), m.get("content")
         if role not in ROLES or not isinstance(content, str):
             raise wrong(f"message {i} has role {role!r:.20} and content {content!r:.40}; roles are {', '.join(ROLES)}")
+        content = clean(content)
         before += [START, f"{role}\n"]
         if role == "assistant":
             found += [(before, False), ([content, END], True)]
@@ -75,6 +76,11 @@ def stretches(line: str, file: Path, number: int) -> list[Stretch]:
     if not found:
         raise wrong("no message of the assistant, so nothing to learn")
     return found  # what comes after the last response has no use
+
+
+def clean(text: str) -> str:
+    """Half of a surrogate pair, which JSON can spell, becomes "?"."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def texts(stretch: list[str], marks: dict[str, int]) -> list[str]:
@@ -93,8 +99,10 @@ def prepare(source: str, tok: Tokenizer, run: Path, quiet: bool = False) -> Path
         raise UserError(f"--data {wrong[0]}: is no file of examples, expected .jsonl, which may be compressed")
     sha = hashlib.sha256("".join(disk.sha256(f) for f in files).encode()).hexdigest()
     folder = run / f"examples-{hashlib.sha256(f'1 {sha} {tok.sha256}'.encode()).hexdigest()[:12]}"
-    if (folder / "meta.json").exists():
+    if folder.exists():
+        check(folder)
         return folder
+    first = not run.exists()
     partial = run / f".{folder.name}.partial"
     with disk.lock(run / f".{folder.name}.lock", f"{folder}: another process is preparing it; wait for it"):
         try:
@@ -103,12 +111,33 @@ def prepare(source: str, tok: Tokenizer, run: Path, quiet: bool = False) -> Path
             counts = _write(files, tok, partial, quiet)
             if not counts["examples"]:
                 raise UserError(f"--data {source}: holds no example")
-            disk.write_json(partial / "meta.json", {"format": 1, "source": source, "source_sha256": sha, "tokenizer": tok.sha256, **counts})
+            sums = {name: disk.sha256(partial / f"{name}.bin") for name in FILES}
+            disk.write_json(
+                partial / "meta.json", {"format": 1, "source": source, "source_sha256": sha, "tokenizer": tok.sha256, "sha256": sums, **counts}
+            )
             os.rename(partial, folder)
             disk.sync(run)
+        except UserError:
+            if first:  # nothing is left of what was refused
+                shutil.rmtree(run, ignore_errors=True)
+            raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """The meta of a prepared folder, whose files are as they were written. UserError names the one that is not."""
+    what = folder / "meta.json"
+    try:
+        meta = disk.read_json(what)
+        for name in FILES:
+            what = folder / f"{name}.bin"
+            if disk.sha256(what) != meta["sha256"][name]:
+                raise ValueError("its bytes have changed, SHA-256")
+        return meta
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{what}: damaged ({e}); move {folder} away, and it is made anew") from None
 
 
 def _write(files: list[Path], tok: Tokenizer, folder: Path, quiet: bool) -> dict[str, int]:
@@ -184,27 +213,23 @@ class Examples:
 
     def __init__(self, folder: Path, context: int, seed: int) -> None:
         self.folder, self.context, self.seed = folder, context, seed
-        try:
-            self.meta = disk.read_json(folder / "meta.json")
-            sizes = dict.fromkeys(("ids", "loss"), self.meta["tokens"]) | dict.fromkeys(("ends", "held"), self.meta["examples"])
-            for name, kind in FILES.items():
-                if (folder / f"{name}.bin").stat().st_size != sizes[name] * np.dtype(kind).itemsize:
-                    raise ValueError(f"{name}.bin has another size")
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{folder}: damaged ({e}); move it away, and it is made anew") from None
+        self.meta = disk.read_json(folder / "meta.json")  # `check` found it whole
         self.ids, self.loss, ends, held = (np.memmap(folder / f"{name}.bin", kind, "r") for name, kind in FILES.items())
         self.starts, self.ends = np.concatenate(([0], ends[:-1])), np.asarray(ends)
         lengths = self.ends - self.starts - 1  # inputs: all but the last token
-        fits = lengths <= context
-        self.too_long = int((~fits).sum())
-        parts = {False: np.flatnonzero(fits & (held == 0)), True: np.flatnonzero(fits & (held == 1))}
-        self.train, self.val = ([part[row] for row in pack(lengths[part], context)] for part in parts.values())
+        learned = np.add.reduceat(self.loss, self.starts, dtype=np.int64) - self.loss[self.starts]  # the first token is no target
+        self.too_long = int((lengths > context).sum())
+        fits = (lengths <= context) & (learned > 0)
+        if (fits & (held == 0)).any():
+            train, val = fits & (held == 0), fits & (held == 1)
+        else:
+            train, val = fits, np.zeros_like(fits)  # so few that all were held out
+        self.train, self.val = ([part[row] for row in pack(lengths[part], context)] for part in map(np.flatnonzero, (train, val)))
         if not self.train:
             raise UserError(
                 f"--data {self.meta['source']}: none of its {self.meta['examples']} examples fits a sequence of model.context = {context} tokens"
             )
-        inside = np.add.reduceat(self.loss, self.starts, dtype=np.int64) - self.loss[self.starts]  # the first token is no target
-        self.targets = np.array([inside[row].sum() for row in self.train])
+        self.targets = np.array([learned[row].sum() for row in self.train])
 
     def __str__(self) -> str:
         m = self.meta
@@ -276,10 +301,7 @@ class Mix(reader.Tokens):
     """The tokens of a branch from `start` on, of whose batches the last `part` are rows of examples."""
 
     def mix(self, examples: Examples, part: float, start: int) -> "Mix":
-        self.examples, self.m, self.start = examples, int(part * self.B + 0.5), start
-        if not 0 < self.m < self.B:
-            raise UserError(f"data.decay_mix: got {part:g} of a batch of {self.B} sequences, expected {1 / self.B:.3g} to {1 - 1 / self.B:.3g}")
-        self.part = part
+        self.examples, self.part, self.m, self.start = examples, part, int(part * self.B + 0.5), start
         return self
 
     def identity(self, step: int) -> dict[str, Any]:

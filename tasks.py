@@ -13,7 +13,7 @@ import logging
 import math
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +243,19 @@ def below(folder: Path, files: Any) -> Any:
     return str(folder / files)
 
 
+@contextlib.contextmanager
+def harness_errors(names: Iterable[str]) -> Iterator[None]:
+    """What the harness raises over a task, which may be of any type, in one line. Those of a device, a network or the disk pass."""
+    try:
+        yield
+    except Exception as e:
+        if isinstance(e, (UserError, OSError)) or type(e) is RuntimeError or isinstance(e, (torch.OutOfMemoryError, dist.DistError)):
+            raise
+        raise UserError(
+            f"--tasks {','.join(names)}: the harness cannot run it ({type(e).__name__}: {parallel.first_line(e)[:200]}); mend the task"
+        ) from e
+
+
 @functools.cache
 def catalogue(folders: tuple[Path, ...], everything: bool) -> Any:
     """The tasks of these folders, and of the harness: those are 14,000, and to look at them takes ten seconds."""
@@ -258,25 +271,30 @@ def load(names: tuple[str, ...], data_dir: str | None, num_fewshot: int | None) 
     for f in files.values():
         if not f.is_file():
             raise UserError(f"--tasks {f}: there is no such file; expected a task of the harness, one of {OURS}, or a YAML file")
-    named = {n: (y.get("group") or y.get("task")) if n in files and (y := load_yaml(files[n], resolve_func=False)) else n for n in names}
-    folders = (OURS, *dict.fromkeys(f.absolute().parent for f in files.values()))
-    known = catalogue(folders, False)
-    if not set(named.values()) <= set(known.all_tasks):
-        known = catalogue(folders, True)
-    problems = []
-    for n in named.values():
-        if n not in known.all_tasks:
-            near = difflib.get_close_matches(n, known.all_tasks, 3)
-            problems.append(
-                f"--tasks: got {n}, which is unknown" + (f"; did you mean {', '.join(near)}?" if near else "; lm_eval ls tasks lists them")
-            )
-        elif n in known.all_tags:
-            problems.append(f"--tasks: got {n}, which is no task but a tag of several; name those that you want")
-    if problems:
-        raise UserError("\n".join(problems))
-    with local_copies(data_dir):
-        made = known.load(list(named.values()))
-    found = {n: made["groups"].get(n) or made["tasks"][n] for n in named.values()}
+        for other in sorted(f.parent.iterdir()):  # it may include any of them, whatever their names
+            if other.is_file() and other.suffix in (".yaml", ".yml", "") and b"!function" in other.read_bytes()[: 1 << 20]:
+                raise UserError(f"{other}: has a !function, which would run Python; expected a task without one, or one that the harness itself has")
+    with harness_errors(names):
+        named = {n: load_yaml(files[n], resolve_func=False) if n in files else {"task": n} for n in names}
+        wanted = [y.get("group") or y["task"] for y in named.values()]
+        folders = (OURS, *dict.fromkeys(f.absolute().parent for f in files.values()))
+        known = catalogue(folders, False)
+        if not set(wanted) <= set(known.all_tasks):
+            known = catalogue(folders, True)
+        problems = []
+        for n in wanted:
+            if n not in known.all_tasks:
+                near = difflib.get_close_matches(n, known.all_tasks, 3)
+                problems.append(
+                    f"--tasks: got {n}, which is unknown" + (f"; did you mean {', '.join(near)}?" if near else "; lm_eval ls tasks lists them")
+                )
+            elif n in known.all_tags:
+                problems.append(f"--tasks: got {n}, which is no task but a tag of several; name those that you want")
+        if problems:
+            raise UserError("\n".join(problems))
+        with local_copies(data_dir):
+            made = known.load(wanted)
+    found = {n: made["groups"].get(n) or made["tasks"][n] for n in wanted}
     for n, t in found.items():
         if isinstance(t, Group) and not t.has_aggregation:
             raise UserError(f"--tasks: got {n}, a group without a score of its own; name tasks in it: {', '.join(t.child_names[:5])} ..")
@@ -332,11 +350,12 @@ def evaluate(path: Path, names: list[str], device: torch.device, data: str | Non
     with parallel.together(rank, ranks):
         found = load(tuple(names), data_dir, num_fewshot)
         meta = checkpoint.read_meta(path)
-        check(found, config.model_of(meta["config"], f"{path / 'meta.json'}").context, limit, ranks)
+        with harness_errors(names):
+            check(found, config.model_of(meta["config"], f"{path / 'meta.json'}").context, limit, ranks)
         tok = lineage.open_tokenizer(path, meta, data)
         lm = LM(evaluation.load_model(path, device)[0], tok, batch, rank, ranks)
     # to stderr what the harness prints; a list of tasks of its own, or it makes one of all there are
-    with parallel.company(rank, ranks), contextlib.redirect_stdout(sys.stderr):
+    with parallel.company(rank, ranks), contextlib.redirect_stdout(sys.stderr), harness_errors(names):
         made = evaluator.simple_evaluate(lm, tasks=list(found.values()), limit=limit, num_fewshot=num_fewshot, log_samples=False,
                                          bootstrap_iters=1000, task_manager=catalogue((OURS,), False))  # fmt: skip
     return {n: headline(made["results"][n]) for n in found} if made else {}

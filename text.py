@@ -90,13 +90,16 @@ class Tokenizer:
                 f"{file}: is not there; make it: transformers.AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
             )
         library = optional("tokenizers", "tokenizers", str(file))
-        text = disk.read(file)
         try:
+            text = disk.read(file)
             self.hf = library.Tokenizer.from_str(text.decode())
             rows, known = json_object(folder / "config.json").get("vocab_size", 0), self.hf.get_vocab(with_added_tokens=True)
             if type(rows) is not int:
                 raise ValueError(f"vocab_size of config.json is {rows!r:.40}")
-        except Exception as e:  # the library's errors have no type of their own
+            self.hf.encode("é 中 \0")  # one that has no token for some texts says so
+        except (KeyboardInterrupt, SystemExit, UserError):
+            raise
+        except BaseException as e:  # the library's errors have no type of their own, and its panics are no Exception
             raise UserError(f"{file}: is no tokenizer of Hugging Face: {str(e)[:120]}") from None
         self.hf.encode_special_tokens = True
         self.hf.no_truncation()

@@ -95,6 +95,6 @@ def test_draws_follow_the_probabilities():
     chance = [np.random.default_rng(i) for i in range(20_000)]
     # standard errors of 20,000 draws: at most 0.0036
     for temperature, top_p, expected in [(1.0, 1.0, [0.5, 0.3, 0.15, 0.05]), (1.0, 0.7, [0.625, 0.375, 0, 0]), (1.0, 0.01, [1, 0, 0, 0]),
-                                         (0.5, 1.0, np.array([0.25, 0.09, 0.0225, 0.0025]) / 0.365), (0.0, 1.0, [1, 0, 0, 0])]:  # fmt: skip
+                                         (1e-300, 1.0, [1, 0, 0, 0]), (1.0, 1e-300, [1, 0, 0, 0]), (0.5, 1.0, np.array([0.25, 0.09, 0.0225, 0.0025]) / 0.365), (0.0, 1.0, [1, 0, 0, 0])]:  # fmt: skip
         found = np.bincount(generate.draw(logits, temperature, top_p, chance), minlength=4) / 20_000
         np.testing.assert_allclose(found, expected, atol=0.015)

@@ -216,6 +216,8 @@ def test_a_fine_tuning_is_a_segment(train_cli, parent, tmp_path, capsys):
     other = jsonl(tmp_path / "b.jsonl", sums(200, 1))
     for changed, words in (((*TUNE, "--parent", str(parent), "--data", other), "was trained on other examples"),
                            ((*TUNE, "--parent", str(parent), "--data", file, "--data.epochs", "4"), "another data.epochs (3 there, 4 here)"),
+                           ((*TUNE[:-1], "512", "--parent", str(parent), "--data", file), "train.batch_tokens: 256 there, 512 here"),  # a shorter one
+                           ((*TUNE, "--parent", str(parent.parents[2] / "main" / "step-000004"), "--data", file), None),
                            ((*TUNE, "--parent", str(end), "--data", file), None)):  # fmt: skip
         code = train_cli(*changed, out="whole")
         assert code == (2 if words else 0)
@@ -282,7 +284,7 @@ def test_examples_in_the_decay_of_a_branch(train_cli, tmp_path, capsys):
     capsys.readouterr()
     for args, words in (
         ((*mix[:4], "--data.decay_mix", "0.25"), "data.decay_mix: needs examples"),
-        ((*mix[:6], "--data.decay_mix", "0.01"), "expected 0.125 to 0.875"),
+        ((*mix[:6], "--data.decay_mix", "0.01"), "data.decay_mix: got 0.01 of a batch of 8 sequences, expected 0.125 to 0.875"),
         ((*mix[:6], "--data.decay_mix", "1"), "expected below 1"),
         ((*mix[:4], "--data.sft", jsonl(tmp_path / "b.jsonl", sums(100, 2)), *mix[6:]), "was trained on other examples"),
     ):
@@ -315,7 +317,36 @@ def test_lines_that_are_no_examples(train_cli, parent, tmp_path, capsys, text, w
     assert train_cli(*TUNE, "--parent", str(parent), "--data", str(tmp_path / "a.jsonl"), out="bad") == 2
     err = capsys.readouterr().err
     assert words in err and len(err.splitlines()) == 1, err
-    assert not (tmp_path / "bad" / "sft").exists()
+    assert not (tmp_path / "bad").exists() or "fits" in words  # not even a folder; what fits is known once they are tokenized
+
+
+def test_odd_examples(tmp_path):
+    """Half a surrogate pair is a question mark; an example that nothing can be learned from is left out; so few that all would be held out are not."""
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "response": "\\ud800"}\n')
+    e = sft.Examples(sft.prepare(str(tmp_path / "a.jsonl"), BYTES, tmp_path, quiet=True), 32, 1)
+    assert bytes(e.ids[:-1].tolist()) == b"a?" and e.targets.tolist() == [2]
+    i = next(
+        i
+        for i in range(999)
+        if sft.Examples(sft.prepare(jsonl(tmp_path / f"{i}.jsonl", [{"prompt": str(i), "response": "x"}]), BYTES, tmp_path, quiet=True), 32, 1).meta[
+            "examples"
+        ]
+        and np.fromfile(max(tmp_path.glob("examples-*/held.bin"), key=lambda f: f.stat().st_mtime_ns), "u1")[0]
+    )
+    assert len(sft.Examples(sft.prepare(str(tmp_path / f"{i}.jsonl"), BYTES, tmp_path, quiet=True), 32, 1).train) == 1
+
+
+def test_a_parent_named_from_inside_its_folder(train_cli, parent, tmp_path, monkeypatch):
+    import train
+
+    file = jsonl(tmp_path / "a.jsonl", sums(40))
+    data_path = checkpoint.read_meta(parent)["config"]["data.path"]
+    monkeypatch.chdir(parent.parent)
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "--mode", "sft", "--parent", parent.name, "--data", file, "--train.batch_tokens", "256", "--data.path", data_path]
+    )
+    train.main()
+    assert (tmp_path / "run/sft/ours-cosine/v1").exists() and not (parent.parent / "out").exists()
 
 
 def test_what_is_refused(train_cli, parent, tmp_path, capsys, monkeypatch):
@@ -340,9 +371,14 @@ def test_what_is_refused(train_cli, parent, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "bad" / "sft").exists()
     folder = sft.prepare(file, BYTES, tmp_path, quiet=True)
     assert sft.prepare(file, BYTES, tmp_path, quiet=True) == folder  # once
-    with open(folder / "ids.bin", "ab") as f:
-        f.write(b"1")
-    with pytest.raises(UserError, match="ids.bin has another size"):
-        sft.Examples(folder, 32, 1)
+    for name in ("ids.bin", "loss.bin", "ends.bin", "held.bin", "meta.json"):  # a byte that changed, and a file that is gone
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(UserError, match=f"{name}: damaged"):
+            sft.prepare(file, BYTES, tmp_path, quiet=True)
+        (folder / name).unlink()
+        with pytest.raises(UserError, match=f"{name}: damaged"):
+            sft.prepare(file, BYTES, tmp_path, quiet=True)
+        (folder / name).write_bytes(whole)
     assert data.TEXT.exists() and train_cli(*TUNE, "--parent", str(parent), "--data", file, "--dry_run", out="dry") == 0
     assert "40 examples" in capsys.readouterr().out and not (tmp_path / "dry").exists()

@@ -335,3 +335,18 @@ def test_without_the_harness(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["eval.py", "x", "--tasks", "c3"])
     with pytest.raises(UserError, match="--tasks needs the package lm-eval .*: pip install"):
         evaluation.main()
+
+
+@pytest.mark.parametrize("text, words", [
+    ("task: [a]\n", "the harness cannot run it"),
+    ("{", "the harness cannot run it"),
+    ("task: x\ndataset_path: json\ndataset_kwargs: {data_files: {test: q.jsonl}}\ntest_split: zzz\noutput_type: multiple_choice\n", "the harness cannot run it"),
+    ("task: x\ndoc_to_text: !function utils.go\n", "has a !function, which would run Python"),
+    ("task: !!python/object/apply:os.system ['true']\n", "the harness cannot run it"),
+])  # fmt: skip
+def test_broken_task_files_are_one_line(tmp_path, text, words):
+    (tmp_path / "t.yaml").write_text(text)
+    (tmp_path / "q.jsonl").write_text('{"question": "a"}\n')
+    with pytest.raises(UserError, match=words) as e:
+        tasks.load((str(tmp_path / "t.yaml"),), str(tmp_path), None)
+    assert len(str(e.value).splitlines()) == 1
