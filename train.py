@@ -46,6 +46,7 @@ import parallel
 import reader
 import schedule
 import sft
+import text
 from config import UserError
 from kernels.cross_entropy import IGNORE
 
@@ -180,14 +181,17 @@ def main() -> None:
         folder = run / segment.name
         parent = o.parent or (c.train.base if not segment.parent else "") or None
 
+        def tokenizer() -> text.Tokenizer:
+            """For the examples: the parent's, or that of the text which they are mixed into."""
+            return lineage.open_tokenizer(Path(o.parent), base, c.data.path) if mode == "sft" else reader.tokenizer_of(Path(c.data.path))
+
         device = pick_device(c.train.device, local_rank)
         kind, why = parallel.choose(c.train.parallel, ranks, llama.parameters(c.model), device)
         if o.dry_run:
             examples = None
             if examples_file:
-                tok = lineage.open_tokenizer(Path(o.parent), base, c.data.path) if mode == "sft" else reader.tokenizer_of(Path(c.data.path))
                 with tempfile.TemporaryDirectory() as nowhere:
-                    examples = sft.Examples(sft.prepare(examples_file, tok, Path(nowhere)), c.model.context, c.train.seed)
+                    examples = sft.Examples(sft.prepare(examples_file, tokenizer(), Path(nowhere)), c.model.context, c.train.seed)
                 if mode == "sft":
                     p, segment = lineage.tuning(c, base, sft.Tuning(examples, base["data"], c.batch_sequences, c.data.epochs).steps)
             dry_run(say, c, p, segment, segments, folder, needed(c, mode, segments, segment), kind, why, ranks, examples, parent)
@@ -222,8 +226,7 @@ def main() -> None:
                     raise UserError("\n".join(problems))
         with parallel.together(rank, ranks):
             if examples_file and rank == 0:
-                tok = lineage.open_tokenizer(Path(o.parent), base, c.data.path) if mode == "sft" else reader.tokenizer_of(Path(c.data.path))
-                prepared = str(sft.prepare(examples_file, tok, run))
+                prepared = str(sft.prepare(examples_file, tokenizer(), run))
         prepared = parallel.told(prepared, ranks)
         with parallel.together(rank, ranks):
             if examples_file:
