@@ -85,9 +85,8 @@ class Data:
     increments: list[int] = key([], "steps read of v1.bin, v2.bin and so on, where a version takes several of them or a part of one; empty: those of the plan", free=True)  # fmt: skip
     unique: int | None = key(None, "take this many steps' worth of an increment, and read them again and again; none: all of it", low=1)
     repeat: bool = key(False, "read an increment again when it is too short, instead of refusing")
-    sft: str = key(
-        "", "JSONL of examples, for --mode sft (there also --data FILE) and for decay_mix", free=True
-    )  # free: what they are is compared as data
+    # free: what the examples are is compared as data is
+    sft: str = key("", "JSONL of examples, for --mode sft (there also --data FILE) and for decay_mix", free=True)
     epochs: int = key(1, "sft: times that the examples are read", low=1, free=True)
     decay_mix: float = key(0.0, "part of the sequences of a branch's batches that are examples of data.sft", low=0, free=True)
     verify: bool = key(True, "check the SHA-256 of the token files before training", free=True)

@@ -5,6 +5,7 @@ a checkpoint on tasks are kept in <root>/tasks, so a table goes on where it was.
 """
 
 import hashlib
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -37,22 +38,25 @@ def check(names: list[str], file: str | None, options: dict[str, Any]) -> None:
         tasks.load((name,), options["data_dir"], options["num_fewshot"])
 
 
-def tunings(s: Setup, cells: graph.Graph, at: dict[Path, str], root: Path, file: str, ranks: int) -> tuple[graph.Graph, dict[Path, Path]]:
+def tunings(s: Setup, at: dict[Path, str], root: Path, file: str, ranks: int) -> tuple[graph.Graph, dict[Path, Path]]:
     """The fine-tunings of checkpoints that are there, {checkpoint: its cell}; and where the result of each will be."""
     found: graph.Graph = {}
     results = {}
+    known: dict[tuple[str, int], sft.Examples] = {}  # one for the versions of a setting
     keys = {**s.scale.sft, "data.sft": file, "train.device": s.base.train.device}
     plain = config.load("sft", keys)
     settled = {k: v for k, (f, v) in config.flatten(plain).items() if not f.metadata["free"]}
     key = hashlib.sha256(json.dumps([disk.sha256(Path(file)), plain.data.epochs, settled], sort_keys=True).encode()).hexdigest()[:8]
     for path, cell in at.items():
-        setting = f"{cells[cell].setting}-sft-{key}"  # a folder for each set of examples and keys
+        setting = f"{cell.partition('/')[0]}-sft-{key}"  # a folder for each set of examples and keys
         arguments = ["--config", "sft", "--mode", "sft", "--parent", str(path), *(w for k, v in keys.items() for w in (f"--{k}", v))]
         c, meta = lineage.tuned(plain, str(path), {"out"})
         if problems := config.check_batch(c, ranks):
             raise UserError("\n".join(problems))
-        examples = sft.Examples(sft.prepare(file, lineage.open_tokenizer(path, meta), root / setting), c.model.context, c.train.seed)
-        data = sft.Tuning(examples, meta["data"], c.batch_sequences, c.data.epochs)
+        if (setting, c.model.context) not in known:
+            prepared = sft.prepare(file, lineage.open_tokenizer(path, meta), root / setting)
+            known[setting, c.model.context] = sft.Examples(prepared, c.model.context, c.train.seed)
+        data = sft.Tuning(known[setting, c.model.context], meta["data"], c.batch_sequences, c.data.epochs)
         _, segment = lineage.tuning(c, meta, data.steps)
         found[name := f"{setting}/{segment.name}"] = graph.Cell(setting, segment, c, arguments, None, {segment.end})
         results[path] = checkpoint.path(root / name, segment.end)
@@ -83,36 +87,38 @@ def scores(path: Path, names: list[str], root: Path, s: Setup, options: dict[str
 
 
 def record(of: tables.Table, found: dict[tuple[str, str, str], list[Scores]], names: list[str], notes: list[str]) -> dict[str, Any]:
-    """A table of versions x tasks x paradigms, means over seeds in percent; the paper's numbers below ours."""
+    """A table of versions x tasks x paradigms, means over seeds; the paper's numbers below ours."""
+    import tasks
+
     groups = list(dict.fromkeys(r.group for r in of.rows))
     several = len(groups) > 1
-    rows, means = [], []
-    for group in groups:
-        for column in of.columns:
-            for r in (r for r in of.rows if r.group == group):
-                values = [100 * statistics.fmean(known[n]["value"] for known in found[group, r.name, column]) for n in names]
-                means.append({"group": group, "version": column, "name": r.name, "value": statistics.fmean(values)})
-                rows.append([*[group] * several, column, r.name, *(f"{v:.2f}" for v in values), f"{means[-1]['value']:.2f}"])
+    lines = []
+    for group, column in itertools.product(groups, of.columns):
+        for row in (r for r in of.rows if r.group == group):
+            seeds = found[row.group, row.name, column]
+            mean = {
+                NINE.get(n) or seeds[0][n]["task"]: {**seeds[0][n], "value": statistics.fmean(known[n]["value"] for known in seeds)} for n in names
+            }
+            lines.append(((row.group, column, row.name), mean))
+    made = tasks.table(of.title, [*["scale"] * several, "Ver.", "TP"], [([*where][not several :], mean) for where, mean in lines])
+    means = [{"group": g, "version": v, "name": n, "value": None if row[-1] == "-" else float(row[-1])}
+             for ((g, v, n), _), row in zip(lines, made["rows"], strict=True)]  # fmt: skip
     for p in tables.PAPER["table4_downstream"] if set(names) & set(NINE) else []:
         if several or p["scale"] == "1.2B-42B":
             shown = [f"{p[NINE[n]]:.2f}" if n in NINE else "-" for n in names]
-            rows.append(
-                [*[p["scale"]] * several, p["version"], f"{p['paradigm']} (paper)", *shown, f"{p['AVG']:.2f}" if set(names) == set(NINE) else "-"]
-            )
-    one = next(iter(found.values()))[0]
-    titles = [NINE.get(n, one[n]["task"]) for n in names]
-    said = ", ".join(f"{t} {one[n]['metric']} of {one[n]['n']:,}" for t, n in zip(titles, names, strict=True))
-    return {"name": of.name, "title": of.title, "header": [*["scale"] * several, "Ver.", "TP", *titles, "AVG"], "rows": rows,
-            "means": means, "notes": [f"Percent: {said}.", *notes], "scores": [{"of": list(k), "seeds": v} for k, v in found.items()]}  # fmt: skip
+            average = f"{p['AVG']:.2f}" if set(names) == set(NINE) else "-"
+            made["rows"].append([*[p["scale"]] * several, p["version"], f"{p['paradigm']} (paper)", *shown, average])
+    scores = [{"of": list(k), "seeds": v} for k, v in found.items()]
+    return {**made, "name": of.name, "notes": [*made["notes"], *notes], "means": means, "scores": scores}
 
 
-def make(t: tables.Table, s: Setup, cells: graph.Graph, cell: dict[Path, str], where: dict[tuple[str, str, str], list[Path]], root: Path, file: str | None,
+def make(t: tables.Table, s: Setup, cell: dict[Path, str], where: dict[tuple[str, str, str], list[Path]], root: Path, file: str | None,
          names: list[str], may_train: bool, jobs: int, gpus: int, ranks: int, options: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
     """Fine-tune versions, which are trained, on the examples of `file` (none: take them as they are), evaluate them, and return the table's record."""
     at = {p: cell[p] for ps in where.values() for p in ps}
     results, tuned = {p: p for p in at}, "not fine-tuned"
     if file:
-        found, results = tunings(s, cells, at, root, file, ranks)
+        found, results = tunings(s, at, root, file, ranks)
         if (todo := graph.left(found, root)[0]) and not may_train:
             print("\n".join(graph.launch_lines(found, todo, root, ranks, False, 1.0)))
             raise UserError(

@@ -26,6 +26,7 @@ import kernels
 import lineage
 import model as llama
 import reader
+import text
 from config import UserError
 from generate import generate
 from train import pick_device, steady_malloc
@@ -153,7 +154,7 @@ def sample(path: Path, device: torch.device, prompts: list[str], length: int, se
     """Each prompt and `length` tokens drawn after it, or fewer where the text ends."""
     net, meta = load_model(path, device)
     tok = lineage.open_tokenizer(path, meta, folder)
-    prompts = [p.encode(errors="replace").decode() for p in prompts]  # a command line may hold bytes that are no UTF-8
+    prompts = [text.clean(p) for p in prompts]
     ids = [tok.encode(p) or [tok.eot] for p in prompts]
     return [p + tok.decode(new) for p, new in zip(prompts, generate(net, ids, length, {tok.eot}, temperature, top_p, seed), strict=True)]
 

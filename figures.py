@@ -162,7 +162,11 @@ def downstream(record: dict[str, Any], file: str) -> None:
         versions = list(dict.fromkeys(m["version"] for m in mine))
         for i, (name, colour) in enumerate(OF.items()):
             ax.bar(
-                [v + 0.27 * (i - 1) for v in range(len(versions))], [m["value"] for m in mine if m["name"] == name], 0.25, label=name, color=colour
+                [v + 0.27 * (i - 1) for v in range(len(versions))],
+                [m["value"] or 0 for m in mine if m["name"] == name],
+                0.25,
+                label=name,
+                color=colour,
             )
         ax.set_xticks(range(len(versions)), versions)
         ax.set_title(group, fontsize=9)

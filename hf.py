@@ -416,9 +416,7 @@ def made_tokenizer(tok: Tokenizer) -> dict[str, Any]:
 def write_tokenizer(tok: Tokenizer, folder: Path) -> None:
     """The tokenizer as AutoTokenizer reads it: the files of a folder of Hugging Face's, what is missing made. UserError if it gives other ids."""
     if tok.is_folder:
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json"):
-            if (Path(tok.name) / name).is_file():
-                shutil.copyfile(Path(tok.name) / name, folder / name)
+        copy_tokenizer(Path(tok.name), folder)
         end = tok.hf.id_to_token(tok.eot)
     else:
         disk.write(folder / "tokenizer.json", json.dumps(made_tokenizer(tok), ensure_ascii=False))

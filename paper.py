@@ -252,9 +252,7 @@ def main() -> None:
             known = measure.scores(every, root / "scores", jobs, s.base.train.device) if every else {}
             for name, t in asked.specs.items():
                 if name in tasked:
-                    made[name] = downstream.make(
-                        t, s, asked.cells, asked.cell, asked.where[name], root, o.sft, asked_tasks, may_train, jobs, gpus, ranks, options
-                    )
+                    made[name] = downstream.make(t, s, asked.cell, asked.where[name], root, o.sft, asked_tasks, may_train, jobs, gpus, ranks, options)
                     continue
                 found = {k: [known[p] for p in ps] for k, ps in asked.where[name].items()}
                 made[name] = measure.measure(t, found, seeds, s.columns) | {"made": provenance(s, asked.own[name], root)}

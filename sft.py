@@ -15,17 +15,19 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+import data
 import disk
 import reader
 from config import UserError
 from kernels.cross_entropy import IGNORE
-from text import Tokenizer, documents, files_of
+from text import Tokenizer, clean, documents, files_of
 
 ROLES = ("system", "user", "assistant")
 HELD_OUT = 1 / 50
@@ -78,11 +80,6 @@ def stretches(line: str, file: Path, number: int) -> list[Stretch]:
     return found  # what comes after the last response has no use
 
 
-def clean(text: str) -> str:
-    """Half of a surrogate pair, which JSON can spell, becomes "?"."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def texts(stretch: list[str], marks: dict[str, int]) -> list[str]:
     """A stretch as texts to encode: cut at marks that are tokens, joined over those that are not."""
     return stretch if marks else ["".join(stretch)]
@@ -103,8 +100,8 @@ def prepare(source: str, tok: Tokenizer, run: Path, quiet: bool = False) -> Path
         check(folder)
         return folder
     first = not run.exists()
-    partial = run / f".{folder.name}.partial"
-    with disk.lock(run / f".{folder.name}.lock", f"{folder}: another process is preparing it; wait for it"):
+    partial, lock = run / f".{folder.name}.partial", run / f".{folder.name}.lock"
+    with disk.lock(lock, f"{folder}: another process is preparing it; wait for it"):
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -118,8 +115,11 @@ def prepare(source: str, tok: Tokenizer, run: Path, quiet: bool = False) -> Path
             os.rename(partial, folder)
             disk.sync(run)
         except UserError:
-            if first:  # nothing is left of what was refused
-                shutil.rmtree(run, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            if first:  # nothing is left of what was refused, unless somebody else has begun here
+                lock.unlink()
+                with suppress(OSError):
+                    run.rmdir()
             raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -162,8 +162,7 @@ def _write(files: list[Path], tok: Tokenizer, folder: Path, quiet: bool) -> dict
                 ids.append(tok.eot)
                 loss.append(1)
                 tokens, learned, examples = tokens + len(ids), learned + sum(loss), examples + 1
-                whole = "".join(t for stretch, _ in example for t in stretch).encode(errors="replace")
-                h = int.from_bytes(hashlib.blake2b(whole, digest_size=8).digest(), "little")
+                h, _ = data.hashes("".join(t for stretch, _ in example for t in stretch))
                 for name, values in (("ids", ids), ("loss", loss), ("ends", [tokens]), ("held", [h < HELD_OUT * 2**64])):
                     out[name].write(np.array(values, FILES[name]).tobytes())
         for f in out.values():

@@ -130,10 +130,9 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """The text up to the first <|endoftext|>; bytes that are not UTF-8, and ids without a token, become replacement characters."""
-        if self.hf:
-            return self.hf.decode(list(itertools.takewhile(lambda i: i != self.eot, ids)), skip_special_tokens=False)
-
         ids = list(itertools.takewhile(lambda i: i != self.eot, ids))
+        if self.hf:
+            return self.hf.decode(ids, skip_special_tokens=False)
         with contextlib.suppress(KeyError):
             return (bytes(ids) if self.name == "bytes" else self.encoding.decode_bytes(ids)).decode(errors="replace")
 
@@ -148,7 +147,7 @@ class Tokenizer:
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy what a folder of Hugging Face's holds of a tokenizer, and config.json, which says how large its vocabulary is."""
-    target.mkdir()
+    target.mkdir(exist_ok=True)
     for name in (
         "tokenizer.json",
         "tokenizer_config.json",
@@ -268,7 +267,12 @@ def json_text(line: str, file: Path, number: int) -> str:
         text = None
     if not isinstance(text, str):
         raise UserError(f'{file}:{number}: got {line[:60]!r}, expected a JSON object with a text under "text"')
-    return text.encode("utf-8", "replace").decode()  # half of a surrogate pair, which JSON can spell, becomes "?"
+    return clean(text)
+
+
+def clean(text: str) -> str:
+    """Half of a surrogate pair, which JSON can spell, and bytes of a command line that are no UTF-8, become "?"."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def hub(source: str) -> Iterator[str]:
