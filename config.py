@@ -130,7 +130,7 @@ class Train:
     eval_tokens: int = key(65536, "validation tokens read in training; eval.py reads all", low=1, free=True)
     checkpoint_every: int = key(500, "steps between checkpoints; 0: fork points and the end only", low=0, free=True)
     keep: int = key(2, "checkpoints kept beside fork points and ends", low=1, free=True)
-    base: str = key("", "an imported model's checkpoint, which stands in for random weights", free=True)  # free: it is compared as a parent
+    base: str = key("", "an imported model's checkpoint, which stands in for random weights")
     save_at: list[int] = key([], "further steps to save and keep, such as the fork points of another alpha", free=True)
     on_save_error: str = key("stop", "when a checkpoint cannot be saved, as on a full disk", choices=("stop", "continue"), free=True)
     spike: float | None = key(None, "stop when the logged loss is so many nats above the median of the 20 before; none: never", low=0, free=True)
