@@ -100,14 +100,30 @@ def floors(device: torch.device, dtype: torch.dtype, shapes: dict[str, tuple[int
     a = torch.zeros(int(4e9 if device.type == "cuda" else 2.5e8), dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
     name, product, flops = matmul(device, dtype)
-    out: Row = {"copy_bytes_per_second": 2 * len(a) / timed(lambda: b.copy_(a), device), "matmul": name,
-                "matmul_flops": flops / timed(product, device), "gemms": {}}  # fmt: skip
-    print(f"copy {out['copy_bytes_per_second'] / 1e9:,.4g} GB/s, read and written; matmul {name} {out['matmul_flops'] / 1e12:,.4g} TFLOP/s")
+    out: Row = {
+        "copy_bytes_per_second": 2 * len(a) / timed(lambda: b.copy_(a), device),
+        "matmul": name,
+        "matmul_flops": flops / timed(product, device),
+        "gemms": {},
+    }
+    print(
+        f"copy {out['copy_bytes_per_second'] / 1e9:,.4g} GB/s, read and written; matmul {name} {out['matmul_flops'] / 1e12:,.4g} TFLOP/s"
+    )
     for name, (M, N, K) in shapes.items():
         x, w, dy = (torch.randn(s, device=device, dtype=dtype) for s in ((M, K), (N, K), (M, N)))
-        calls: Row = {"forward": lambda x=x, w=w: x @ w.T, "dx": lambda w=w, dy=dy: dy @ w, "dw": lambda x=x, dy=dy: dy.T @ x}
-        out["gemms"][name] = {"M": M, "N": N, "K": K} | {k: 2 * M * N * K / timed(fn, device) for k, fn in calls.items()}
-        print(f"  {name:9}{f'{M} x {N} x {K}':22}" + ", ".join(f"{k} {out['gemms'][name][k] / 1e12:,.4g}" for k in calls) + " TFLOP/s")
+        calls: Row = {
+            "forward": lambda x=x, w=w: x @ w.T,
+            "dx": lambda w=w, dy=dy: dy @ w,
+            "dw": lambda x=x, dy=dy: dy.T @ x,
+        }
+        out["gemms"][name] = {"M": M, "N": N, "K": K} | {
+            k: 2 * M * N * K / timed(fn, device) for k, fn in calls.items()
+        }
+        print(
+            f"  {name:9}{f'{M} x {N} x {K}':22}"
+            + ", ".join(f"{k} {out['gemms'][name][k] / 1e12:,.4g}" for k in calls)
+            + " TFLOP/s"
+        )
     return out
 
 
@@ -115,7 +131,13 @@ def gemm_shapes(m: config.Model, sequences: int) -> dict[str, tuple[int, int, in
     """(M, N, K) of the products of a forward pass."""
     h, f, M = m.hidden, m.ffn or 4 * m.hidden, sequences * m.context
     rows = h + 2 * (m.n_kv_head or m.n_head) * (h // m.n_head)
-    return {"qkv": (M, rows, h), "attn_out": (M, h, h), "gate_up": (M, 2 * f, h), "ffn_out": (M, h, f), "head": (M, m.vocab_size, h)}
+    return {
+        "qkv": (M, rows, h),
+        "attn_out": (M, h, h),
+        "gate_up": (M, 2 * f, h),
+        "ffn_out": (M, h, f),
+        "head": (M, m.vocab_size, h),
+    }
 
 
 def table(rows: list[Row], **columns: tuple[str, str, float]) -> None:
@@ -123,10 +145,17 @@ def table(rows: list[Row], **columns: tuple[str, str, float]) -> None:
     shown = {k: v for k, v in columns.items() if any(r.get(k) is not None for r in rows)}
     lines = [[title for title, _, _ in shown.values()]]
     for r in rows:
-        lines.append(["" if r.get(k) is None else format(r[k] * by, f) if f else str(r[k]) for k, (_, f, by) in shown.items()])
+        lines.append(
+            ["" if r.get(k) is None else format(r[k] * by, f) if f else str(r[k]) for k, (_, f, by) in shown.items()]
+        )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        print("  ".join(cell.rjust(w) if f else cell.ljust(w) for cell, w, (_, f, _) in zip(line, widths, shown.values(), strict=True)).rstrip())
+        print(
+            "  ".join(
+                cell.rjust(w) if f else cell.ljust(w)
+                for cell, w, (_, f, _) in zip(line, widths, shown.values(), strict=True)
+            ).rstrip()
+        )
 
 
 def verdict(what: str, got: float | None, bar: float | None, at_most: bool = False) -> list[Row]:
@@ -137,15 +166,23 @@ def verdict(what: str, got: float | None, bar: float | None, at_most: bool = Fal
 
 
 def show(bars: list[Row]) -> str:
-    return "; ".join(f"{b['what']} {b['got']:,.3g}: {'reached' if b['reached'] else 'missed'} {b['bar']:,.3g}" for b in bars)
+    return "; ".join(
+        f"{b['what']} {b['got']:,.3g}: {'reached' if b['reached'] else 'missed'} {b['bar']:,.3g}" for b in bars
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------
 # step
 
 # by layers and width, 203M to 3.1B; tokens/s of one H100, times Hugging Face's with torch.compile, peak memory to the same
-STEP_BARS = {(24, 512): (317e3, 1.34, 0.40), (12, 1024): (227e3, 1.28, 0.45), (24, 1024): (133e3, 1.23, 0.55), (24, 1536): (74.6e3, 1.16, 0.65),
-             (48, 1536): (39.9e3, 1.14, 0.75), (40, 2048): (29.7e3, 1.14, 0.85)}  # fmt: skip
+STEP_BARS = {
+    (24, 512): (317e3, 1.34, 0.40),
+    (12, 1024): (227e3, 1.28, 0.45),
+    (24, 1024): (133e3, 1.23, 0.55),
+    (24, 1536): (74.6e3, 1.16, 0.65),
+    (48, 1536): (39.9e3, 1.14, 0.75),
+    (40, 2048): (29.7e3, 1.14, 0.85),
+}
 CPU_BARS = (0.50, 1.1)  # part of the matmul, times nanoGPT's shape
 
 
@@ -157,14 +194,24 @@ class Trainer:
         torch.set_float32_matmul_precision("high" if dtype == torch.bfloat16 else "highest")  # as train.py
         torch.manual_seed(t.seed)
         with device:
-            ours = llama.Transformer(c.model, dtype, kernels.choose("torch" if row == "ours-torch" else t.kernels, device, c.model), t.recompute)
+            ours = llama.Transformer(
+                c.model,
+                dtype,
+                kernels.choose("torch" if row == "ours-torch" else t.kernels, device, c.model),
+                t.recompute,
+            )
             self.net: nn.Module = ours
             if not row.startswith("ours"):
-                self.net = peers.NanoGPT(c.model) if row == "nanogpt" else peers.hugging_face(c.model, ours, "liger" in row)
+                self.net = (
+                    peers.NanoGPT(c.model) if row == "nanogpt" else peers.hugging_face(c.model, ours, "liger" in row)
+                )
         self.hf, self.autocast = row.startswith("hf"), dtype == torch.bfloat16 and not row.startswith("ours")
         compiled = row.endswith("compile") or (device.type == "cuda" and row in ("ours", "ours-torch", "nanogpt"))
         self.model: Any = torch.compile(self.net, dynamic=False) if compiled else self.net
-        groups = [{"params": [p for p in self.net.parameters() if (p.dim() >= 2) is m], "weight_decay": t.weight_decay * m} for m in (True, False)]
+        groups = [
+            {"params": [p for p in self.net.parameters() if (p.dim() >= 2) is m], "weight_decay": t.weight_decay * m}
+            for m in (True, False)
+        ]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(t.beta1, t.beta2), fused=True)
 
     def ids(self, sequences: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -197,7 +244,10 @@ class Trainer:
             began = time.perf_counter()
             losses.append(self.step(*self.ids(sequences, i), micro, self.c.plan.max_lr * (i + 1) / updates).item())
             seconds.append(time.perf_counter() - began)
-        return {"loss": losses[-1], "compile_seconds": seconds[0] - statistics.median(seconds) if self.model is not self.net else None}
+        return {
+            "loss": losses[-1],
+            "compile_seconds": seconds[0] - statistics.median(seconds) if self.model is not self.net else None,
+        }
 
     def seconds(self, sequences: int, micro: int, warm: int, n: int) -> list[float]:
         """Seconds of each of n updates after `warm` others; on a GPU by device events."""
@@ -225,7 +275,9 @@ def one(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
     if o.row.startswith("ours"):  # as train.py does; a peer runs as its users run it
         train.steady_malloc(device)
     trainer = Trainer(o.row, c, device, dtype)
-    sequences = 0 if cuda else max(micros[0], c.batch_sequences)  # of an update: on a GPU one micro-batch, on a CPU all of the config's batch
+    sequences = (
+        0 if cuda else max(micros[0], c.batch_sequences)
+    )  # of an update: on a GPU one micro-batch, on a CPU all of the config's batch
     _, product, flops = matmul(device, dtype)
     out, until = Row(micro=micros[0]), time.perf_counter() + o.minutes * 60
     if o.updates:
@@ -262,7 +314,11 @@ def attempt(trainer: Trainer, sequences: int, micro: int) -> Row:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     rate = sequences * trainer.c.model.context / statistics.median(trainer.seconds(sequences, micro, 1, 5))
-    return {"micro": micro, "tokens_per_second": rate, "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None}
+    return {
+        "micro": micro,
+        "tokens_per_second": rate,
+        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+    }
 
 
 def estimate(c: config.Config, micro: int, item: int) -> float:
@@ -284,9 +340,15 @@ def check_size(c: config.Config, device: torch.device, micro: int, item: int) ->
     need, have = estimate(c, micro, item), total_memory(device)
     if need > have:
         fits = next((m for m in (2, 1) if m < micro and estimate(c, m, item) <= have), None)
-        lower = f"take --micro {fits}" if fits else "take a smaller --size or lower model.n_layer, model.hidden or model.context"
-        raise UserError(f"--size: {llama.parameters(c.model):,} parameters need about {need / 1e9:,.1f} GB at a micro-batch of {micro}; "
-                        f"this {device.type} has {have / 1e9:,.1f} GB; {lower}")  # fmt: skip
+        lower = (
+            f"take --micro {fits}"
+            if fits
+            else "take a smaller --size or lower model.n_layer, model.hidden or model.context"
+        )
+        raise UserError(
+            f"--size: {llama.parameters(c.model):,} parameters need about {need / 1e9:,.1f} GB at a micro-batch of {micro}; "
+            f"this {device.type} has {have / 1e9:,.1f} GB; {lower}"
+        )
 
 
 def child(*more: str) -> Row:
@@ -302,7 +364,9 @@ def step(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> 
     o.micro = o.micro or ([16, 32, 8, 4] if cuda else [8, 16, 4])
     check_size(c, device, min(o.micro), dtype.itemsize)
     if any(n % m for m in o.micro for n in (o.micro[0], c.batch_sequences) if m <= n):
-        raise UserError(f"--micro: got {','.join(map(str, o.micro))}, expected divisors of the batch of {c.batch_sequences} sequences, such as 8,4,2")
+        raise UserError(
+            f"--micro: got {','.join(map(str, o.micro))}, expected divisors of the batch of {c.batch_sequences} sequences, such as 8,4,2"
+        )
     if not cuda:
         torch.set_num_threads(1)  # the floors as well as the rows
     if o.row:
@@ -313,22 +377,43 @@ def step(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> 
     floor = floors(device, dtype, gemm_shapes(c.model, 8))
     if cuda:
         torch.cuda.empty_cache()
-    peak, source = train.peak_flops(device, dtype) if cuda else (0.0, "the 1024^3 product before and after the row, one thread")
+    peak, source = (
+        train.peak_flops(device, dtype) if cuda else (0.0, "the 1024^3 product before and after the row, one thread")
+    )
     until = time.perf_counter() + o.minutes * 60
-    for turn in tqdm(range(o.rounds or 3), desc="rounds", disable=None):  # A B C A B C: when the machine slows down, all of them do
+    for turn in tqdm(
+        range(o.rounds or 3), desc="rounds", disable=None
+    ):  # A B C A B C: when the machine slows down, all of them do
         if turn and time.perf_counter() > until:
             print(f"{turn} rounds in {o.minutes:g} minutes")
             break
         for name, row in rows.items():
             if not row["note"]:
-                how = ("--micro", f"{row['micro']}", "--updates", "0") if turn else ("--micro", ",".join(map(str, o.micro)))
+                how = (
+                    ("--micro", f"{row['micro']}", "--updates", "0")
+                    if turn
+                    else ("--micro", ",".join(map(str, o.micro)))
+                )
                 found = child("--row", name, *how, "--minutes", str(o.minutes / 3 / len(rows)))
                 row |= {k: v for k, v in found.items() if k not in row or k in ("note", "micro")}
                 row.setdefault("rounds", []).append({k: found.get(k) for k in ("tokens_per_second", "roof")})
     bars = compare(rows, c, peak)
-    table(list(rows.values()), row=("row", "", 1), micro=("micro", "d", 1), tokens_per_second=("tokens/s", ",.0f", 1), ours_ratio=("ours/row", ".2f", 1),
-          mfu=("MFU", ".1%", 1), mfu_published=("published", ".1%", 1), peak_bytes=("peak GB", ",.2f", 1e-9), memory_ratio=("ours/row", ".2f", 1),
-          compile_seconds=("compile s", ".1f", 1), loss=("loss", ".4f", 1), loss_difference=("to ours", "+.1e", 1), left_out=("left out", "", 1), note=("", "", 1))  # fmt: skip
+    table(
+        list(rows.values()),
+        row=("row", "", 1),
+        micro=("micro", "d", 1),
+        tokens_per_second=("tokens/s", ",.0f", 1),
+        ours_ratio=("ours/row", ".2f", 1),
+        mfu=("MFU", ".1%", 1),
+        mfu_published=("published", ".1%", 1),
+        peak_bytes=("peak GB", ",.2f", 1e-9),
+        memory_ratio=("ours/row", ".2f", 1),
+        compile_seconds=("compile s", ".1f", 1),
+        loss=("loss", ".4f", 1),
+        loss_difference=("to ours", "+.1e", 1),
+        left_out=("left out", "", 1),
+        note=("", "", 1),
+    )
     print(
         f"MFU of {f'{peak / 1e12:,.4g} TFLOP/s, ' if peak else ''}{source}, attention with its causal half; published: with all of it. Loss of update {o.updates}."
     )
@@ -345,13 +430,19 @@ def compare(rows: dict[str, Row], c: config.Config, peak: float) -> list[Row]:
         each = [r["tokens_per_second"] for r in row["rounds"]]
         row["tokens_per_second"] = statistics.median(each)
         if not ours["note"]:
-            row["ours_ratio"] = statistics.median(a["tokens_per_second"] / b for a, b in zip(ours["rounds"], each, strict=True))
+            row["ours_ratio"] = statistics.median(
+                a["tokens_per_second"] / b for a, b in zip(ours["rounds"], each, strict=True)
+            )
         for key, causal in (("mfu", True), ("mfu_published", False)):
             flops = llama.flops_per_token(c.model, causal)
             row[key] = statistics.median(r["tokens_per_second"] * flops / (peak or r["roof"]) for r in row["rounds"])
         row["peak_bytes"] = next((t["peak_bytes"] for t in row.get("tried", []) if t["micro"] == row["micro"]), None)
-        both = [(s["micro"], s["peak_bytes"] / t["peak_bytes"]) for s in ours.get("tried", []) for t in row.get("tried", [])
-                if s["micro"] == t["micro"] and t["peak_bytes"]]  # fmt: skip
+        both = [
+            (s["micro"], s["peak_bytes"] / t["peak_bytes"])
+            for s in ours.get("tried", [])
+            for t in row.get("tried", [])
+            if s["micro"] == t["micro"] and t["peak_bytes"]
+        ]
         row["memory_ratio"] = max(both)[1] if both else None  # at the largest micro-batch that both could do
         if name == "nanogpt":  # which has other weights
             row.pop("loss", None)
@@ -362,14 +453,23 @@ def compare(rows: dict[str, Row], c: config.Config, peak: float) -> list[Row]:
     if peak:
         speed, ratio, memory_ratio = STEP_BARS.get((c.model.n_layer, c.model.hidden), (None, None, None))
         hf = rows.get("hf-compile", {})
-        return [*verdict("tokens/s (an H100's)", ours.get("tokens_per_second"), speed), *verdict("to hf-compile", hf.get("ours_ratio"), ratio),
-                *verdict("memory to hf-compile", hf.get("memory_ratio"), memory_ratio, at_most=True)]  # fmt: skip
+        return [
+            *verdict("tokens/s (an H100's)", ours.get("tokens_per_second"), speed),
+            *verdict("to hf-compile", hf.get("ours_ratio"), ratio),
+            *verdict("memory to hf-compile", hf.get("memory_ratio"), memory_ratio, at_most=True),
+        ]
     peer, bars = rows.get("nanogpt", {"note": "left out"}), []
     nano = [] if peer["note"] else peer["rounds"]
     for name in ("ours", "ours-compile"):
         each = [r["tokens_per_second"] for r in rows[name].get("rounds", []) if not rows[name]["note"]]
-        ratio = statistics.median(a / b["tokens_per_second"] for a, b in zip(each, nano, strict=True)) if each and nano else None
-        bars += verdict(f"{name}: part of the matmul", rows[name].get("mfu"), CPU_BARS[0]) + verdict(f"{name}: to nanogpt", ratio, CPU_BARS[1])
+        ratio = (
+            statistics.median(a / b["tokens_per_second"] for a, b in zip(each, nano, strict=True))
+            if each and nano
+            else None
+        )
+        bars += verdict(f"{name}: part of the matmul", rows[name].get("mfu"), CPU_BARS[0]) + verdict(
+            f"{name}: to nanogpt", ratio, CPU_BARS[1]
+        )
     return bars
 
 
@@ -378,10 +478,14 @@ def memory(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -
     h, V, M = c.model.hidden, c.model.vocab_size, 2048
     need, have = 4.0 * (2 * V * h + 2 * M * h + 4 * M * V), total_memory(device)
     if need > have:
-        raise UserError(f"--memory: all logits need about {need / 1e9:,.1f} GB, this {device.type} has {have / 1e9:,.1f} GB; lower model.vocab_size")
+        raise UserError(
+            f"--memory: all logits need about {need / 1e9:,.1f} GB, this {device.type} has {have / 1e9:,.1f} GB; lower model.vocab_size"
+        )
     if o.row:
         x = torch.randn(M, h, device=device, dtype=dtype, requires_grad=True)
-        w = (0.02 * torch.randn(V, h, device=device)).requires_grad_()  # as at the start of training; of larger logits a CPU makes slow denormals
+        w = (
+            0.02 * torch.randn(V, h, device=device)
+        ).requires_grad_()  # as at the start of training; of larger logits a CPU makes slow denormals
         y = torch.randint(0, V, (M,), device=device)
         (x[:64] @ w[:64].type_as(x).T).sum()  # what the first product sets up is nobody's
         before = torch.cuda.memory_allocated() if device.type == "cuda" else resident("VmRSS")
@@ -389,12 +493,24 @@ def memory(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -
             cross_entropy.linear_cross_entropy(x, w, y).backward()
         else:
             cross_entropy.linear_cross_entropy_ref(x, w.type_as(x), y).backward()
-        return {"peak_bytes": (torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")) - before}
+        return {
+            "peak_bytes": (torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")) - before
+        }
     rows = [Row(row=row) | child("--row", row) for row in ("chunked", "all logits")]
     for r in rows:
-        r["memory_ratio"] = rows[0]["peak_bytes"] / r["peak_bytes"] if "peak_bytes" in r and "peak_bytes" in rows[0] else None
-    print(f"cross-entropy of {M:,} tokens, hidden {h:,}, vocabulary {V:,}, {dtype}: peak memory on top of the inputs, gradients included")
-    table(rows, row=("row", "", 1), peak_bytes=("peak GB", ",.3f", 1e-9), memory_ratio=("chunked/row", ".3f", 1), note=("", "", 1))
+        r["memory_ratio"] = (
+            rows[0]["peak_bytes"] / r["peak_bytes"] if "peak_bytes" in r and "peak_bytes" in rows[0] else None
+        )
+    print(
+        f"cross-entropy of {M:,} tokens, hidden {h:,}, vocabulary {V:,}, {dtype}: peak memory on top of the inputs, gradients included"
+    )
+    table(
+        rows,
+        row=("row", "", 1),
+        peak_bytes=("peak GB", ",.3f", 1e-9),
+        memory_ratio=("chunked/row", ".3f", 1),
+        note=("", "", 1),
+    )
     return {"tokens": M, "hidden": h, "vocab_size": V, "rows": rows}
 
 
@@ -454,7 +570,9 @@ def work(case: str, m: config.Model, B: int) -> dict[str, float]:
     return {"forward": forward, "backward": backward, "both": forward + backward}
 
 
-def candidates(case: str, m: config.Model, B: int, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], list[Tensor]]]:
+def candidates(
+    case: str, m: config.Model, B: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, tuple[Callable[..., Any], list[Tensor]]]:
     """{row: (function, inputs)}; `triton` and `torch` are what the choices in train.kernels run."""
     h, H, T, eps = m.hidden, m.n_head, m.context, m.norm_eps
     K, D, f, V = m.n_kv_head or H, h // H, m.ffn or 4 * h, m.vocab_size
@@ -495,16 +613,27 @@ def candidates(case: str, m: config.Model, B: int, device: torch.device, dtype: 
     else:
         y = torch.randint(0, V, (B, T), device=device)
         w = (0.02 * torch.randn(V, h, device=device)).requires_grad_()
-        inputs, ours = [x, w], lambda use, x, w, n=None: cross_entropy.linear_cross_entropy(x, w, y, use=use, chunk_bytes=n)
+        inputs, ours = (
+            [x, w],
+            lambda use, x, w, n=None: cross_entropy.linear_cross_entropy(x, w, y, use=use, chunk_bytes=n),
+        )
 
         def all_logits(x: Tensor, w: Tensor) -> Tensor:
             return cross_entropy.linear_cross_entropy_ref(x, w.type_as(x), y)
 
-        more |= {"all logits": (all_logits, inputs), "all logits compile": (torch.compile(all_logits, dynamic=False), inputs)}
-        more["liger"] = (lambda x, w: lg.liger_fused_linear_cross_entropy(x.view(-1, h), w.type_as(x), y.view(-1)), inputs)
+        more |= {
+            "all logits": (all_logits, inputs),
+            "all logits compile": (torch.compile(all_logits, dynamic=False), inputs),
+        }
+        more["liger"] = (
+            lambda x, w: lg.liger_fused_linear_cross_entropy(x.view(-1, h), w.type_as(x), y.view(-1)),
+            inputs,
+        )
         for n in (1 << 27, 1 << 28, 1 << 29, 1 << 30) if cuda else ():
             more[f"triton {n >> 20} MiB"] = (partial(ours, "triton", n=n), inputs)
-    out: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {use: (partial(ours, use), inputs) for use in ("triton", "torch")}
+    out: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
+        use: (partial(ours, use), inputs) for use in ("triton", "torch")
+    }
     if case != "cross_entropy":  # which is one operation to torch.compile
         out["compile"] = (torch.compile(out["torch"][0], dynamic=False), inputs)
     return out | more
@@ -521,8 +650,11 @@ def measure(fn: Callable[..., Any], inputs: list[Tensor], device: torch.device) 
     grads = [torch.randn_like(y) for y in ys]
     with torch._functorch.config.patch(donated_buffer=False):  # compiled backwards are called more than once
         ys = forward()
-        out: Row = {"forward": timed(forward, device), "backward": timed(lambda: torch.autograd.grad(ys, inputs, grads, retain_graph=True), device),
-                    "both": timed(lambda: torch.autograd.grad(forward(), inputs, grads), device)}  # fmt: skip
+        out: Row = {
+            "forward": timed(forward, device),
+            "backward": timed(lambda: torch.autograd.grad(ys, inputs, grads, retain_graph=True), device),
+            "both": timed(lambda: torch.autograd.grad(forward(), inputs, grads), device),
+        }
     if device.type == "cuda":
         del ys
         before = torch.cuda.memory_allocated()
@@ -539,11 +671,17 @@ def kernel_bars(case: str, m: config.Model, rows: dict[str, Row]) -> list[Row]:
         if name == case and direction in ours:
             at = m.hidden // m.n_head if case == "attention" else m.hidden
             unit = "tflops" if case in MATMULS else "of_copy"
-            found += verdict(f"{direction} {unit}", ours[f"{direction}_{unit}"], roof.get(at) if isinstance(roof, dict) else roof)
+            found += verdict(
+                f"{direction} {unit}", ours[f"{direction}_{unit}"], roof.get(at) if isinstance(roof, dict) else roof
+            )
             for other, times in faster.items():
                 got = rows[other][direction] / ours[direction] if direction in rows.get(other, {}) else None
-                found += verdict(f"{direction} {other}/triton", got, times.get(at) if isinstance(times, dict) else times)
-    return found + (verdict("extra bytes", ours.get("extra_bytes"), EXTRA_BAR, at_most=True) if case == "cross_entropy" else [])
+                found += verdict(
+                    f"{direction} {other}/triton", got, times.get(at) if isinstance(times, dict) else times
+                )
+    return found + (
+        verdict("extra bytes", ours.get("extra_bytes"), EXTRA_BAR, at_most=True) if case == "cross_entropy" else []
+    )
 
 
 def bench_kernels(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
@@ -579,10 +717,22 @@ def bench_kernels(o: Any, c: config.Config, device: torch.device, dtype: torch.d
                 v["roofline"] = (flops["both"] / moved["both"], flops["both"] / v["both"] / 1e12)
         each["triton"] |= {"bars": (bars := kernel_bars(case, m, each)), "bar": show(bars) or None}
         rows += each.values()
-    table(rows, size=("size", "", 1), kernel=("kernel", "", 1), row=("row", "", 1), forward=("fwd us", ",.1f", 1e6), backward=("bwd us", ",.1f", 1e6),
-          both=("both us", ",.1f", 1e6), forward_of_copy=("fwd/copy", ".2f", 1), backward_of_copy=("bwd/copy", ".2f", 1),
-          forward_tflops=("fwd TFLOP/s", ",.3g", 1), both_tflops=("both TFLOP/s", ",.3g", 1), extra_bytes=("extra GB", ",.3f", 1e-9),
-          note=("", "", 1), bar=("bar", "", 1))  # fmt: skip
+    table(
+        rows,
+        size=("size", "", 1),
+        kernel=("kernel", "", 1),
+        row=("row", "", 1),
+        forward=("fwd us", ",.1f", 1e6),
+        backward=("bwd us", ",.1f", 1e6),
+        both=("both us", ",.1f", 1e6),
+        forward_of_copy=("fwd/copy", ".2f", 1),
+        backward_of_copy=("bwd/copy", ".2f", 1),
+        forward_tflops=("fwd TFLOP/s", ",.3g", 1),
+        both_tflops=("both TFLOP/s", ",.3g", 1),
+        extra_bytes=("extra GB", ",.3f", 1e-9),
+        note=("", "", 1),
+        bar=("bar", "", 1),
+    )
     if o.save:
         save_best(rows, torch.cuda.get_device_name(device))
     return {"floors": floor, "sequences": B, "rows": rows}
@@ -592,7 +742,9 @@ def save_best(rows: list[Row], device: str) -> None:
     """Write into kernels/measured.json which of triton and torch, compiled or not, was faster at each shape; other entries stay."""
     known = json.loads(kernels.MEASURED.read_text()) if kernels.MEASURED.exists() else {}
     best = dict(known.get(device, {}).get("best", {}))
-    mine = [r for r in rows if r["kernel"] != "rms_norm"]  # all norms of the model but the first are add_rms_norm, and it decides for both
+    mine = [
+        r for r in rows if r["kernel"] != "rms_norm"
+    ]  # all norms of the model but the first are add_rms_norm, and it decides for both
     for key in {r["key"] for r in mine}:
         seconds = {r["row"]: r["both"] for r in mine if r["key"] == key and "both" in r}
         torchs = [seconds[name] for name in ("torch", "compile") if name in seconds]
@@ -612,7 +764,9 @@ def bench_data(o: Any, c: config.Config, device: torch.device, dtype: torch.dtyp
     jobs, rounds = o.jobs, o.rounds or 3
     tok = text.Tokenizer(o.tokenizer)
     if o.tokenizer == "bytes":
-        raise UserError("--tokenizer: got bytes, expected a tiktoken encoding or a rank file: bytes has nothing to compare with")
+        raise UserError(
+            "--tokenizer: got bytes, expected a tiktoken encoding or a rank file: bytes has nothing to compare with"
+        )
     with lzma.open(data.TEXT, "rt", encoding="utf-8") as f:
         whole = "".join(json.loads(line)["text"] for line in f)
     # documents of 8,000 characters, every further pass over the text cut elsewhere, since the writer drops equal ones
@@ -626,14 +780,33 @@ def bench_data(o: Any, c: config.Config, device: torch.device, dtype: torch.dtyp
             count = sum(map(len, tok.encoding.encode_ordinary_batch(docs, num_threads=jobs)))
             middle = time.perf_counter()
             out = Path(folder) / str(i)
-            done = subprocess.run([sys.executable, data.__file__, "prepare", "--out", str(out), "--source", f"{folder}/text.jsonl",
-                                   "--tokenizer", o.tokenizer, "--jobs", str(jobs)], capture_output=True, text=True)  # fmt: skip
+            done = subprocess.run(
+                [
+                    sys.executable,
+                    data.__file__,
+                    "prepare",
+                    "--out",
+                    str(out),
+                    "--source",
+                    f"{folder}/text.jsonl",
+                    "--tokenizer",
+                    o.tokenizer,
+                    "--jobs",
+                    str(jobs),
+                ],
+                capture_output=True,
+                text=True,
+            )
             if done.returncode:
-                raise UserError(f"--megabytes {o.megabytes:g}: data.py could not prepare that text: {done.stderr.strip().splitlines()[-1]}")
+                raise UserError(
+                    f"--megabytes {o.megabytes:g}: data.py could not prepare that text: {done.stderr.strip().splitlines()[-1]}"
+                )
             raw.append(count / (middle - began))
             ours.append(count / (time.perf_counter() - middle))
         there = (Path(c.data.path) / "meta.json").exists()
-        tokens = reader.Tokens(c.data.path if there else str(out), c.model.context, c.batch_sequences, [10**9], c.train.seed, repeat=True)
+        tokens = reader.Tokens(
+            c.data.path if there else str(out), c.model.context, c.batch_sequences, [10**9], c.train.seed, repeat=True
+        )
         if problems := tokens.problems(0, 1):
             raise UserError("\n".join(problems))
         steps = itertools.count()
@@ -645,11 +818,32 @@ def bench_data(o: Any, c: config.Config, device: torch.device, dtype: torch.dtyp
     writer = statistics.median(a / b for a, b in zip(ours, raw, strict=True))
     speed = statistics.median(speeds[1:])  # the first round maps the file into memory
     bars = verdict("writer", writer, 0.90) + verdict("reader", speed, 30e6)
-    rows = [{"row": f"tiktoken alone, {jobs} threads", "tokens_per_second": statistics.median(raw)},
-            {"row": f"data.py prepare, {jobs} processes", "tokens_per_second": statistics.median(ours), "ratio": writer, "to": "tiktoken", "bar": show(bars[:1])},
-            {"row": f"reader, {c.batch_sequences} x {c.model.context} a batch", "tokens_per_second": speed, "bar": show(bars[1:])}]  # fmt: skip
-    print(f"{len(docs):,} documents, {count:,} tokens by {Path(o.tokenizer).name}; the reader on {c.data.path if there else 'the same'}")
-    table(rows, row=("row", "", 1), tokens_per_second=("tokens/s", ",.0f", 1), ratio=("ratio", ".2f", 1), to=("to", "", 1), bar=("bar", "", 1))
+    rows = [
+        {"row": f"tiktoken alone, {jobs} threads", "tokens_per_second": statistics.median(raw)},
+        {
+            "row": f"data.py prepare, {jobs} processes",
+            "tokens_per_second": statistics.median(ours),
+            "ratio": writer,
+            "to": "tiktoken",
+            "bar": show(bars[:1]),
+        },
+        {
+            "row": f"reader, {c.batch_sequences} x {c.model.context} a batch",
+            "tokens_per_second": speed,
+            "bar": show(bars[1:]),
+        },
+    ]
+    print(
+        f"{len(docs):,} documents, {count:,} tokens by {Path(o.tokenizer).name}; the reader on {c.data.path if there else 'the same'}"
+    )
+    table(
+        rows,
+        row=("row", "", 1),
+        tokens_per_second=("tokens/s", ",.0f", 1),
+        ratio=("ratio", ".2f", 1),
+        to=("to", "", 1),
+        bar=("bar", "", 1),
+    )
     return {"documents": len(docs), "tokens": count, "jobs": jobs, "rows": rows, "bars": bars}
 
 
@@ -657,7 +851,10 @@ def bench_checkpoint(o: Any, c: config.Config, device: torch.device, dtype: torc
     """Save and load of weights and moments beside plain files and copies of the same bytes, in turn."""
     need, rounds = 12 * llama.parameters(c.model), o.rounds or 3
     where = o.dir or tempfile.gettempdir()
-    for what, factor, have in (("of disk", 2.2, shutil.disk_usage(where).free), ("of memory", 5.0, total_memory(torch.device("cpu")))):
+    for what, factor, have in (
+        ("of disk", 2.2, shutil.disk_usage(where).free),
+        ("of memory", 5.0, total_memory(torch.device("cpu"))),
+    ):
         if have < factor * need:
             raise UserError(
                 f"--size: {factor * need / 1e9:,.1f} GB {what} are needed and {have / 1e9:,.1f} GB are there; take a smaller --size or another --dir"
@@ -668,7 +865,9 @@ def bench_checkpoint(o: Any, c: config.Config, device: torch.device, dtype: torc
     for name, t in state.items():
         if name.startswith("exp_avg"):
             t.normal_()  # zeros could be compressed
-    record = {key: kind() for key, kind in checkpoint.KINDS.items()} | {"version": 1}  # without these it could not be read; of step 0
+    record = {key: kind() for key, kind in checkpoint.KINDS.items()} | {
+        "version": 1
+    }  # without these it could not be read; of step 0
     seconds: dict[str, list[float]] = {}
 
     def clock(name: str, fn: Callable[[], Any], began: float | None = None) -> float:
@@ -714,8 +913,14 @@ def bench_checkpoint(o: Any, c: config.Config, device: torch.device, dtype: torc
     middle = {name: statistics.median(s) for name, s in seconds.items()}
     size = sum(t.nbytes for t in saver.host.values())
     stall, copied, written = "stall of an asynchronous save", "copy to the host", "plain write and fsync"
-    beside = {stall: copied, "the first one, which allocates": copied, "whole asynchronous save": written, "save": written,
-              "verify": "SHA-256 of it", "load": "plain read"}  # fmt: skip
+    beside = {
+        stall: copied,
+        "the first one, which allocates": copied,
+        "whole asynchronous save": written,
+        "save": written,
+        "verify": "SHA-256 of it",
+        "load": "plain read",
+    }
     rows = [Row(row=name, seconds=s, bytes_per_second=size / s) for name, s in middle.items()]
     for r in rows:
         if to := beside.get(r["row"]):
@@ -724,7 +929,12 @@ def bench_checkpoint(o: Any, c: config.Config, device: torch.device, dtype: torc
     bars += verdict("stall by copy", middle[stall] / middle[copied], 1.5, at_most=True)
     print(f"{size:,} bytes in {where}; what is read was written just before, so it comes from the memory")
     table(
-        rows, row=("row", "", 1), seconds=("seconds", ".4f", 1), bytes_per_second=("GB/s", ".3g", 1e-9), ratio=("ratio", ".2f", 1), to=("to", "", 1)
+        rows,
+        row=("row", "", 1),
+        seconds=("seconds", ".4f", 1),
+        bytes_per_second=("GB/s", ".3g", 1e-9),
+        ratio=("ratio", ".2f", 1),
+        to=("to", "", 1),
     )
     print(show(bars))
     return {"bytes": size, "rows": rows, "bars": bars}
@@ -776,7 +986,12 @@ def bench_eval(o: Any, c: config.Config, device: torch.device, dtype: torch.dtyp
 
     def write() -> list[list[int]]:
         made = peer.generate(
-            torch.tensor(prompts, device=device), max_new_tokens=T // 2, min_new_tokens=T // 2, do_sample=False, use_cache=True, pad_token_id=0
+            torch.tensor(prompts, device=device),
+            max_new_tokens=T // 2,
+            min_new_tokens=T // 2,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=0,
         )
         return made[:, len(prompts[0]) :].tolist()
 
@@ -787,7 +1002,9 @@ def bench_eval(o: Any, c: config.Config, device: torch.device, dtype: torch.dtyp
         name: {"ours": partial(ours, x), "transformers": partial(all_logits, x)} for name, x in answers.items()
     }
     calls["written answers"] = {"ours": lambda: tasks.generate(net, prompts, T // 2, set()), "transformers": write}
-    tokens = {name: sum(len(q) + len(x) - 1 for q, x in asked) for name, asked in answers.items()} | {"written answers": B * (T // 2)}
+    tokens = {name: sum(len(q) + len(x) - 1 for q, x in asked) for name, asked in answers.items()} | {
+        "written answers": B * (T // 2)
+    }
     seconds: dict[tuple[str, str], list[float]] = {}
     for i in tqdm(range(rounds + 1), desc="eval", disable=None):
         for name, sides in calls.items():
@@ -799,16 +1016,28 @@ def bench_eval(o: Any, c: config.Config, device: torch.device, dtype: torch.dtyp
                     seconds.setdefault((name, who), []).append(time.perf_counter() - began)
             flat = {who: np.array(x, dtype=np.float64) for who, x in found.items()}
             if not np.allclose(flat["ours"], flat["transformers"], rtol=1e-3 if dtype == torch.float32 else 0.05):
-                raise UserError(f"bench.py eval: {name}: ours and transformers disagree, so there is nothing to compare")
+                raise UserError(
+                    f"bench.py eval: {name}: ours and transformers disagree, so there is nothing to compare"
+                )
     rows, bars = [], []
     for name, sides in calls.items():
         speed = {who: tokens[name] / statistics.median(seconds[name, who]) for who in sides}
         ratio = speed["ours"] / speed["transformers"]
         bars += verdict(name, ratio, 1.0)
-        rows += [{"row": f"{name}: {who}", "tokens_per_second": speed[who]} | ({"ratio": ratio, "to": "transformers", "bar": show(bars[-1:])} if who == "ours" else {})
-                 for who in sides]  # fmt: skip
+        rows += [
+            {"row": f"{name}: {who}", "tokens_per_second": speed[who]}
+            | ({"ratio": ratio, "to": "transformers", "bar": show(bars[-1:])} if who == "ours" else {})
+            for who in sides
+        ]
     print(f"{B} rows of {T}; tokens are counted once for each answer, and new ones for those that are written")
-    table(rows, row=("row", "", 1), tokens_per_second=("tokens/s", ",.0f", 1), ratio=("ratio", ".2f", 1), to=("to", "", 1), bar=("bar", "", 1))
+    table(
+        rows,
+        row=("row", "", 1),
+        tokens_per_second=("tokens/s", ",.0f", 1),
+        ratio=("ratio", ".2f", 1),
+        to=("to", "", 1),
+        bar=("bar", "", 1),
+    )
     return {"batch": B, "rounds": rounds, "rows": rows, "bars": bars}
 
 
@@ -818,10 +1047,19 @@ def bench_eval(o: Any, c: config.Config, device: torch.device, dtype: torch.dtyp
 
 def about() -> Row:
     """What the numbers depend on, apart from the config."""
-    names = [d for d in ("torch", "triton", "transformers", "liger-kernel") if importlib.util.find_spec(d.replace("-", "_"))]
+    names = [
+        d for d in ("torch", "triton", "transformers", "liger-kernel") if importlib.util.find_spec(d.replace("-", "_"))
+    ]
     installed = {d: importlib.metadata.version(d) for d in names}
-    return {"python": platform.python_version(), "triton": None, **installed, "torch": torch.__version__, "date": time.strftime("%Y-%m-%dT%H:%M:%S"), "commit": train.git_commit(),
-            "command": shlex.join(["python", "bench.py", *sys.argv[1:]])}  # fmt: skip
+    return {
+        "python": platform.python_version(),
+        "triton": None,
+        **installed,
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "commit": train.git_commit(),
+        "command": shlex.join(["python", "bench.py", *sys.argv[1:]]),
+    }
 
 
 def plot(verb: str, result: Row, file: str) -> None:
@@ -835,7 +1073,11 @@ def plot(verb: str, result: Row, file: str) -> None:
     if verb == "step":
         rows = [r for r in result["rows"] if r.get("tokens_per_second")][::-1]
         colors = ["#0072B2" if r["row"].startswith("ours") else "#E69F00" for r in rows]
-        ax.bar_label(ax.barh([r["row"] for r in rows], [r["tokens_per_second"] for r in rows], color=colors), fmt="{:,.0f}", padding=3)
+        ax.bar_label(
+            ax.barh([r["row"] for r in rows], [r["tokens_per_second"] for r in rows], color=colors),
+            fmt="{:,.0f}",
+            padding=3,
+        )
         ax.margins(x=0.15)
         ax.set(xlabel="tokens/s")
     else:
@@ -845,11 +1087,16 @@ def plot(verb: str, result: Row, file: str) -> None:
         which = "triton" if any("both" in r for r in result["rows"] if r["row"] == "triton") else "torch"
         looks = zip(CASES, ("#E69F00", "#D55E00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2"), "ov^sDP", strict=True)
         for case, color, marker in looks:
-            points = [r["roofline"] for r in result["rows"] if r["kernel"] == case and r["row"] == which and "both" in r]
+            points = [
+                r["roofline"] for r in result["rows"] if r["kernel"] == case and r["row"] == which and "both" in r
+            ]
             if points:
                 ax.scatter(*zip(*points, strict=True), color=color, marker=marker, label=f"{case} ({which})", zorder=3)
         ax.set(
-            xscale="log", yscale="log", xlabel="FLOPs a byte, each input read and each output written once", ylabel="TFLOP/s, forward and backward"
+            xscale="log",
+            yscale="log",
+            xlabel="FLOPs a byte, each input read and each output written once",
+            ylabel="TFLOP/s, forward and backward",
         )
         ax.legend()
     ax.set_title(result["device"])
@@ -861,7 +1108,9 @@ def at_least(low: float, kind: Callable[[str], float] = int) -> Callable[[str], 
         with contextlib.suppress(ValueError):
             if low <= (found := kind(value)) <= 1e6:
                 return found
-        raise argparse.ArgumentTypeError(f"got {value!r}, expected {'a whole number' if kind is int else 'a number'} of {low} or more")
+        raise argparse.ArgumentTypeError(
+            f"got {value!r}, expected {'a whole number' if kind is int else 'a number'} of {low} or more"
+        )
 
     return parse
 
@@ -884,17 +1133,44 @@ def main() -> None:
     a = config.Parser(prog="bench.py", description=__doc__)
     a.set_defaults(row=None, plot=None, dir=None, memory=False)
     add = a.add_subparsers(dest="verb", required=True, parser_class=config.Parser)
-    verbs = {v: add.add_parser(v, usage=f"bench.py {v} [--flag VALUE ..] [--section.key VALUE ..]", help=h, description=h) for v, h in (
-        ("step", "a training step beside its peers"), ("kernels", "each kernel beside its peers"),
-        ("data", "reader and shard writer"), ("checkpoint", "save and load"), ("eval", "downstream tasks beside transformers"))}  # fmt: skip
+    verbs = {
+        v: add.add_parser(v, usage=f"bench.py {v} [--flag VALUE ..] [--section.key VALUE ..]", help=h, description=h)
+        for v, h in (
+            ("step", "a training step beside its peers"),
+            ("kernels", "each kernel beside its peers"),
+            ("data", "reader and shard writer"),
+            ("checkpoint", "save and load"),
+            ("eval", "downstream tasks beside transformers"),
+        )
+    }
     yes: Row = {"action": "store_true"}
     flags: tuple[tuple[str, str, Row, str], ...] = (
         ("step data checkpoint eval", "--size", {"dest": "config"}, "a name in configs/ or a .toml file, as --config"),
-        ("kernels", "--size", {"dest": "sizes", "nargs": "+"}, "names in configs/ [203m 608m 1.2b 3.1b; on a CPU tiny]"),
+        (
+            "kernels",
+            "--size",
+            {"dest": "sizes", "nargs": "+"},
+            "names in configs/ [203m 608m 1.2b 3.1b; on a CPU tiny]",
+        ),
         ("kernels", "--only", {"type": some(one_of(*CASES))}, f"some of {','.join(CASES)}"),
-        ("kernels", "--save", yes, "write which is fastest into kernels/measured.json, where train.kernels = auto looks it up"),
-        ("step", "--peers", {"type": some(one_of("all", "none", *PEERS)), "default": ["all"]}, f"all, none, or some of {','.join(PEERS)} [all]"),
-        ("step", "--micro", {"type": some(at_least(1))}, "micro-batches to try [16,32,8,4; on a CPU 8,16,4]; the loss is of batches of the first"),
+        (
+            "kernels",
+            "--save",
+            yes,
+            "write which is fastest into kernels/measured.json, where train.kernels = auto looks it up",
+        ),
+        (
+            "step",
+            "--peers",
+            {"type": some(one_of("all", "none", *PEERS)), "default": ["all"]},
+            f"all, none, or some of {','.join(PEERS)} [all]",
+        ),
+        (
+            "step",
+            "--micro",
+            {"type": some(at_least(1))},
+            "micro-batches to try [16,32,8,4; on a CPU 8,16,4]; the loss is of batches of the first",
+        ),
         ("step", "--memory", yes, "peak memory of the loss instead, at a vocabulary of 100,277 if none is given"),
         (
             "step",
@@ -906,15 +1182,30 @@ def main() -> None:
         ("step", "--warmup", {"type": at_least(0), "default": 10}, "updates before them [10]"),
         ("step", "--updates", {"type": at_least(0), "default": 20}, "updates whose last loss is compared [20]"),
         ("step", "--row", {}, argparse.SUPPRESS),
-        ("step data checkpoint eval", "--rounds", {"type": at_least(1)}, "how often all is measured, in turn [3; eval 5]"),
+        (
+            "step data checkpoint eval",
+            "--rounds",
+            {"type": at_least(1)},
+            "how often all is measured, in turn [3; eval 5]",
+        ),
         (
             "data",
             "--megabytes",
             {"type": at_least(0.1, float), "default": 64.0},
             "of text to tokenize [64]; of little text the start of the processes is most of the time",
         ),
-        ("data", "--jobs", {"type": at_least(1), "default": os.cpu_count() or 1}, "processes, and threads of tiktoken [one a core]"),
-        ("data", "--tokenizer", {"default": str(data.RANKS)}, f"a tiktoken encoding or a rank file [{data.RANKS.name}]"),
+        (
+            "data",
+            "--jobs",
+            {"type": at_least(1), "default": os.cpu_count() or 1},
+            "processes, and threads of tiktoken [one a core]",
+        ),
+        (
+            "data",
+            "--tokenizer",
+            {"default": str(data.RANKS)},
+            f"a tiktoken encoding or a rank file [{data.RANKS.name}]",
+        ),
         ("data checkpoint", "--dir", {}, "where to write [the system's temporary folder]"),
         ("step kernels data checkpoint eval", "--json", {}, "write everything to this file"),
         ("step kernels", "--plot", {}, "draw it into this file"),
@@ -950,7 +1241,11 @@ def main() -> None:
     if o.memory and "model.vocab_size" not in o.overrides:
         c.model.vocab_size = 100277
     device = train.pick_device("cpu" if c.train.device == "auto" and not cuda else c.train.device, 0)
-    dtype = torch.bfloat16 if c.train.dtype == "bfloat16" or (c.train.dtype == "auto" and device.type == "cuda") else torch.float32
+    dtype = (
+        torch.bfloat16
+        if c.train.dtype == "bfloat16" or (c.train.dtype == "auto" and device.type == "cuda")
+        else torch.float32
+    )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {platform.machine()}"
     if problems := kernels.problems(c.train.kernels, device.type == "cuda", c.model):
         raise UserError("\n".join(problems))
@@ -958,9 +1253,13 @@ def main() -> None:
         print(json.dumps((memory if o.memory else step)(o, c, device, dtype)))
         return
     print(f"bench.py {o.verb}: {name}, {dtype}")
-    run = {"step": memory if o.memory else step, "kernels": bench_kernels, "data": bench_data, "checkpoint": bench_checkpoint, "eval": bench_eval}[
-        o.verb
-    ]
+    run = {
+        "step": memory if o.memory else step,
+        "kernels": bench_kernels,
+        "data": bench_data,
+        "checkpoint": bench_checkpoint,
+        "eval": bench_eval,
+    }[o.verb]
     found = run(o, c, device, dtype)
     result = {
         "bench": o.verb,

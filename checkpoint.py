@@ -40,7 +40,17 @@ from config import UserError
 STEP = re.compile(r"step-(\d{6,})")
 UNHASHED = ("pinned",)  # of the metadata: a checkpoint is the same one when it is pinned later
 SHARD = "shard-{:05d}-model-00001-of-00001.safetensors"  # of rank + 1, as torch.distributed.checkpoint names it
-KINDS = {"step": int, "segment": str, "version": int, "path": dict, "finished": bool, "pinned": bool, "config": dict, "data": dict, "files": dict}
+KINDS = {
+    "step": int,
+    "segment": str,
+    "version": int,
+    "path": dict,
+    "finished": bool,
+    "pinned": bool,
+    "config": dict,
+    "data": dict,
+    "files": dict,
+}
 BYTES = 12  # of a checkpoint for each parameter: float32 weight and two moments
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
@@ -71,7 +81,9 @@ def state(model: torch.nn.Module, optimizer: torch.optim.AdamW | None = None) ->
         for name, p in model.named_parameters():
             if not (s := optimizer.state[p]):
                 # as torch.optim.AdamW with fused=True makes them at its first step
-                s.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                s.update(
+                    step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+                )
             tensors |= {f"{moment}.{name}": s[moment].detach() for moment in ("exp_avg", "exp_avg_sq")}
             tensors[f"updates.{name}"] = s["step"]
         tensors["rng.cpu"] = torch.get_rng_state()
@@ -89,7 +101,9 @@ def check_space(folder: Path, need: int) -> None:
     while not folder.exists():
         folder = folder.parent
     if (free := shutil.disk_usage(folder).free) < 1.01 * need:
-        raise UserError(f"{folder}: a checkpoint takes {need / 1e6:,.2f} MB and {free / 1e6:,.2f} MB are free; make room or choose another --out")
+        raise UserError(
+            f"{folder}: a checkpoint takes {need / 1e6:,.2f} MB and {free / 1e6:,.2f} MB are free; make room or choose another --out"
+        )
 
 
 def writers(tensors: dict[str, Tensor], ranks: int) -> dict[str, int]:
@@ -131,7 +145,9 @@ class Saver:
         self.segment, self.keep, self.required = segment, keep, required
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         # of its own, so that its messages never mix with those of training
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if dist.is_initialized() else None
+        self.group = (
+            dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if dist.is_initialized() else None
+        )
         self.mesh: DeviceMesh | None = None  # that of the weights under FSDP2, for tensors on the CPU
         self.host: dict[str, Tensor] = {}  # this rank's part, kept from save to save
         self.thread: threading.Thread | None = None
@@ -148,7 +164,9 @@ class Saver:
     def _copy(self, tensors: dict[str, Tensor]) -> None:
         owner = writers(tensors, self.ranks)
         if not self.mesh and (cut := [t for t in tensors.values() if isinstance(t, DTensor)]):
-            self.mesh = DeviceMesh("cpu", cut[0].device_mesh.mesh)  # which all ranks make together, also those that write no part
+            self.mesh = DeviceMesh(
+                "cpu", cut[0].device_mesh.mesh
+            )  # which all ranks make together, also those that write no part
         for name, t in tensors.items():
             # with hybrid sharding the first copy, the mesh's first row of ranks, is the one that is written
             if (self.rank >= t.device_mesh.size(-1)) if isinstance(t, DTensor) else (owner[name] != self.rank):
@@ -157,7 +175,9 @@ class Saver:
             if name not in self.host:
                 own = torch.empty_like(part, device="cpu", pin_memory=part.is_cuda)
                 if isinstance(t, DTensor):
-                    own = DTensor.from_local(own, self.mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride())
+                    own = DTensor.from_local(
+                        own, self.mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride()
+                    )
                 self.host[name] = own
             own = self.host[name]
             (own.to_local() if isinstance(own, DTensor) else own).copy_(part, non_blocking=part.is_cuda)
@@ -187,7 +207,9 @@ class Saver:
             try:
                 prune(self.segment, self.keep, step, self.required)
             except OSError as e:  # the new one is whole
-                print(f"{e.filename}: an old checkpoint could not be deleted: {e.strerror}", file=sys.stderr, flush=True)
+                print(
+                    f"{e.filename}: an old checkpoint could not be deleted: {e.strerror}", file=sys.stderr, flush=True
+                )
 
     def _write(self, partial: Path, final: Path, step: int, record: dict[str, Any], need: int) -> None:
         """Shards, fsync, checksums, metadata, rename: each only when the one before has succeeded on all ranks."""
@@ -212,7 +234,9 @@ class Saver:
                 with ThreadPoolExecutor(1) as beside:  # the checksum is from memory while the disk is busy
                     digest = beside.submit(disk.sha256, own)
                     disk.sync(own)
-                sums[self.rank] = torch.tensor([own.stat().st_size, *(int(digest.result()[i : i + 16], 16) - (1 << 63) for i in range(0, 64, 16))])
+                sums[self.rank] = torch.tensor(
+                    [own.stat().st_size, *(int(digest.result()[i : i + 16], 16) - (1 << 63) for i in range(0, 64, 16))]
+                )
 
         def commit() -> None:
             files = {}
@@ -220,7 +244,9 @@ class Saver:
                 file = partial / SHARD.format(i + 1)
                 if size and (not file.is_file() or file.stat().st_size != size):
                     raise OSError(
-                        0, f"rank {i} wrote {size} bytes, which rank 0 does not see; the output folder must be one disk for all machines", str(file)
+                        0,
+                        f"rank {i} wrote {size} bytes, which rank 0 does not see; the output folder must be one disk for all machines",
+                        str(file),
                     )
                 if size:
                     files[file.name] = {"bytes": size, "sha256": "".join(f"{d + (1 << 63):016x}" for d in digest)}
@@ -284,20 +310,28 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     try:
         meta = disk.read_json(file, UNHASHED)
         if meta["format"] != 1 or type(meta["format"]) is not int:
-            raise UserError(f"{file}: format {meta['format']!r:.20}, expected 1: another version of this program made it; use that one")
+            raise UserError(
+                f"{file}: format {meta['format']!r:.20}, expected 1: another version of this program made it; use that one"
+            )
         for key, kind in KINDS.items():
             if type(meta[key]) is not kind:
                 raise ValueError(f"{key}: got {meta[key]!r:.40}, expected {kind.__name__}")
         if (match := STEP.fullmatch(checkpoint.name)) and int(match[1]) != meta["step"]:
             raise ValueError(f"it is that of step {meta['step']}")
         for name, f in meta["files"].items():
-            if not re.fullmatch(r"[\w.-]+\.safetensors", name) or type(f["bytes"]) is not int or not re.fullmatch("[0-9a-f]{64}", f["sha256"]):
+            if (
+                not re.fullmatch(r"[\w.-]+\.safetensors", name)
+                or type(f["bytes"]) is not int
+                or not re.fullmatch("[0-9a-f]{64}", f["sha256"])
+            ):
                 raise ValueError(f"files: got {name!r:.40}: {f!r:.40}")
         if not meta["files"] or not 0 < meta["version"] < 10_000:
             raise ValueError(f"{len(meta['files'])} files, version {meta['version']}")
         return meta
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{checkpoint}: is no checkpoint (no meta.json); expected a folder such as out/tiny/base-s1/main/step-000100") from None
+        raise UserError(
+            f"{checkpoint}: is no checkpoint (no meta.json); expected a folder such as out/tiny/base-s1/main/step-000100"
+        ) from None
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{file}: damaged ({type(e).__name__}: {e}); {_instead(checkpoint)}") from None
 
@@ -320,7 +354,9 @@ def verify(checkpoint: Path) -> None:
         if not file.is_file():
             raise UserError(f"{file}: is missing; {_instead(checkpoint)}")
         if file.stat().st_size != expected["bytes"]:
-            raise UserError(f"{file}: got {file.stat().st_size} bytes, expected {expected['bytes']}; {_instead(checkpoint)}")
+            raise UserError(
+                f"{file}: got {file.stat().st_size} bytes, expected {expected['bytes']}; {_instead(checkpoint)}"
+            )
         if disk.sha256(file) != expected["sha256"]:
             raise UserError(f"{file}: its bytes have changed (SHA-256); {_instead(checkpoint)}")
 
@@ -336,7 +372,9 @@ def stored(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
             with safe_open(file, "pt"):  # its library checks sizes and offsets before anything is allocated
                 pass
         except (SafetensorError, OSError) as e:
-            raise UserError(f"{file}: is no safetensors file ({e}); pickled weights are not read, save them with safetensors") from None
+            raise UserError(
+                f"{file}: is no safetensors file ({e}); pickled weights are not read, save them with safetensors"
+            ) from None
     try:
         found: dict[str, Any] = dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
         shapes = {}
@@ -365,7 +403,11 @@ def fits(checkpoint: Path, tensors: dict[str, Tensor]) -> set[str]:
         if name == "rng.cuda" and name not in there:
             continue
         if name not in there:
-            what = "it holds weights alone, but AdamW's moments are to be kept" if name.startswith("exp_avg.") and not any(n.startswith("exp_avg") for n in there) else "it is a model of another shape"  # fmt: skip
+            what = (
+                "it holds weights alone, but AdamW's moments are to be kept"
+                if name.startswith("exp_avg.") and not any(n.startswith("exp_avg") for n in there)
+                else "it is a model of another shape"
+            )
             raise UserError(f"{checkpoint}: has no {name}; {what}")
         if there[name] != (tuple(t.shape), t.dtype):
             raise UserError(
@@ -373,7 +415,9 @@ def fits(checkpoint: Path, tensors: dict[str, Tensor]) -> set[str]:
             )
     kinds = {name.partition(".")[0] for name in tensors} - {"rng"}
     if extra := sorted(name for name in there.keys() - tensors.keys() if name.partition(".")[0] in kinds):
-        raise UserError(f"{checkpoint}: has {len(extra)} tensors that this model lacks, such as {extra[0]}: it is a model of another shape")
+        raise UserError(
+            f"{checkpoint}: has {len(extra)} tensors that this model lacks, such as {extra[0]}: it is a model of another shape"
+        )
     return set(there)
 
 
@@ -415,7 +459,9 @@ def prune(segment: Path, keep: int, step: int, required: Sequence[int] = ()) -> 
             if s <= step and not read_meta(path(segment, s))["pinned"]:
                 loose.append(s)
     for s in set(loose[:-keep]) - needed:
-        gone = segment / f".{path(segment, s).name}.partial"  # from here on it is none, and what is left of it is removed with the rest
+        gone = (
+            segment / f".{path(segment, s).name}.partial"
+        )  # from here on it is none, and what is left of it is removed with the rest
         os.rename(path(segment, s), gone)
         disk.sync(segment)
         shutil.rmtree(gone)

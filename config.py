@@ -56,7 +56,11 @@ def user_errors(program: str, show: bool = True, at_once: bool = False) -> Itera
 def key(default: Any, help: str, low: float | None = None, choices: tuple[str, ...] = (), free: bool = False) -> Any:
     """A field: its smallest value or its choices; `free` if a resumed run may change it, since it does not change what is computed."""
     meta = {"help": help, "low": low, "choices": choices, "free": free}
-    return field(default_factory=lambda: list(default), metadata=meta) if isinstance(default, list) else field(default=default, metadata=meta)
+    return (
+        field(default_factory=lambda: list(default), metadata=meta)
+        if isinstance(default, list)
+        else field(default=default, metadata=meta)
+    )
 
 
 @dataclass
@@ -71,10 +75,14 @@ class Model:
     qkv_bias: bool = key(False, "biases on q, k and v, as Qwen has them")
     tied: bool = key(False, "one matrix for the embedding and the head")
     rope_theta: float = key(10000.0, "base of the rotary angles", low=1)
-    rope_scaling: str = key("none", "how the angles of a longer context are made", choices=("none", "linear", "llama3", "yarn"))
+    rope_scaling: str = key(
+        "none", "how the angles of a longer context are made", choices=("none", "linear", "llama3", "yarn")
+    )
     rope_factor: float = key(1.0, "rope_scaling: how many times longer it is", low=1)
     rope_context: int = key(8192, "llama3, yarn: the context that it is stretched from", low=1)
-    rope_low: float = key(1.0, "llama3, yarn: pairs that turn fewer times over rope_context are stretched fully", low=1e-6)
+    rope_low: float = key(
+        1.0, "llama3, yarn: pairs that turn fewer times over rope_context are stretched fully", low=1e-6
+    )
     rope_high: float = key(4.0, "llama3, yarn: pairs that turn more times are kept", low=1e-6)
     norm_eps: float = key(1e-5, "epsilon of RMSNorm", low=1e-12)
 
@@ -82,13 +90,21 @@ class Model:
 @dataclass
 class Data:
     path: str = key("data/demo", "folder made by data.py prepare", free=True)
-    increments: list[int] = key([], "steps read of v1.bin, v2.bin and so on, where a version takes several of them or a part of one; empty: those of the plan", free=True)  # fmt: skip
-    unique: int | None = key(None, "take this many steps' worth of an increment, and read them again and again; none: all of it", low=1)
+    increments: list[int] = key(
+        [],
+        "steps read of v1.bin, v2.bin and so on, where a version takes several of them or a part of one; empty: those of the plan",
+        free=True,
+    )
+    unique: int | None = key(
+        None, "take this many steps' worth of an increment, and read them again and again; none: all of it", low=1
+    )
     repeat: bool = key(False, "read an increment again when it is too short, instead of refusing")
     # free: what the examples are is compared as data is
     sft: str = key("", "JSONL of examples, for --mode sft (there also --data FILE) and for decay_mix", free=True)
     epochs: int = key(1, "sft: times that the examples are read", low=1, free=True)
-    decay_mix: float = key(0.0, "part of the sequences of a branch's batches that are examples of data.sft", low=0, free=True)
+    decay_mix: float = key(
+        0.0, "part of the sequences of a branch's batches that are examples of data.sft", low=0, free=True
+    )
     verify: bool = key(True, "check the SHA-256 of the token files before training", free=True)
 
 
@@ -99,7 +115,9 @@ class Plan:
     schedule: str = key("cosine", "the decay, a name in SCHEDULES of schedule.py")
     versions: int = key(4, "versions planned, N", low=1)
     steps: int = key(100, "steps of every increment, T", low=1)
-    increments: list[int] = key([], "steps of each increment where they differ, such as 700,500,900; in place of versions and steps")
+    increments: list[int] = key(
+        [], "steps of each increment where they differ, such as 700,500,900; in place of versions and steps"
+    )
     warmup: int = key(20, "warm-up steps, W")
     max_lr: float = key(1e-3, "maximal learning rate")
     min_lr: float | None = key(None, "minimal learning rate; none: a tenth of max_lr")
@@ -118,13 +136,27 @@ class Train:
     beta2: float = key(0.95, "AdamW, below 1", low=0)
     weight_decay: float = key(0.1, "AdamW, on matrices only", low=0)
     clip: float = key(1.0, "largest norm of the gradient", low=1e-12)
-    parallel: str = key("auto", "ddp: all weights on each rank; fsdp: a part on each (FSDP2); auto: ddp while it fits a third of a GPU", choices=("auto", "none", "ddp", "fsdp"), free=True)  # fmt: skip
-    shard_ranks: int | None = key(None, "fsdp: ranks that share one copy of the weights, say those of a node (hybrid sharding); none: all", low=1, free=True)  # fmt: skip
+    parallel: str = key(
+        "auto",
+        "ddp: all weights on each rank; fsdp: a part on each (FSDP2); auto: ddp while it fits a third of a GPU",
+        choices=("auto", "none", "ddp", "fsdp"),
+        free=True,
+    )
+    shard_ranks: int | None = key(
+        None,
+        "fsdp: ranks that share one copy of the weights, say those of a node (hybrid sharding); none: all",
+        low=1,
+        free=True,
+    )
     device: str = key("auto", "auto: the first that is there", choices=("auto", "cuda", "mps", "cpu"), free=True)
     dtype: str = key("auto", "auto: bfloat16 on CUDA, float32 elsewhere", choices=("auto", "bfloat16", "float32"))
-    kernels: str = key("auto", "triton, torch or auto (the fastest measured here); for one alone: auto,attention=torch", free=True)
+    kernels: str = key(
+        "auto", "triton, torch or auto (the fastest measured here); for one alone: auto,attention=torch", free=True
+    )
     compile: str = key("auto", "torch.compile; auto: on CUDA", choices=("auto", "on", "off"), free=True)
-    recompute: bool = key(False, "compute the blocks again in the backward pass: less memory, a third more work", free=True)
+    recompute: bool = key(
+        False, "compute the blocks again in the backward pass: less memory, a third more work", free=True
+    )
     log_every: int = key(10, "steps between log lines; the host waits for the device there", low=1, free=True)
     eval_every: int = key(100, "steps between validations; 0: at the end only", low=0, free=True)
     eval_tokens: int = key(65536, "validation tokens read in training; eval.py reads all", low=1, free=True)
@@ -132,9 +164,21 @@ class Train:
     keep: int = key(2, "checkpoints kept beside fork points and ends", low=1, free=True)
     base: str = key("", "an imported model's checkpoint, which stands in for random weights")
     save_at: list[int] = key([], "further steps to save and keep, such as the fork points of another alpha", free=True)
-    on_save_error: str = key("stop", "when a checkpoint cannot be saved, as on a full disk", choices=("stop", "continue"), free=True)
-    spike: float | None = key(None, "stop when the logged loss is so many nats above the median of the 20 before; none: never", low=0, free=True)
-    timeout: float = key(1800.0, "seconds after which a step, validation or save that does not end is given up (exit code 124)", low=1, free=True)
+    on_save_error: str = key(
+        "stop", "when a checkpoint cannot be saved, as on a full disk", choices=("stop", "continue"), free=True
+    )
+    spike: float | None = key(
+        None,
+        "stop when the logged loss is so many nats above the median of the 20 before; none: never",
+        low=0,
+        free=True,
+    )
+    timeout: float = key(
+        1800.0,
+        "seconds after which a step, validation or save that does not end is given up (exit code 124)",
+        low=1,
+        free=True,
+    )
 
 
 @dataclass
@@ -174,7 +218,9 @@ def values(c: Config) -> dict[str, Any]:
 
 def type_name(t: Any) -> str:
     parts = [a for a in typing.get_args(t) if a is not types.NoneType] if isinstance(t, types.UnionType) else [t]
-    name = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(parts[0], "a list of whole numbers")
+    name = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(
+        parts[0], "a list of whole numbers"
+    )
     return f"{name} or none" if isinstance(t, types.UnionType) else name
 
 
@@ -229,13 +275,25 @@ def load(name: str, overrides: dict[str, str] | None = None, unknown: list[str] 
         raise UserError(f"{file}: not TOML: {e}") from None
     given: list[tuple[str, str, Any, bool]] = []  # where, key, value, is text
     for k, v in tree.items():
-        given += [(str(file), f"{k}.{k2}", v2, False) for k2, v2 in v.items()] if isinstance(v, dict) else [(str(file), k, v, False)]
+        given += (
+            [(str(file), f"{k}.{k2}", v2, False) for k2, v2 in v.items()]
+            if isinstance(v, dict)
+            else [(str(file), k, v, False)]
+        )
     given += [("command line", k, v, True) for k, v in (overrides or {}).items()]
 
     c = Config()
     known = flatten(c)
-    problems = [f"command line: unknown argument {a}; {suggest(a.lstrip('-'), list(known))}" for a in unknown or [] if a.startswith("-")]
-    problems += [f"command line: unexpected {a!r}; flags are --name value" for a in unknown or [] if not a.startswith("-")] if not problems else []
+    problems = [
+        f"command line: unknown argument {a}; {suggest(a.lstrip('-'), list(known))}"
+        for a in unknown or []
+        if a.startswith("-")
+    ]
+    problems += (
+        [f"command line: unexpected {a!r}; flags are --name value" for a in unknown or [] if not a.startswith("-")]
+        if not problems
+        else []
+    )
     for where, k, v, is_text in given:
         if k not in known:
             problems.append(f"{where}: unknown key {k}; {suggest(k, list(known))}")
@@ -272,22 +330,35 @@ def check(c: Config) -> list[str]:
         found.append(f"data.epochs: got {c.data.epochs}, expected at most {MOST}")
     if c.data.decay_mix >= 1:
         found.append(f"data.decay_mix: got {c.data.decay_mix:g}, expected below 1")
-    found += [f"train.{b}: got {getattr(c.train, b)}, expected below 1" for b in ("beta1", "beta2") if getattr(c.train, b) >= 1]
+    found += [
+        f"train.{b}: got {getattr(c.train, b)}, expected below 1"
+        for b in ("beta1", "beta2")
+        if getattr(c.train, b) >= 1
+    ]
     m = c.model
     if min(m.n_head, m.hidden) < 1:
         return found
     if m.hidden % m.n_head or m.hidden // m.n_head % 2:
-        near = (h for d in range(4096) for h in (m.n_head - d, m.n_head + d) if h > 0 and m.hidden % h == 0 and m.hidden // h % 2 == 0)
+        near = (
+            h
+            for d in range(4096)
+            for h in (m.n_head - d, m.n_head + d)
+            if h > 0 and m.hidden % h == 0 and m.hidden // h % 2 == 0
+        )
         best = f"the nearest is {next(near, 1)}" if m.hidden % 2 == 0 else "make model.hidden even"
         found.append(
             f"model.n_head: got {m.n_head}, expected a divisor of model.hidden = {m.hidden} with heads of an even size (RoPE turns pairs); {best}"
         )
     elif m.context * (m.hidden // m.n_head) > ANGLES:
-        found.append(f"model.context: got {m.context} and heads of {m.hidden // m.n_head}, expected a product of at most {ANGLES:,} (rotary angles)")
+        found.append(
+            f"model.context: got {m.context} and heads of {m.hidden // m.n_head}, expected a product of at most {ANGLES:,} (rotary angles)"
+        )
     if m.rope_scaling in ("llama3", "yarn") and not m.rope_low < m.rope_high:
         found.append(f"model.rope_low: got {m.rope_low:g}, expected below model.rope_high = {m.rope_high:g}")
     if m.rope_scaling == "yarn" and not (m.rope_theta > 1 and m.rope_high <= 1e9):
-        found.append(f"model.rope_theta, model.rope_high: got {m.rope_theta:g} and {m.rope_high:g}, expected for yarn above 1, and at most 1e9")
+        found.append(
+            f"model.rope_theta, model.rope_high: got {m.rope_theta:g} and {m.rope_high:g}, expected for yarn above 1, and at most 1e9"
+        )
     if m.n_kv_head and m.n_head % m.n_kv_head:
         found.append(f"model.n_kv_head: got {m.n_kv_head}, expected a divisor of model.n_head = {m.n_head}")
     return found
@@ -301,7 +372,9 @@ def model_of(recorded: dict[str, Any], where: str) -> Model:
         try:
             setattr(c.model, f.name, typed(f.type, value))
         except ValueError:
-            raise UserError(f"{where}: model.{f.name}: got {value!r:.60}, expected {type_name(f.type)}; restore it") from None
+            raise UserError(
+                f"{where}: model.{f.name}: got {value!r:.60}, expected {type_name(f.type)}; restore it"
+            ) from None
     if problems := check(c):
         raise UserError(f"{where}: {problems[0]}; restore it")
     return c.model
@@ -316,8 +389,16 @@ def check_batch(c: Config, ranks: int) -> list[str]:
             return []
         return [f"data.decay_mix: got {part:g} of a batch of {B} sequences, expected {1 / B:.3g} to {1 - 1 / B:.3g}"]
     near = max(1, round(c.train.batch_tokens / unit)) * unit
-    fits = [m for m in range(min(c.train.micro_batch, 1 << 16), 0, -1) if c.train.batch_tokens % (m * c.model.context * ranks) == 0]
-    fewer = [n for n in range(min(ranks, 1 << 16), 0, -1) if c.train.batch_tokens % (c.train.micro_batch * c.model.context * n) == 0]
+    fits = [
+        m
+        for m in range(min(c.train.micro_batch, 1 << 16), 0, -1)
+        if c.train.batch_tokens % (m * c.model.context * ranks) == 0
+    ]
+    fewer = [
+        n
+        for n in range(min(ranks, 1 << 16), 0, -1)
+        if c.train.batch_tokens % (c.train.micro_batch * c.model.context * n) == 0
+    ]
     return [
         f"train.batch_tokens: got {c.train.batch_tokens}, expected a multiple of micro_batch {c.train.micro_batch} x context {c.model.context} "
         f"x {ranks} ranks = {unit}; "
@@ -337,7 +418,9 @@ def to_toml(c: Config) -> str:
     for f in fields(c):
         v = getattr(c, f.name)
         if is_dataclass(v):
-            text += f"\n[{f.name}]\n" + "".join(line(g.name, getattr(v, g.name)) for g in fields(v) if getattr(v, g.name) is not None)
+            text += f"\n[{f.name}]\n" + "".join(
+                line(g.name, getattr(v, g.name)) for g in fields(v) if getattr(v, g.name) is not None
+            )
         else:
             text += line(f.name, v)
     return text
@@ -377,7 +460,9 @@ class Parser(argparse.ArgumentParser):
 
 def world() -> tuple[int, int, int]:
     """(rank, local rank, ranks) as torchrun sets them; (0, 0, 1) without it. UserError where they contradict each other."""
-    given = {k: os.environ[k] for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if k in os.environ}
+    given = {
+        k: os.environ[k] for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if k in os.environ
+    }
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     if not any(k in given for k in names):
         return 0, 0, 1
@@ -390,7 +475,9 @@ def world() -> tuple[int, int, int]:
         )
     for k in names:
         if not given[k].isdecimal() or len(given[k]) > 6:
-            raise UserError(f"{k}: got {given[k]!r}, expected a whole number; start several processes with torchrun, or unset it")
+            raise UserError(
+                f"{k}: got {given[k]!r}, expected a whole number; start several processes with torchrun, or unset it"
+            )
     rank, local_rank, ranks = (int(given[k]) for k in names)
     if not local_rank <= rank < ranks:
         raise UserError(

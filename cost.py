@@ -40,14 +40,26 @@ def table(c: config.Config, convention: str, mfu: float, peak: float, price: flo
         tokens = n * c.train.batch_tokens
         flops = tokens * model.flops_per_token(c.model)
         hours = flops / (mfu * peak) / 3600
-        rows.append({"paradigm": paradigm, "steps": n, "T": n / p.increments[0], "relative": n / counts["ptfs"] if counts["ptfs"] else math.nan,
-                     "tokens": tokens, "flops": flops, "gpu_hours": hours, "price": hours * price})  # fmt: skip
+        rows.append(
+            {
+                "paradigm": paradigm,
+                "steps": n,
+                "T": n / p.increments[0],
+                "relative": n / counts["ptfs"] if counts["ptfs"] else math.nan,
+                "tokens": tokens,
+                "flops": flops,
+                "gpu_hours": hours,
+                "price": hours * price,
+            }
+        )
     return rows
 
 
 def main() -> None:
     a = config.Parser(
-        prog="cost.py", description=__doc__, usage="cost.py [--config NAME] [--convention C] [--mfu F] [--price P] [--json] [--section.key VALUE ..]"
+        prog="cost.py",
+        description=__doc__,
+        usage="cost.py [--config NAME] [--convention C] [--mfu F] [--price P] [--json] [--section.key VALUE ..]",
     )
     a.add_argument("--convention", default="section3.2", choices=CONVENTIONS)
     a.add_argument("--mfu", type=float, default=0.4, help="part of the peak that training reaches [0.4]")

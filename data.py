@@ -146,11 +146,23 @@ class Writer:
             f.flush()
             os.fsync(f.fileno())
             f.close()
-        return {"name": self.name, "documents": self.documents, "tokens": self.tokens, "sha256": {k: s.hexdigest() for k, s in self.sha.items()}}
+        return {
+            "name": self.name,
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "sha256": {k: s.hexdigest() for k, s in self.sha.items()},
+        }
 
 
-def gather(work: Path, out: Path, parts: list[tuple[str, float]], dtype: str, sources: list[str], weights: list[float] | None,
-           held: list[np.ndarray]) -> tuple[list[dict], int, int]:  # fmt: skip
+def gather(
+    work: Path,
+    out: Path,
+    parts: list[tuple[str, float]],
+    dtype: str,
+    sources: list[str],
+    weights: list[float] | None,
+    held: list[np.ndarray],
+) -> tuple[list[dict], int, int]:
     """Buckets, in order of the hash -> the files of `parts` (name, share). Returns their records, duplicates, documents held elsewhere.
 
     `held` are the sorted hashes of documents that are not to be taken again.
@@ -208,7 +220,10 @@ def gather(work: Path, out: Path, parts: list[tuple[str, float]], dtype: str, so
 def workspace(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder`, for one process at a time; removed whatever happens, and what a killed one left as well."""
     work = folder.parent / f".{folder.name}.partial"
-    with disk.lock(folder.parent / f".{folder.name}.lock", f"{folder}: another process is preparing it; wait for it or choose another --out"):
+    with disk.lock(
+        folder.parent / f".{folder.name}.lock",
+        f"{folder}: another process is preparing it; wait for it or choose another --out",
+    ):
         try:
             shutil.rmtree(work, ignore_errors=True)
             (work / "buckets").mkdir(parents=True)
@@ -222,8 +237,13 @@ def report(folder: Path, meta: dict[str, Any], written: list[dict], duplicates: 
     if quiet:
         return
     for part in written:
-        print(f"{folder / part['name']}.bin: {part['documents']:,} documents, {part['tokens']:,} tokens ({meta['dtype']})")
-    print(f"{duplicates:,} duplicate documents dropped" + (f", and {again:,} that an earlier increment or validation holds" if again else ""))
+        print(
+            f"{folder / part['name']}.bin: {part['documents']:,} documents, {part['tokens']:,} tokens ({meta['dtype']})"
+        )
+    print(
+        f"{duplicates:,} duplicate documents dropped"
+        + (f", and {again:,} that an earlier increment or validation holds" if again else "")
+    )
 
 
 def finish(work: Path, folder: Path, tok: Tokenizer, source: dict[str, Any], written: list[dict]) -> dict[str, Any]:
@@ -233,16 +253,33 @@ def finish(work: Path, folder: Path, tok: Tokenizer, source: dict[str, Any], wri
     if tok.is_folder:
         copy_tokenizer(Path(tok.name), work / "out" / "tokenizer")
     kept = "tokenizer.tiktoken" if tok.is_file else "tokenizer" if tok.is_folder else tok.name
-    meta = {"format": 1, "tokenizer": kept, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size, "eot": tok.eot, "dtype": id_dtype(tok.vocab_size),
-            "sources": [source], "val": written[0], "increments": written[1:]}  # fmt: skip
+    meta = {
+        "format": 1,
+        "tokenizer": kept,
+        "tokenizer_sha256": tok.sha256,
+        "vocab_size": tok.vocab_size,
+        "eot": tok.eot,
+        "dtype": id_dtype(tok.vocab_size),
+        "sources": [source],
+        "val": written[0],
+        "increments": written[1:],
+    }
     disk.write_json(work / "out" / "meta.json", meta)
     os.rename(work / "out", folder)
     disk.sync(folder.parent)
     return meta
 
 
-def prepare(out: str, sources: list[str], tokenizer: str = str(RANKS), increments: list[float] | None = None, val: float = 0.05,
-            weights: list[float] | None = None, jobs: int = 0, quiet: bool = False) -> dict[str, Any]:  # fmt: skip
+def prepare(
+    out: str,
+    sources: list[str],
+    tokenizer: str = str(RANKS),
+    increments: list[float] | None = None,
+    val: float = 0.05,
+    weights: list[float] | None = None,
+    jobs: int = 0,
+    quiet: bool = False,
+) -> dict[str, Any]:
     """Make `out` from the sources: validation gets the part `val` of the documents, the increments the rest in their proportion.
 
     Returns the meta. UserError if `out` is there, a source is not, or a part of the split would be empty.
@@ -279,7 +316,9 @@ def ship(out: str) -> None:
         prepare(out, [str(TEXT)])
 
 
-def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: int = 0, quiet: bool = False) -> tuple[dict[str, Any], int]:
+def add(
+    out: str, sources: list[str], weights: list[float] | None = None, jobs: int = 0, quiet: bool = False
+) -> tuple[dict[str, Any], int]:
     """Append increment N+1 without touching the others; returns the meta and how many documents they held already."""
     folder = Path(out).resolve()  # two names of one folder are one folder
     tokenizer_of(folder)  # is the one it was made with
@@ -289,11 +328,17 @@ def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: 
         check_files(folder, quiet=quiet)  # what is held must be known for certain
         for s in sources:
             _ = s.startswith("hf:") or files_of(s)
-        held: list[np.ndarray] = [np.memmap(folder / f"{p['name']}.ids", "<u8", "r") for p in [meta["val"], *meta["increments"]]]
+        held: list[np.ndarray] = [
+            np.memmap(folder / f"{p['name']}.ids", "<u8", "r") for p in [meta["val"], *meta["increments"]]
+        ]
         scatter(sources, str(tok_path(folder, meta)), work / "buckets", jobs or os.cpu_count() or 1, quiet)
-        written, duplicates, again = gather(work / "buckets", work / "out", [(name, 1.0)], meta["dtype"], sources, weights, held)
+        written, duplicates, again = gather(
+            work / "buckets", work / "out", [(name, 1.0)], meta["dtype"], sources, weights, held
+        )
         if not written[0]["documents"]:
-            raise UserError(f"--source {', '.join(sources)}: has no new document; {again:,} are held by an earlier increment or by validation")
+            raise UserError(
+                f"--source {', '.join(sources)}: has no new document; {again:,} are held by an earlier increment or by validation"
+            )
         for file in (work / "out").iterdir():
             os.rename(file, folder / file.name)
         meta["increments"] += written
@@ -303,7 +348,10 @@ def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: 
     return meta, again
 
 
-LLMC = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # the magic number of llm.c's token files: version, dtype (GPT-2, Llama 3)
+LLMC = {
+    20240520: (1, "<u2"),
+    20240801: (7, "<u4"),
+}  # the magic number of llm.c's token files: version, dtype (GPT-2, Llama 3)
 
 
 def read_bin(file: Path, tok: Tokenizer) -> np.ndarray:
@@ -323,7 +371,9 @@ def read_bin(file: Path, tok: Tokenizer) -> np.ndarray:
                 f"{file}: got {size - at:,} bytes after its header, expected {item * int(head[2]):,} for {head[2]:,} tokens; fetch it again"
             )
     elif len(head) == 256 and 20_200_000 < head[0] < 20_400_000 and not head[3:].any():
-        raise UserError(f"{file}: magic number {head[0]}, expected one of {', '.join(map(str, LLMC))} (llm.c), or ids alone (nanoGPT)")
+        raise UserError(
+            f"{file}: magic number {head[0]}, expected one of {', '.join(map(str, LLMC))} (llm.c), or ids alone (nanoGPT)"
+        )
     elif size % 2:
         raise UserError(f"{file}: got {size:,} bytes, expected an even number: 2 for each id (nanoGPT)")
     elif tok.vocab_size > 1 << 16:
@@ -366,13 +416,22 @@ def bins(out: str, val: str, files: list[str], tokenizer: str, quiet: bool = Fal
     tok = Tokenizer(tokenizer)
     sources = [Path(f) for f in (val, *files)]
     ids = [read_bin(f, tok) for f in sources]
-    with tqdm(total=sum(map(len, ids)), unit="token", unit_scale=True, desc="reading", disable=True if quiet else None, delay=2) as bar:
+    with tqdm(
+        total=sum(map(len, ids)),
+        unit="token",
+        unit_scale=True,
+        desc="reading",
+        disable=True if quiet else None,
+        delay=2,
+    ) as bar:
         docs = [documents_of(f, i, tok, bar) for f, i in zip(sources, ids, strict=True)]
     owner = np.repeat(np.arange(len(docs)), [len(d) for d in docs])
     every, first = np.unique(np.concatenate([d[:, 2] for d in docs]), return_index=True)
     kept = np.zeros(len(owner), bool)
     kept[first] = True
-    holder = owner[first][np.searchsorted(every, np.concatenate([d[:, 2] for d in docs]))]  # the file that has the text first
+    holder = owner[first][
+        np.searchsorted(every, np.concatenate([d[:, 2] for d in docs]))
+    ]  # the file that has the text first
     again = int((holder != owner).sum())
     duplicates = int((~kept).sum()) - again
     dtype, written = id_dtype(tok.vocab_size), []
@@ -380,9 +439,13 @@ def bins(out: str, val: str, files: list[str], tokenizer: str, quiet: bool = Fal
         for i, (file, d) in enumerate(zip(sources, docs, strict=True)):
             d = d[kept[owner == i]]
             if not len(d):
-                raise UserError(f"{file}: has no document that {'it alone has' if len(docs[i]) else 'is not empty'}; expected one at least")
+                raise UserError(
+                    f"{file}: has no document that {'it alone has' if len(docs[i]) else 'is not empty'}; expected one at least"
+                )
             writer = Writer(work / "out", f"v{i}" if i else "val", dtype)
-            for (a, b), h in zip(d[:, :2].tolist(), np.sort(d[:, 2]).tolist(), strict=True):  # the .ids are sorted, the documents in the file's order
+            for (a, b), h in zip(
+                d[:, :2].tolist(), np.sort(d[:, 2]).tolist(), strict=True
+            ):  # the .ids are sorted, the documents in the file's order
                 writer.write(h, np.append(ids[i][a:b], tok.eot).astype(dtype).tobytes())
             written.append(writer.close())
         meta = finish(work, folder, tok, {"increments": len(files), "from": [val, *files], "weights": None}, written)
@@ -404,7 +467,9 @@ def vocab(out: str, sources: list[str], size: int, increments: list[float], val:
     trainer.train_from_iterator(texts, size - 1, pattern=PATTERN)
     ranks = sorted(trainer.get_mergeable_ranks(), key=lambda r: r[1])
     if len(ranks) < size - 1:
-        raise UserError(f"--vocab_size: got {size}, but the text of the first increment makes no more than {len(ranks) + 1}")
+        raise UserError(
+            f"--vocab_size: got {size}, but the text of the first increment makes no more than {len(ranks) + 1}"
+        )
     with open(out, "x") as f:
         f.writelines(f"{base64.b64encode(bytes(b)).decode()} {rank}\n" for b, rank in ranks)
     print(f"{out}: {len(ranks):,} ranks, a vocabulary of {size:,} with <|endoftext|>")
@@ -422,7 +487,10 @@ def numbers(flag: str, text: str | None) -> list[float] | None:
             return found
     except ValueError:
         pass
-    raise UserError(f"--{flag}: got {text!r}, expected positive numbers such as 1,1,2" + (" or how many equal ones" if flag == "increments" else ""))
+    raise UserError(
+        f"--{flag}: got {text!r}, expected positive numbers such as 1,1,2"
+        + (" or how many equal ones" if flag == "increments" else "")
+    )
 
 
 def main() -> None:
@@ -443,7 +511,10 @@ def main() -> None:
     v = verbs.add_parser("vocab", help="train a rank file on the first increment (needs rustbpe)")
     for verb in (p, q, v):
         verb.add_argument(
-            "--source", action="append", help="text; again for more" + ("" if verb is q else f" [{TEXT.relative_to(HERE)}]"), required=verb is q
+            "--source",
+            action="append",
+            help="text; again for more" + ("" if verb is q else f" [{TEXT.relative_to(HERE)}]"),
+            required=verb is q,
         )
     for verb in (p, q):
         verb.add_argument("--weights", help="tokens of the sources in this ratio, such as 3,1 [all there is]")

@@ -28,7 +28,9 @@ def write(file: Path, text: str) -> None:
     """Write or replace `file` at once: whoever looks sees the old text or the new, whatever happens."""
     partial = file.with_name(f".{file.name}.partial")
     try:
-        partial.unlink(missing_ok=True)  # what a killed write left; or a link that a stranger laid, which "w" would follow
+        partial.unlink(
+            missing_ok=True
+        )  # what a killed write left; or a link that a stranger laid, which "w" would follow
         with open(partial, "x") as f:
             f.write(text)
             f.flush()

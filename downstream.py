@@ -22,7 +22,17 @@ import train
 from config import UserError
 from scales import Setup
 
-NINE = {"c3": "C3", "gsm8k": "GSM8K", "mmlu": "MMLU", "csl": "CSL", "ceval-valid": "C-EVAL", "bbh": "BBH", "cmmlu": "CMMLU", "gaokao": "GAOKAO", "agieval": "AGIEval"}  # fmt: skip
+NINE = {
+    "c3": "C3",
+    "gsm8k": "GSM8K",
+    "mmlu": "MMLU",
+    "csl": "CSL",
+    "ceval-valid": "C-EVAL",
+    "bbh": "BBH",
+    "cmmlu": "CMMLU",
+    "gaokao": "GAOKAO",
+    "agieval": "AGIEval",
+}
 Scores = dict[str, dict[str, Any]]  # task as it was asked for: task (its own name), value, se, metric, n
 
 
@@ -46,10 +56,20 @@ def tunings(s: Setup, at: dict[Path, str], root: Path, file: str, ranks: int) ->
     keys = {**s.scale.sft, "data.sft": file, "train.device": s.base.train.device}
     plain = config.load("sft", keys)
     settled = {k: v for k, (f, v) in config.flatten(plain).items() if not f.metadata["free"]}
-    key = hashlib.sha256(json.dumps([disk.sha256(Path(file)), plain.data.epochs, settled], sort_keys=True).encode()).hexdigest()[:8]
+    key = hashlib.sha256(
+        json.dumps([disk.sha256(Path(file)), plain.data.epochs, settled], sort_keys=True).encode()
+    ).hexdigest()[:8]
     for path, cell in at.items():
         setting = f"{cell.partition('/')[0]}-sft-{key}"  # a folder for each set of examples and keys
-        arguments = ["--config", "sft", "--mode", "sft", "--parent", str(path), *(w for k, v in keys.items() for w in (f"--{k}", v))]
+        arguments = [
+            "--config",
+            "sft",
+            "--mode",
+            "sft",
+            "--parent",
+            str(path),
+            *(w for k, v in keys.items() for w in (f"--{k}", v)),
+        ]
         c, meta = lineage.tuned(plain, str(path), {"out"})
         if problems := config.check_batch(c, ranks):
             raise UserError("\n".join(problems))
@@ -73,8 +93,12 @@ def scores(path: Path, names: list[str], root: Path, s: Setup, options: dict[str
     for name in names:
         # a task of one's own is another one when its folder, or the data's, has changed
         near = [Path(name).parent, Path(options["data_dir"] or ".")] if name.endswith(".yaml") else []
-        stamps = sorted((str(f), f.stat().st_size, f.stat().st_mtime_ns) for d in near for f in d.iterdir() if f.is_file())
-        key = hashlib.sha256(json.dumps([checkpoint.read_meta(path)["hash"], name, options, stamps], sort_keys=True).encode()).hexdigest()[:16]
+        stamps = sorted(
+            (str(f), f.stat().st_size, f.stat().st_mtime_ns) for d in near for f in d.iterdir() if f.is_file()
+        )
+        key = hashlib.sha256(
+            json.dumps([checkpoint.read_meta(path)["hash"], name, options, stamps], sort_keys=True).encode()
+        ).hexdigest()[:16]
         file = folder / f"{key}.json"
         try:
             known[name] = disk.read_json(file)["score"]
@@ -86,7 +110,9 @@ def scores(path: Path, names: list[str], root: Path, s: Setup, options: dict[str
     return known
 
 
-def record(of: tables.Table, found: dict[tuple[str, str, str], list[Scores]], names: list[str], notes: list[str]) -> dict[str, Any]:
+def record(
+    of: tables.Table, found: dict[tuple[str, str, str], list[Scores]], names: list[str], notes: list[str]
+) -> dict[str, Any]:
     """A table of versions x tasks x paradigms, means over seeds; the paper's numbers below ours."""
     import tasks
 
@@ -97,12 +123,20 @@ def record(of: tables.Table, found: dict[tuple[str, str, str], list[Scores]], na
         for row in (r for r in of.rows if r.group == group):
             seeds = found[row.group, row.name, column]
             mean = {
-                NINE.get(n) or seeds[0][n]["task"]: {**seeds[0][n], "value": statistics.fmean(known[n]["value"] for known in seeds)} for n in names
+                NINE.get(n) or seeds[0][n]["task"]: {
+                    **seeds[0][n],
+                    "value": statistics.fmean(known[n]["value"] for known in seeds),
+                }
+                for n in names
             }
             lines.append(((row.group, column, row.name), mean))
-    made = tasks.table(of.title, [*["scale"] * several, "Ver.", "TP"], [([*where][not several :], mean) for where, mean in lines])
-    means = [{"group": g, "version": v, "name": n, "value": None if row[-1] == "-" else float(row[-1])}
-             for ((g, v, n), _), row in zip(lines, made["rows"], strict=True)]  # fmt: skip
+    made = tasks.table(
+        of.title, [*["scale"] * several, "Ver.", "TP"], [([*where][not several :], mean) for where, mean in lines]
+    )
+    means = [
+        {"group": g, "version": v, "name": n, "value": None if row[-1] == "-" else float(row[-1])}
+        for ((g, v, n), _), row in zip(lines, made["rows"], strict=True)
+    ]
     for p in tables.PAPER["table4_downstream"] if set(names) & set(NINE) else []:
         if several or p["scale"] == "1.2B-42B":
             shown = [f"{p[NINE[n]]:.2f}" if n in NINE else "-" for n in names]
@@ -112,8 +146,20 @@ def record(of: tables.Table, found: dict[tuple[str, str, str], list[Scores]], na
     return {**made, "name": of.name, "notes": [*made["notes"], *notes], "means": means, "scores": scores}
 
 
-def make(t: tables.Table, s: Setup, cell: dict[Path, str], where: dict[tuple[str, str, str], list[Path]], root: Path, file: str | None,
-         names: list[str], may_train: bool, jobs: int, gpus: int, ranks: int, options: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
+def make(
+    t: tables.Table,
+    s: Setup,
+    cell: dict[Path, str],
+    where: dict[tuple[str, str, str], list[Path]],
+    root: Path,
+    file: str | None,
+    names: list[str],
+    may_train: bool,
+    jobs: int,
+    gpus: int,
+    ranks: int,
+    options: dict[str, Any],
+) -> dict[str, Any]:
     """Fine-tune versions, which are trained, on the examples of `file` (none: take them as they are), evaluate them, and return the table's record."""
     at = {p: cell[p] for ps in where.values() for p in ps}
     results, tuned = {p: p for p in at}, "not fine-tuned"

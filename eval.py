@@ -81,8 +81,12 @@ def load_model(path: Path, device: torch.device) -> tuple[llama.Transformer, dic
     # a shape is only a claim: nothing is built that the files, float32, could not hold
     need, there = 4 * llama.parameters(c), sum(f.stat().st_size for f in path.glob("*.safetensors"))
     if there < need:
-        raise UserError(f"{path}: its model of {c.n_layer:,} blocks of width {c.hidden:,} takes {need:,} bytes, got files of {there:,}; restore it")
-    net = llama.Transformer(c, torch.bfloat16 if device.type == "cuda" else torch.float32, kernels.choose("auto", device, c))
+        raise UserError(
+            f"{path}: its model of {c.n_layer:,} blocks of width {c.hidden:,} takes {need:,} bytes, got files of {there:,}; restore it"
+        )
+    net = llama.Transformer(
+        c, torch.bfloat16 if device.type == "cuda" else torch.float32, kernels.choose("auto", device, c)
+    )
     checkpoint.load(path, checkpoint.state(net))
     for w in net.parameters():
         if w.dim() == 2:
@@ -97,12 +101,21 @@ def open_data(path: Path, meta: dict[str, Any], folder: str | None, context: int
         raise UserError(f"--context: got {context}, expected at most the {c.context} of {path}")
     tokens = reader.Tokens(folder or str(meta["config"].get("data.path")), context or c.context, 1, [1], 0)
     if (tokens.meta["tokenizer_sha256"], tokens.meta["vocab_size"]) != (meta["data"].get("tokenizer"), c.vocab_size):
-        raise UserError(f"--data {tokens.folder}: its tokenizer is not the one that {path} was trained with; choose the data it was trained on")
+        raise UserError(
+            f"--data {tokens.folder}: its tokenizer is not the one that {path} was trained with; choose the data it was trained on"
+        )
     return tokens
 
 
 @torch.no_grad()
-def score(path: Path, device: torch.device, folder: str | None = None, rows: int = 16, quiet: bool = False, context: int | None = None) -> Score:
+def score(
+    path: Path,
+    device: torch.device,
+    folder: str | None = None,
+    rows: int = 16,
+    quiet: bool = False,
+    context: int | None = None,
+) -> Score:
     """Score a checkpoint on the whole validation set of its data; every token but the very first is a target once."""
     tokens = open_data(path, checkpoint.read_meta(path), folder, context)
     net, _ = load_model(path, device)
@@ -111,7 +124,15 @@ def score(path: Path, device: torch.device, folder: str | None = None, rows: int
     # the document of each target: <|endoftext|> belongs to the document that it ends
     document = np.concatenate(([0], np.cumsum(stream[1:-1] == tokens.meta["eot"]) + (stream[0] == tokens.meta["eot"])))
     losses = []
-    with tqdm(total=len(document), unit="token", unit_scale=True, desc=str(path), disable=True if quiet else None, delay=2, leave=False) as bar:
+    with tqdm(
+        total=len(document),
+        unit="token",
+        unit_scale=True,
+        desc=str(path),
+        disable=True if quiet else None,
+        delay=2,
+        leave=False,
+    ) as bar:
         for arrays in tokens.validation(rows):
             x, y = (torch.from_numpy(a).to(device) for a in arrays)
             losses.append(net(x, y, reduction="none").flatten().cpu().numpy().astype(np.float64))
@@ -139,7 +160,9 @@ def chosen(paths: list[Path]) -> dict[str, dict[int, Path]] | None:
     """The finished versions if it is a run's folder that was named, None if it is checkpoints."""
     for p in paths:
         if not p.exists():
-            raise UserError(f"{p}: does not exist; expected a run such as out/tiny/base-s1 or a checkpoint such as out/tiny/base-s1/main/step-000080")
+            raise UserError(
+                f"{p}: does not exist; expected a run such as out/tiny/base-s1 or a checkpoint such as out/tiny/base-s1/main/step-000080"
+            )
     if len(paths) > 1 or (paths[0] / "meta.json").exists():
         return None
     if run := finished(paths[0]):
@@ -149,32 +172,63 @@ def chosen(paths: list[Path]) -> dict[str, dict[int, Path]] | None:
     )
 
 
-def sample(path: Path, device: torch.device, prompts: list[str], length: int, seed: int, folder: str | None, temperature: float = 1.0,
-           top_p: float = 1.0) -> list[str]:  # fmt: skip
+def sample(
+    path: Path,
+    device: torch.device,
+    prompts: list[str],
+    length: int,
+    seed: int,
+    folder: str | None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> list[str]:
     """Each prompt and `length` tokens drawn after it, or fewer where the text ends."""
     net, meta = load_model(path, device)
     tok = lineage.open_tokenizer(path, meta, folder)
     prompts = [text.clean(p) for p in prompts]
     ids = [tok.encode(p) or [tok.eot] for p in prompts]
-    return [p + tok.decode(new) for p, new in zip(prompts, generate(net, ids, length, {tok.eot}, temperature, top_p, seed), strict=True)]
+    return [
+        p + tok.decode(new)
+        for p, new in zip(prompts, generate(net, ids, length, {tok.eot}, temperature, top_p, seed), strict=True)
+    ]
 
 
 def main() -> None:
     a = config.Parser(prog="eval.py", description=__doc__)
     a.add_argument("path", nargs="+", help="checkpoints, or one run's folder")
     a.add_argument("--data", help="a prepared folder [the one that the checkpoint was trained on]")
-    a.add_argument("--context", type=int, help="perplexity: tokens of a sequence, to compare models of several contexts [the model's]")
+    a.add_argument(
+        "--context",
+        type=int,
+        help="perplexity: tokens of a sequence, to compare models of several contexts [the model's]",
+    )
     a.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     a.add_argument("--json", action="store_true")
     a.add_argument(
-        "--sample", metavar="TEXT", action="append", help="write a continuation of this text; again for more, which are drawn side by side"
+        "--sample",
+        metavar="TEXT",
+        action="append",
+        help="write a continuation of this text; again for more, which are drawn side by side",
     )
     a.add_argument("--length", type=int, default=100, help="tokens of a continuation [100]")
-    a.add_argument("--temperature", type=float, default=1.0, help="of a continuation; 0: the likeliest token each time [1]")
-    a.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens that have this probability together [1]")
+    a.add_argument(
+        "--temperature", type=float, default=1.0, help="of a continuation; 0: the likeliest token each time [1]"
+    )
+    a.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="draw from the likeliest tokens that have this probability together [1]",
+    )
     a.add_argument("--seed", type=int, default=1, help="of the continuations [1]")
-    a.add_argument("--tasks", metavar="NAME,..", help="downstream tasks of lm-evaluation-harness, of configs/tasks, or YAML files")
-    a.add_argument("--data_dir", metavar="DIR", help="local copies of the tasks' datasets, each in DIR/its name on the hub [from the hub]")
+    a.add_argument(
+        "--tasks", metavar="NAME,..", help="downstream tasks of lm-evaluation-harness, of configs/tasks, or YAML files"
+    )
+    a.add_argument(
+        "--data_dir",
+        metavar="DIR",
+        help="local copies of the tasks' datasets, each in DIR/its name on the hub [from the hub]",
+    )
     a.add_argument("--limit", type=int, help="the first questions of each task only, as a trial")
     a.add_argument("--num_fewshot", type=int, help="examples before each question [as the task says]")
     a.add_argument("--batch", type=int, default=16, help="of the tasks: rows side by side [16]")
@@ -188,7 +242,9 @@ def main() -> None:
     if o.context is not None and o.context < 1:
         raise UserError(f"--context: got {o.context}, expected 1 or more")
     if (o.limit is not None and o.limit < 1) or o.batch < 1 or (o.num_fewshot or 0) < 0:
-        raise UserError(f"--limit, --batch, --num_fewshot: got {o.limit}, {o.batch} and {o.num_fewshot}, expected 1 or more, 1 or more and 0 or more")
+        raise UserError(
+            f"--limit, --batch, --num_fewshot: got {o.limit}, {o.batch} and {o.num_fewshot}, expected 1 or more, 1 or more and 0 or more"
+        )
     if o.tasks is not None:
         import tasks  # needs a package that the rest does not
 
@@ -211,33 +267,64 @@ def main() -> None:
         for p in sorted({p for versions in run.values() for p in versions.values()}):
             known[p] = score(p, device, o.data, context=o.context)
         scores = {name: {v: known[p] for v, p in sorted(versions.items())} for name, versions in run.items()}
-        shared = common([vs for n, vs in scores.items() if not n.startswith("sft/") and "-mix" not in n] or list(scores.values()))
-        mean = {n: appl({v: s.ppl for v, s in vs.items()}, shared) if shared and vs.keys() >= set(shared) else math.nan for n, vs in scores.items()}
+        shared = common(
+            [vs for n, vs in scores.items() if not n.startswith("sft/") and "-mix" not in n] or list(scores.values())
+        )
+        mean = {
+            n: appl({v: s.ppl for v, s in vs.items()}, shared) if shared and vs.keys() >= set(shared) else math.nan
+            for n, vs in scores.items()
+        }
         if o.json:
             rows = {
-                n: {"ppl": {v: s.ppl for v, s in vs.items()}, "se": {v: s.se for v, s in vs.items()}, "appl": mean[n]} for n, vs in scores.items()
+                n: {"ppl": {v: s.ppl for v, s in vs.items()}, "se": {v: s.se for v, s in vs.items()}, "appl": mean[n]}
+                for n, vs in scores.items()
             }
             print(json.dumps({**rows, "appl_versions": shared}, indent=1))
             return
         columns = sorted({v for vs in scores.values() for v in vs})
-        table = [["PPL (SE)", *(f"V{v}" for v in columns), "APPL of " + ", ".join(f"V{v}" for v in shared) if shared else "APPL"]]
+        table = [
+            [
+                "PPL (SE)",
+                *(f"V{v}" for v in columns),
+                "APPL of " + ", ".join(f"V{v}" for v in shared) if shared else "APPL",
+            ]
+        ]
         for n, vs in scores.items():
             table.append(
-                [n, *(f"{vs[v].ppl:.2f} ({vs[v].se:.2f})" if v in vs else "-" for v in columns), "-" if math.isnan(mean[n]) else f"{mean[n]:.2f}"]
+                [
+                    n,
+                    *(f"{vs[v].ppl:.2f} ({vs[v].se:.2f})" if v in vs else "-" for v in columns),
+                    "-" if math.isnan(mean[n]) else f"{mean[n]:.2f}",
+                ]
             )
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for row in table:
-            print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]))
+            print(
+                "  ".join(
+                    [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+                )
+            )
         print(f"SE over {len(next(iter(known.values())).nats)} documents")
         return
 
     results = {str(p): score(p, device, o.data, context=o.context) for p in paths}
     if len({(len(s.nats), s.tokens.sum()) for s in results.values()}) > 1:
-        raise UserError("the checkpoints were trained on different data, so their validation sets differ; name one with --data")
+        raise UserError(
+            "the checkpoints were trained on different data, so their validation sets differ; name one with --data"
+        )
     if o.json:
         print(
             json.dumps(
-                {p: {"ppl": s.ppl, "se": s.se, "loss": s.loss, "tokens": int(s.tokens.sum()), "documents": len(s.nats)} for p, s in results.items()},
+                {
+                    p: {
+                        "ppl": s.ppl,
+                        "se": s.se,
+                        "loss": s.loss,
+                        "tokens": int(s.tokens.sum()),
+                        "documents": len(s.nats),
+                    }
+                    for p, s in results.items()
+                },
                 indent=1,
             )
         )
@@ -246,7 +333,9 @@ def main() -> None:
     for name, s in results.items():
         difference, se = s.minus(first)
         against = f"   {difference:+.3f} (SE {se:.3f}) against the first" if s is not first else ""
-        print(f"{name}: PPL {s.ppl:.3f} (SE {s.se:.3f} over {len(s.nats)} documents), {s.loss:.4f} nats a token, {s.tokens.sum():,} tokens{against}")
+        print(
+            f"{name}: PPL {s.ppl:.3f} (SE {s.se:.3f} over {len(s.nats)} documents), {s.loss:.4f} nats a token, {s.tokens.sum():,} tokens{against}"
+        )
 
 
 if __name__ == "__main__":

@@ -43,7 +43,14 @@ def finish(fig: Any, file: str, bottom: float = 0.0) -> None:
 def legend(fig: Any, axes: Any, columns: int = 6) -> float:
     """One legend below all axes; the room to leave for it."""
     key = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    fig.legend([key[k] for k in sorted(key)], sorted(key), loc="lower center", ncols=min(len(key), columns), fontsize=8, frameon=False)
+    fig.legend(
+        [key[k] for k in sorted(key)],
+        sorted(key),
+        loc="lower center",
+        ncols=min(len(key), columns),
+        fontsize=8,
+        frameon=False,
+    )
     return 0.07 * math.ceil(len(key) / columns)
 
 
@@ -63,7 +70,13 @@ def schedules(s: Setup, file: str) -> None:
     for i, name in enumerate(s.schedules):
         run = Run("ptfs", keys=(("plan.schedule", name),))
         first = lineage.make_segments("ptfs", lineage.make_plan(s.config(run, 1)))[0]
-        ax.plot(range(first.end), [first.lr(i) for i in range(first.end)], color=COLOURS[i % 6], linestyle=("-", "--", "-.", ":")[i % 4], label=name)
+        ax.plot(
+            range(first.end),
+            [first.lr(i) for i in range(first.end)],
+            color=COLOURS[i % 6],
+            linestyle=("-", "--", "-.", ":")[i % 4],
+            label=name,
+        )
     ax.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
     ax.legend(fontsize=8, frameon=False)
     finish(fig, file)
@@ -73,7 +86,9 @@ def variants(s: Setup, file: str) -> None:
     """Figure 6: the learning rates of CPT's variants."""
     names = {"rewarm_max": "RewarmMax", "reset_max": "ResetMax", "keep_min": "KeepMin"}
     runs = {title: Run("cpt", keys=(("plan.cpt_variant", v),)) for v, title in names.items()}
-    schedule.draw({title: lineage.make_segments("cpt", lineage.make_plan(s.config(r, 1))) for title, r in runs.items()}, file)
+    schedule.draw(
+        {title: lineage.make_segments("cpt", lineage.make_plan(s.config(r, 1))) for title, r in runs.items()}, file
+    )
 
 
 def paths(s: Setup, name: str, cells: graph.Graph, seed: int) -> dict[str, list[float]]:
@@ -127,7 +142,9 @@ def table(record: dict[str, Any], file: str) -> None:
     for r in record["rows"]:
         groups.setdefault(r["group"], {})[r["name"]] = r
     names = list(dict.fromkeys(r["name"] for r in record["rows"]))
-    reference = "PTFS" if "PTFS" in names else record["differences"][0]["minus"][1] if record["differences"] else names[0]
+    reference = (
+        "PTFS" if "PTFS" in names else record["differences"][0]["minus"][1] if record["differences"] else names[0]
+    )
     colours = OF if reference == "PTFS" else dict(zip(names, COLOURS, strict=False))
     fig, axes = canvas(len(groups), 3.0, sharey=True)
     x = range(len(record["columns"]))
@@ -140,11 +157,26 @@ def table(record: dict[str, Any], file: str) -> None:
                 parts = [100 * (a / b - 1) for a, b in zip(r["seeds"][c], base["seeds"][c], strict=True)]
                 y.append(sum(parts) / len(parts))
                 e.append(math.sqrt(sum((p - y[-1]) ** 2 for p in parts) / max(1, len(parts) - 1)))
-            ax.errorbar(x, y, e if len(record["seeds"]) > 1 else None, color=colours[name], marker=MARKERS[i], capsize=3, label=name)
+            ax.errorbar(
+                x,
+                y,
+                e if len(record["seeds"]) > 1 else None,
+                color=colours[name],
+                marker=MARKERS[i],
+                capsize=3,
+                label=name,
+            )
             if r["paper"] and base["paper"]:
                 there = [c for c in record["columns"] if c in r["paper"] and c in base["paper"]]
-                ax.plot([record["columns"].index(c) for c in there], [100 * (r["paper"][c] / base["paper"][c] - 1) for c in there],
-                        color=colours[name], marker=MARKERS[i], markerfacecolor="white", linestyle=":", label=f"{name}, the paper's")  # fmt: skip
+                ax.plot(
+                    [record["columns"].index(c) for c in there],
+                    [100 * (r["paper"][c] / base["paper"][c] - 1) for c in there],
+                    color=colours[name],
+                    marker=MARKERS[i],
+                    markerfacecolor="white",
+                    linestyle=":",
+                    label=f"{name}, the paper's",
+                )
         ax.set_xticks(list(x), record["columns"])
         ax.set_title(group, fontsize=9)
         ax.set_xlabel("second increment" if ":" in record["columns"][0] else "version")
@@ -184,9 +216,20 @@ def cost_and_quality(record: dict[str, Any], file: str) -> None:
         for r in record["rows"]:
             values = r["ppl"] if ax is axes[0] else r["paper"]
             if set(columns) <= set(values):
-                ax.scatter(r["costs"]["cost"], sum(values[c] for c in columns) / len(columns), s=60, color=OF[r["name"]], marker=markers[r["group"]],
-                           alpha=0.85, label=f"{r['name']}, {r['group']}")  # fmt: skip
-        ax.set(xlabel="relative cost (steps, PTFS = 1)", ylabel=f"APPL (mean PPL of {columns[0]}..{columns[-1]})", xlim=(0, 1.1))
+                ax.scatter(
+                    r["costs"]["cost"],
+                    sum(values[c] for c in columns) / len(columns),
+                    s=60,
+                    color=OF[r["name"]],
+                    marker=markers[r["group"]],
+                    alpha=0.85,
+                    label=f"{r['name']}, {r['group']}",
+                )
+        ax.set(
+            xlabel="relative cost (steps, PTFS = 1)",
+            ylabel=f"APPL (mean PPL of {columns[0]}..{columns[-1]})",
+            xlim=(0, 1.1),
+        )
         ax.set_title(title, fontsize=9)
         ax.margins(y=0.2)
     finish(fig, file, legend(fig, axes[:1], 3))
@@ -206,15 +249,26 @@ def losses(runs: dict[str, tuple[schedule.Segment, list[dict[str, Any]]]], name:
         panels += [1] * (segment.name == f"ptfs-{name}/v1")  # CPT's version 1
         main = segment.name == "main"
         colour = DARK if main else COLOURS[(segment.version - 1) % 6]
-        train = {r["step"] + 1: r["loss"] for r in log if "loss" in r}  # a record says the update; the state is after it
+        train = {
+            r["step"] + 1: r["loss"] for r in log if "loss" in r
+        }  # a record says the update; the state is after it
         val = {r["step"]: r["val_loss"] for r in log if "val_loss" in r}
         for i in panels:
             axes[i].plot(sorted(train), [train[k] for k in sorted(train)], color=colour, linewidth=0.7, alpha=0.45)
-            axes[i].plot(sorted(val), [val[k] for k in sorted(val)], color=colour, marker="o", markersize=4, linewidth=2.2 if main else 1.4,
-                         label="main path" if main else f"V{segment.version}")  # fmt: skip
+            axes[i].plot(
+                sorted(val),
+                [val[k] for k in sorted(val)],
+                color=colour,
+                marker="o",
+                markersize=4,
+                linewidth=2.2 if main else 1.4,
+                label="main path" if main else f"V{segment.version}",
+            )
         if panels and val:
             low, high = min(low, *val.values(), *train.values()), max(high, *val.values())
-    for ax, title in zip(axes, ("Pre-training from scratch (PTFS)", "Continual pre-training (CPT)", "Path switching (ours)"), strict=True):
+    for ax, title in zip(
+        axes, ("Pre-training from scratch (PTFS)", "Continual pre-training (CPT)", "Path switching (ours)"), strict=True
+    ):
         ax.set_title(f"{title}, {name}", fontsize=10)
         ax.set_xlabel("step")
         if low < high:

@@ -16,8 +16,12 @@ def draw(logits: Tensor, temperature: float, top_p: float, chance: list[np.rando
     """
     if temperature == 0:
         return logits.argmax(-1).tolist()
-    logits = (logits.cpu() if logits.device.type == "mps" else logits).double()  # so that no temperature and no part is too small
-    p, order = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1).sort(descending=True, stable=True)
+    logits = (
+        logits.cpu() if logits.device.type == "mps" else logits
+    ).double()  # so that no temperature and no part is too small
+    p, order = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1).sort(
+        descending=True, stable=True
+    )
     p = p * (p.cumsum(-1) - p < top_p)  # the first always stays
     edges = p.cumsum(-1)
     u = torch.tensor([c.random() for c in chance], device=p.device)[:, None] * edges[:, -1:]
@@ -26,8 +30,16 @@ def draw(logits: Tensor, temperature: float, top_p: float, chance: list[np.rando
 
 
 @torch.no_grad()
-def generate(net: llama.Transformer, prompts: Sequence[list[int]], length: int, ends: set[int], temperature: float = 0.0, top_p: float = 1.0,
-             seed: int = 1, done: Callable[[int, list[int]], bool] | None = None) -> list[list[int]]:  # fmt: skip
+def generate(
+    net: llama.Transformer,
+    prompts: Sequence[list[int]],
+    length: int,
+    ends: set[int],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 1,
+    done: Callable[[int, list[int]], bool] | None = None,
+) -> list[list[int]]:
     """Up to `length` ids after each prompt, which has one at least. A row ends before an id of `ends`, or when done(row, its ids) says so.
 
     What does not fit the context is forgotten from the left, up to half a context at a time.

@@ -72,7 +72,13 @@ def add(cells: Graph, s: Setup, point: Point, seed: int) -> tuple[str, int]:
             elif segment.parent:
                 parent = need(segments[segment.parent[0]], segment.parent[1])
             mode = "main" if main else "branch" if run.paradigm == "ours" else segment.name.partition("-")[0]
-            arguments = ["--config", run.config or s.scale.config, "--mode", mode, *([] if main else ["--version", str(segment.version)])]
+            arguments = [
+                "--config",
+                run.config or s.scale.config,
+                "--mode",
+                mode,
+                *([] if main else ["--version", str(segment.version)]),
+            ]
             arguments += [w for k, v in s.keys(run, seed).items() for w in (f"--{k}", v)]
             required = cells[name].required if name in cells else set()
             cells[name] = Cell(f"{run.setting}-s{seed}", segment, c, arguments, parent, required)
@@ -125,7 +131,11 @@ def well_formed(r: dict[str, Any]) -> bool:
             and r.keys() >= {"start", "device", "ranks", "dtype", "versions", "commit"}
         )
     numbers = [r[k] for k in ("tokens", "loss", "val_loss", "tokens_per_second") if k in r]
-    return type(r.get("step")) is int and all(isinstance(n, (int, float)) for n in numbers) and r.get("tokens_per_second", 1) > 0
+    return (
+        type(r.get("step")) is int
+        and all(isinstance(n, (int, float)) for n in numbers)
+        and r.get("tokens_per_second", 1) > 0
+    )
 
 
 def progress(folder: Path, s: schedule.Segment) -> int:
@@ -206,8 +216,13 @@ def run(cells: Graph, root: Path, jobs: int, gpus: int, ranks: int) -> None:
     stop: list[int] = []
     handlers = {n: signal.signal(n, lambda number, frame: stop.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
     finished = sum(c.steps for n, c in cells.items() if n not in waiting)
-    bar = tqdm(total=sum(c.steps for c in cells.values()), initial=finished, unit="step", desc=f"{len(cells)} segments",
-               mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
+    bar = tqdm(
+        total=sum(c.steps for c in cells.values()),
+        initial=finished,
+        unit="step",
+        desc=f"{len(cells)} segments",
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    )
     try:
         while (waiting or running) and not stop:
             for name in [n for n in waiting if done(cells, root, n)]:
@@ -222,11 +237,18 @@ def run(cells: Graph, root: Path, jobs: int, gpus: int, ranks: int) -> None:
                 threads = "1" if gpus else str(max(1, (os.cpu_count() or 1) // (jobs * ranks)))
                 own = ",".join(str((slot * ranks + r) % gpus) for r in range(ranks)) if gpus else ""
                 env = {**os.environ, "OMP_NUM_THREADS": threads, **({"CUDA_VISIBLE_DEVICES": own} if gpus else {})}
-                several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+                several = (
+                    ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+                )
                 with open(output / f"{name.replace('/', '-')}.txt", "a") as text:
                     # its own session: Ctrl-C reaches this process alone, which then tells the others once
-                    child = subprocess.Popen([sys.executable, *several, str(data.HERE / "train.py"), *command(cells, name, root)],
-                                             stdout=text, stderr=subprocess.STDOUT, env=env, start_new_session=True)  # fmt: skip
+                    child = subprocess.Popen(
+                        [sys.executable, *several, str(data.HERE / "train.py"), *command(cells, name, root)],
+                        stdout=text,
+                        stderr=subprocess.STDOUT,
+                        env=env,
+                        start_new_session=True,
+                    )
                 running[name] = (child, slot)
             for name, (child, slot) in list(running.items()):
                 if child.poll() is not None:
@@ -235,12 +257,21 @@ def run(cells: Graph, root: Path, jobs: int, gpus: int, ranks: int) -> None:
                     if child.returncode and (done(cells, root, name) or disk.held(root / name / ".lock")):
                         waiting.insert(0, name)  # the child of a paper.py that was killed was faster
                     elif child.returncode:
-                        said = (output / f"{name.replace('/', '-')}.txt").read_text(errors="replace").strip().splitlines()
-                        failed[name] = next((t for t in reversed(said) if "error: " in t), said[-1] if said else f"exit code {child.returncode}")
+                        said = (
+                            (output / f"{name.replace('/', '-')}.txt").read_text(errors="replace").strip().splitlines()
+                        )
+                        failed[name] = next(
+                            (t for t in reversed(said) if "error: " in t),
+                            said[-1] if said else f"exit code {child.returncode}",
+                        )
                     else:
                         finished += cells[name].steps
             others = [n for n in cells if n not in running and disk.held(root / n / ".lock")]
-            if not running and not others and not any(p is None or saved(root, *p) for p in (cells[n].parent for n in waiting)):
+            if (
+                not running
+                and not others
+                and not any(p is None or saved(root, *p) for p in (cells[n].parent for n in waiting))
+            ):
                 break  # what is left hangs on a segment that failed
             bar.set_postfix_str(", ".join([*running, *(f"{n} (another process)" for n in others)]), refresh=False)
             bar.update(max(0, finished + sum(progress(root / n, cells[n].segment) for n in running) - bar.n))
@@ -287,7 +318,15 @@ def status(cells: Graph, root: Path) -> list[str]:
         for n in names:
             steps, of = reached(cells, root, n), cells[n].steps
             label = f"{of:,} steps" if cells[n].segment.name == "main" else n.rpartition("/")[2]
-            state = "done" if done(cells, root, n) else "running" if disk.held(root / n / ".lock") else "stopped" if steps else "to do"
+            state = (
+                "done"
+                if done(cells, root, n)
+                else "running"
+                if disk.held(root / n / ".lock")
+                else "stopped"
+                if steps
+                else "to do"
+            )
             states.append(f"{label} {state}" + f" {steps / of:.0%}" * (state in ("running", "stopped")))
         lines.append(f"  {group:40} " + ", ".join(states))
     return lines
@@ -303,7 +342,9 @@ def left(cells: Graph, root: Path) -> tuple[list[str], float, float]:
 JOB_HOURS = 20  # of training in a SLURM job, whose limit in configs/slurm.sh is 24
 
 
-def launch_lines(cells: Graph, names: Iterable[str], root: Path, ranks: int, slurm: bool, flops_per_second: float) -> list[str]:
+def launch_lines(
+    cells: Graph, names: Iterable[str], root: Path, ranks: int, slurm: bool, flops_per_second: float
+) -> list[str]:
     """The commands that train these cells, parents first: one after another, or as SLURM jobs that wait for each other.
 
     A SLURM job that would take too long at this pace stands there several times: each goes on where the one before was stopped.
@@ -317,7 +358,9 @@ def launch_lines(cells: Graph, names: Iterable[str], root: Path, ranks: int, slu
             lines.append(f"{start} {shlex.join(words)}")
             continue
         pieces = [(words, cell.segment.end)]
-        if cell.segment.name == "main":  # a piece a version, so that a branch need not wait for the whole of the main path
+        if (
+            cell.segment.name == "main"
+        ):  # a piece a version, so that a branch need not wait for the whole of the main path
             p = lineage.make_plan(cell.config)
             pieces = [([*words, "--version", str(i)], p.end(i) - p.d) for i in range(1, len(p.increments) + 1)]
         wait = f" --dependency=afterok:${jobs[cell.parent]}" if cell.parent in jobs else ""
@@ -326,7 +369,9 @@ def launch_lines(cells: Graph, names: Iterable[str], root: Path, ranks: int, slu
             hours = cell.flops / cell.steps * (end - begin) / flops_per_second / 3600
             for _ in range(math.ceil(hours / JOB_HOURS)):
                 job = f"j{len(lines) + 1}"
-                lines.append(f"{job}=$(sbatch --parsable --job-name={shlex.quote(name)}{wait} configs/slurm.sh {shlex.join(words)})")
+                lines.append(
+                    f"{job}=$(sbatch --parsable --job-name={shlex.quote(name)}{wait} configs/slurm.sh {shlex.join(words)})"
+                )
                 wait = f" --dependency=afterany:${job}"
             wait = f" --dependency=afterok:${job}"
             jobs |= {(name, r): job for r in {*cell.required, cell.segment.end} if begin < r <= end}

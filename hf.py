@@ -38,10 +38,22 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CONTEXT = 2048  # of model.toml at most: longer sequences are for whoever has the memory
 # keys of config.json that would change what is computed, and their values for which they do not
 HARMLESS: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "use_sliding_window": (False,), "quantization_config": (None,),
-    "partial_rotary_factor": (1, None), "rope_interleaved": (False,), "attention_dropout": (0, None), "auto_map": (None,)}  # fmt: skip
-ROPE = {"default": set(), "linear": {"factor"}, "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-        "yarn": {"factor", "beta_fast", "beta_slow", "attention_factor", "truncate", "original_max_position_embeddings"}}  # fmt: skip
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_sliding_window": (False,),
+    "quantization_config": (None,),
+    "partial_rotary_factor": (1, None),
+    "rope_interleaved": (False,),
+    "attention_dropout": (0, None),
+    "auto_map": (None,),
+}
+ROPE = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {"factor", "beta_fast", "beta_slow", "attention_factor", "truncate", "original_max_position_embeddings"},
+}
 
 # ----------------------------------------------------------------------------------------------------------
 # One mapping for both directions: whose rows lie one after another in each of our tensors
@@ -56,10 +68,16 @@ def rows(c: config.Model) -> dict[str, list[tuple[str, int]]]:
     for i in range(c.n_layer):
         a, b = f"blocks.{i}.", f"model.layers.{i}."
         for leaf in ("weight", "bias") if c.qkv_bias else ("weight",):
-            found[f"{a}qkv.{leaf}"] = [(f"{b}self_attn.{n}_proj.{leaf}", r) for n, r in (("q", h), ("k", kv), ("v", kv))]
+            found[f"{a}qkv.{leaf}"] = [
+                (f"{b}self_attn.{n}_proj.{leaf}", r) for n, r in (("q", h), ("k", kv), ("v", kv))
+            ]
         found[f"{a}gate_up.weight"] = [(f"{b}mlp.gate_proj.weight", f), (f"{b}mlp.up_proj.weight", f)]
-        for ours, theirs in (("attn_out", "self_attn.o_proj"), ("ffn_out", "mlp.down_proj"), ("attn_norm", "input_layernorm"),
-                             ("ffn_norm", "post_attention_layernorm")):  # fmt: skip
+        for ours, theirs in (
+            ("attn_out", "self_attn.o_proj"),
+            ("ffn_out", "mlp.down_proj"),
+            ("attn_norm", "input_layernorm"),
+            ("ffn_norm", "post_attention_layernorm"),
+        ):
             found[f"{a}{ours}.weight"] = [(f"{b}{theirs}.weight", h)]
     return found
 
@@ -78,15 +96,43 @@ def to_config(c: config.Model) -> dict[str, Any]:
     if c.rope_scaling != "none":
         scaling = {"rope_type": c.rope_scaling, "factor": c.rope_factor}
         if c.rope_scaling != "linear":
-            low, high = ("low_freq_factor", "high_freq_factor") if c.rope_scaling == "llama3" else ("beta_slow", "beta_fast")
+            low, high = (
+                ("low_freq_factor", "high_freq_factor") if c.rope_scaling == "llama3" else ("beta_slow", "beta_fast")
+            )
             scaling |= {low: c.rope_low, high: c.rope_high, "original_max_position_embeddings": c.rope_context}
-    kind = ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False, "sliding_window": None}
-            if c.qkv_bias else
-            {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "mlp_bias": False, "head_dim": c.hidden // c.n_head})  # fmt: skip
-    return {**kind, "vocab_size": c.vocab_size, "hidden_size": c.hidden, "intermediate_size": c.ffn or 4 * c.hidden, "num_hidden_layers": c.n_layer,
-            "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head or c.n_head, "hidden_act": "silu", "max_position_embeddings": c.context,
-            "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "rope_scaling": scaling, "tie_word_embeddings": c.tied, "attention_dropout": 0.0,
-            "initializer_range": 0.02}  # fmt: skip
+    kind = (
+        {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "use_sliding_window": False,
+            "sliding_window": None,
+        }
+        if c.qkv_bias
+        else {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "head_dim": c.hidden // c.n_head,
+        }
+    )
+    return {
+        **kind,
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden,
+        "intermediate_size": c.ffn or 4 * c.hidden,
+        "num_hidden_layers": c.n_layer,
+        "num_attention_heads": c.n_head,
+        "num_key_value_heads": c.n_kv_head or c.n_head,
+        "hidden_act": "silu",
+        "max_position_embeddings": c.context,
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": scaling,
+        "tie_word_embeddings": c.tied,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -125,10 +171,17 @@ def from_config(file: Path) -> config.Model:
         raise refuse("layer_types", layers, "full_attention in all: another is not served")
     qwen = kinds[0] == "Qwen2ForCausalLM"
     m = config.Model(
-        n_layer=take("num_hidden_layers", int), n_head=take("num_attention_heads", int),
-        n_kv_head=take("num_key_value_heads", int, None if qwen else found.get("num_attention_heads")), hidden=take("hidden_size", int),
-        ffn=take("intermediate_size", int), vocab_size=take("vocab_size", int), context=take("max_position_embeddings", int), qkv_bias=qwen,
-        tied=take("tie_word_embeddings", bool, False), norm_eps=take("rms_norm_eps", float, 1e-6))  # fmt: skip
+        n_layer=take("num_hidden_layers", int),
+        n_head=take("num_attention_heads", int),
+        n_kv_head=take("num_key_value_heads", int, None if qwen else found.get("num_attention_heads")),
+        hidden=take("hidden_size", int),
+        ffn=take("intermediate_size", int),
+        vocab_size=take("vocab_size", int),
+        context=take("max_position_embeddings", int),
+        qkv_bias=qwen,
+        tied=take("tie_word_embeddings", bool, False),
+        norm_eps=take("rms_norm_eps", float, 1e-6),
+    )
 
     # as our own configs leave them out
     m.n_kv_head, m.ffn = None if m.n_kv_head == m.n_head else m.n_kv_head, None if m.ffn == 4 * m.hidden else m.ffn
@@ -153,18 +206,28 @@ def from_config(file: Path) -> config.Model:
         m.rope_scaling, m.rope_factor = kind, take("factor", float, of=rope, prefix=at)
     if kind in ("llama3", "yarn"):
         m.rope_context = take("original_max_position_embeddings", int, of=rope, prefix=at)
-        low, high = (("low_freq_factor", None), ("high_freq_factor", None)) if kind == "llama3" else (("beta_slow", 1.0), ("beta_fast", 32.0))
+        low, high = (
+            (("low_freq_factor", None), ("high_freq_factor", None))
+            if kind == "llama3"
+            else (("beta_slow", 1.0), ("beta_fast", 32.0))
+        )
         m.rope_low, m.rope_high = (take(key, float, default, rope, at) for key, default in (low, high))
     if kind == "yarn":
         usual = 0.1 * math.log(max(m.rope_factor, 1.0)) + 1
         if not math.isclose(take("attention_factor", float, usual, rope, at), usual, rel_tol=1e-6):
-            raise refuse(f"{at}attention_factor", rope["attention_factor"], f"0.1 ln(factor) + 1 = {usual:.6g}: another is not served")
+            raise refuse(
+                f"{at}attention_factor",
+                rope["attention_factor"],
+                f"0.1 ln(factor) + 1 = {usual:.6g}: another is not served",
+            )
         if take("truncate", bool, True, rope, at) is not True:
             raise refuse(f"{at}truncate", rope["truncate"], "true: another is not served")
 
     D = found.get("head_dim")
     if D is not None and m.n_head > 0 and m.hidden / m.n_head != D:
-        raise refuse("head_dim", D, f"hidden_size / num_attention_heads = {m.hidden / m.n_head:g}: another is not served")
+        raise refuse(
+            "head_dim", D, f"hidden_size / num_attention_heads = {m.hidden / m.n_head:g}: another is not served"
+        )
     if problems := config.check(config.Config(model=m)):
         raise UserError("\n".join(f"{file}: {p}" for p in problems))
     return m
@@ -176,25 +239,35 @@ class Shards:
     def __init__(self, folder: Path, c: config.Model) -> None:
         self.folder, index = folder, folder / "model.safetensors.index.json"
         if (adapter := folder / "adapter_config.json").exists():
-            raise UserError(f"{adapter}: is that of an adapter; merge it into the weights first (peft: merge_and_unload), and save_pretrained")
+            raise UserError(
+                f"{adapter}: is that of an adapter; merge it into the weights first (peft: merge_and_unload), and save_pretrained"
+            )
         wanted: dict[str, Any] = {}
         if (whole := folder / "model.safetensors").is_file():
             files = [whole]
         elif index.is_file():
             wanted = json_object(index).get("weight_map") or {}
             if not isinstance(wanted, dict) or not wanted or not all(isinstance(f, str) for f in wanted.values()):
-                raise UserError(f"{index}: weight_map: got {str(wanted)[:40]!r}, expected names of tensors and their files")
+                raise UserError(
+                    f"{index}: weight_map: got {str(wanted)[:40]!r}, expected names of tensors and their files"
+                )
             for name in sorted(set(wanted.values())):
                 if not re.fullmatch(r"\w[\w.-]*\.safetensors", name):
-                    raise UserError(f"{index}: weight_map: got {name[:60]!r}, expected names of .safetensors files in this folder")
+                    raise UserError(
+                        f"{index}: weight_map: got {name[:60]!r}, expected names of .safetensors files in this folder"
+                    )
                 if not (folder / name).is_file():
                     raise UserError(f"{folder / name}: is not there, but {index.name} names it; fetch it")
             files = [folder / name for name in sorted(set(wanted.values()))]
         elif pickled := sorted(f for kind in ("*.bin", "*.pt", "*.pth") for f in folder.glob(kind)):
-            raise UserError(f"{pickled[0]}: pickled weights are not read, since reading them runs what is in them; convert them where you trust them: "
-                            f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(OUT, safe_serialization=True)")  # fmt: skip
+            raise UserError(
+                f"{pickled[0]}: pickled weights are not read, since reading them runs what is in them; convert them where you trust them: "
+                f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(OUT, safe_serialization=True)"
+            )
         else:
-            raise UserError(f"{folder}: has no model.safetensors and no {index.name}; expected a folder that save_pretrained made")
+            raise UserError(
+                f"{folder}: has no model.safetensors and no {index.name}; expected a folder that save_pretrained made"
+            )
         self.where: dict[str, Path] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         elements = 0
@@ -204,7 +277,9 @@ class Shards:
                     for name in f.keys():
                         part = f.get_slice(name)
                         if part.get_dtype() not in DTYPES:
-                            raise UserError(f"{file}: {name} is {part.get_dtype()}, expected {', '.join(DTYPES)}: quantized weights are not served")
+                            raise UserError(
+                                f"{file}: {name} is {part.get_dtype()}, expected {', '.join(DTYPES)}: quantized weights are not served"
+                            )
                         if name in self.where:
                             raise UserError(f"{file}: {name} is in {self.where[name].name} too, expected once")
                         self.where[name], shapes[name] = file, tuple(part.get_shape())
@@ -212,7 +287,9 @@ class Shards:
             except (SafetensorError, OSError) as e:
                 raise UserError(f"{file}: is no safetensors file ({e}); fetch it again") from None
         if lost := sorted(name for name, file in wanted.items() if self.where.get(name) != folder / file):
-            raise UserError(f"{folder / wanted[lost[0]]}: has no {lost[0]:.80}, but {index.name} says so; fetch both again")
+            raise UserError(
+                f"{folder / wanted[lost[0]]}: has no {lost[0]:.80}, but {index.name} says so; fetch both again"
+            )
         # a shape is only a claim: nothing is built that the files do not hold
         if c.n_layer > len(shapes):
             raise UserError(
@@ -220,18 +297,26 @@ class Shards:
             )
         names = rows(c)
         if missing := [name for parts in names.values() for name, _ in parts if name not in shapes]:
-            raise UserError(f"{folder}: {missing[0]} is missing, and {len(missing) - 1} more tensors; expected the whole model of config.json")
+            raise UserError(
+                f"{folder}: {missing[0]} is missing, and {len(missing) - 1} more tensors; expected the whole model of config.json"
+            )
         if (need := llama.parameters(c)) > elements:
-            raise UserError(f"{folder / 'config.json'}: is of a model of {need:,} parameters, but the files hold {elements:,}; fetch both again")
+            raise UserError(
+                f"{folder / 'config.json'}: is of a model of {need:,} parameters, but the files hold {elements:,}; fetch both again"
+            )
         with torch.device("meta"):
             ours = {name: p.shape for name, p in llama.Transformer(c).named_parameters()}
         expected = {name: (r, *ours[own][1:]) for own, parts in names.items() for name, r in parts}
         for name, shape in expected.items():
             if shapes[name] != shape:
-                raise UserError(f"{self.where[name]}: {name} has shape {shapes[name]}, expected {shape}, as config.json says")
+                raise UserError(
+                    f"{self.where[name]}: {name} has shape {shapes[name]}, expected {shape}, as config.json says"
+                )
         # a tied head may be there once more (load compares it), and old releases hold the angles, which follow from config.json
         extra = [
-            n for n in sorted(shapes.keys() - expected.keys()) if not n.endswith("rotary_emb.inv_freq") and not (c.tied and n == "lm_head.weight")
+            n
+            for n in sorted(shapes.keys() - expected.keys())
+            if not n.endswith("rotary_emb.inv_freq") and not (c.tied and n == "lm_head.weight")
         ]
         if extra:
             raise UserError(
@@ -253,7 +338,9 @@ class Shards:
                 raise UserError(f"{file}: {name} cannot be read ({e}); fetch it again") from None
 
         out, total = {}, 4 * llama.parameters(self.c)
-        with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=True if quiet else None, delay=2) as bar:
+        with tqdm(
+            total=total, unit="B", unit_scale=True, desc="reading", disable=True if quiet else None, delay=2
+        ) as bar:
             for own, parts in rows(self.c).items():
                 out[own] = torch.empty(self.shapes[own])
                 for (name, _), target in zip(parts, out[own].split([r for _, r in parts]), strict=True):
@@ -274,7 +361,9 @@ class Shards:
 def making(out: Path) -> Iterator[Path]:
     """A hidden folder that becomes `out` when all of it is written; removed if that fails. UserError if `out` is there."""
     work = out.parent / f".{out.name}.partial"
-    with disk.lock(out.parent / f".{out.name}.lock", f"{out}: another process is making it; wait for it or choose another --out"):
+    with disk.lock(
+        out.parent / f".{out.name}.lock", f"{out}: another process is making it; wait for it or choose another --out"
+    ):
         try:
             if out.exists() or out.is_symlink():
                 raise UserError(f"{out}: is there already and is never overwritten; choose another --out")
@@ -306,7 +395,9 @@ def model_toml(c: config.Config, source: str) -> str:
     m, plain, context = c.model, config.Model(), min(c.model.context, CONTEXT)
     shape = ("n_layer", "n_head", "hidden", "vocab_size")
     keys = {
-        f.name: getattr(m, f.name) for f in fields(m) if f.name in shape or (f.name != "context" and getattr(m, f.name) != getattr(plain, f.name))
+        f.name: getattr(m, f.name)
+        for f in fields(m)
+        if f.name in shape or (f.name != "context" and getattr(m, f.name) != getattr(plain, f.name))
     }
     line = "".join(f"{k} = {v!r}\n" if isinstance(v, float) else f"{k} = {json.dumps(v)}\n" for k, v in keys.items())
     batch = context * max(1, 65536 // context)
@@ -336,8 +427,18 @@ def bring(source: str, out: str, quiet: bool = False) -> Path:
     c.data.path = str(target / "tokenizer")
     checkpoint.check_space(target.parent, 4 * llama.parameters(m))
     tensors = {f"model.{name}": t for name, t in shards.load(quiet).items()}
-    record = {"segment": lineage.IMPORT, "version": 1, "path": {}, "finished": True, "pinned": True, "parent": None, "tokens": 0,
-              "config": config.values(c), "data": {"tokenizer": tok.sha256, "increments": []}, "versions": {"torch": torch.__version__}}  # fmt: skip
+    record = {
+        "segment": lineage.IMPORT,
+        "version": 1,
+        "path": {},
+        "finished": True,
+        "pinned": True,
+        "parent": None,
+        "tokens": 0,
+        "config": config.values(c),
+        "data": {"tokenizer": tok.sha256, "increments": []},
+        "versions": {"torch": torch.__version__},
+    }
     with making(target) as work:
         copy_tokenizer(folder, work / "tokenizer")
         (work / "import").mkdir()
@@ -364,8 +465,15 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-SAMPLES = ["The whale, 1234567 miles; naïve café — 鲸鱼在海里。", "\n\n  def f(x):\r\n\treturn x  \n", "I'LL DON'T we've", " " * 70, "<|endoftext|>", "a\0🙂é\u0301",
-           "x=" * 200]  # fmt: skip
+SAMPLES = [
+    "The whale, 1234567 miles; naïve café — 鲸鱼在海里。",
+    "\n\n  def f(x):\r\n\treturn x  \n",
+    "I'LL DON'T we've",
+    " " * 70,
+    "<|endoftext|>",
+    "a\0🙂é\u0301",
+    "x=" * 200,
+]
 
 
 def unicode_of_bytes() -> list[str]:
@@ -403,14 +511,55 @@ def made_tokenizer(tok: Tokenizer) -> dict[str, Any]:
         cuts = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
         merges += [[spell(a), spell(b)] for a, b in sorted(cuts, key=lambda cut: (ranks[cut[0]], ranks[cut[1]]))]
     level: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = [] if plain else [{"type": "Split", "pattern": {"Regex": plain_pattern(tok.encoding._pat_str)}, "behavior": "Isolated", "invert": False}]
-    added = [{"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-             for t, i in sorted(special.items(), key=lambda item: item[1])]  # fmt: skip
-    vocab = {spell(b): r for b, r in sorted(ranks.items(), key=lambda item: item[1])} | {a["content"]: a["id"] for a in added}
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*split, level]}, "post_processor": None, "decoder": level,
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,
-                      "byte_fallback": False, "ignore_merges": not plain, "vocab": vocab, "merges": merges}}  # fmt: skip
+    split = (
+        []
+        if plain
+        else [
+            {
+                "type": "Split",
+                "pattern": {"Regex": plain_pattern(tok.encoding._pat_str)},
+                "behavior": "Isolated",
+                "invert": False,
+            }
+        ]
+    )
+    added = [
+        {
+            "id": i,
+            "content": t,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for t, i in sorted(special.items(), key=lambda item: item[1])
+    ]
+    vocab = {spell(b): r for b, r in sorted(ranks.items(), key=lambda item: item[1])} | {
+        a["content"]: a["id"] for a in added
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*split, level]},
+        "post_processor": None,
+        "decoder": level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": not plain,
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }
 
 
 def write_tokenizer(tok: Tokenizer, folder: Path) -> None:
@@ -422,10 +571,21 @@ def write_tokenizer(tok: Tokenizer, folder: Path) -> None:
         disk.write(folder / "tokenizer.json", json.dumps(made_tokenizer(tok), ensure_ascii=False))
         end = "<|endoftext|>"
     if not (folder / "tokenizer_config.json").exists():
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "model_max_length": 10**30, "clean_up_tokenization_spaces": False}
-        disk.write(folder / "tokenizer_config.json", json.dumps({**settings, **({} if tok.is_folder else {"chat_template": CHATML})}, indent=1))
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": end,
+            "model_max_length": 10**30,
+            "clean_up_tokenization_spaces": False,
+        }
+        disk.write(
+            folder / "tokenizer_config.json",
+            json.dumps({**settings, **({} if tok.is_folder else {"chat_template": CHATML})}, indent=1),
+        )
     if not (folder / "generation_config.json").exists():
-        disk.write(folder / "generation_config.json", json.dumps({"bos_token_id": None, "eos_token_id": tok.eot, "pad_token_id": tok.eot}, indent=1))
+        disk.write(
+            folder / "generation_config.json",
+            json.dumps({"bos_token_id": None, "eos_token_id": tok.eot, "pad_token_id": tok.eot}, indent=1),
+        )
 
 
 def check_tokenizer(tok: Tokenizer, folder: Path) -> None:
@@ -433,12 +593,17 @@ def check_tokenizer(tok: Tokenizer, folder: Path) -> None:
     try:
         import tokenizers  # noqa: F401
     except ImportError:
-        print("hf.py: the package tokenizers is not installed, so the ids of the exported tokenizer are not compared", file=sys.stderr)
+        print(
+            "hf.py: the package tokenizers is not installed, so the ids of the exported tokenizer are not compared",
+            file=sys.stderr,
+        )
         return
     written = Tokenizer(str(folder))
     for sample in SAMPLES:
         if written.encode(sample) != tok.encode(sample) or written.eot != tok.eot:
-            raise UserError(f"tokenizer {tok.name}: tokenizer.json gives other ids for {sample[:40]!r}; its pattern or ranks cannot be exported")
+            raise UserError(
+                f"tokenizer {tok.name}: tokenizer.json gives other ids for {sample[:40]!r}; its pattern or ranks cannot be exported"
+            )
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -458,16 +623,34 @@ def send(source: str, out: str, data: str | None = None, quiet: bool = False) ->
     with making(target) as work:
         write_tokenizer(tok, work)
         try:
-            save_file(theirs(c, {name: p.detach() for name, p in net.named_parameters()}), work / "model.safetensors", {"format": "pt"})
+            save_file(
+                theirs(c, {name: p.detach() for name, p in net.named_parameters()}),
+                work / "model.safetensors",
+                {"format": "pt"},
+            )
         except SafetensorError as e:  # of the disk
             raise UserError(f"{target / 'model.safetensors'}: cannot be written ({e})") from None
-        from_where = {"tokenizer": meta["data"]["tokenizer"], "tokenizer_json": disk.sha256(work / "tokenizer.json"), "segment": meta["segment"],
-                      "step": meta["step"], "version": meta["version"], "hash": meta["hash"]}  # fmt: skip
-        settings = {**to_config(c), "bos_token_id": None, "eos_token_id": tok.eot, "torch_dtype": "float32", "pathswitch": from_where}
+        from_where = {
+            "tokenizer": meta["data"]["tokenizer"],
+            "tokenizer_json": disk.sha256(work / "tokenizer.json"),
+            "segment": meta["segment"],
+            "step": meta["step"],
+            "version": meta["version"],
+            "hash": meta["hash"],
+        }
+        settings = {
+            **to_config(c),
+            "bos_token_id": None,
+            "eos_token_id": tok.eot,
+            "torch_dtype": "float32",
+            "pathswitch": from_where,
+        }
         disk.write(work / "config.json", json.dumps(settings, indent=1))
         check_tokenizer(tok, work)
     if not quiet:
-        print(f"{target}: {llama.parameters(c):,} parameters of {path} as {settings['architectures'][0]}, with its tokenizer")
+        print(
+            f"{target}: {llama.parameters(c):,} parameters of {path} as {settings['architectures'][0]}, with its tokenizer"
+        )
     return target
 
 
@@ -475,7 +658,9 @@ def main() -> None:
     a = config.Parser(prog="hf.py", description=__doc__)
     verbs = a.add_subparsers(dest="verb", required=True, parser_class=config.Parser)
     p = verbs.add_parser("import", help=f"a folder of {' or '.join(SERVED)} -> a checkpoint")
-    p.add_argument("path", metavar="FOLDER", help="config.json, *.safetensors and tokenizer.json, as save_pretrained writes them")
+    p.add_argument(
+        "path", metavar="FOLDER", help="config.json, *.safetensors and tokenizer.json, as save_pretrained writes them"
+    )
     q = verbs.add_parser("export", help="a checkpoint -> a folder for transformers and what reads the same")
     q.add_argument("path", metavar="CHECKPOINT", help="such as out/tiny/base-s1/main/step-000080")
     q.add_argument("--data", help="a prepared folder with its tokenizer [the one that the checkpoint was trained on]")

@@ -17,7 +17,18 @@ import eval as evaluation
 import tables
 import train
 
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t, 97.5 %, for 1, 2, .. degrees of freedom
+T975 = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+)  # Student's t, 97.5 %, for 1, 2, .. degrees of freedom
 
 
 def scores(checkpoints: list[Path], kept: Path, jobs: int, device: str) -> dict[Path, evaluation.Score]:
@@ -42,7 +53,13 @@ def scores(checkpoints: list[Path], kept: Path, jobs: int, device: str) -> dict[
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
     with ThreadPoolExecutor(jobs) as pool:
-        return dict(zip(checkpoints, tqdm(pool.map(one, checkpoints), total=len(checkpoints), desc="evaluating", unit="checkpoint"), strict=True))
+        return dict(
+            zip(
+                checkpoints,
+                tqdm(pool.map(one, checkpoints), total=len(checkpoints), desc="evaluating", unit="checkpoint"),
+                strict=True,
+            )
+        )
 
 
 Scores = dict[tuple[str, str, str], list[evaluation.Score]]  # {(group, name, column): one a seed}
@@ -67,7 +84,16 @@ def judge(found: Scores, claim: tables.Claim, seeds: int, paper: dict[tuple[str,
     for where, factors in claim.below_zero.items():
         value, se = combine(found, factors)
         printed = sum(f * paper[k] for k, f in factors.items()) if factors.keys() <= paper.keys() else None
-        parts.append({"where": where, "value": value, "se": se, "holds": value < 0, "clear": abs(value) > times * se, "paper": printed})
+        parts.append(
+            {
+                "where": where,
+                "value": value,
+                "se": se,
+                "holds": value < 0,
+                "clear": abs(value) > times * se,
+                "paper": printed,
+            }
+        )
     contradicted = any(p["clear"] and not p["holds"] for p in parts)
     holds = all(p["clear"] and p["holds"] for p in parts)
     return {"text": claim.text, "verdict": "FAILS" if contradicted else "HOLDS" if holds else "OPEN", "parts": parts}
@@ -78,9 +104,16 @@ def measure(t: tables.Table, found: Scores, seeds: list[int], columns: list[str]
     rows = []
     for r in t.rows:
         ppl = {c: [s.ppl for s in found[r.group, r.name, c]] for c in t.columns}
-        row: dict[str, Any] = {"group": r.group, "name": r.name, "labels": r.labels, "costs": r.costs, "paper": {c: v for c, v in r.paper.items() if not math.isnan(v)},
-               "ppl": {c: statistics.fmean(v) for c, v in ppl.items()}, "seeds": ppl,
-               "sd": {c: statistics.stdev(v) for c, v in ppl.items() if len(v) > 1}}  # fmt: skip
+        row: dict[str, Any] = {
+            "group": r.group,
+            "name": r.name,
+            "labels": r.labels,
+            "costs": r.costs,
+            "paper": {c: v for c, v in r.paper.items() if not math.isnan(v)},
+            "ppl": {c: statistics.fmean(v) for c, v in ppl.items()},
+            "seeds": ppl,
+            "sd": {c: statistics.stdev(v) for c, v in ppl.items() if len(v) > 1},
+        }
         if t.columns == columns:
             row["appl"] = statistics.fmean(row["ppl"].values())
         rows.append(row)
@@ -94,5 +127,15 @@ def measure(t: tables.Table, found: Scores, seeds: list[int], columns: list[str]
             differences.append(d)
     paper = {(r["group"], r["name"], c): v for r in rows for c, v in r["paper"].items()}
     some = next(iter(found.values()))[0]
-    return {"name": t.name, "title": t.title, "columns": t.columns, "rows": rows, "differences": differences, "notes": t.notes, "seeds": seeds,
-            "claims": [judge(found, c, len(seeds), paper) for c in t.claims if c.below_zero], "documents": len(some.nats), "tokens": int(some.tokens.sum())}  # fmt: skip
+    return {
+        "name": t.name,
+        "title": t.title,
+        "columns": t.columns,
+        "rows": rows,
+        "differences": differences,
+        "notes": t.notes,
+        "seeds": seeds,
+        "claims": [judge(found, c, len(seeds), paper) for c in t.claims if c.below_zero],
+        "documents": len(some.nats),
+        "tokens": int(some.tokens.sum()),
+    }

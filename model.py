@@ -66,16 +66,30 @@ class Block(nn.Module):
         self.gate_up = Linear(c.hidden, 2 * f, bias=False)
         self.ffn_out = Linear(f, c.hidden, bias=False)
 
-    def forward(self, added: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor, mask: Tensor | None = None,
-                past: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(
+        self,
+        added: Tensor,
+        x: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        past: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """`mask` (B, 1, T, S): which of S keys a query sees, if not those before it. `past`: keys and values (B, S, K, D) to which
         those of this call are added, at the positions (B, T)."""
         y, x = self.attn_norm(added, x)  # (B, T, C) each
         B, T, C = y.shape
-        q, k, v = rope(self.qkv(y).view(B, T, -1, self.D), cos, sin, *self.heads, self.use["rope"])  # (B, T, H, D), (B, T, K, D) twice
+        q, k, v = rope(
+            self.qkv(y).view(B, T, -1, self.D), cos, sin, *self.heads, self.use["rope"]
+        )  # (B, T, H, D), (B, T, K, D) twice
         if past:
-            k, v = (whole.scatter_(1, past[2][:, :, None, None].expand_as(new), new) for whole, new in zip(past[:2], (k, v), strict=True))
-        y = (attention(q, k, v, self.use["attention"]) if mask is None else masked_attention(q, k, v, mask)).reshape(B, T, C)
+            k, v = (
+                whole.scatter_(1, past[2][:, :, None, None].expand_as(new), new)
+                for whole, new in zip(past[:2], (k, v), strict=True)
+            )
+        y = (attention(q, k, v, self.use["attention"]) if mask is None else masked_attention(q, k, v, mask)).reshape(
+            B, T, C
+        )
         y, x = self.ffn_norm(self.attn_out(y), x)
         return self.ffn_out(swiglu(self.gate_up(y), self.use["swiglu"])), x  # (B, T, 2f) -> (B, T, f) -> (B, T, C)
 
@@ -100,9 +114,20 @@ class Transformer(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, c: config.Model, dtype: torch.dtype = torch.float32, use: dict[str, str] | None = None, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        c: config.Model,
+        dtype: torch.dtype = torch.float32,
+        use: dict[str, str] | None = None,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
-        self.config, self.dtype, self.use, self.recompute = c, dtype, use or dict.fromkeys(kernels.NAMES, "torch"), recompute
+        self.config, self.dtype, self.use, self.recompute = (
+            c,
+            dtype,
+            use or dict.fromkeys(kernels.NAMES, "torch"),
+            recompute,
+        )
         self.embed = nn.Embedding(c.vocab_size, c.hidden)
         self.blocks = nn.ModuleList(Block(c, self.use) for _ in range(c.n_layer))
         self.norm = RMSNorm(c, self.use["rms_norm"])
@@ -110,7 +135,9 @@ class Transformer(nn.Module):
         if c.tied:
             self.head.weight = self.embed.weight
         stretch = scaling(c.rope_scaling, c.rope_factor, c.rope_context, c.rope_low, c.rope_high, c.rope_theta)
-        for name, table in zip(("cos", "sin"), rope_table(c.context, c.hidden // c.n_head, c.rope_theta, stretch), strict=True):
+        for name, table in zip(
+            ("cos", "sin"), rope_table(c.context, c.hidden // c.n_head, c.rope_theta, stretch), strict=True
+        ):
             self.register_buffer(name, table, persistent=False)
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -118,7 +145,9 @@ class Transformer(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None, reduction: str = "mean", documents: Tensor | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, targets: Tensor | None = None, reduction: str = "mean", documents: Tensor | None = None
+    ) -> Tensor:
         """Token ids (B, T), T at most the context -> logits (B, T, V); with targets (B, T) -> their loss in nats, float32.
 
         `documents` (B, T): a token sees only tokens of its own number.
@@ -143,7 +172,9 @@ class Transformer(nn.Module):
             if cache.end:  # else all rows begin, and attention is the usual one
                 cos, sin = self.cos[at], self.sin[at]  # (B, T, D/2)
             cache.end += T
-            mask = (torch.arange(cache.end, device=ids.device) <= at[:, :, None])[:, None] if cache.end > T else None  # (B, 1, T, S)
+            mask = (
+                (torch.arange(cache.end, device=ids.device) <= at[:, :, None])[:, None] if cache.end > T else None
+            )  # (B, 1, T, S)
             pasts = [(k[:, : cache.end], v[:, : cache.end], at) for k, v in zip(cache.k, cache.v, strict=True)]
         added, x = self.embed(ids).to(self.dtype), None  # (B, T, C)
         for block, past in zip(self.blocks, pasts, strict=True):
@@ -154,7 +185,9 @@ class Transformer(nn.Module):
     def cache(self, rows: int, size: int) -> Cache:
         """An empty one for so many sequences of at most `size` tokens."""
         c, device = self.config, self.embed.weight.device
-        k = torch.zeros(c.n_layer, rows, size, c.n_kv_head or c.n_head, c.hidden // c.n_head, dtype=self.dtype, device=device)
+        k = torch.zeros(
+            c.n_layer, rows, size, c.n_kv_head or c.n_head, c.hidden // c.n_head, dtype=self.dtype, device=device
+        )
         return Cache(k, torch.zeros_like(k), torch.zeros(rows, dtype=torch.int64, device=device))
 
 

@@ -52,10 +52,17 @@ def provenance(s: scales.Setup, cells: graph.Graph, root: Path) -> dict[str, Any
         log = graph.records(root / name)
         firsts += [r for r in log if "config" in r]
         spent += graph.trained(log)[1]
-    return {"scale": s.scale.name, "config": config.values(s.base), "segments": len(cells), "steps": sum(c.steps for c in cells.values()), "seconds": spent,
-            "devices": sorted({f"{r['device']} ({r['ranks']} rank{'s' * (r['ranks'] > 1)}, {r['dtype']})" for r in firsts}),
-            "versions": sorted({f"torch {r['versions']['torch']}, Python {r['versions']['python']}" for r in firsts}),
-            "commits": sorted({r["commit"][:12] for r in firsts if r["commit"]}), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    return {
+        "scale": s.scale.name,
+        "config": config.values(s.base),
+        "segments": len(cells),
+        "steps": sum(c.steps for c in cells.values()),
+        "seconds": spent,
+        "devices": sorted({f"{r['device']} ({r['ranks']} rank{'s' * (r['ranks'] > 1)}, {r['dtype']})" for r in firsts}),
+        "versions": sorted({f"torch {r['versions']['torch']}, Python {r['versions']['python']}" for r in firsts}),
+        "commits": sorted({r["commit"][:12] for r in firsts if r["commit"]}),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def save_logs(results: Path, root: Path) -> None:
@@ -87,7 +94,9 @@ class Asked:
                 for column, point in r.points.items():
                     cell, step = graph.add(self.cells, s, point, seed)
                     graph.add(self.own[name], s, point, seed)
-                    self.where[name].setdefault((r.group, r.name, column), []).append(path := checkpoint.path(root / cell, step))
+                    self.where[name].setdefault((r.group, r.name, column), []).append(
+                        path := checkpoint.path(root / cell, step)
+                    )
                     self.cell[path] = cell
                 for point in r.also:
                     graph.add(self.cells, s, point, seed)
@@ -100,7 +109,11 @@ def left(cells: graph.Graph, root: Path, jobs: int, mfu: float, pace: float | No
     line = f"{len(cells)} segments, {len(cells) - len(todo)} done"
     if todo:
         line += f"; left: {steps:,.0f} steps, {flops:.3g} FLOPs, "
-        line += f"{graph.duration(pace * flops / jobs)} of training at the pace so far, {jobs} side by side" if pace else gpu_hours(flops, mfu)
+        line += (
+            f"{graph.duration(pace * flops / jobs)} of training at the pace so far, {jobs} side by side"
+            if pace
+            else gpu_hours(flops, mfu)
+        )
     return line
 
 
@@ -112,19 +125,27 @@ def print_plan(asked: Asked, root: Path, ranks: int, mfu: float, slurm: bool) ->
     """Steps, tokens and cost of what is asked for, and the commands that make it."""
     for name, own in asked.own.items():
         tokens = sum(c.steps * c.config.train.batch_tokens for c in own.values())
-        print(f"{name}: {len(own)} segments, {sum(c.steps for c in own.values()):,} steps, {tables.count(tokens)} tokens, "
-              f"{gpu_hours(sum(c.flops for c in own.values()), mfu)}; {len(graph.left(own, root)[0])} segments to do")  # fmt: skip
+        print(
+            f"{name}: {len(own)} segments, {sum(c.steps for c in own.values()):,} steps, {tables.count(tokens)} tokens, "
+            f"{gpu_hours(sum(c.flops for c in own.values()), mfu)}; {len(graph.left(own, root)[0])} segments to do"
+        )
     todo, steps, flops = graph.left(asked.cells, root)
     seconds = flops / (mfu * cost.PEAK * ranks)
     disk = sum(len(c.required) * checkpoint.BYTES * model.parameters(c.config.model) for c in asked.cells.values())
     print(
         f"To do, each segment once: {len(todo)} segments, {steps:,.0f} steps, {gpu_hours(flops, mfu)} at {mfu:.0%} of {cost.PEAK / 1e12:.0f} TFLOP/s, an H100's peak (--mfu);"
     )
-    print(f"{graph.duration(seconds)} one after another on {ranks} GPU{'s' * (ranks > 1)}; {disk / 1e9:,.3g} GB of checkpoints that are kept.")
+    print(
+        f"{graph.duration(seconds)} one after another on {ranks} GPU{'s' * (ranks > 1)}; {disk / 1e9:,.3g} GB of checkpoints that are kept."
+    )
     for path in sorted({c.config.data.path for c in asked.cells.values()}):
         if not (Path(path) / "meta.json").exists():
             readers = [c.config for c in asked.cells.values() if c.config.data.path == path]
-            most = max(min(T, c.data.unique or T) * c.train.batch_tokens for c in readers for T in c.data.increments or c.increments)
+            most = max(
+                min(T, c.data.unique or T) * c.train.batch_tokens
+                for c in readers
+                for T in c.data.increments or c.increments
+            )
             print(
                 f"Data: {path} is not there yet, and up to {tables.count(most)} tokens of an increment are read: python data.py prepare --out {path} --help"
             )
@@ -148,26 +169,44 @@ def check_settings(s: scales.Setup, root: Path) -> None:
     here = config.flatten(s.base)
     if different := [k for k, (f, v) in here.items() if not f.metadata["free"] and k not in VARIED and there[k] != v]:
         was = ", ".join(f"{k}: {there[k]} there, {here[k][1]} here" for k in different)
-        raise UserError(f"{root / 'config.toml'}: was begun with other settings ({was}); go back to them, or choose another --out")
+        raise UserError(
+            f"{root / 'config.toml'}: was begun with other settings ({was}); go back to them, or choose another --out"
+        )
 
 
 def main() -> None:
-    a = config.Parser(prog="paper.py", description=__doc__,
-                      usage="paper.py WHAT .. [--scale NAME] [--seeds N] [--schedules A,B] [--sft FILE] [--tasks A,B] [--data_dir DIR] [--jobs N] [--ranks N] [--run yes|no] [--slurm] [--section.key VALUE ..]")  # fmt: skip
+    a = config.Parser(
+        prog="paper.py",
+        description=__doc__,
+        usage="paper.py WHAT .. [--scale NAME] [--seeds N] [--schedules A,B] [--sft FILE] [--tasks A,B] [--data_dir DIR] [--jobs N] [--ranks N] [--run yes|no] [--slurm] [--section.key VALUE ..]",
+    )
     a.add_argument("what", nargs="+", help=f"status, report, or some of {', '.join(ORDER)}")
     a.add_argument("--scale", default="tiny", help="a name in configs/scales/ or a .toml file [tiny]")
     a.add_argument("--seeds", type=int, default=1, help="repeat with so many seeds, from train.seed on [1]")
     a.add_argument("--schedules", help=f"for the tables that compare them [{','.join(tables.MAIN)}]")
     a.add_argument("--jobs", type=int, help="segments side by side [as many as GPUs or cores allow]")
     a.add_argument("--ranks", type=int, help="processes of a segment [the scale's]")
-    a.add_argument("--run", choices=("yes", "no"), help="train what is missing; no: print what it would cost [the scale's]")
-    a.add_argument("--sft", metavar="FILE", help="table4, table11: fine-tune each version on these examples first [take them as they are]")
+    a.add_argument(
+        "--run", choices=("yes", "no"), help="train what is missing; no: print what it would cost [the scale's]"
+    )
+    a.add_argument(
+        "--sft",
+        metavar="FILE",
+        help="table4, table11: fine-tune each version on these examples first [take them as they are]",
+    )
     a.add_argument("--tasks", help=f"table4, table11: tasks of the harness [{','.join(downstream.NINE)}]")
     a.add_argument("--data_dir", help="table4, table11: folder of local copies of the tasks' data [the hub]")
     a.add_argument("--limit", type=int, help="table4, table11: so many examples of each task [all]")
     a.add_argument("--num_fewshot", type=int, help="table4, table11: examples in the prompt [as each task says]")
-    a.add_argument("--slurm", action="store_true", help="print SLURM jobs that wait for each other, in place of torchrun's lines")
-    a.add_argument("--mfu", type=float, default=0.4, help="part of a GPU's peak that training reaches, for the costs of plans [0.4]")
+    a.add_argument(
+        "--slurm", action="store_true", help="print SLURM jobs that wait for each other, in place of torchrun's lines"
+    )
+    a.add_argument(
+        "--mfu",
+        type=float,
+        default=0.4,
+        help="part of a GPU's peak that training reaches, for the costs of plans [0.4]",
+    )
     a.add_config(name=False)
     o, unknown = a.parse_known_intermixed_args()
     scale = scales.load_scale(o.scale)
@@ -222,14 +261,18 @@ def main() -> None:
     if todo and not may_train:
         print_plan(asked, root, ranks, o.mfu, o.slurm)
         if tasked and o.sft:
-            print(f"Then this command with --run no prints the fine-tunings of {' and '.join(tasked)}, which --run yes does, too.")
+            print(
+                f"Then this command with --run no prints the fine-tunings of {' and '.join(tasked)}, which --run yes does, too."
+            )
         raise UserError(
             f"{', '.join(what)}: {len(todo)} of {len(asked.cells)} segments are not trained yet; train them as printed above, or here with --run yes"
         )
     text.optional("matplotlib", "matplotlib", "drawing")
     if todo:
         if 0 < gpus < ranks:
-            raise UserError(f"--ranks: got {ranks} processes a segment, but this machine has {gpus} GPUs; lower it to that")
+            raise UserError(
+                f"--ranks: got {ranks} processes a segment, but this machine has {gpus} GPUs; lower it to that"
+            )
         data.ship(s.base.data.path)
         short = {
             p: None
@@ -248,14 +291,31 @@ def main() -> None:
         made = {"table9": tables.table9(s)} if "table9" in what else {}
         if asked.cells:
             train.steady_malloc(train.pick_device(s.base.train.device, 0))
-            every = sorted({p for name, points in asked.where.items() if name not in tasked for ps in points.values() for p in ps})
+            every = sorted(
+                {p for name, points in asked.where.items() if name not in tasked for ps in points.values() for p in ps}
+            )
             known = measure.scores(every, root / "scores", jobs, s.base.train.device) if every else {}
             for name, t in asked.specs.items():
                 if name in tasked:
-                    made[name] = downstream.make(t, s, asked.cell, asked.where[name], root, o.sft, asked_tasks, may_train, jobs, gpus, ranks, options)
+                    made[name] = downstream.make(
+                        t,
+                        s,
+                        asked.cell,
+                        asked.where[name],
+                        root,
+                        o.sft,
+                        asked_tasks,
+                        may_train,
+                        jobs,
+                        gpus,
+                        ranks,
+                        options,
+                    )
                     continue
                 found = {k: [known[p] for p in ps] for k, ps in asked.where[name].items()}
-                made[name] = measure.measure(t, found, seeds, s.columns) | {"made": provenance(s, asked.own[name], root)}
+                made[name] = measure.measure(t, found, seeds, s.columns) | {
+                    "made": provenance(s, asked.own[name], root)
+                }
             save_logs(results, root)
         for name in what:
             publish(name, s, made, asked, root, results, seeds[0])
@@ -263,7 +323,9 @@ def main() -> None:
     print(f"{results / 'report.html'}: all of it; {graph.duration(time.perf_counter() - began)}, {jobs} side by side")
 
 
-def publish(name: str, s: scales.Setup, made: dict[str, dict[str, Any]], asked: Asked, root: Path, results: Path, seed: int) -> None:
+def publish(
+    name: str, s: scales.Setup, made: dict[str, dict[str, Any]], asked: Asked, root: Path, results: Path, seed: int
+) -> None:
     """Write and print a table or figure: a record (.json), Markdown (.md) and a picture (.png)."""
     if name in made:
         disk.write(results / f"{name}.json", json.dumps(made[name], indent=1) + "\n")
@@ -281,7 +343,11 @@ def publish(name: str, s: scales.Setup, made: dict[str, dict[str, Any]], asked: 
     elif name == "fig2":
         figures.cost_and_quality(made["table3"], file)
     elif name == "loss":
-        logs = {n: (c.segment, graph.records(root / n)) for n, c in asked.own["table3"].items() if n.startswith(f"base-s{seed}/")}
+        logs = {
+            n: (c.segment, graph.records(root / n))
+            for n, c in asked.own["table3"].items()
+            if n.startswith(f"base-s{seed}/")
+        }
         figures.losses(logs, s.schedules[0], file)
     else:
         figures.table(made[name], file)

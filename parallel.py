@@ -47,16 +47,27 @@ def problems(wanted: str, shard_ranks: int | None, ranks: int) -> list[str]:
     """What is wrong with train.parallel and train.shard_ranks on this many ranks, a line each."""
     found = []
     if wanted == "none" and ranks > 1:
-        found.append(f"train.parallel: got none on {ranks} ranks, which would train {ranks} times the same; take auto, ddp or fsdp, or one process")
+        found.append(
+            f"train.parallel: got none on {ranks} ranks, which would train {ranks} times the same; take auto, ddp or fsdp, or one process"
+        )
     if shard_ranks and wanted != "fsdp":
-        found.append(f"train.shard_ranks: got {shard_ranks} with train.parallel {wanted}, expected fsdp; leave one of them out")
+        found.append(
+            f"train.shard_ranks: got {shard_ranks} with train.parallel {wanted}, expected fsdp; leave one of them out"
+        )
     elif shard_ranks and ranks % shard_ranks:
         near = max(n for n in range(1, min(ranks, shard_ranks) + 1) if ranks % n == 0)
-        found.append(f"train.shard_ranks: got {shard_ranks}, expected a divisor of the {ranks} ranks; the nearest below is {near}")
-    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        found.append(
+            f"train.shard_ranks: got {shard_ranks}, expected a divisor of the {ranks} ranks; the nearest below is {near}"
+        )
+    if (
+        os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+        and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    ):
         # https://github.com/pytorch/pytorch/issues/135712
-        found.append("torchrun --max-restarts: ranks that were started again would be given the addresses of the dead ones; "
-                     "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, and take --standalone or --rdzv-backend c10d")  # fmt: skip
+        found.append(
+            "torchrun --max-restarts: ranks that were started again would be given the addresses of the dead ones; "
+            "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, and take --standalone or --rdzv-backend c10d"
+        )
     return found
 
 
@@ -73,7 +84,10 @@ def choose(wanted: str, ranks: int, parameters: int, device: torch.device) -> tu
         return "ddp", "on a CPU always"
     memory = torch.cuda.get_device_properties(device).total_memory
     kind = "ddp" if 3 * state <= memory else "fsdp"
-    return kind, f"{state / 1e9:.3g} GB of weights, gradients and moments {'fit' if kind == 'ddp' else 'do not fit'} a third of {memory / 1e9:.3g} GB"
+    return (
+        kind,
+        f"{state / 1e9:.3g} GB of weights, gradients and moments {'fit' if kind == 'ddp' else 'do not fit'} a third of {memory / 1e9:.3g} GB",
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -89,9 +103,15 @@ def join(device: torch.device, rank: int, ranks: int, timeout: float) -> None:
         torch.cuda.set_device(device)
     alone: dict[str, Any] = {"store": dist.HashStore(), "rank": rank, "world_size": ranks} if ranks == 1 else {}
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=2 * timeout + 300), **alone)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=2 * timeout + 300),
+            **alone,
+        )
     except (RuntimeError, ValueError) as e:  # the address is taken, or nobody is there
-        raise Lost(f"rank {rank} could not meet the other {ranks - 1}: {first_line(e)}; MASTER_ADDR and MASTER_PORT must be rank 0's") from None
+        raise Lost(
+            f"rank {rank} could not meet the other {ranks - 1}: {first_line(e)}; MASTER_ADDR and MASTER_PORT must be rank 0's"
+        ) from None
 
 
 def words(e: BaseException) -> str:
@@ -158,7 +178,11 @@ def check_same(values: dict[str, Any], rank: int, ranks: int, remedy: str) -> No
     """UserError unless all ranks hold the same values; names the first rank that differs, and the keys."""
     theirs, here = told(values, ranks), json.loads(json.dumps(values))
     with together(rank, ranks):
-        if different := [f"{k}: {here.get(k)} here, {theirs.get(k)} there" for k in {**theirs, **here} if here.get(k) != theirs.get(k)]:
+        if different := [
+            f"{k}: {here.get(k)} here, {theirs.get(k)} there"
+            for k in {**theirs, **here}
+            if here.get(k) != theirs.get(k)
+        ]:
             raise UserError(f"rank {rank} differs from rank 0 ({', '.join(different)}); {remedy}")
 
 
@@ -188,7 +212,9 @@ def fingerprint(net: torch.nn.Module) -> int:
     total = torch.zeros((), dtype=torch.int64, device=parts[0].device)
     for bits in parts:
         for some in bits.split(1 << 24):  # int64 copies of a little at a time
-            total = total * MIX + (some.long() * torch.arange(1, 2 * len(some), 2, device=some.device)).sum()  # modulo 2^64
+            total = (
+                total * MIX + (some.long() * torch.arange(1, 2 * len(some), 2, device=some.device)).sum()
+            )  # modulo 2^64
     return int(total)
 
 
@@ -273,8 +299,12 @@ class Watchdog(threading.Thread):
             last, passed = time.monotonic(), time.monotonic() - last
             self.waited += min(passed, 2 * often)  # a process that was stopped itself (Ctrl-Z) has not waited
             if self.waited > self.seconds:
-                print(f"train.py: error: {self.what}: rank {self.rank} has waited for {self.seconds:g} s (train.timeout): another rank, a device or "
-                      f"a disk hangs. The same command goes on. {self.last_good()}", file=sys.stderr, flush=True)  # fmt: skip
+                print(
+                    f"train.py: error: {self.what}: rank {self.rank} has waited for {self.seconds:g} s (train.timeout): another rank, a device or "
+                    f"a disk hangs. The same command goes on. {self.last_good()}",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 os._exit(Lost.code)
 
 

@@ -15,12 +15,22 @@ class NanoBlock(nn.Module):
     def __init__(self, h: int, H: int, width: int) -> None:
         super().__init__()
         self.H = H
-        self.ln_1, self.c_attn, self.attn_proj = nn.LayerNorm(h, bias=False), nn.Linear(h, 3 * h, bias=False), nn.Linear(h, h, bias=False)
-        self.ln_2, self.c_fc, self.mlp_proj = nn.LayerNorm(h, bias=False), nn.Linear(h, width, bias=False), nn.Linear(width, h, bias=False)
+        self.ln_1, self.c_attn, self.attn_proj = (
+            nn.LayerNorm(h, bias=False),
+            nn.Linear(h, 3 * h, bias=False),
+            nn.Linear(h, h, bias=False),
+        )
+        self.ln_2, self.c_fc, self.mlp_proj = (
+            nn.LayerNorm(h, bias=False),
+            nn.Linear(h, width, bias=False),
+            nn.Linear(width, h, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.H, -1).transpose(1, 2) for t in self.c_attn(self.ln_1(x)).split(C, dim=2))  # (B, H, T, D)
+        q, k, v = (
+            t.view(B, T, self.H, -1).transpose(1, 2) for t in self.c_attn(self.ln_1(x)).split(C, dim=2)
+        )  # (B, H, T, D)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.attn_proj(y.transpose(1, 2).reshape(B, T, C))
         return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x))))

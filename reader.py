@@ -56,7 +56,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = disk.read_json(folder / "meta.json")
         if type(meta["format"]) is int and meta["format"] > 1:
-            raise UserError(f"{folder / 'meta.json'}: format {meta['format']}, expected 1; prepare it with this version of data.py")
+            raise UserError(
+                f"{folder / 'meta.json'}: format {meta['format']}, expected 1; prepare it with this version of data.py"
+            )
         check_meta(meta)
         sums: dict[str, str] = {}
         for part in [meta["val"], *meta["increments"]]:
@@ -66,13 +68,19 @@ def read_meta(folder: Path) -> dict[str, Any]:
                 )
         return meta
     except FileNotFoundError:
-        raise UserError(f"{folder}: no prepared data; make it: python data.py prepare --out {folder} --tokenizer NAME --source TEXT") from None
+        raise UserError(
+            f"{folder}: no prepared data; make it: python data.py prepare --out {folder} --tokenizer NAME --source TEXT"
+        ) from None
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{folder / 'meta.json'}: damaged ({type(e).__name__}: {e}); restore it or prepare the data again") from None
+        raise UserError(
+            f"{folder / 'meta.json'}: damaged ({type(e).__name__}: {e}); restore it or prepare the data again"
+        ) from None
 
 
 def tok_path(folder: Path, meta: dict[str, Any]) -> str:
-    return str(folder / meta["tokenizer"]) if meta["tokenizer"].endswith((".tiktoken", "tokenizer")) else meta["tokenizer"]
+    return (
+        str(folder / meta["tokenizer"]) if meta["tokenizer"].endswith((".tiktoken", "tokenizer")) else meta["tokenizer"]
+    )
 
 
 def tokenizer_of(folder: Path) -> Tokenizer:
@@ -80,7 +88,9 @@ def tokenizer_of(folder: Path) -> Tokenizer:
     meta = read_meta(folder)
     tok = Tokenizer(tok_path(folder, meta))
     if tok.sha256 != meta["tokenizer_sha256"]:
-        raise UserError(f"{tok_path(folder, meta)}: is not the tokenizer that {folder} was made with (SHA-256 differs); restore it")
+        raise UserError(
+            f"{tok_path(folder, meta)}: is not the tokenizer that {folder} was made with (SHA-256 differs); restore it"
+        )
     if (tok.vocab_size, tok.eot) != (meta["vocab_size"], meta["eot"]):
         raise UserError(
             f"{folder / 'meta.json'}: vocab_size and eot are {meta['vocab_size']} and {meta['eot']}, "
@@ -102,10 +112,19 @@ def check_files(folder: Path, names: list[str] | None = None, checksums: bool = 
             if not file.is_file():
                 raise UserError(f"{file}: is missing, or no file; restore it or prepare the data again")
             if file.stat().st_size != size:
-                raise UserError(f"{file}: got {file.stat().st_size} bytes, expected {size}; restore it or prepare the data again")
+                raise UserError(
+                    f"{file}: got {file.stat().st_size} bytes, expected {size}; restore it or prepare the data again"
+                )
             wanted.append((file, size, p["sha256"][kind]))
     if checksums:
-        with tqdm(total=sum(w[1] for w in wanted), unit="B", unit_scale=True, desc="verifying", disable=True if quiet else None, delay=2) as bar:
+        with tqdm(
+            total=sum(w[1] for w in wanted),
+            unit="B",
+            unit_scale=True,
+            desc="verifying",
+            disable=True if quiet else None,
+            delay=2,
+        ) as bar:
             for file, _, sha in wanted:
                 digest = hashlib.sha256()
                 with open(file, "rb") as f:
@@ -123,7 +142,9 @@ def check_files(folder: Path, names: list[str] | None = None, checksums: bool = 
             values, counts = np.unique(np.concatenate(list(cut.values())), return_counts=True)
             if (counts > 1).any():
                 twice = [name for name, a in cut.items() if values[counts > 1][0] in a]
-                raise UserError(f"{folder}: {' and '.join(twice)} hold the same document, but increments must not overlap; prepare the data again")
+                raise UserError(
+                    f"{folder}: {' and '.join(twice)} hold the same document, but increments must not overlap; prepare the data again"
+                )
     return sum(w[1] for w in wanted)
 
 
@@ -164,8 +185,24 @@ def permute(i: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
 class Tokens:
     """The prepared data as one run reads it: global batch `step` of B sequences, for every step of every increment."""
 
-    def __init__(self, folder: str, context: int, B: int, increments: list[int], seed: int, repeat: bool = False, unique: int | None = None) -> None:
-        self.folder, self.context, self.B, self.seed, self.repeat, self.unique = Path(folder), context, B, seed, repeat, unique
+    def __init__(
+        self,
+        folder: str,
+        context: int,
+        B: int,
+        increments: list[int],
+        seed: int,
+        repeat: bool = False,
+        unique: int | None = None,
+    ) -> None:
+        self.folder, self.context, self.B, self.seed, self.repeat, self.unique = (
+            Path(folder),
+            context,
+            B,
+            seed,
+            repeat,
+            unique,
+        )
         self.meta = read_meta(self.folder)
         self.ends = list(itertools.accumulate(increments))  # increment i covers steps ends[i-1] .. ends[i] - 1
         self.files: dict[str, np.ndarray] = {}
@@ -188,19 +225,31 @@ class Tokens:
             first = self.ends[i - 1] if i else 0
             if first < end and stop > start:
                 there = self.meta["increments"][i]["tokens"] if i < len(self.meta["increments"]) else 0
-                out.append((f"v{i + 1}", int(min(stop - first, end - first, self.unique or math.inf)) * self.B * self.context + 1, there))
+                out.append(
+                    (
+                        f"v{i + 1}",
+                        int(min(stop - first, end - first, self.unique or math.inf)) * self.B * self.context + 1,
+                        there,
+                    )
+                )
         return out
 
     def problems(self, start: int, end: float) -> list[str]:
         """Increments that steps start .. end - 1 need and that are missing or too short, a line each."""
         found = []
         if end < math.inf and end > self.ends[-1]:
-            found.append(f"data.increments: {self.ends[-1]:,} steps in all, expected at least the {int(end):,} that are trained; add to them")
+            found.append(
+                f"data.increments: {self.ends[-1]:,} steps in all, expected at least the {int(end):,} that are trained; add to them"
+            )
         for name, need, there in self.needs(start, end):
             if there == 0:
-                found.append(f"data.path {self.folder}: has no increment {name}; append it: python data.py add --out {self.folder} --source ...")
+                found.append(
+                    f"data.path {self.folder}: has no increment {name}; append it: python data.py add --out {self.folder} --source ..."
+                )
             elif there <= self.context:
-                found.append(f"data.path {self.folder}: {name} has {there:,} tokens, not one sequence of {self.context}")
+                found.append(
+                    f"data.path {self.folder}: {name} has {there:,} tokens, not one sequence of {self.context}"
+                )
             elif there < need and not self.repeat:
                 steps = (there - 1) // (self.B * self.context)
                 found.append(
@@ -211,7 +260,10 @@ class Tokens:
     def identity(self, step: int) -> dict[str, Any]:
         """What a checkpoint at `step` records of the data it has seen: the hashes of tokenizer and increments."""
         seen = self.place(step - 1)[0] + 1 if step else 0
-        return {"tokenizer": self.meta["tokenizer_sha256"], "increments": [p["sha256"]["bin"] for p in self.meta["increments"][:seen]]}
+        return {
+            "tokenizer": self.meta["tokenizer_sha256"],
+            "increments": [p["sha256"]["bin"] for p in self.meta["increments"][:seen]],
+        }
 
     def targets(self, step: int) -> int:
         """Targets of a global batch: all its tokens."""
@@ -243,7 +295,9 @@ class Tokens:
                 f"{self.folder / name}.bin: token id {ids.max()}, expected below the vocabulary's {self.meta['vocab_size']}; prepare the data again"
             )
 
-    def validation(self, rows: int, limit: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def validation(
+        self, rows: int, limit: int = 0, rank: int = 0, ranks: int = 1
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The validation set in order, `rows` sequences at a time, this rank's share of them; its last sequence may be shorter.
 
         `limit` tokens, 0: all. Every token but the very first is a target once.

@@ -27,12 +27,26 @@ def grid(record: dict[str, Any]) -> Matrix:
         return [record["header"], *record["rows"]]
     first, columns, several = record["rows"][0], record["columns"], len(record["seeds"]) > 1
     appl, printed = "appl" in first, any(r["paper"] for r in record["rows"])
-    head = [*first["labels"], *first["costs"], *columns, *["APPL"] * appl, *([f"paper: {c}" for c in columns] if printed else [])]
+    head = [
+        *first["labels"],
+        *first["costs"],
+        *columns,
+        *["APPL"] * appl,
+        *([f"paper: {c}" for c in columns] if printed else []),
+    ]
     rows = []
     for r in record["rows"]:
         ppl = [f"{r['ppl'][c]:.2f}" + (f" ± {r['sd'][c]:.2f}" if several else "") for c in columns]
         paper = [f"{r['paper'][c]:.2f}" if c in r["paper"] else "-" for c in columns] if printed else []
-        rows.append([*r["labels"].values(), *(f"{v:.2f}x" for v in r["costs"].values()), *ppl, *[f"{r.get('appl', 0):.2f}"] * appl, *paper])
+        rows.append(
+            [
+                *r["labels"].values(),
+                *(f"{v:.2f}x" for v in r["costs"].values()),
+                *ppl,
+                *[f"{r.get('appl', 0):.2f}"] * appl,
+                *paper,
+            ]
+        )
     return [head, *rows]
 
 
@@ -53,13 +67,19 @@ def words(record: dict[str, Any]) -> list[str]:
     if "seeds" not in record:
         return record.get("notes", [])
     n, m = len(record["seeds"]), record["made"]
-    spread = f"Mean ± standard deviation over {n} seeds; differences paired by seed (standard error)" if n > 1 else "One seed; differences paired by document (standard error)"  # fmt: skip
+    spread = (
+        f"Mean ± standard deviation over {n} seeds; differences paired by seed (standard error)"
+        if n > 1
+        else "One seed; differences paired by document (standard error)"
+    )
     lines = [
         f"PPL on {record['tokens']:,} tokens of {record['documents']} held-out documents. {spread}. cost: steps relative to PTFS.",
         *record["notes"],
     ]
-    lines.append(f"Scale {m['scale']}; {m['segments']} segments, {m['steps']:,} steps, {duration(m['seconds'])} of training, summed over segments; {'; '.join(m['devices'])}; "
-                 f"{'; '.join(m['versions'])}; commit {', '.join(m['commits']) or 'unknown'}; {m['date']}.")  # fmt: skip
+    lines.append(
+        f"Scale {m['scale']}; {m['segments']} segments, {m['steps']:,} steps, {duration(m['seconds'])} of training, summed over segments; {'; '.join(m['devices'])}; "
+        f"{'; '.join(m['versions'])}; commit {', '.join(m['commits']) or 'unknown'}; {m['date']}."
+    )
     return lines
 
 
@@ -71,7 +91,9 @@ def statements(record: dict[str, Any]) -> list[tuple[str, str]]:
         for p in c["parts"]:
             if not (p["holds"] and p["clear"]):
                 printed = f" (the paper's {p['paper']:+.2f})" if p["paper"] is not None else ""
-                others.append(f"{p['where']} {p['value']:+.2f} ± {p['se']:.2f}{printed}" + (" against it" if p["clear"] else ""))
+                others.append(
+                    f"{p['where']} {p['value']:+.2f} ± {p['se']:.2f}{printed}" + (" against it" if p["clear"] else "")
+                )
         held, clear = sum(p["holds"] for p in c["parts"]), sum(p["holds"] and p["clear"] for p in c["parts"])
         words = f"{c['text']}: in {held} of {len(c['parts'])}, clearly in {clear}"
         out.append((c["verdict"], words + (f"; not clearly: {'; '.join(others)}" if others else "")))
@@ -124,7 +146,11 @@ def table_html(rows: Matrix) -> str:
         body += f"<tr{' class=group' if r[0] != before and before is not None else ''}>"
         body += "".join(f'<td class="{k}">{e(cell)}</td>' for k, cell in zip(kinds, r, strict=True)) + "</tr>\n"
         before = r[0]
-    return "<table><tr>" + "".join(f'<th class="{k}">{e(h)}</th>' for k, h in zip(kinds, rows[0], strict=True)) + f"</tr>\n{body}</table>\n"
+    return (
+        "<table><tr>"
+        + "".join(f'<th class="{k}">{e(h)}</th>' for k, h in zip(kinds, rows[0], strict=True))
+        + f"</tr>\n{body}</table>\n"
+    )
 
 
 def section(name: str, title: str, record: dict[str, Any] | None, picture: bytes | None) -> str:
@@ -133,10 +159,16 @@ def section(name: str, title: str, record: dict[str, Any] | None, picture: bytes
     out = f'<h2 id="{name}">{e(title)}</h2>\n'
     if record:
         out += table_html(grid(record))
-        out += "<ul>" + "".join(f'<li><b class="{e(v)}">{e(v)}</b>{e(text)}</li>\n' for v, text in statements(record)) + "</ul>\n"
+        out += (
+            "<ul>"
+            + "".join(f'<li><b class="{e(v)}">{e(v)}</b>{e(text)}</li>\n' for v, text in statements(record))
+            + "</ul>\n"
+        )
     if picture:
         width = int.from_bytes(picture[16:20]) * 100 // 150  # drawn at 150 dots an inch; so that letters have one size
-        out += f'<img alt="{e(title)}" width="{width}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">\n'
+        out += (
+            f'<img alt="{e(title)}" width="{width}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">\n'
+        )
     if record:
         if rows := gaps(record):
             out += f"<details><summary>Paired differences</summary>{table_html(rows)}</details>\n"
@@ -165,12 +197,15 @@ def page(results: Path) -> Path:
             ) from None
     if not body:
         raise UserError(f"{results}: no table or figure is there yet; make some: python paper.py table3 fig2")
-    disk.write(results / "report.html", f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+    disk.write(
+        results / "report.html",
+        f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Learning-rate path switching: results</title><style>{STYLE}</style></head><body>
 <h1>Learning-rate path switching: tables and figures of the paper, measured here</h1>
 <p>Perplexity (PPL) of versions of a language model trained from scratch (PTFS), continually (CPT) and by path switching (ours), beside what
 <a href="https://arxiv.org/abs/2410.04103">the paper</a> prints for its own model and data. Lower is better.</p>
 <p class="small">{LEGEND}</p><nav>{links}</nav>
 {body}<h2>Settings</h2>{"".join(f"<pre>{html.escape(c)}</pre>" for c in settings)}</body></html>
-""")  # fmt: skip
+""",
+    )
     return results / "report.html"

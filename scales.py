@@ -79,10 +79,16 @@ def load_scale(name: str) -> Scale:
 
     def checked(where: str, keys: dict[str, Any]) -> dict[str, str]:
         """{"model": {"hidden": 32}} as on a command line."""
-        flat = {f"{k}.{k2}".rstrip("."): v2 for k, v in keys.items() for k2, v2 in (v.items() if isinstance(v, dict) else [("", v)])}
+        flat = {
+            f"{k}.{k2}".rstrip("."): v2
+            for k, v in keys.items()
+            for k2, v2 in (v.items() if isinstance(v, dict) else [("", v)])
+        }
         for k, v in flat.items():
             if not (k in free or k.startswith(("model.", "train."))) or k in ("train.seed", "train.save_at"):
-                raise UserError(f"{file}: {where}: {k} is not for a scale to change; expected keys of model and train, {', '.join(free)}")
+                raise UserError(
+                    f"{file}: {where}: {k} is not for a scale to change; expected keys of model and train, {', '.join(free)}"
+                )
             if not isinstance(v, (str, int, float, bool)):
                 raise UserError(f"{file}: {where}: {k}: got {v!r:.60}, expected a number, a text or true or false")
         texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in flat.items()}
@@ -90,14 +96,24 @@ def load_scale(name: str) -> Scale:
             config.load(texts.get("config", tree["config"]), {k: v for k, v in texts.items() if k != "config"})
         except UserError as e:
             raise UserError(
-                "\n".join(f"{file}: {where}: {line.removeprefix('command line: ').removeprefix('--')}" for line in str(e).splitlines())
+                "\n".join(
+                    f"{file}: {where}: {line.removeprefix('command line: ').removeprefix('--')}"
+                    for line in str(e).splitlines()
+                )
             ) from None
         return texts
 
     checked("config", {})
     sizes = {n: checked(f"sizes.{n}", k) for n, k in tree["sizes"].items()}
     return Scale(
-        file.stem, tree["config"], tree["train"], tree["ranks"], tree["per_gpu"], sizes, checked("long", tree["long"]), checked("sft", tree["sft"])
+        file.stem,
+        tree["config"],
+        tree["train"],
+        tree["ranks"],
+        tree["per_gpu"],
+        sizes,
+        checked("long", tree["long"]),
+        checked("sft", tree["sft"]),
     )
 
 
@@ -109,11 +125,15 @@ class Setup:
         self.base = config.load(scale.config, overrides)
         c = self.base
         if c.plan.increments or c.data.increments:
-            raise UserError("plan.increments, data.increments: the paper's tables take increments of plan.steps each; leave them out")
+            raise UserError(
+                "plan.increments, data.increments: the paper's tables take increments of plan.steps each; leave them out"
+            )
         if c.train.save_at:
             raise UserError("train.save_at: is set by the tables, to the fork points that they need; leave it out")
         if c.data.sft or c.data.decay_mix:
-            raise UserError("data.sft, data.decay_mix: the paper's tables take branches of text alone; leave them out, or train with train.py")
+            raise UserError(
+                "data.sft, data.decay_mix: the paper's tables take branches of text alone; leave them out, or train with train.py"
+            )
         if not 2 <= c.plan.versions <= 100:
             raise UserError(f"plan.versions: got {c.plan.versions}, expected 2 to 100: the tables start at version 2")
         self.T, self.N = c.plan.steps, c.plan.versions
@@ -121,7 +141,9 @@ class Setup:
         self._configs: dict[Run, config.Config] = {}
         for name in {*schedules, c.plan.schedule}:
             for paradigm in schedule.PARADIGMS:
-                lineage.make_segments(paradigm, replace(lineage.make_plan(c), schedule=name))  # its complaints come before anything is done
+                lineage.make_segments(
+                    paradigm, replace(lineage.make_plan(c), schedule=name)
+                )  # its complaints come before anything is done
 
     def keys(self, run: Run, seed: int) -> dict[str, str]:
         """All keys of a run, as flags of train.py."""

@@ -145,7 +145,9 @@ class Plan:
         if self.warmup == 0 and self.schedule == "inverse_sqrt":
             found.append("warmup: got 0, but inverse_sqrt takes its time scale from it: expected 1 or more")
         if self.alpha is not None and self.decay_steps is not None:
-            found.append(f"alpha and decay_steps: got {self.alpha} and {self.decay_steps}, expected one; set the other to none")
+            found.append(
+                f"alpha and decay_steps: got {self.alpha} and {self.decay_steps}, expected one; set the other to none"
+            )
         if self.alpha is not None and not (0 < self.alpha <= 1):
             found.append(f"alpha: got {self.alpha}, expected above 0 and at most 1")
         if self.decay_steps is not None and self.decay_steps < 1:
@@ -157,9 +159,13 @@ class Plan:
         if self.warmup >= T:
             found.append(f"warmup: got {self.warmup} steps, expected fewer than the first increment's {T}")
         elif paradigm == "cpt" and self.cpt_variant == "rewarm_max" and self.warmup >= min(self.increments):
-            found.append(f"warmup: got {self.warmup} steps, expected fewer than the shortest increment's {min(self.increments)} with rewarm_max")
+            found.append(
+                f"warmup: got {self.warmup} steps, expected fewer than the shortest increment's {min(self.increments)} with rewarm_max"
+            )
         elif paradigm == "ours" and self.d < 1:
-            found.append(f"alpha: got {self.alpha}, which is no step of the first increment's {T}; expected at least {1 / T:.3g}")
+            found.append(
+                f"alpha: got {self.alpha}, which is no step of the first increment's {T}; expected at least {1 / T:.3g}"
+            )
         elif paradigm == "ours" and T - self.d < self.warmup:
             found.append(
                 f"alpha / decay_steps: a branch of {self.d} steps would leave the main path at step {T - self.d}, inside the warm-up "
@@ -241,7 +247,10 @@ def plan(paradigm: str, p: Plan) -> list[Segment]:
     main = Segment("main", N, None, 0, fork[N], path(p, 0, fork[N], p.warmup, 0))
     D = p.d if p.cycle is None else p.cycle  # a cycle longer than the branch is cut at its end (Figure 5)
     name = f"ours-{tag}" if p.d == whole(0.6, p.increments[0]) else f"ours-{tag}-d{p.d}"
-    return [main] + [Segment(f"{name}/v{i}", i, ("main", fork[i]), fork[i], p.end(i), path(p, fork[i], p.end(i), 0, D)) for i in versions]
+    return [main] + [
+        Segment(f"{name}/v{i}", i, ("main", fork[i]), fork[i], p.end(i), path(p, fork[i], p.end(i), 0, D))
+        for i in versions
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -256,8 +265,19 @@ def draw(plans: dict[str, list[Segment]], file: str) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito: told apart by the colour-blind
-    titles = {"ptfs": "Pre-training from scratch (PTFS)", "cpt": "Continual pre-training (CPT)", "ours": "Path switching (ours)"}
+    colours = [
+        "#0072B2",
+        "#D55E00",
+        "#009E73",
+        "#CC79A7",
+        "#E69F00",
+        "#56B4E9",
+    ]  # Okabe and Ito: told apart by the colour-blind
+    titles = {
+        "ptfs": "Pre-training from scratch (PTFS)",
+        "cpt": "Continual pre-training (CPT)",
+        "ours": "Path switching (ours)",
+    }
     fig, axes = plt.subplots(1, len(plans), figsize=(5 * len(plans), 3.4), sharey=True, squeeze=False)
     for ax, (paradigm, segments) in zip(axes[0], plans.items(), strict=True):
         # the longest first, so that the shorter runs of PTFS, equal to it in the warm-up, stay visible
@@ -265,8 +285,13 @@ def draw(plans: dict[str, list[Segment]], file: str) -> None:
             steps = range(g.start, g.end, max(1, (g.end - g.start) // 2000))
             s = [*steps, max(g.start, g.end - 1)]
             main = g.name == "main"
-            ax.plot(s, [g.lr(i) for i in s], color="#333333" if main else colours[(g.version - 1) % len(colours)],
-                    linewidth=2.6 if main else 1.8, label="main path" if main else f"V{g.version}")  # fmt: skip
+            ax.plot(
+                s,
+                [g.lr(i) for i in s],
+                color="#333333" if main else colours[(g.version - 1) % len(colours)],
+                linewidth=2.6 if main else 1.8,
+                label="main path" if main else f"V{g.version}",
+            )
         ax.set_title(f"{titles.get(paradigm, paradigm)}: {sum(g.end - g.start for g in segments):,} steps", fontsize=10)
         ax.set_xlabel("step")
         ax.xaxis.set_major_locator(MaxNLocator(5))
@@ -274,7 +299,9 @@ def draw(plans: dict[str, list[Segment]], file: str) -> None:
         ax.grid(alpha=0.25)
     axes[0][0].set_ylabel("learning rate")
     key = {label: line for ax in axes[0] for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    fig.legend([key[k] for k in sorted(key)], sorted(key), loc="lower center", ncols=len(key), fontsize=9, frameon=False)
+    fig.legend(
+        [key[k] for k in sorted(key)], sorted(key), loc="lower center", ncols=len(key), fontsize=9, frameon=False
+    )
     fig.tight_layout(rect=(0, 0.07, 1, 1))
     fig.savefig(file, dpi=150)
     plt.close(fig)
@@ -282,13 +309,18 @@ def draw(plans: dict[str, list[Segment]], file: str) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
-    a = argparse.ArgumentParser(description="Print, list or draw the learning-rate paths of a paradigm.", allow_abbrev=False)
+    a = argparse.ArgumentParser(
+        description="Print, list or draw the learning-rate paths of a paradigm.", allow_abbrev=False
+    )
     a.error = lambda message: sys.exit(_refuse(message))  # type: ignore[method-assign]
     a.add_argument("--paradigm", choices=PARADIGMS, default="ours")
     a.add_argument("--schedule", default="cosine", help=", ".join(SCHEDULES))
     a.add_argument("--versions", type=int, default=4)
     a.add_argument("--steps", type=int, default=10000, help="steps of every increment, T (default %(default)s)")
-    a.add_argument("--increments", help="steps of each increment where they differ, such as 700,500,900; in place of --versions and --steps")
+    a.add_argument(
+        "--increments",
+        help="steps of each increment where they differ, such as 700,500,900; in place of --versions and --steps",
+    )
     a.add_argument("--warmup", type=int, default=2000)
     a.add_argument("--max_lr", type=float, default=3e-4)
     a.add_argument("--min_lr", type=float, help="default: a tenth of --max_lr")
@@ -318,7 +350,9 @@ def main() -> None:
             for s in range(g.start, g.end):
                 print(f"{g.name},{s},{g.lr(s)!r}")
     else:
-        print(f"{'segment':32} {'version':>7} {'parent':>16} {'start':>9} {'end':>9} {'steps':>9}   LR of first .. last update")
+        print(
+            f"{'segment':32} {'version':>7} {'parent':>16} {'start':>9} {'end':>9} {'steps':>9}   LR of first .. last update"
+        )
         for g in segments:
             parent = f"{g.parent[0]}@{g.parent[1]}" if g.parent else "-"
             print(

@@ -31,7 +31,12 @@ from text import Tokenizer, clean, documents, files_of
 
 ROLES = ("system", "user", "assistant")
 HELD_OUT = 1 / 50
-FILES = {"ids": "<u4", "loss": "u1", "ends": "<i8", "held": "u1"}  # of a prepared folder: tokens, tokens, examples, examples
+FILES = {
+    "ids": "<u4",
+    "loss": "u1",
+    "ends": "<i8",
+    "held": "u1",
+}  # of a prepared folder: tokens, tokens, examples, examples
 
 
 class Mark(str):
@@ -110,7 +115,15 @@ def prepare(source: str, tok: Tokenizer, run: Path, quiet: bool = False) -> Path
                 raise UserError(f"--data {source}: holds no example")
             sums = {name: disk.sha256(partial / f"{name}.bin") for name in FILES}
             disk.write_json(
-                partial / "meta.json", {"format": 1, "source": source, "source_sha256": sha, "tokenizer": tok.sha256, "sha256": sums, **counts}
+                partial / "meta.json",
+                {
+                    "format": 1,
+                    "source": source,
+                    "source_sha256": sha,
+                    "tokenizer": tok.sha256,
+                    "sha256": sums,
+                    **counts,
+                },
             )
             os.rename(partial, folder)
             disk.sync(run)
@@ -145,7 +158,9 @@ def _write(files: list[Path], tok: Tokenizer, folder: Path, quiet: bool) -> dict
     marks = marks if len(marks) == 2 else {}
     total = sum(f.stat().st_size for f in files)
     examples = tokens = learned = 0
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing examples", disable=True if quiet else None) as bar:
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="tokenizing examples", disable=True if quiet else None
+    ) as bar:
         out = {name: open(folder / f"{name}.bin", "wb") for name in FILES}
         for batch in _batches(s for f in files for s in documents(f, bar.update, stretches)):
             pieces = [t for example in batch for stretch, _ in example for t in texts(stretch, marks)]
@@ -163,7 +178,12 @@ def _write(files: list[Path], tok: Tokenizer, folder: Path, quiet: bool) -> dict
                 loss.append(1)
                 tokens, learned, examples = tokens + len(ids), learned + sum(loss), examples + 1
                 h, _ = data.hashes("".join(t for stretch, _ in example for t in stretch))
-                for name, values in (("ids", ids), ("loss", loss), ("ends", [tokens]), ("held", [h < HELD_OUT * 2**64])):
+                for name, values in (
+                    ("ids", ids),
+                    ("loss", loss),
+                    ("ends", [tokens]),
+                    ("held", [h < HELD_OUT * 2**64]),
+                ):
                     out[name].write(np.array(values, FILES[name]).tobytes())
         for f in out.values():
             f.flush()
@@ -216,14 +236,18 @@ class Examples:
         self.ids, self.loss, ends, held = (np.memmap(folder / f"{name}.bin", kind, "r") for name, kind in FILES.items())
         self.starts, self.ends = np.concatenate(([0], ends[:-1])), np.asarray(ends)
         lengths = self.ends - self.starts - 1  # inputs: all but the last token
-        learned = np.add.reduceat(self.loss, self.starts, dtype=np.int64) - self.loss[self.starts]  # the first token is no target
+        learned = (
+            np.add.reduceat(self.loss, self.starts, dtype=np.int64) - self.loss[self.starts]
+        )  # the first token is no target
         self.too_long = int((lengths > context).sum())
         fits = (lengths <= context) & (learned > 0)
         if (fits & (held == 0)).any():
             train, val = fits & (held == 0), fits & (held == 1)
         else:
             train, val = fits, np.zeros_like(fits)  # so few that all were held out
-        self.train, self.val = ([part[row] for row in pack(lengths[part], context)] for part in map(np.flatnonzero, (train, val)))
+        self.train, self.val = (
+            [part[row] for row in pack(lengths[part], context)] for part in map(np.flatnonzero, (train, val))
+        )
         if not self.train:
             raise UserError(
                 f"--data {self.meta['source']}: none of its {self.meta['examples']} examples fits a sequence of model.context = {context} tokens"
@@ -232,14 +256,18 @@ class Examples:
 
     def __str__(self) -> str:
         m = self.meta
-        return (f"{m['source']}: {m['examples']:,} examples, {m['tokens']:,} tokens, {m['targets']:,} of them in responses; {self.too_long:,} longer than "
-                f"{self.context} are left out, {sum(map(len, self.val)):,} held out for validation; {len(self.train):,} rows, "
-                f"{self.filled:.0%} filled")  # fmt: skip
+        return (
+            f"{m['source']}: {m['examples']:,} examples, {m['tokens']:,} tokens, {m['targets']:,} of them in responses; {self.too_long:,} longer than "
+            f"{self.context} are left out, {sum(map(len, self.val)):,} held out for validation; {len(self.train):,} rows, "
+            f"{self.filled:.0%} filled"
+        )
 
     @property
     def filled(self) -> float:
         """The part of the rows that is tokens."""
-        return sum(int((self.ends[row] - self.starts[row] - 1).sum()) for row in self.train) / (len(self.train) * self.context)
+        return sum(int((self.ends[row] - self.starts[row] - 1).sum()) for row in self.train) / (
+            len(self.train) * self.context
+        )
 
     def which(self, n: np.ndarray) -> np.ndarray:
         """The rows at the places n of the sequence."""

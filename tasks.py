@@ -105,7 +105,9 @@ class LM(TemplateLM):
         asked: dict[tuple[int, ...], list[int]] = {}  # {what is read: requests}
         for i, (_, context, continuation) in enumerate(requests):
             if len(continuation) > n:
-                raise UserError(f"--tasks: an answer has {len(continuation)} tokens, and the model's context is {n}; leave the task out")
+                raise UserError(
+                    f"--tasks: an answer has {len(continuation)} tokens, and the model's context is {n}; leave the task out"
+                )
             asked.setdefault(tuple((context + continuation)[-n - 1 : -1]), []).append(i)
         order = sorted(asked, key=len, reverse=True)  # what needs most memory comes first
         found = [(0.0, True)] * len(requests)
@@ -123,7 +125,9 @@ class LM(TemplateLM):
                         targets += continuation
                         spans.append((i, len(targets)))
                 ids = torch.tensor([row + (0,) * (T - len(row)) for row in part], device=self.device)
-                nats, best = self.score(self.net.states(ids).flatten(0, 1)[at], torch.tensor(targets, device=self.device))
+                nats, best = self.score(
+                    self.net.states(ids).flatten(0, 1)[at], torch.tensor(targets, device=self.device)
+                )
                 begin = 0
                 for i, end in spans:
                     found[i], begin = (math.fsum(nats[begin:end]), all(best[begin:end])), end
@@ -143,7 +147,10 @@ class LM(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Nats of whole texts: every token once, in windows as long as the context."""
         windows = [
-            [make_disjoint_window(w) for w in get_rolling_token_windows(self.tok_encode(r.args[0]), self.prefix_token_id, self.max_length, 1)]
+            [
+                make_disjoint_window(w)
+                for w in get_rolling_token_windows(self.tok_encode(r.args[0]), self.prefix_token_id, self.max_length, 1)
+            ]
             for r in requests
         ]
         found = iter(self._loglikelihood_tokens([(None, *w) for ws in windows for w in ws]))
@@ -154,7 +161,9 @@ class LM(TemplateLM):
         out = [""] * len(requests)
         alike: dict[str, list[tuple[list[int], int]]] = {}  # {settings: (context, request)}
         for i, r in enumerate(requests):
-            alike.setdefault(json.dumps(r.args[1], sort_keys=True), []).append((self.tok_encode(r.args[0]) or [self.prefix_token_id], i))
+            alike.setdefault(json.dumps(r.args[1], sort_keys=True), []).append(
+                (self.tok_encode(r.args[0]) or [self.prefix_token_id], i)
+            )
         with self.bar(len(requests), "answers") as bar:
             for text, rows in alike.items():
                 how = normalize_gen_kwargs(json.loads(text), NEW)
@@ -164,9 +173,16 @@ class LM(TemplateLM):
                 for start in range(0, len(rows), self.batch):
                     part = rows[start : start + self.batch]
                     self.drawn += 1
-                    new = generate(self.net, [ids[-room:] for ids, _ in part], how["max_gen_toks"], {self.tok.eot},
-                                   how["temperature"] if how.get("do_sample") else 0.0, how.get("top_p", 1.0),
-                                   self.drawn * self.world_size + self.rank, functools.partial(self.stops, until))  # fmt: skip
+                    new = generate(
+                        self.net,
+                        [ids[-room:] for ids, _ in part],
+                        how["max_gen_toks"],
+                        {self.tok.eot},
+                        how["temperature"] if how.get("do_sample") else 0.0,
+                        how.get("top_p", 1.0),
+                        self.drawn * self.world_size + self.rank,
+                        functools.partial(self.stops, until),
+                    )
                     for (_, i), ids in zip(part, new, strict=True):
                         out[i] = postprocess_generated_text(self.tok_decode(ids), until, None)
                     bar.update(len(part))
@@ -178,7 +194,9 @@ class LM(TemplateLM):
         return any(s in text for s in until)
 
     def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
-        raise UserError("--tasks: got a task that asks for a chat template, which these models have not; take one that does not")
+        raise UserError(
+            "--tasks: got a task that asks for a chat template, which these models have not; take one that does not"
+        )
 
     # Between ranks, which the harness asks for by these names
 
@@ -209,17 +227,23 @@ def local_copies(folder: str | None) -> Iterator[None]:
         where = path
         if path in READERS:
             if folder is None:
-                raise UserError(f"--tasks: a task reads {kw.get('data_files')}, expected --data_dir DIR with it below DIR (see {OURS})")
+                raise UserError(
+                    f"--tasks: a task reads {kw.get('data_files')}, expected --data_dir DIR with it below DIR (see {OURS})"
+                )
             kw["data_files"] = below(Path(folder), kw.get("data_files"))
         elif folder is not None:
             where = str(Path(folder) / path)
             if not Path(where).is_dir():
-                raise UserError(f"--data_dir: there is no {where}; get it: huggingface-cli download --repo-type dataset {path} --local-dir {where}")
+                raise UserError(
+                    f"--data_dir: there is no {where}; get it: huggingface-cli download --repo-type dataset {path} --local-dir {where}"
+                )
         try:
             return original(where, *args, **kw)
         except Exception as e:  # of the hub, the disk and the library, which have many types
-            raise UserError(f"--tasks: the dataset {where} cannot be read ({type(e).__name__}: {parallel.first_line(e)[:200]})"
-                            + ("; without a network, name a folder of local copies with --data_dir" if folder is None else "")) from None  # fmt: skip
+            raise UserError(
+                f"--tasks: the dataset {where} cannot be read ({type(e).__name__}: {parallel.first_line(e)[:200]})"
+                + ("; without a network, name a folder of local copies with --data_dir" if folder is None else "")
+            ) from None
 
     datasets.load_dataset = load
     try:
@@ -237,7 +261,9 @@ def below(folder: Path, files: Any) -> Any:
     if not (folder / files).is_file():
         owner = "/".join(Path(files).parts[:2])
         get = (
-            f"; get it: git clone https://github.com/{owner} {folder / owner}" if len(Path(files).parts) > 2 else ", which the task's data_files name"
+            f"; get it: git clone https://github.com/{owner} {folder / owner}"
+            if len(Path(files).parts) > 2
+            else ", which the task's data_files name"
         )
         raise UserError(f"--data_dir: there is no {folder / files}{get}")
     return str(folder / files)
@@ -249,7 +275,11 @@ def harness_errors(names: Iterable[str]) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        if isinstance(e, (UserError, OSError)) or type(e) is RuntimeError or isinstance(e, (torch.OutOfMemoryError, dist.DistError)):
+        if (
+            isinstance(e, (UserError, OSError))
+            or type(e) is RuntimeError
+            or isinstance(e, (torch.OutOfMemoryError, dist.DistError))
+        ):
             raise
         raise UserError(
             f"--tasks {','.join(names)}: the harness cannot run it ({type(e).__name__}: {parallel.first_line(e)[:200]}); mend the task"
@@ -270,10 +300,18 @@ def load(names: tuple[str, ...], data_dir: str | None, num_fewshot: int | None) 
     files = {n: Path(n) for n in names if n.endswith(".yaml")}
     for f in files.values():
         if not f.is_file():
-            raise UserError(f"--tasks {f}: there is no such file; expected a task of the harness, one of {OURS}, or a YAML file")
+            raise UserError(
+                f"--tasks {f}: there is no such file; expected a task of the harness, one of {OURS}, or a YAML file"
+            )
         for other in sorted(f.parent.iterdir()):  # it may include any of them, whatever their names
-            if other.is_file() and other.suffix in (".yaml", ".yml", "") and b"!function" in other.read_bytes()[: 1 << 20]:
-                raise UserError(f"{other}: has a !function, which would run Python; expected a task without one, or one that the harness itself has")
+            if (
+                other.is_file()
+                and other.suffix in (".yaml", ".yml", "")
+                and b"!function" in other.read_bytes()[: 1 << 20]
+            ):
+                raise UserError(
+                    f"{other}: has a !function, which would run Python; expected a task without one, or one that the harness itself has"
+                )
     with harness_errors(names):
         named = {n: load_yaml(files[n], resolve_func=False) if n in files else {"task": n} for n in names}
         wanted = [y.get("group") or y["task"] for y in named.values()]
@@ -286,7 +324,8 @@ def load(names: tuple[str, ...], data_dir: str | None, num_fewshot: int | None) 
             if n not in known.all_tasks:
                 near = difflib.get_close_matches(n, known.all_tasks, 3)
                 problems.append(
-                    f"--tasks: got {n}, which is unknown" + (f"; did you mean {', '.join(near)}?" if near else "; lm_eval ls tasks lists them")
+                    f"--tasks: got {n}, which is unknown"
+                    + (f"; did you mean {', '.join(near)}?" if near else "; lm_eval ls tasks lists them")
                 )
             elif n in known.all_tags:
                 problems.append(f"--tasks: got {n}, which is no task but a tag of several; name those that you want")
@@ -297,7 +336,9 @@ def load(names: tuple[str, ...], data_dir: str | None, num_fewshot: int | None) 
     found = {n: made["groups"].get(n) or made["tasks"][n] for n in wanted}
     for n, t in found.items():
         if isinstance(t, Group) and not t.has_aggregation:
-            raise UserError(f"--tasks: got {n}, a group without a score of its own; name tasks in it: {', '.join(t.child_names[:5])} ..")
+            raise UserError(
+                f"--tasks: got {n}, a group without a score of its own; name tasks in it: {', '.join(t.child_names[:5])} .."
+            )
     return found
 
 
@@ -306,13 +347,17 @@ def check(found: dict[str, Any], context: int, limit: int | None, ranks: int) ->
     problems = []
     for t in leaves(found):
         if (have := min(len(t.eval_docs), limit or sys.maxsize)) < ranks:
-            problems.append(f"--tasks: {t.task_name} has {have} questions for {ranks} ranks; take as many ranks at most")
+            problems.append(
+                f"--tasks: {t.task_name} has {have} questions for {ranks} ranks; take as many ranks at most"
+            )
         if t.OUTPUT_TYPE != "generate_until":
             continue
         how = normalize_gen_kwargs(t.config.generation_kwargs or {}, NEW)
         if how["max_gen_toks"] >= context:
-            problems.append(f"--tasks: {t.task_name} asks for {how['max_gen_toks']} new tokens, and the model's context is {context}; "
-                            "leave it out, or copy its file and set a smaller max_gen_toks in generation_kwargs")  # fmt: skip
+            problems.append(
+                f"--tasks: {t.task_name} asks for {how['max_gen_toks']} new tokens, and the model's context is {context}; "
+                "leave it out, or copy its file and set a smaller max_gen_toks in generation_kwargs"
+            )
         if more := set(how) - {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}:
             problems.append(
                 f"--tasks: {t.task_name} has generation_kwargs {', '.join(sorted(more))}, expected until, max_gen_toks, do_sample, temperature, top_p"
@@ -336,12 +381,24 @@ def headline(metrics: dict[str, Any]) -> Result:
     key = next((k for first in HEADLINE for k in keys if first in (k, k.split(",")[0])), keys[0])
     metric, _, how = key.partition(",")
     se = metrics.get(f"{metric}_stderr,{how}")
-    return {"value": float(metrics[key]), "se": float(se) if isinstance(se, float) and math.isfinite(se) else None,
-            "metric": metric if how == "none" else f"{metric} ({how})", "n": metrics["sample_len"]}  # fmt: skip
+    return {
+        "value": float(metrics[key]),
+        "se": float(se) if isinstance(se, float) and math.isfinite(se) else None,
+        "metric": metric if how == "none" else f"{metric} ({how})",
+        "n": metrics["sample_len"],
+    }
 
 
-def evaluate(path: Path, names: list[str], device: torch.device, data: str | None = None, data_dir: str | None = None, limit: int | None = None,
-             num_fewshot: int | None = None, batch: int = 16) -> dict[str, Result]:  # fmt: skip
+def evaluate(
+    path: Path,
+    names: list[str],
+    device: torch.device,
+    data: str | None = None,
+    data_dir: str | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch: int = 16,
+) -> dict[str, Result]:
     """{task: result} of a checkpoint; in a process group on rank 0 alone, nothing on the others.
 
     `data`: a prepared folder with the checkpoint's tokenizer. `limit`: the first questions of each task only.
@@ -356,8 +413,15 @@ def evaluate(path: Path, names: list[str], device: torch.device, data: str | Non
         lm = LM(evaluation.load_model(path, device)[0], tok, batch, rank, ranks)
     # to stderr what the harness prints; a list of tasks of its own, or it makes one of all there are
     with parallel.company(rank, ranks), contextlib.redirect_stdout(sys.stderr), harness_errors(names):
-        made = evaluator.simple_evaluate(lm, tasks=list(found.values()), limit=limit, num_fewshot=num_fewshot, log_samples=False,
-                                         bootstrap_iters=1000, task_manager=catalogue((OURS,), False))  # fmt: skip
+        made = evaluator.simple_evaluate(
+            lm,
+            tasks=list(found.values()),
+            limit=limit,
+            num_fewshot=num_fewshot,
+            log_samples=False,
+            bootstrap_iters=1000,
+            task_manager=catalogue((OURS,), False),
+        )
     return {n: headline(made["results"][n]) for n in found} if made else {}
 
 
@@ -368,7 +432,9 @@ def table(title: str, labels: list[str], rows: list[tuple[list[str], dict[str, R
     cells = []
     for left, found in rows:
         value = {n: found[n]["value"] * (100 if n in shares else 1) for n in names}
-        mean = f"{sum(value.values()) / len(names):.2f}" if shares == names else "-"  # perplexities and shares have no mean
+        mean = (
+            f"{sum(value.values()) / len(names):.2f}" if shares == names else "-"
+        )  # perplexities and shares have no mean
         cells.append([*left, *(f"{value[n]:.2f}" for n in names), mean])
     notes = [f"{n}: {r['metric']}{', %' if n in shares else ''}, of {r['n']:,}" for n, r in rows[0][1].items()]
     return {"title": title, "header": [*labels, *names, "AVG"], "rows": cells, "notes": notes}
@@ -378,7 +444,9 @@ def paradigm(name: str, all_names: list[str]) -> str:
     """PTFS, CPT or Ours of a run's "ptfs-cosine" and so on; with what follows where a paradigm has several, and (SFT) if it was fine-tuned."""
     tuned = name.startswith("sft/")
     kind, _, rest = name.removeprefix("sft/").partition("-")
-    alone = sum(n.removeprefix("sft/").partition("-")[0] == kind and n.startswith("sft/") == tuned for n in all_names) == 1
+    alone = (
+        sum(n.removeprefix("sft/").partition("-")[0] == kind and n.startswith("sft/") == tuned for n in all_names) == 1
+    )
     return (NAMES.get(kind, kind) if alone else f"{NAMES.get(kind, kind)} {rest}") + " (SFT)" * tuned
 
 
@@ -395,24 +463,46 @@ def run(o: Namespace) -> None:
             raise UserError("--tasks: got no name, expected some such as gsm8k,mmlu")
         versions = evaluation.chosen([Path(p) for p in o.path])
         load(tuple(names), o.data_dir, o.num_fewshot)
-    paths = list(dict.fromkeys(p for vs in versions.values() for p in vs.values())) if versions else [Path(p) for p in o.path]
+    paths = (
+        list(dict.fromkeys(p for vs in versions.values() for p in vs.values()))
+        if versions
+        else [Path(p) for p in o.path]
+    )
     known: dict[Path, dict[str, Result]] = {}
     for p in paths:
         known[p] = evaluate(p, names, device, o.data, o.data_dir, o.limit, o.num_fewshot, o.batch)
         if rank == 0:
-            said = ", ".join(f"{n} {r['value']:.4g}" + (f" (SE {r['se']:.2g})" if r["se"] is not None else "") for n, r in known[p].items())
+            said = ", ".join(
+                f"{n} {r['value']:.4g}" + (f" (SE {r['se']:.2g})" if r["se"] is not None else "")
+                for n, r in known[p].items()
+            )
             print(f"{len(known)} of {len(paths)}: {p}: {said}", file=sys.stderr, flush=True)
     if ranks > 1:
         dist.destroy_process_group()
     if rank:
         return
     if o.json:
-        rows = {n: {v: known[p] for v, p in vs.items()} for n, vs in versions.items()} if versions else {str(p): r for p, r in known.items()}
+        rows = (
+            {n: {v: known[p] for v, p in vs.items()} for n, vs in versions.items()}
+            if versions
+            else {str(p): r for p, r in known.items()}
+        )
         print(json.dumps(rows, indent=1))
         return
     if versions:
-        order = sorted(versions, key=lambda n: (list(NAMES).index(k) if (k := n.removeprefix("sft/").partition("-")[0]) in NAMES else len(NAMES), n))
-        lines = [([f"V{v}", paradigm(n, order)], known[versions[n][v]]) for v in sorted({v for vs in versions.values() for v in vs}) for n in order if v in versions[n]]  # fmt: skip
+        order = sorted(
+            versions,
+            key=lambda n: (
+                list(NAMES).index(k) if (k := n.removeprefix("sft/").partition("-")[0]) in NAMES else len(NAMES),
+                n,
+            ),
+        )
+        lines = [
+            ([f"V{v}", paradigm(n, order)], known[versions[n][v]])
+            for v in sorted({v for vs in versions.values() for v in vs})
+            for n in order
+            if v in versions[n]
+        ]
         record = table(f"Downstream tasks: {o.path[0]}", ["Ver.", "TP"], lines)
     else:
         record = table("Downstream tasks", ["checkpoint"], [([str(p)], r) for p, r in known.items()])

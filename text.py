@@ -30,7 +30,9 @@ PIECE = 8000  # characters of a document cut from a .txt or .md file
 
 
 # cl100k's pattern in its plain form, which trainers accept too: contractions, words, numbers of up to 3 digits, punctuation, spaces
-PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # what ends a document: GPT-2, Qwen and ours; Llama 3; Llama 2
@@ -60,13 +62,21 @@ class Tokenizer:
                 text = disk.read(Path(name))
                 lines = [line.split() for line in text.splitlines() if line]
                 ranks = {base64.b64decode(k, validate=True): int(v) for k, v in lines}
-                if sorted(ranks.values()) != list(range(len(lines))) or any(bytes([b]) not in ranks for b in range(256)):
+                if sorted(ranks.values()) != list(range(len(lines))) or any(
+                    bytes([b]) not in ranks for b in range(256)
+                ):
                     raise ValueError("ranks must be 0, 1, 2, .., each token there once, all 256 bytes among them")
-                self.encoding = tiktoken.Encoding("ranks", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)})
+                self.encoding = tiktoken.Encoding(
+                    "ranks", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}
+                )
             except OSError as e:
-                raise UserError(f"tokenizer {name}: {e.strerror}; expected a rank file, a tiktoken encoding or bytes") from None
+                raise UserError(
+                    f"tokenizer {name}: {e.strerror}; expected a rank file, a tiktoken encoding or bytes"
+                ) from None
             except ValueError as e:
-                raise UserError(f"tokenizer {name}: not a rank file: {e}; expected lines of base64 and rank, as tiktoken's") from None
+                raise UserError(
+                    f"tokenizer {name}: not a rank file: {e}; expected lines of base64 and rank, as tiktoken's"
+                ) from None
             self.sha256 = hashlib.sha256(text).hexdigest()
         else:
             if name not in tiktoken.list_encoding_names():
@@ -93,7 +103,10 @@ class Tokenizer:
         try:
             text = disk.read(file)
             self.hf = library.Tokenizer.from_str(text.decode())
-            rows, known = json_object(folder / "config.json").get("vocab_size", 0), self.hf.get_vocab(with_added_tokens=True)
+            rows, known = (
+                json_object(folder / "config.json").get("vocab_size", 0),
+                self.hf.get_vocab(with_added_tokens=True),
+            )
             if type(rows) is not int:
                 raise ValueError(f"vocab_size of config.json is {rows!r:.40}")
             self.hf.encode("é 中 \0")  # one that has no token for some texts says so
@@ -109,8 +122,14 @@ class Tokenizer:
             raise UserError(f"{file}: has no token that ends a document; expected one of {', '.join(ENDS)}")
         self.eot, self.vocab_size = known[end], max(rows, 1 + max(known.values()))
         self.sha256 = hashlib.sha256(text).hexdigest()
-        made = json_object(folder / "config.json").get("pathswitch")  # hf.py export has written it: the same ids as another tokenizer's
-        if isinstance(made, dict) and made.get("tokenizer_json") == self.sha256 and re.fullmatch("[0-9a-f]{64}", str(made.get("tokenizer"))):
+        made = json_object(folder / "config.json").get(
+            "pathswitch"
+        )  # hf.py export has written it: the same ids as another tokenizer's
+        if (
+            isinstance(made, dict)
+            and made.get("tokenizer_json") == self.sha256
+            and re.fullmatch("[0-9a-f]{64}", str(made.get("tokenizer")))
+        ):
             self.sha256 = made["tokenizer"]
 
     def encode(self, text: str) -> list[int]:
@@ -122,7 +141,11 @@ class Tokenizer:
             return [e.ids for e in self.hf.encode_batch(texts, add_special_tokens=False)]
         if self.hf:
             return [self.hf.encode(t, add_special_tokens=False).ids for t in texts]
-        return [list(t.encode()) for t in texts] if self.name == "bytes" else self.encoding.encode_ordinary_batch(texts, num_threads=threads)
+        return (
+            [list(t.encode()) for t in texts]
+            if self.name == "bytes"
+            else self.encoding.encode_ordinary_batch(texts, num_threads=threads)
+        )
 
     def special(self, token: str) -> int | None:
         """The id of a special token; none: it has no such token, and the same characters are text."""
@@ -205,7 +228,9 @@ def optional(module: str, package: str, why: str) -> Any:
         raise UserError(f"{why} needs the package {package}: pip install {package}") from None
 
 
-def documents(file: Path, progress: Callable[[int], Any], parse: Callable[[str, Path, int], Any] | None = None) -> Iterator[Any]:
+def documents(
+    file: Path, progress: Callable[[int], Any], parse: Callable[[str, Path, int], Any] | None = None
+) -> Iterator[Any]:
     """The documents of one file, streamed; `progress` is told the bytes read. `parse` makes something else of a line of JSONL, its file and number."""
     if file.suffix == ".parquet":
         parquet = optional("pyarrow.parquet", "pyarrow", str(file))
@@ -293,9 +318,15 @@ def all_documents(sources: list[str], quiet: bool = False) -> Iterator[tuple[int
     found = [[] if s.startswith("hf:") else files_of(s) for s in sources]
     total = sum(f.stat().st_size for files in found for f in files)
     streamed = any(s.startswith("hf:") for s in sources)
-    with tqdm(total=None if streamed else total, unit="B", unit_scale=True, desc="tokenizing", disable=True if quiet else None) as bar:
+    with tqdm(
+        total=None if streamed else total, unit="B", unit_scale=True, desc="tokenizing", disable=True if quiet else None
+    ) as bar:
         for i, source in enumerate(sources):
-            texts = hub(source) if source.startswith("hf:") else itertools.chain.from_iterable(documents(f, bar.update) for f in found[i])
+            texts = (
+                hub(source)
+                if source.startswith("hf:")
+                else itertools.chain.from_iterable(documents(f, bar.update) for f in found[i])
+            )
             for text in texts:
                 if text and not text.isspace():
                     yield i, text

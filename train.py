@@ -73,9 +73,13 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     if name == "auto":
         name = next(k for k, there in have.items() if there)
     if name == "cuda" and have["cuda"] and local_rank >= torch.cuda.device_count():
-        raise UserError(f"LOCAL_RANK: got {local_rank} on a machine with {torch.cuda.device_count()} GPUs; lower --nproc_per_node to that")
+        raise UserError(
+            f"LOCAL_RANK: got {local_rank} on a machine with {torch.cuda.device_count()} GPUs; lower --nproc_per_node to that"
+        )
     if not have[name]:
-        raise UserError(f"train.device: got {name}, which this machine does not have; expected one of {', '.join(k for k in have if have[k])}")
+        raise UserError(
+            f"train.device: got {name}, which this machine does not have; expected one of {', '.join(k for k in have if have[k])}"
+        )
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
@@ -87,7 +91,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
             return flops, "data sheet"
     n = 1024 if device.type == "cpu" else 4096
     own = torch.Generator(device).manual_seed(0)  # a run's own random numbers stay as they are
-    a, best, until = torch.randn(n, n, device=device, dtype=dtype, generator=own), float("inf"), time.perf_counter() + 0.3
+    a, best, until = (
+        torch.randn(n, n, device=device, dtype=dtype, generator=own),
+        float("inf"),
+        time.perf_counter() + 0.3,
+    )
     while time.perf_counter() < until:
         t = time.perf_counter()
         (a @ a)[0, 0].item()  # .item() waits for the device
@@ -112,7 +120,9 @@ def cpp_compiler() -> bool:
 
 def git_commit() -> str:
     try:
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=data.HERE, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=data.HERE, capture_output=True, text=True
+        ).stdout.strip()
     except OSError:
         return ""
 
@@ -128,11 +138,16 @@ def main() -> None:
     )
     modes = [*lineage.MODES, "sft"]
     a.add_argument("--mode", default="main", help=", ".join(modes))
-    a.add_argument("--version", help="the version to train; main: the version at whose fork point it ends [the last planned]")
     a.add_argument(
-        "--parent", help="the checkpoint that branch or cpt starts from [the one in the run's folder]; an imported model: that any mode starts from"
+        "--version", help="the version to train; main: the version at whose fork point it ends [the last planned]"
     )
-    a.add_argument("--data", dest="data.sft", metavar="FILE", help="sft: a .jsonl file of examples; the same as --data.sft")
+    a.add_argument(
+        "--parent",
+        help="the checkpoint that branch or cpt starts from [the one in the run's folder]; an imported model: that any mode starts from",
+    )
+    a.add_argument(
+        "--data", dest="data.sft", metavar="FILE", help="sft: a .jsonl file of examples; the same as --data.sft"
+    )
     a.add_argument("--dry_run", action="store_true", help="say what would be done, touch nothing")
     a.add_config()
     with config.user_errors("train.py"):
@@ -144,11 +159,18 @@ def main() -> None:
         o, c = a.parse_config(default=default, modes={"sft": "sft"})
         say = print if rank == 0 else lambda *a, **k: None
         if not o.config and o.mode != "sft":
-            say(f"no --config given: {default}" + (" (small once data/small is there: see configs/small.toml)" if cuda and default == "tiny" else ""))
+            say(
+                f"no --config given: {default}"
+                + (" (small once data/small is there: see configs/small.toml)" if cuda and default == "tiny" else "")
+            )
 
         # What is wrong is said at once, before anything is touched
         problems = [] if o.mode in modes else [f"--mode: got {o.mode!r}, expected one of {', '.join(modes)}"]
-        version = int(o.version) if o.version and o.version.isdecimal() and len(o.version) < 5 and int(o.version) > 0 else None
+        version = (
+            int(o.version)
+            if o.version and o.version.isdecimal() and len(o.version) < 5 and int(o.version) > 0
+            else None
+        )
         if o.version is not None and version is None:
             problems.append(f"--version: got {o.version!r}, expected a whole number from 1 to 9999")
         mode = "main" if problems else o.mode
@@ -162,7 +184,9 @@ def main() -> None:
             problems.append("data.decay_mix: needs examples to mix in; name their file with --data.sft")
         problems += config.check_batch(c, ranks) + parallel.problems(c.train.parallel, c.train.shard_ranks, ranks)
         if c.train.compile == "on" and not (cuda and c.train.device in ("auto", "cuda")) and not cpp_compiler():
-            problems.append("train.compile: got on, which on a CPU needs a C++ compiler, and there is none; install g++ or take --train.compile off")
+            problems.append(
+                "train.compile: got on, which on a CPU needs a C++ compiler, and there is none; install g++ or take --train.compile off"
+            )
         try:
             problems += kernels.problems(c.train.kernels, cuda and c.train.device in ("auto", "cuda"), c.model)
         except UserError as e:
@@ -183,7 +207,11 @@ def main() -> None:
 
         def tokenizer() -> text.Tokenizer:
             """For the examples: the parent's, or that of the text which they are mixed into."""
-            return lineage.open_tokenizer(Path(o.parent), base, c.data.path) if mode == "sft" else reader.tokenizer_of(Path(c.data.path))
+            return (
+                lineage.open_tokenizer(Path(o.parent), base, c.data.path)
+                if mode == "sft"
+                else reader.tokenizer_of(Path(c.data.path))
+            )
 
         device = pick_device(c.train.device, local_rank)
         kind, why = parallel.choose(c.train.parallel, ranks, llama.parameters(c.model), device)
@@ -191,10 +219,27 @@ def main() -> None:
             examples = None
             if examples_file:
                 with tempfile.TemporaryDirectory() as nowhere:
-                    examples = sft.Examples(sft.prepare(examples_file, tokenizer(), Path(nowhere)), c.model.context, c.train.seed)
+                    examples = sft.Examples(
+                        sft.prepare(examples_file, tokenizer(), Path(nowhere)), c.model.context, c.train.seed
+                    )
                 if mode == "sft":
-                    p, segment = lineage.tuning(c, base, sft.Tuning(examples, base["data"], c.batch_sequences, c.data.epochs).steps)
-            dry_run(say, c, p, segment, segments, folder, needed(c, mode, segments, segment), kind, why, ranks, examples, parent)
+                    p, segment = lineage.tuning(
+                        c, base, sft.Tuning(examples, base["data"], c.batch_sequences, c.data.epochs).steps
+                    )
+            dry_run(
+                say,
+                c,
+                p,
+                segment,
+                segments,
+                folder,
+                needed(c, mode, segments, segment),
+                kind,
+                why,
+                ranks,
+                examples,
+                parent,
+            )
             return
 
     # The ranks meet, and from here on what stops one stops all
@@ -241,11 +286,17 @@ def main() -> None:
                     tokens.mix(examples, c.data.decay_mix, segment.start)
         required = needed(c, mode, segments, segment)
 
-        parallel.check_same({"data": tokens.meta["hash"]}, rank, ranks, f"{tokens.folder} must be the same on all machines")
+        parallel.check_same(
+            {"data": tokens.meta["hash"]}, rank, ranks, f"{tokens.folder} must be the same on all machines"
+        )
 
         # Where it begins, as rank 0 sees it (disks that are shared may show others an older state for a while)
         with parallel.together(rank, ranks):
-            maker = command(mode="main", version=segment.version) if mode == "branch" else command(mode="cpt", version=segment.version - 1)
+            maker = (
+                command(mode="main", version=segment.version)
+                if mode == "branch"
+                else command(mode="cpt", version=segment.version - 1)
+            )
             begin = lineage.begin(c, run, segments, segment, required, tokens, maker, parent) if rank == 0 else {}
         begin = parallel.told(begin, ranks)
         start, done, origin = begin["start"], begin["done"], Path(begin["origin"]) if begin["origin"] else None
@@ -258,15 +309,29 @@ def main() -> None:
         with parallel.together(rank, ranks):
             if rank == 0:
                 if mode != "sft":
-                    reader.check_files(tokens.folder, [name for name, _, _ in tokens.needs(start, segment.end)] + ["val"], c.data.verify)
+                    reader.check_files(
+                        tokens.folder,
+                        [name for name, _, _ in tokens.needs(start, segment.end)] + ["val"],
+                        c.data.verify,
+                    )
                 if origin:
                     checkpoint.verify(origin)
                     with torch.device("meta"):  # shapes alone
                         shapes = llama.Transformer(c.model)
-                        checkpoint.fits(origin, checkpoint.state(shapes, None if begin["weights"] else torch.optim.AdamW(shapes.parameters())))
+                        checkpoint.fits(
+                            origin,
+                            checkpoint.state(
+                                shapes, None if begin["weights"] else torch.optim.AdamW(shapes.parameters())
+                            ),
+                        )
                 checkpoint.check_space(folder, checkpoint.BYTES * llama.parameters(c.model))
                 # From here on the disk and the device are used
-                held.enter_context(disk.lock(folder / ".lock", f"{folder}: another process is training here; wait for it or choose another --out"))
+                held.enter_context(
+                    disk.lock(
+                        folder / ".lock",
+                        f"{folder}: another process is training here; wait for it or choose another --out",
+                    )
+                )
                 if begin != lineage.begin(c, run, segments, segment, required, tokens, maker, parent):
                     raise UserError(f"{folder}: another process has just trained here; call this again")
                 log_file = held.enter_context(disk.append(folder / "log.jsonl"))
@@ -277,7 +342,22 @@ def main() -> None:
                     checkpoint.pin(checkpoint.path(folder, step))
         say(f"{folder}: from step {start} to {segment.end}, from {origin or 'random weights'}")
         train(
-            c, p, segment, folder, required, tokens, origin, begin["weights"], begin["parent"], start, log_file, watchdog, device, kind, rank, ranks
+            c,
+            p,
+            segment,
+            folder,
+            required,
+            tokens,
+            origin,
+            begin["weights"],
+            begin["parent"],
+            start,
+            log_file,
+            watchdog,
+            device,
+            kind,
+            rank,
+            ranks,
         )
 
 
@@ -287,15 +367,38 @@ def needed(c: config.Config, mode: str, segments: list[schedule.Segment], segmen
     return sorted({*forks, *(s for s in c.train.save_at if segment.start <= s < segment.end)})
 
 
-def dry_run(say: Any, c: config.Config, p: schedule.Plan, segment: schedule.Segment, segments: list[schedule.Segment],
-            folder: Path, required: list[int], kind: str, why: str, ranks: int, examples: sft.Examples | None, parent: str | None) -> None:  # fmt: skip
+def dry_run(
+    say: Any,
+    c: config.Config,
+    p: schedule.Plan,
+    segment: schedule.Segment,
+    segments: list[schedule.Segment],
+    folder: Path,
+    required: list[int],
+    kind: str,
+    why: str,
+    ranks: int,
+    examples: sft.Examples | None,
+    parent: str | None,
+) -> None:
     """What would be done: the segment, its LR at the milestones, sizes, the batch, the tokens needed and there."""
     m, t = c.model, c.train
     steps, flops = segment.end - segment.start, llama.flops_per_token(m)
     origin = f"{segment.parent[0]} at step {segment.parent[1]:,}" if segment.parent else "random weights"
     say(f"segment      {segment.name}: steps {segment.start:,} .. {segment.end:,} ({steps:,}), from {parent or origin}")
-    stones = {segment.start, p.warmup - 1, *(p.end(i + 1) - 1 for i in range(len(p.increments))), *required, segment.end - 1}
-    say("LR           " + "\n             ".join(f"update {s:>9,}: {segment.lr(s):.6g}" for s in sorted(stones) if segment.start <= s < segment.end))
+    stones = {
+        segment.start,
+        p.warmup - 1,
+        *(p.end(i + 1) - 1 for i in range(len(p.increments))),
+        *required,
+        segment.end - 1,
+    }
+    say(
+        "LR           "
+        + "\n             ".join(
+            f"update {s:>9,}: {segment.lr(s):.6g}" for s in sorted(stones) if segment.start <= s < segment.end
+        )
+    )
     often = f" (and the last {t.keep} of every {t.checkpoint_every:,} steps)" * (t.checkpoint_every > 0)
     say(f"saves        {', '.join(f'{s:,}' for s in required)}{often}, in {folder}")
     say(f"parameters   {llama.parameters(m):,}")
@@ -328,7 +431,9 @@ def dry_run(say: Any, c: config.Config, p: schedule.Plan, segment: schedule.Segm
         short = "; too few: train.py would refuse" if have < need and not c.data.repeat else ""
         say(f"data         {tokens.folder / name}.bin: {need:,} tokens needed, {have:,} there{short}")
     if tokens.meta["vocab_size"] != m.vocab_size:
-        say(f"             its vocabulary is {tokens.meta['vocab_size']:,}, model.vocab_size {m.vocab_size:,}: train.py would refuse")
+        say(
+            f"             its vocabulary is {tokens.meta['vocab_size']:,}, model.vocab_size {m.vocab_size:,}: train.py would refuse"
+        )
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
@@ -340,9 +445,24 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     return [r for r in records if isinstance(r, dict)]
 
 
-def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder: Path, required: list[int], tokens: reader.Tokens | sft.Tuning,
-          origin: Path | None, weights: bool, parent_record: dict | None, start: int, log_file: BinaryIO | None, watchdog: parallel.Watchdog,
-          device: torch.device, kind: str, rank: int, ranks: int) -> None:  # fmt: skip
+def train(
+    c: config.Config,
+    p: schedule.Plan,
+    segment: schedule.Segment,
+    folder: Path,
+    required: list[int],
+    tokens: reader.Tokens | sft.Tuning,
+    origin: Path | None,
+    weights: bool,
+    parent_record: dict | None,
+    start: int,
+    log_file: BinaryIO | None,
+    watchdog: parallel.Watchdog,
+    device: torch.device,
+    kind: str,
+    rank: int,
+    ranks: int,
+) -> None:
     """Updates `start` .. `segment.end - 1`. A checkpoint named `step` holds the state after exactly `step` updates.
 
     `weights`: of `origin` only these are taken, and AdamW begins anew.
@@ -373,7 +493,9 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
             checkpoint.load(origin, checkpoint.state(net, None if weights else optimizer))
     model: torch.nn.Module = torch.compile(net) if compiled and kind != "fsdp" else net  # type: ignore[assignment]
     if kind == "ddp":
-        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+        )
     shards = (t.shard_ranks or ranks) if kind == "fsdp" else 1
     saver = checkpoint.Saver(folder, t.keep, required, t.timeout)
 
@@ -430,10 +552,19 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
 
     def save(step: int) -> None:
         values = config.values(c)
-        record = {"segment": segment.name, "version": segment.version, "path": lineage.fingerprint(segment, tokens.ends, step), "finished": step == end,
-                  "parent": parent_record, "tokens": step * t.batch_tokens, "pinned": step in required, "config": values,
-                  "config_sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest(),
-                  "data": tokens.identity(step), "versions": versions}  # fmt: skip
+        record = {
+            "segment": segment.name,
+            "version": segment.version,
+            "path": lineage.fingerprint(segment, tokens.ends, step),
+            "finished": step == end,
+            "parent": parent_record,
+            "tokens": step * t.batch_tokens,
+            "pinned": step in required,
+            "config": values,
+            "config_sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest(),
+            "data": tokens.identity(step),
+            "versions": versions,
+        }
         settle_save()
         saver.save(step, checkpoint.state(net, optimizer), record)
 
@@ -468,17 +599,39 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
                 log_file.write(json.dumps(record).encode() + b"\n")
             except OSError as e:
                 message = f"{folder / 'log.jsonl'}: {e.strerror}"
-                trouble.append(message) if t.on_save_error == "stop" else fails(message)  # all ranks hear of trouble when they heed
+                trouble.append(message) if t.on_save_error == "stop" else fails(
+                    message
+                )  # all ranks hear of trouble when they heed
             if not bar.disable:
-                bar.set_postfix({k: f"{v:.4g}" for k, v in record.items() if k in ("loss", "val_loss", "lr", "tokens_per_second")}, refresh=False)
+                bar.set_postfix(
+                    {k: f"{v:.4g}" for k, v in record.items() if k in ("loss", "val_loss", "lr", "tokens_per_second")},
+                    refresh=False,
+                )
             elif "config" not in record:
                 print(", ".join(f"{k} {v:.6g}" for k, v in record.items()), flush=True)
 
     bar = tqdm(total=end, initial=start, desc=segment.name, unit="step", disable=None if rank == 0 else True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {platform.machine()}"
-    log({"segment": segment.name, "start": start, "end": end, "from": str(origin) if origin else None, "config": config.values(c),
-         "commit": git_commit(), "versions": versions, "device": name, "ranks": ranks, "dtype": str(dtype).removeprefix("torch."),
-         "parallel": kind, "kernels": use, "compiled": compiled, "peak_flops": peak, "peak_from": peak_from, "time": time.strftime("%Y-%m-%dT%H:%M:%S")})  # fmt: skip
+    log(
+        {
+            "segment": segment.name,
+            "start": start,
+            "end": end,
+            "from": str(origin) if origin else None,
+            "config": config.values(c),
+            "commit": git_commit(),
+            "versions": versions,
+            "device": name,
+            "ranks": ranks,
+            "dtype": str(dtype).removeprefix("torch."),
+            "parallel": kind,
+            "kernels": use,
+            "compiled": compiled,
+            "peak_flops": peak,
+            "peak_from": peak_from,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        }
+    )
 
     # -- Signals: the first asks for a save, the second ends at once
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -498,18 +651,27 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
         nonlocal seconds
         if (wrong := int(bad.item())) < none:
             loss, norm = bad_numbers.tolist()
-            raise parallel.once(f"step {wrong}: loss {loss:.6g}, gradient norm {norm:.6g}: stopped before the update. {batch_of(wrong)}; "
-                            f"lower plan.max_lr or look at that text. {last_good()}", rank)  # fmt: skip
+            raise parallel.once(
+                f"step {wrong}: loss {loss:.6g}, gradient norm {norm:.6g}: stopped before the update. {batch_of(wrong)}; "
+                f"lower plan.max_lr or look at that text. {last_good()}",
+                rank,
+            )
         loss, norm = numbers.tolist()
         seconds += time.perf_counter() - mark
         return loss, norm
 
     def batch_of(step: int) -> str:
         increment, k = tokens.place(step)
-        return f"It is batch {k} of " + (f"{tokens.folder}" if isinstance(tokens, sft.Tuning) else f"increment v{increment + 1}")
+        return f"It is batch {k} of " + (
+            f"{tokens.folder}" if isinstance(tokens, sft.Tuning) else f"increment v{increment + 1}"
+        )
 
     # -- The loop: evaluate, save, stop, one optimizer step, log
-    before = [r["loss"] for r in logged(folder) if "loss" in r and r["step"] < start] if t.spike is not None and rank == 0 else []
+    before = (
+        [r["loss"] for r in logged(folder) if "loss" in r and r["step"] < start]
+        if t.spike is not None and rank == 0
+        else []
+    )
     recent: deque[float] = deque(parallel.told(before[-20:], ranks), maxlen=20)  # losses logged, for train.spike
     gc.disable()  # a collection in the middle of a step would hold up the device; graphs are freed without one
     gc.freeze()  # and where there is one, it need not look at what stays
@@ -522,7 +684,9 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
             if saved:
                 settle_save()
             evaluate = last or (t.eval_every and step % t.eval_every == 0 and step > segment.start)
-            due = step in required or (step > start and (last or (t.checkpoint_every and step % t.checkpoint_every == 0)))
+            due = step in required or (
+                step > start and (last or (t.checkpoint_every and step % t.checkpoint_every == 0))
+            )
             if evaluate or due or stop:
                 settle()
                 gc.collect()
@@ -533,7 +697,10 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
                 if due or (stop and step > start):
                     finite = torch.stack([parallel.local(w).isfinite().all() for w in net.parameters()]).all().float()
                     if mean_over_ranks(finite) < 1:  # a finite gradient, and a step too large
-                        raise parallel.once(f"step {step}: weights that are not finite; not saved. Lower plan.max_lr. {last_good()}", rank)
+                        raise parallel.once(
+                            f"step {step}: weights that are not finite; not saved. Lower plan.max_lr. {last_good()}",
+                            rank,
+                        )
                     watchdog.beat(f"save at step {step}")
                     save(step)
                 mark = time.perf_counter()
@@ -564,12 +731,28 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
                 loss_value, norm_value = settle()
                 mark = time.perf_counter()
                 speed = (step + 1 - since) * t.batch_tokens / seconds
-                log({"step": step, "tokens": (step + 1) * t.batch_tokens, "lr": lr, "loss": loss_value, "grad_norm": norm_value,
-                     "tokens_per_second": speed, "mfu": speed * flops / (peak * ranks)})  # fmt: skip
+                log(
+                    {
+                        "step": step,
+                        "tokens": (step + 1) * t.batch_tokens,
+                        "lr": lr,
+                        "loss": loss_value,
+                        "grad_norm": norm_value,
+                        "tokens_per_second": speed,
+                        "mfu": speed * flops / (peak * ranks),
+                    }
+                )
                 total_seconds, seconds, since = total_seconds + seconds, 0.0, step + 1
-                if t.spike is not None and len(recent) >= 5 and loss_value > (usual := statistics.median(recent)) + t.spike:
-                    raise parallel.once(f"step {step}: loss {loss_value:.4g}, more than train.spike = {t.spike:g} above {usual:.4g}, the median of those before. "
-                                    f"{batch_of(step)}. {last_good()}", rank)  # fmt: skip
+                if (
+                    t.spike is not None
+                    and len(recent) >= 5
+                    and loss_value > (usual := statistics.median(recent)) + t.spike
+                ):
+                    raise parallel.once(
+                        f"step {step}: loss {loss_value:.4g}, more than train.spike = {t.spike:g} above {usual:.4g}, the median of those before. "
+                        f"{batch_of(step)}. {last_good()}",
+                        rank,
+                    )
                 recent.append(loss_value)
         watchdog.beat(f"save at step {step}")
         settle_save()
@@ -584,7 +767,9 @@ def train(c: config.Config, p: schedule.Plan, segment: schedule.Segment, folder:
 
     with parallel.together(rank, ranks):
         if rank == 0 and step == end and (missing := sorted(set(required) - set(checkpoint.steps(folder)))):
-            raise UserError(f"{checkpoint.path(folder, missing[0])}: could not be saved; make room and call this again, which makes it anew")
+            raise UserError(
+                f"{checkpoint.path(folder, missing[0])}: could not be saved; make room and call this again, which makes it anew"
+            )
     if rank == 0:
         speed = (step - start) * t.batch_tokens / max(total_seconds + seconds, 1e-9)
         how = "finished" if step == end else "stopped, and goes on when called again,"

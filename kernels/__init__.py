@@ -65,9 +65,13 @@ def problems(text: str, cuda: bool, c: config.Model) -> list[str]:
     if not asked:
         return []
     if not HAVE_TRITON:
-        return [f"train.kernels: got {text!r}, but Triton is not installed: pip install triton (Linux), or take --train.kernels torch"]
+        return [
+            f"train.kernels: got {text!r}, but Triton is not installed: pip install triton (Linux), or take --train.kernels torch"
+        ]
     if not cuda and not interpreted():
-        return [f"train.kernels: got {text!r}, but the device is no CUDA GPU, and Triton's kernels need one; take --train.kernels torch or auto"]
+        return [
+            f"train.kernels: got {text!r}, but the device is no CUDA GPU, and Triton's kernels need one; take --train.kernels torch or auto"
+        ]
     D = c.hidden // c.n_head
     if "attention" in asked and D not in HEAD_DIMS:
         return [
@@ -79,7 +83,9 @@ def problems(text: str, cuda: bool, c: config.Model) -> list[str]:
 def choose(text: str, device: torch.device, c: config.Model) -> dict[str, str]:
     """The choice for every operation. auto: the fastest that bench.py measured on this device at this shape, PyTorch's own where nothing was."""
     best = measured(torch.cuda.get_device_name(device)) if device.type == "cuda" else {}
-    return {name: best.get(shape_key(name, c), "torch") if wish == "auto" else wish for name, wish in parse(text).items()}
+    return {
+        name: best.get(shape_key(name, c), "torch") if wish == "auto" else wish for name, wish in parse(text).items()
+    }
 
 
 def measured(device: str) -> dict[str, str]:
@@ -92,7 +98,9 @@ def measured(device: str) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except (ValueError, AttributeError, KeyError, TypeError) as e:
-        raise config.UserError(f"{MEASURED}: damaged ({e}); restore it, or delete it and run bench.py kernels --save") from None
+        raise config.UserError(
+            f"{MEASURED}: damaged ({e}); restore it, or delete it and run bench.py kernels --save"
+        ) from None
 
 
 def interpreted() -> bool:

@@ -70,7 +70,9 @@ def _dot(a0, a1, b0, b1, D1: tl.constexpr):
 
 
 @triton.jit
-def _forward(Q, KEY, V, Y, L, T, H, GROUP, scale, BM: tl.constexpr, BN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+def _forward(
+    Q, KEY, V, Y, L, T, H, GROUP, scale, BM: tl.constexpr, BN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr
+):
     D: tl.constexpr = D0 + D1
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
@@ -82,7 +84,9 @@ def _forward(Q, KEY, V, Y, L, T, H, GROUP, scale, BM: tl.constexpr, BN: tl.const
     y0 = tl.zeros((BM, D0), tl.float32)
     y1 = tl.zeros((BM, D1 if D1 else D0), tl.float32)  # without a second cut it is never used, and costs nothing
     kv = (b * T * K + h // GROUP) * D
-    for diagonal in tl.static_range(2):  # first the keys left of the block, which all its queries see, then those beside it
+    for diagonal in tl.static_range(
+        2
+    ):  # first the keys left of the block, which all its queries see, then those beside it
         first, end = 0, block * BM
         if diagonal:
             first, end = block * BM, tl.minimum((block + 1) * BM, T)
@@ -121,7 +125,24 @@ def _delta(Y, DY, DELTA, T, H, BM: tl.constexpr, D0: tl.constexpr, D1: tl.conste
 
 
 @triton.jit
-def _backward_kv(Q, KEY, V, DY, L, DELTA, DK, DV, T, H, GROUP, scale, BM: tl.constexpr, BN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+def _backward_kv(
+    Q,
+    KEY,
+    V,
+    DY,
+    L,
+    DELTA,
+    DK,
+    DV,
+    T,
+    H,
+    GROUP,
+    scale,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+):
     D: tl.constexpr = D0 + D1
     K = H // GROUP
     b, h_kv = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
@@ -147,7 +168,9 @@ def _backward_kv(Q, KEY, V, DY, L, DELTA, DK, DV, T, H, GROUP, scale, BM: tl.con
                 g0, g1 = _load(DY + at, rows, T, H * D, D0, D1)  # zeros below the last row: it adds nothing
                 lse = tl.load(L + row_at + rows, mask=rows < T, other=0.0)
                 delta = tl.load(DELTA + row_at + rows, mask=rows < T, other=0.0)
-                p = tl.exp2(_dot(k0, k1, q0, q1, D1) * scale - lse[None, :])  # (BN, BM): transposed, so that no product needs p or ds turned
+                p = tl.exp2(
+                    _dot(k0, k1, q0, q1, D1) * scale - lse[None, :]
+                )  # (BN, BM): transposed, so that no product needs p or ds turned
                 if diagonal:
                     p = tl.where(rows[None, :] >= cols[:, None], p, 0.0)
                 ds = (p * (_dot(v0, v1, g0, g1, D1) - delta[None, :])).to(q0.dtype)
@@ -163,7 +186,23 @@ def _backward_kv(Q, KEY, V, DY, L, DELTA, DK, DV, T, H, GROUP, scale, BM: tl.con
 
 
 @triton.jit
-def _backward_q(Q, KEY, V, DY, L, DELTA, DQ, T, H, GROUP, scale, BM: tl.constexpr, BN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+def _backward_q(
+    Q,
+    KEY,
+    V,
+    DY,
+    L,
+    DELTA,
+    DQ,
+    T,
+    H,
+    GROUP,
+    scale,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+):
     D: tl.constexpr = D0 + D1
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
@@ -199,7 +238,9 @@ def _backward_q(Q, KEY, V, DY, L, DELTA, DQ, T, H, GROUP, scale, BM: tl.constexp
 def _cut(D: int) -> tuple[int, int]:
     """The two powers of two whose sum is D (the second may be 0). ValueError if the kernels do not serve D."""
     if D not in HEAD_DIMS:
-        raise ValueError(f"attention: head dim {D}; the Triton kernels serve {', '.join(map(str, HEAD_DIMS))}: use 'torch'")
+        raise ValueError(
+            f"attention: head dim {D}; the Triton kernels serve {', '.join(map(str, HEAD_DIMS))}: use 'torch'"
+        )
     first = 1 << (D.bit_length() - 1)
     return first, D - first
 
@@ -222,7 +263,20 @@ def _op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     BM, BN, warps, stages = _tiles(D, False)
     if q.numel():
         _forward[(triton.cdiv(T, BM), B * H)](
-            q, k, v, y, L, T, H, H // k.shape[2], LOG2E / math.sqrt(D), BM, BN, *_cut(D), num_warps=warps, num_stages=stages
+            q,
+            k,
+            v,
+            y,
+            L,
+            T,
+            H,
+            H // k.shape[2],
+            LOG2E / math.sqrt(D),
+            BM,
+            BN,
+            *_cut(D),
+            num_warps=warps,
+            num_stages=stages,
         )
     return y, L
 
@@ -230,7 +284,9 @@ def _op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 @_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     B, T, H, D = q.shape
-    return torch.empty(B, T, H, D, dtype=q.dtype, device=q.device), torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+    return torch.empty(B, T, H, D, dtype=q.dtype, device=q.device), torch.empty(
+        B, H, T, dtype=torch.float32, device=q.device
+    )
 
 
 @torch.library.custom_op("pathswitch::attention_backward", mutates_args=())

@@ -24,7 +24,10 @@ from kernels import served, tl, triton
 
 IGNORE = -100
 PAD = 128  # the compute copy's rows come in multiples of this: tensor cores waste no part of a tile, and the kernel loads 16 bytes at a time
-CHUNK_BYTES = {"cuda": 768 << 20, "cpu": 1 << 20}  # of logits, but 128 rows at least; bench.py kernels --only cross_entropy tries others
+CHUNK_BYTES = {
+    "cuda": 768 << 20,
+    "cpu": 1 << 20,
+}  # of logits, but 128 rows at least; bench.py kernels --only cross_entropy tries others
 
 
 def linear_cross_entropy_ref(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
@@ -57,12 +60,16 @@ def _rows_ref(z: Tensor, targets: Tensor, c: Tensor, vocab: int, gradient: bool)
 
 
 @triton.jit
-def _rows_kernel(Z, TARGET, LOSS, COUNT, vocab, padded, GRADIENT: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr):
+def _rows_kernel(
+    Z, TARGET, LOSS, COUNT, vocab, padded, GRADIENT: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     z = Z + row * padded
     target = tl.load(TARGET + row)
     cols = tl.arange(0, BLOCK)
-    m = tl.full((BLOCK,), float("-inf"), tl.float32)  # one running maximum and sum a lane: a single reduction at the end
+    m = tl.full(
+        (BLOCK,), float("-inf"), tl.float32
+    )  # one running maximum and sum a lane: a single reduction at the end
     total = tl.zeros((BLOCK,), tl.float32)
     for left in range(0, vocab, BLOCK):
         v = left + cols  # loaded up to `padded`, a multiple of 128: 16 bytes at a time
@@ -91,7 +98,9 @@ def _rows_kernel(Z, TARGET, LOSS, COUNT, vocab, padded, GRADIENT: tl.constexpr, 
             tl.store(z + v, d.to(Z.dtype.element_ty), mask=v < padded)
 
 
-def _rows(z: Tensor, targets: Tensor, count: Tensor, vocab: int, mean: bool, gradient: bool, use: str) -> tuple[Tensor, Tensor]:
+def _rows(
+    z: Tensor, targets: Tensor, count: Tensor, vocab: int, mean: bool, gradient: bool, use: str
+) -> tuple[Tensor, Tensor]:
     if use == "triton":
         losses = torch.empty(len(z), dtype=torch.float32, device=z.device)
         _rows_kernel[(len(z),)](z, targets, losses, count, vocab, z.shape[1], gradient, mean, 4096, num_warps=8)
@@ -114,7 +123,9 @@ def _padded(vocab: int) -> int:
 
 
 @torch.library.custom_op("pathswitch::linear_cross_entropy", mutates_args=())
-def _op(x: Tensor, weight: Tensor, targets: Tensor, reduction: str, gradient: bool, rows: int, use: str) -> tuple[Tensor, Tensor, Tensor]:
+def _op(
+    x: Tensor, weight: Tensor, targets: Tensor, reduction: str, gradient: bool, rows: int, use: str
+) -> tuple[Tensor, Tensor, Tensor]:
     vocab = weight.shape[0]
     if targets.device.type == "cpu" and (wrong := ((targets < 0) | (targets >= vocab)) & (targets != IGNORE)).any():
         raise IndexError(f"targets: got {targets[wrong][0].item()}, expected 0 .. {vocab - 1}, or {IGNORE} to ignore")
@@ -122,7 +133,9 @@ def _op(x: Tensor, weight: Tensor, targets: Tensor, reduction: str, gradient: bo
     if vocab % PAD or weight.dtype != x.dtype:  # the compute copy
         w = x.new_empty(_padded(vocab), weight.shape[1])  # (padded V, C)
         w[:vocab], w[vocab:] = weight, 0
-    losses = torch.empty(x.shape[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+    losses = torch.empty(
+        x.shape[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device
+    )
     count = (targets != IGNORE).sum().clamp(min=1).to(losses.dtype)
     dx = torch.empty_like(x) if gradient else x.new_empty(0)
     dw = torch.zeros_like(weight) if gradient else weight.new_empty(0)
@@ -145,11 +158,19 @@ def _op(x: Tensor, weight: Tensor, targets: Tensor, reduction: str, gradient: bo
 
 
 @_op.register_fake
-def _(x: Tensor, weight: Tensor, targets: Tensor, reduction: str, gradient: bool, rows: int, use: str) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor, weight: Tensor, targets: Tensor, reduction: str, gradient: bool, rows: int, use: str
+) -> tuple[Tensor, Tensor, Tensor]:
     loss = torch.empty(
-        x.shape[:1] if reduction == "none" else (), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device
+        x.shape[:1] if reduction == "none" else (),
+        dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
+        device=x.device,
     )
-    return loss, torch.empty_like(x) if gradient else x.new_empty(0), torch.empty_like(weight) if gradient else weight.new_empty(0)
+    return (
+        loss,
+        torch.empty_like(x) if gradient else x.new_empty(0),
+        torch.empty_like(weight) if gradient else weight.new_empty(0),
+    )
 
 
 def _gradient(ctx, g, *_):
@@ -165,8 +186,14 @@ _op.register_autograd(
 )
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean",
-                         use: str = "torch", chunk_bytes: int | None = None) -> Tensor:  # fmt: skip
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    reduction: str = "mean",
+    use: str = "torch",
+    chunk_bytes: int | None = None,
+) -> Tensor:
     """Negative log-likelihood in nats of `targets` (..) under the logits x @ weight.T, in float32.
 
     x (.., C) in the compute dtype, weight (V, C) in it or in float32. reduction: mean, sum, or none (.., without gradients).
@@ -177,6 +204,16 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: 
     if gradient and reduction == "none":
         raise ValueError("linear_cross_entropy: reduction none has no gradient; use mean or sum, or torch.no_grad()")
     row_bytes = _padded(weight.shape[0]) * x.element_size()
-    rows = max(128, (chunk_bytes or CHUNK_BYTES.get(x.device.type, 1 << 28)) // row_bytes // 128 * 128)  # whole tiles of a matrix product
-    loss = _op(x.reshape(-1, x.shape[-1]).contiguous(), weight, targets.reshape(-1).long().contiguous(), reduction, gradient, rows, use)[0]
+    rows = max(
+        128, (chunk_bytes or CHUNK_BYTES.get(x.device.type, 1 << 28)) // row_bytes // 128 * 128
+    )  # whole tiles of a matrix product
+    loss = _op(
+        x.reshape(-1, x.shape[-1]).contiguous(),
+        weight,
+        targets.reshape(-1).long().contiguous(),
+        reduction,
+        gradient,
+        rows,
+        use,
+    )[0]
     return loss.view(targets.shape) if reduction == "none" else loss

@@ -26,7 +26,9 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @triton.jit
-def _forward(X, RES, W, Z, Y, R, M, C, stride_x, stride_res, eps, ADD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _forward(
+    X, RES, W, Z, Y, R, M, C, stride_x, stride_res, eps, ADD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
     there = (rows[:, None] < M) & (cols[None, :] < C)
@@ -87,7 +89,20 @@ def _op(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple
     if x.numel():
         grid = (triton.cdiv(xs.shape[0], rows),)
         _forward[grid](
-            xs, res, weight.contiguous(), z, y, r, *xs.shape, xs.stride(0), res.stride(0), eps, residual is not None, rows, cols, num_warps=warps
+            xs,
+            res,
+            weight.contiguous(),
+            z,
+            y,
+            r,
+            *xs.shape,
+            xs.stride(0),
+            res.stride(0),
+            eps,
+            residual is not None,
+            rows,
+            cols,
+            num_warps=warps,
         )
     return y, z, r
 
@@ -96,7 +111,11 @@ def _op(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple
 def _(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     M = x.numel() // x.shape[-1]
-    return y, torch.empty_like(y) if residual is not None else x.new_empty(0), torch.empty(M, dtype=torch.float32, device=x.device)
+    return (
+        y,
+        torch.empty_like(y) if residual is not None else x.new_empty(0),
+        torch.empty(M, dtype=torch.float32, device=x.device),
+    )
 
 
 @torch.library.custom_op("pathswitch::rms_norm_backward", mutates_args=())
@@ -159,7 +178,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, use: str = "torch") -> Tenso
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, use: str = "torch") -> tuple[Tensor, Tensor]:
     """z = x + residual, both (.., C) -> (RMSNorm of z, z)."""
     if x.shape != residual.shape:
-        raise ValueError(f"add_rms_norm: got x {tuple(x.shape)} and residual {tuple(residual.shape)}, expected one shape")
+        raise ValueError(
+            f"add_rms_norm: got x {tuple(x.shape)} and residual {tuple(residual.shape)}, expected one shape"
+        )
     if use == "triton":
         served("rms_norm", x)
         return _op(x, residual, weight, eps)[:2]

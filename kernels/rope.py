@@ -19,7 +19,9 @@ from torch import Tensor
 from kernels import served, tl, triton
 
 
-def rope_table(T: int, D: int, theta: float, scaling: Callable[[Tensor], tuple[Tensor, float]] | None = None) -> tuple[Tensor, Tensor]:
+def rope_table(
+    T: int, D: int, theta: float, scaling: Callable[[Tensor], tuple[Tensor, float]] | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin of the angles t * theta^(-2i/D), each (T, D/2) in float32. `scaling`: frequencies -> (others, a factor of cos and sin)."""
     frequencies, factor = theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D), 1.0
     if scaling:
@@ -28,7 +30,9 @@ def rope_table(T: int, D: int, theta: float, scaling: Callable[[Tensor], tuple[T
     return (factor * angles.cos()).float(), (factor * angles.sin()).float()
 
 
-def scaling(kind: str, factor: float, context: int, low: float, high: float, theta: float) -> Callable[[Tensor], tuple[Tensor, float]] | None:
+def scaling(
+    kind: str, factor: float, context: int, low: float, high: float, theta: float
+) -> Callable[[Tensor], tuple[Tensor, float]] | None:
     """How released models stretch a context of so many tokens by `factor`; none: they do not.
 
     linear: all angles are divided by it (Chen et al. 2023). llama3 and yarn divide only those of slow pairs, which turn
@@ -86,7 +90,11 @@ def _turn(QKV, Q, KEY, V, COS, SIN, T, H, K, D, BACKWARD: tl.constexpr, HEADS: t
     sin = tl.where(h < H + K, sin, 0.0)
     if BACKWARD:  # of the three masks one holds at most: the sum picks
         a = tl.load(q, mask=is_q, other=0.0) + tl.load(k, mask=is_k, other=0.0) + tl.load(v, mask=is_v, other=0.0)
-        b = tl.load(q + half, mask=is_q, other=0.0) + tl.load(k + half, mask=is_k, other=0.0) + tl.load(v + half, mask=is_v, other=0.0)
+        b = (
+            tl.load(q + half, mask=is_q, other=0.0)
+            + tl.load(k + half, mask=is_k, other=0.0)
+            + tl.load(v + half, mask=is_v, other=0.0)
+        )
         a, b = a.to(tl.float32), b.to(tl.float32)
         tl.store(whole, (a * cos + b * sin).to(QKV.dtype.element_ty), mask=there)
         tl.store(whole + half, (b * cos - a * sin).to(QKV.dtype.element_ty), mask=there)

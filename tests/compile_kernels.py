@@ -46,11 +46,22 @@ def compile_only(self, *args, grid, warmup, **how):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(kernel.asm["cubin"])
         f.flush()
-        said = subprocess.run([CUOBJDUMP, "--dump-resource-usage", f.name], capture_output=True, text=True, check=True).stdout
+        said = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", f.name], capture_output=True, text=True, check=True
+        ).stdout
     ptx = kernel.asm["ptx"]
-    built.append({"kernel": f"{self.fn.__module__.split('.')[-1]}.{self.__name__}", "shape": shape, "warps": kernel.metadata.num_warps, "shared": kernel.metadata.shared,
-                  "registers": int(re.search(r"REG:(\d+)", said)[1]), "stack": int(re.search(r"STACK:(\d+)", said)[1]), "wgmma": "wgmma" in ptx,
-                  "wide_loads": len(re.findall(r"ld\.global\S*\.v4|cp\.async\S* \[[^]]*\], \[[^]]*\], 0x10", ptx))})  # fmt: skip
+    built.append(
+        {
+            "kernel": f"{self.fn.__module__.split('.')[-1]}.{self.__name__}",
+            "shape": shape,
+            "warps": kernel.metadata.num_warps,
+            "shared": kernel.metadata.shared,
+            "registers": int(re.search(r"REG:(\d+)", said)[1]),
+            "stack": int(re.search(r"STACK:(\d+)", said)[1]),
+            "wgmma": "wgmma" in ptx,
+            "wide_loads": len(re.findall(r"ld\.global\S*\.v4|cp\.async\S* \[[^]]*\], \[[^]]*\], 0x10", ptx)),
+        }
+    )
 
 
 JITFunction.run = compile_only
@@ -72,10 +83,14 @@ for C in (512, 1024, 1536, 2048):
     swiglu.swiglu(tensor(8, 8 * C), "triton").sum().backward()
 for H, K, D in ((8, 8, 64), (16, 16, 96), (32, 32, 64), (32, 8, 128)):
     shape = f"H={H} K={K} D={D}"
-    sum(t.sum() for t in rope.rope(tensor(1, 16, H + 2 * K, D), *rope.rope_table(16, D, 1e4), H, K, "triton")).backward()
+    sum(
+        t.sum() for t in rope.rope(tensor(1, 16, H + 2 * K, D), *rope.rope_table(16, D, 1e4), H, K, "triton")
+    ).backward()
     attention.attention(tensor(1, 256, H, D), tensor(1, 256, K, D), tensor(1, 256, K, D), "triton").sum().backward()
 shape = "V=100277"
-cross_entropy.linear_cross_entropy(tensor(4, 16), tensor(100_277, 16), torch.randint(9, (4,)), "mean", "triton").backward()
+cross_entropy.linear_cross_entropy(
+    tensor(4, 16), tensor(100_277, 16), torch.randint(9, (4,)), "mean", "triton"
+).backward()
 if "--json" in sys.argv:
     print(json.dumps(built))
 else:

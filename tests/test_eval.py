@@ -53,11 +53,15 @@ def test_score_is_the_mean_over_every_token_and_by_document(trained, prepared):
 def test_shorter_windows_are_those_of_a_model_of_that_context(trained):
     net, _ = evaluation.load_model(trained, CPU)
     s = evaluation.score(trained, CPU, quiet=True, context=8)
-    stream = np.fromfile(evaluation.open_data(trained, checkpoint.read_meta(trained), None).folder / "val.bin", "<u2").astype(np.int64)
+    stream = np.fromfile(
+        evaluation.open_data(trained, checkpoint.read_meta(trained), None).folder / "val.bin", "<u2"
+    ).astype(np.int64)
     rows = torch.from_numpy(stream[: (len(stream) - 1) // 8 * 8]).view(-1, 8)
     targets = torch.from_numpy(stream[1 : rows.numel() + 1]).view(-1, 8)
     with torch.no_grad():
-        assert s.nats.sum() == pytest.approx(net(rows, targets, "sum").item(), rel=1e-3)  # but for the last, shorter one
+        assert s.nats.sum() == pytest.approx(
+            net(rows, targets, "sum").item(), rel=1e-3
+        )  # but for the last, shorter one
     assert s.ppl > evaluation.score(trained, CPU, quiet=True).ppl  # less to go by
 
 
@@ -79,7 +83,10 @@ def test_standard_errors_are_those_of_a_bootstrap_over_documents():
 
 def test_appl():
     assert evaluation.appl({1: 99.0, 2: 20.0, 3: 22.0, 4: 27.0}, range(2, 5)) == 23.0
-    assert evaluation.common([{1: 0, 2: 0, 3: 0, 5: 0}, {1: 0, 2: 0, 3: 0, 4: 0}]) == [2, 3]  # a mean over others would not compare
+    assert evaluation.common([{1: 0, 2: 0, 3: 0, 5: 0}, {1: 0, 2: 0, 3: 0, 4: 0}]) == [
+        2,
+        3,
+    ]  # a mean over others would not compare
 
 
 def test_a_table_of_a_run_and_single_checkpoints(trained, train_cli, tmp_path):

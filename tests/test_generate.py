@@ -22,7 +22,9 @@ def net_of(**kw):
 SCALED = {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_context": 32}
 
 
-@pytest.mark.parametrize("kw", [{}, {"n_kv_head": 2, "qkv_bias": True}, {"n_kv_head": 1, "tied": True, **SCALED}], ids=str)
+@pytest.mark.parametrize(
+    "kw", [{}, {"n_kv_head": 2, "qkv_bias": True}, {"n_kv_head": 1, "tied": True, **SCALED}], ids=str
+)
 @torch.no_grad()
 def test_the_cache_gives_the_logits_of_whole_sequences(kw):
     net = net_of(**kw)
@@ -62,7 +64,14 @@ def test_greedy_equals_transformers_for_64_tokens(kw):
     prompts = [torch.randint(0, 61, (n,)).tolist() for n in (3, 17, 32)]
     ours = generate.generate(net, prompts, 64, set())
     for prompt, found in zip(prompts, ours, strict=True):
-        theirs = twin.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=None)
+        theirs = twin.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=64,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
         assert found == theirs[0, len(prompt) :].tolist() and len(found) == 64
 
 
@@ -94,7 +103,14 @@ def test_draws_follow_the_probabilities():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(20_000, 1)
     chance = [np.random.default_rng(i) for i in range(20_000)]
     # standard errors of 20,000 draws: at most 0.0036
-    for temperature, top_p, expected in [(1.0, 1.0, [0.5, 0.3, 0.15, 0.05]), (1.0, 0.7, [0.625, 0.375, 0, 0]), (1.0, 0.01, [1, 0, 0, 0]),
-                                         (1e-300, 1.0, [1, 0, 0, 0]), (1.0, 1e-300, [1, 0, 0, 0]), (0.5, 1.0, np.array([0.25, 0.09, 0.0225, 0.0025]) / 0.365), (0.0, 1.0, [1, 0, 0, 0])]:  # fmt: skip
+    for temperature, top_p, expected in [
+        (1.0, 1.0, [0.5, 0.3, 0.15, 0.05]),
+        (1.0, 0.7, [0.625, 0.375, 0, 0]),
+        (1.0, 0.01, [1, 0, 0, 0]),
+        (1e-300, 1.0, [1, 0, 0, 0]),
+        (1.0, 1e-300, [1, 0, 0, 0]),
+        (0.5, 1.0, np.array([0.25, 0.09, 0.0225, 0.0025]) / 0.365),
+        (0.0, 1.0, [1, 0, 0, 0]),
+    ]:
         found = np.bincount(generate.draw(logits, temperature, top_p, chance), minlength=4) / 20_000
         np.testing.assert_allclose(found, expected, atol=0.015)

@@ -47,8 +47,17 @@ DEFAULT = {"rope_type": "default", "rope_theta": 777.0}
 
 def released(folder, kind="Llama", dtype=torch.float32, shard=None, rows=301, **kw):
     """A random model as transformers itself saves it, with the tokenizer `bytes` of 257 ids: the other rows are padding."""
-    settings = {"vocab_size": rows, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-                "max_position_embeddings": 96, "rms_norm_eps": 1e-5, **kw}  # fmt: skip
+    settings = {
+        "vocab_size": rows,
+        "hidden_size": 32,
+        "intermediate_size": 44,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 96,
+        "rms_norm_eps": 1e-5,
+        **kw,
+    }
     torch.manual_seed(1)
     net = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**settings)).eval()
     with torch.no_grad():
@@ -56,7 +65,9 @@ def released(folder, kind="Llama", dtype=torch.float32, shard=None, rows=301, **
             p.add_(0.1 * torch.randn_like(p))  # so that norms, biases and depth all matter
     net.to(dtype).save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
     (folder / "tokenizer.json").write_text(json.dumps(hf.made_tokenizer(text.Tokenizer("bytes"))))
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)  # a net that was cast has angles that were cast
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32
+    )  # a net that was cast has angles that were cast
 
 
 def edit(folder, **changes):
@@ -78,10 +89,15 @@ def check_logits(net, twin):
 
 
 CASES = [
-    ("Llama", {}), ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_parameters": LLAMA3}), ("Llama", {"rope_parameters": LINEAR}),
-    ("Llama", {"rope_parameters": YARN, "rows": 259, "intermediate_size": 128}), ("Qwen2", {"rope_parameters": YARN2, "num_key_value_heads": 1}),
-    ("Qwen2", {"tie_word_embeddings": True, "rope_parameters": DEFAULT, "shard": "10KB"}), ("Llama", {"dtype": torch.bfloat16, "rope_parameters": LLAMA3}),
-    ("Qwen2", {"dtype": torch.float16, "shard": "10KB"})]  # fmt: skip
+    ("Llama", {}),
+    ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    ("Llama", {"rope_parameters": LINEAR}),
+    ("Llama", {"rope_parameters": YARN, "rows": 259, "intermediate_size": 128}),
+    ("Qwen2", {"rope_parameters": YARN2, "num_key_value_heads": 1}),
+    ("Qwen2", {"tie_word_embeddings": True, "rope_parameters": DEFAULT, "shard": "10KB"}),
+    ("Llama", {"dtype": torch.bfloat16, "rope_parameters": LLAMA3}),
+    ("Qwen2", {"dtype": torch.float16, "shard": "10KB"}),
+]
 
 
 @pytest.mark.parametrize("kind, kw", CASES, ids=str)
@@ -91,7 +107,13 @@ def test_there_and_back(kind, kw, tmp_path):
     made = hf.bring(str(tmp_path / "hf"), str(tmp_path / "out" / "x"), quiet=True)
     net, meta = eval.load_model(made, torch.device("cpu"))
     check_logits(net, twin)
-    assert (meta["segment"], meta["step"], meta["finished"], meta["pinned"], meta["tokens"]) == (lineage.IMPORT, 0, True, True, 0)
+    assert (meta["segment"], meta["step"], meta["finished"], meta["pinned"], meta["tokens"]) == (
+        lineage.IMPORT,
+        0,
+        True,
+        True,
+        0,
+    )
     c = config.load(str(tmp_path / "out" / "x" / "model.toml"))  # what train.py takes
     assert c.model == net.config and config.check_batch(c, 1) == []
     lineage.check_model(made, meta, c, text.Tokenizer(str(tmp_path / "hf")).sha256)
@@ -106,7 +128,9 @@ def test_there_and_back(kind, kw, tmp_path):
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
     new = checkpoint.read_meta(again)
     assert new["data"] == meta["data"]
-    assert {k: v for k, v in new["config"].items() if k.startswith("model.")} == {k: v for k, v in meta["config"].items() if k.startswith("model.")}
+    assert {k: v for k, v in new["config"].items() if k.startswith("model.")} == {
+        k: v for k, v in meta["config"].items() if k.startswith("model.")
+    }
     assert sorted(p.name for p in tmp_path.rglob("*") if p.name.endswith(".partial")) == []
 
 
@@ -114,23 +138,49 @@ def test_the_older_spelling_is_read(tmp_path):
     twin = released(tmp_path / "hf", rope_parameters=LLAMA3)
     old = {("type" if k == "rope_type" else k): v for k, v in LLAMA3.items() if k != "rope_theta"}
     edit(tmp_path / "hf", rope_parameters="gone", rope_theta=500, rope_scaling=old, head_dim=None)
-    check_logits(eval.load_model(hf.bring(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True), torch.device("cpu"))[0], twin)
+    check_logits(
+        eval.load_model(hf.bring(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True), torch.device("cpu"))[0], twin
+    )
 
 
 def test_a_tied_head_may_be_there_and_old_angles_too(tmp_path):
     released(tmp_path / "hf", tie_word_embeddings=True)
     file = tmp_path / "hf" / "model.safetensors"
     w = load_file(file)
-    save_file({**w, "lm_head.weight": w["model.embed_tokens.weight"].clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, file)
+    save_file(
+        {
+            **w,
+            "lm_head.weight": w["model.embed_tokens.weight"].clone(),
+            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        },
+        file,
+    )
     assert "model.head.weight" not in tensors(hf.bring(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True))
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Tokenizers
 
-HARD = ["", " ", "\n", "鲸鱼在海里。", "中文 English 混合123", "🙂👩‍👩‍👧‍👦🏳️‍🌈", "e\u0301\u0302a\u0308 café", "a\r\n\r\n b\n\r\t\v\f c", "  \n  \n\n   x  ", "1234567890 12 3,456.78",
-        "I'LL WE'VE DON'T it's I'M they'Re 'S 'ſ", "a\0b\0\0", "<|endoftext|> <|im_start|>user", "مرحبا שלום नमस्ते ไทย", "\u00a0\u2003\u2028x\u0085", "ǅ ß İ ŉ",
-        *(c * n for c in " =-a\n\t*🙂" for n in (1, 7, 64, 81, 128, 257, 1000)), "ab" * 3000]  # fmt: skip
+HARD = [
+    "",
+    " ",
+    "\n",
+    "鲸鱼在海里。",
+    "中文 English 混合123",
+    "🙂👩‍👩‍👧‍👦🏳️‍🌈",
+    "e\u0301\u0302a\u0308 café",
+    "a\r\n\r\n b\n\r\t\v\f c",
+    "  \n  \n\n   x  ",
+    "1234567890 12 3,456.78",
+    "I'LL WE'VE DON'T it's I'M they'Re 'S 'ſ",
+    "a\0b\0\0",
+    "<|endoftext|> <|im_start|>user",
+    "مرحبا שלום नमस्ते ไทย",
+    "\u00a0\u2003\u2028x\u0085",
+    "ǅ ß İ ŉ",
+    *(c * n for c in " =-a\n\t*🙂" for n in (1, 7, 64, 81, 128, 257, 1000)),
+    "ab" * 3000,
+]
 
 
 def checkpoint_of(folder, tokenizer, **kw):
@@ -142,8 +192,17 @@ def checkpoint_of(folder, tokenizer, **kw):
     data.prepare(c.data.path, [str(folder / "a.jsonl")], tokenizer, [1.0], val=0.3, jobs=1, quiet=True)
     torch.manual_seed(1)
     net = model.Transformer(c.model)
-    record = {"segment": "main", "version": 1, "path": {}, "finished": True, "pinned": True, "parent": None, "tokens": 0, "config": config.values(c),
-              "data": {"tokenizer": tok.sha256, "increments": []}}  # fmt: skip
+    record = {
+        "segment": "main",
+        "version": 1,
+        "path": {},
+        "finished": True,
+        "pinned": True,
+        "parent": None,
+        "tokens": 0,
+        "config": config.values(c),
+        "data": {"tokenizer": tok.sha256, "increments": []},
+    }
     (folder / "main").mkdir()
     checkpoint.save(folder / "main", 0, checkpoint.state(net), record)
     return folder / "main" / "step-000000", tok, net
@@ -157,7 +216,9 @@ def corpus():
 def hard_texts():
     r = random.Random(0)
     made_up = [
-        "".join(r.choices(letters, k=r.randint(1, 60))) for letters in ("ab", " \n", " =-", "aA's", "中文 ", "\r\n \t", "0 1a") for _ in range(100)
+        "".join(r.choices(letters, k=r.randint(1, 60)))
+        for letters in ("ab", " \n", " =-", "aA's", "中文 ", "\r\n \t", "0 1a")
+        for _ in range(100)
     ]
     return corpus() + HARD + made_up
 
@@ -171,7 +232,9 @@ def test_the_patterns_of_other_encodings(name, monkeypatch):
         monkeypatch.setattr(openai_public, loader, lambda *a, **kw: ranks)
     pattern = getattr(openai_public, name)()["pat_str"]
     assert pattern != tok.encoding._pat_str
-    tok.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)})
+    tok.encoding = tiktoken.Encoding(
+        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}
+    )
     made = tokenizers.Tokenizer.from_str(json.dumps(hf.made_tokenizer(tok)))
     made.encode_special_tokens = True
     texts = hard_texts()
@@ -185,7 +248,9 @@ def test_an_exported_tokenizer_gives_the_same_ids(name, tmp_path, monkeypatch):
     made, tok, _ = checkpoint_of(tmp_path, name)
     out = hf.send(str(made), str(tmp_path / "hf"), quiet=True)
     theirs = transformers.AutoTokenizer.from_pretrained(out)
-    theirs.backend_tokenizer.encode_special_tokens = True  # text that looks like a special token is text, as it is for us
+    theirs.backend_tokenizer.encode_special_tokens = (
+        True  # text that looks like a special token is text, as it is for us
+    )
     texts = hard_texts()
     assert any("\u4e00" <= c <= "\u9fff" for t in texts for c in t)
     for many in (texts[i : i + 100] for i in range(0, len(texts), 100)):
@@ -203,12 +268,27 @@ def test_an_exported_tokenizer_gives_the_same_ids(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "kw", [{}, {"qkv_bias": True, "tied": True, "rope_scaling": "yarn", "rope_factor": 4.0, "rope_context": 24, "rope_high": 32.0}], ids=str
+    "kw",
+    [
+        {},
+        {
+            "qkv_bias": True,
+            "tied": True,
+            "rope_scaling": "yarn",
+            "rope_factor": 4.0,
+            "rope_context": 24,
+            "rope_high": 32.0,
+        },
+    ],
+    ids=str,
 )
 def test_greedy_equals_transformers_on_the_exported_folder(kw, tmp_path):
     made, tok, net = checkpoint_of(tmp_path, str(data.RANKS), **kw)
     out = hf.send(str(made), str(tmp_path / "hf"), quiet=True)
-    twin, theirs = transformers.AutoModelForCausalLM.from_pretrained(out), transformers.AutoTokenizer.from_pretrained(out)
+    twin, theirs = (
+        transformers.AutoModelForCausalLM.from_pretrained(out),
+        transformers.AutoTokenizer.from_pretrained(out),
+    )
     assert type(twin).__name__ == ("Qwen2ForCausalLM" if kw else "LlamaForCausalLM")
     check = torch.randint(0, tok.vocab_size, (2, 96))
     with torch.no_grad():
@@ -240,14 +320,43 @@ def imported(tmp_path, monkeypatch):
     pieces = [t[i : i + 400] for t in corpus()[:40] for i in range(0, len(t), 400)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in pieces))
     folder = tmp_path / "data"
-    meta = data.prepare(str(folder), [str(tmp_path / "a.jsonl")], str(tmp_path / "x" / "tokenizer"), [1.0, 1.0], jobs=1, quiet=True)
+    meta = data.prepare(
+        str(folder), [str(tmp_path / "a.jsonl")], str(tmp_path / "x" / "tokenizer"), [1.0, 1.0], jobs=1, quiet=True
+    )
     assert (meta["vocab_size"], meta["eot"]) == (301, 256)  # the padding rows are the model's vocabulary, too
     torch.set_num_threads(1)
 
     def run(*flags, out="run", toml=tmp_path / "x" / "model.toml"):
-        monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(toml), "--model.context", "32", "--train.batch_tokens", "128", "--plan.steps", "6",
-            "--plan.versions", "2", "--plan.warmup", "2", "--train.eval_every", "0", "--train.eval_tokens", "320", "--train.device", "cpu",
-            "--data.path", str(folder), "--out", str(tmp_path / out), *flags])  # fmt: skip
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "train.py",
+                "--config",
+                str(toml),
+                "--model.context",
+                "32",
+                "--train.batch_tokens",
+                "128",
+                "--plan.steps",
+                "6",
+                "--plan.versions",
+                "2",
+                "--plan.warmup",
+                "2",
+                "--train.eval_every",
+                "0",
+                "--train.eval_tokens",
+                "320",
+                "--train.device",
+                "cpu",
+                "--data.path",
+                str(folder),
+                "--out",
+                str(tmp_path / out),
+                *flags,
+            ],
+        )
         try:
             train.main()
         except SystemExit as e:
@@ -270,7 +379,9 @@ def test_an_imported_model_is_trained_on_by_every_mode(imported, tmp_path, capsy
     assert run("--mode", "cpt", "--version", "2", *parent, out="cpt") == 0
     ends = [tmp_path / p for p in ("run/ours-cosine/v2", "alone/ours-cosine/v1", "cpt/cpt-cosine/v2")]
     last = [checkpoint.path(p, checkpoint.steps(p)[-1]) for p in ends]
-    assert checkpoint.read_meta(last[0])["parent"]["segment"] == "main" and all(checkpoint.read_meta(p)["parent"] == record for p in last[1:])
+    assert checkpoint.read_meta(last[0])["parent"]["segment"] == "main" and all(
+        checkpoint.read_meta(p)["parent"] == record for p in last[1:]
+    )
     assert checkpoint.read_meta(last[0])["data"]["tokenizer"] == checkpoint.read_meta(made)["data"]["tokenizer"]
 
     # Resumed without --parent, and not from another one
@@ -279,7 +390,9 @@ def test_an_imported_model_is_trained_on_by_every_mode(imported, tmp_path, capsy
     w = load_file(tmp_path / "hf2" / "model.safetensors")
     save_file({k: v + 1e-3 for k, v in w.items()}, tmp_path / "hf2" / "model.safetensors", {"format": "pt"})
     other = hf.bring(str(tmp_path / "hf2"), str(tmp_path / "y"), quiet=True)
-    assert run("--mode", "main", "--parent", str(other)) == 2 and "was begun from another one" in capsys.readouterr().err
+    assert (
+        run("--mode", "main", "--parent", str(other)) == 2 and "was begun from another one" in capsys.readouterr().err
+    )
 
     # Perplexity and samples of both
     data.add(str(folder), [str(data.TEXT)], jobs=1, quiet=True)
@@ -290,16 +403,28 @@ def test_an_imported_model_is_trained_on_by_every_mode(imported, tmp_path, capsy
         assert eval.sample(path, torch.device("cpu"), ["The whale"], 5, 1, None)[0].startswith("The whale")
     out = hf.send(str(last[0]), str(tmp_path / "back"), quiet=True)
     settings = json.loads((out / "config.json").read_text())
-    assert settings["max_position_embeddings"] == 32 and settings["pathswitch"]["segment"] == "ours-cosine/v2" and settings["bos_token_id"] is None
-    check_logits(eval.load_model(last[0], torch.device("cpu"))[0], transformers.AutoModelForCausalLM.from_pretrained(out))
+    assert (
+        settings["max_position_embeddings"] == 32
+        and settings["pathswitch"]["segment"] == "ours-cosine/v2"
+        and settings["bos_token_id"] is None
+    )
+    check_logits(
+        eval.load_model(last[0], torch.device("cpu"))[0], transformers.AutoModelForCausalLM.from_pretrained(out)
+    )
 
 
-@pytest.mark.parametrize("flags, words", [
-    (("--model.ffn", "48"), "is another model (model.ffn: 44 there, 48 here)"),
-    (("--model.rope_theta", "5"), "is another model (model.rope_theta: 10000.0 there, 5.0 here)"),
-    (("--model.context", "128"), "model.context: got 128, expected at most the 96"),
-    (("--model.vocab_size", "257", "--data.path", "{prepared}"), "is another model (model.vocab_size: 301 there, 257 here)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--model.ffn", "48"), "is another model (model.ffn: 44 there, 48 here)"),
+        (("--model.rope_theta", "5"), "is another model (model.rope_theta: 10000.0 there, 5.0 here)"),
+        (("--model.context", "128"), "model.context: got 128, expected at most the 96"),
+        (
+            ("--model.vocab_size", "257", "--data.path", "{prepared}"),
+            "is another model (model.vocab_size: 301 there, 257 here)",
+        ),
+    ],
+)
 def test_what_disagrees_with_the_imported_model_is_refused(imported, prepared, tmp_path, capsys, flags, words):
     run, made, _ = imported
     assert run("--mode", "main", *(f.replace("{prepared}", str(prepared)) for f in flags), "--parent", str(made)) == 2
@@ -309,8 +434,27 @@ def test_what_disagrees_with_the_imported_model_is_refused(imported, prepared, t
 def test_another_tokenizer_than_the_imported_model_s_is_refused(prepared, tmp_path, monkeypatch, capsys):
     released(tmp_path / "hf", rows=257)
     made = hf.bring(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tmp_path / "x" / "model.toml"), "--model.context", "32", "--train.batch_tokens", "128",
-        "--plan.steps", "6", "--plan.warmup", "2", "--data.path", str(prepared), "--parent", str(made)])  # fmt: skip
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "train.py",
+            "--config",
+            str(tmp_path / "x" / "model.toml"),
+            "--model.context",
+            "32",
+            "--train.batch_tokens",
+            "128",
+            "--plan.steps",
+            "6",
+            "--plan.warmup",
+            "2",
+            "--data.path",
+            str(prepared),
+            "--parent",
+            str(made),
+        ],
+    )
     with pytest.raises(SystemExit) as e:
         train.main()
     assert e.value.code == 2 and "has another tokenizer than data.path" in capsys.readouterr().err
@@ -362,73 +506,103 @@ def put(name, content):
 NORM, DOWN = "model__norm__weight", "model.layers.1.mlp.down_proj.weight"
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda f: os.remove(f / "config.json"), "config.json: is not there; expected a folder that save_pretrained made"),
-    (put("config.json", b"{"), "config.json: is not JSON"),
-    (put("config.json", b"[1]"), "config.json: got '[1]', expected a JSON object"),
-    (put("config.json", b"[" * 100000), "config.json: is not JSON"),
-    (keys(architectures=["MistralForCausalLM"]), "architectures: got ['MistralForCausalLM'], expected one of LlamaForCausalLM, Qwen2ForCausalLM"),
-    (keys(architectures=[[]]), "architectures: got [[]]"),
-    (keys(architectures="gone"), "architectures: got None"),
-    (keys(model_type="mistral"), "model_type: got 'mistral', expected llama"),
-    (keys(hidden_size="32"), "hidden_size: got '32', expected a whole number"),
-    (keys(num_hidden_layers=True), "num_hidden_layers: got True, expected a whole number"),
-    (keys(hidden_size="gone"), "hidden_size: got None, expected a whole number"),
-    (keys(num_attention_heads=0), "model.n_head: got 0"),
-    (keys(num_key_value_heads=3), "model.n_kv_head: got 3, expected a divisor"),
-    (keys(rms_norm_eps=None, max_position_embeddings=1 << 40), "model.context: got"),
-    (keys(num_hidden_layers=10**12), "num_hidden_layers: got 1,000,000,000,000, but the files hold 21 tensors"),
-    (keys(vocab_size=10**15), "is of a model of 64,"),
-    (keys(hidden_size=1 << 40, head_dim=1 << 38), "model.context: got 96"),
-    (keys(head_dim=16), "head_dim: got 16, expected hidden_size / num_attention_heads = 8"),
-    (keys(attention_bias=True), "attention_bias: got True, expected False"),
-    (keys(mlp_bias=True), "mlp_bias: got True, expected False"),
-    (keys(hidden_act="gelu"), "hidden_act: got 'gelu', expected 'silu'"),
-    (keys(use_sliding_window=True), "use_sliding_window: got True"),
-    (keys(layer_types=["full_attention", "sliding_attention"]), "layer_types: got"),
-    (keys(quantization_config={"bits": 4}), "quantization_config: got {'bits': 4}"),
-    (keys(partial_rotary_factor=0.5), "partial_rotary_factor: got 0.5"),
-    (keys(auto_map={"AutoModel": "evil.Model"}), "auto_map: got"),
-    (keys(tie_word_embeddings=1), "tie_word_embeddings: got 1, expected true or false"),
-    (keys(rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "rope_parameters.rope_type: got 'dynamic', expected one of default, linear, llama3, yarn"),
-    (keys(rope_parameters="gone", rope_scaling={"type": "longrope"}), "rope_scaling.rope_type: got 'longrope'"),
-    (keys(rope_parameters="gone", rope_scaling={"type": ["yarn"]}), "rope_scaling.rope_type: got ['yarn']"),
-    (keys(rope_parameters=7), "rope_parameters: got 7"),
-    (keys(rope_parameters={"full_attention": {"rope_type": "default"}}), "rope_parameters: got"),
-    (keys(rope_parameters={"rope_theta": -1.0}), "model.rope_theta: got -1.0"),
-    (keys(rope_parameters={"rope_theta": float("nan")}), "rope_parameters.rope_theta: got nan"),
-    (keys(rope_parameters={"rope_type": "linear"}), "rope_parameters.factor: got None, expected a number"),
-    (keys(rope_parameters={**LLAMA3, "mix": 1}), "rope_parameters.mix: got 1, expected it not to be there"),
-    (keys(rope_parameters={**LLAMA3, "low_freq_factor": 4.0}), "model.rope_low: got 4, expected below"),
-    (keys(rope_parameters={**LLAMA3, "partial_rotary_factor": 0.5}), "rope_parameters.partial_rotary_factor: got 0.5"),
-    (keys(rope_parameters={**YARN, "factor": float("nan")}), "rope_parameters.factor: got nan, expected a number"),
-    (keys(rope_parameters={**YARN, "beta_fast": 1e308}), "expected for yarn above 1, and at most 1e9"),
-    (keys(rope_parameters={**YARN, "rope_theta": 1.0}), "expected for yarn above 1, and at most 1e9"),
-    (keys(rope_parameters={**YARN, "attention_factor": 1.5}), "rope_parameters.attention_factor: got 1.5, expected 0.1 ln(factor) + 1 = 1.13863"),
-    (keys(rope_parameters={**YARN, "mscale": 1.0}), "rope_parameters.mscale: got 1.0"),
-    (keys(rope_parameters={**YARN, "truncate": False}), "rope_parameters.truncate: got False, expected true"),
-    (keys(rope_parameters={k: v for k, v in YARN.items() if "orig" not in k}), "rope_parameters.original_max_position_embeddings: got None"),
-    (pickled, "pytorch_model.bin: pickled weights are not read"),
-    (lambda f: os.remove(f / "model.safetensors"), "has no model.safetensors and no model.safetensors.index.json"),
-    (lambda f: os.truncate(f / "model.safetensors", 999), "model.safetensors: is no safetensors file"),
-    (put("adapter_config.json", b"{}"), "adapter_config.json: is that of an adapter"),
-    (weights(**{DOWN: None}), f"{DOWN} is missing"),
-    (weights(lm_head__weight=None), "lm_head.weight is missing"),
-    (weights(**{NORM: torch.ones(31)}), "is of a model of 3"),
-    (weights(**{NORM: torch.ones(2, 16)}), "model.norm.weight has shape (2, 16), expected (32,)"),
-    (weights(**{NORM: torch.ones(32, dtype=torch.float64)}), "model.norm.weight is F64, expected F32, BF16, F16"),
-    (weights(**{NORM: torch.full((32,), torch.inf)}), "model.norm.weight holds values that are not finite"),
-    (weights(extra__lora_A=torch.ones(3)), "has 1 tensors that are no part of the model, such as extra.lora_A"),
-    (lambda f: (edit(f, tie_word_embeddings=True)), "lm_head.weight is not model.embed_tokens.weight"),
-    (index(**{DOWN: "m-9.safetensors"}), "m-9.safetensors: is not there, but model.safetensors.index.json names it"),
-    (index(**{DOWN: "../m-1.safetensors"}), "weight_map: got '../m-1.safetensors', expected names of .safetensors files in this folder"),
-    (index(**{DOWN: "/etc/passwd"}), "weight_map: got '/etc/passwd'"),
-    (index(**{DOWN: "m-0.safetensors"}), f"m-0.safetensors: has no {DOWN}, but model.safetensors.index.json says so"),
-    (index(**{DOWN: 7}), "weight_map: got"),
-    (lambda f: os.remove(f / "tokenizer.json"), "tokenizer.json: is not there; make it"),
-    (put("tokenizer.json", b"{}"), "tokenizer.json: is no tokenizer of Hugging Face"),
-    (lambda f: released(f, rows=200), "tokenizer.json: has ids to 256, expected below the 200 rows of the model"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            lambda f: os.remove(f / "config.json"),
+            "config.json: is not there; expected a folder that save_pretrained made",
+        ),
+        (put("config.json", b"{"), "config.json: is not JSON"),
+        (put("config.json", b"[1]"), "config.json: got '[1]', expected a JSON object"),
+        (put("config.json", b"[" * 100000), "config.json: is not JSON"),
+        (
+            keys(architectures=["MistralForCausalLM"]),
+            "architectures: got ['MistralForCausalLM'], expected one of LlamaForCausalLM, Qwen2ForCausalLM",
+        ),
+        (keys(architectures=[[]]), "architectures: got [[]]"),
+        (keys(architectures="gone"), "architectures: got None"),
+        (keys(model_type="mistral"), "model_type: got 'mistral', expected llama"),
+        (keys(hidden_size="32"), "hidden_size: got '32', expected a whole number"),
+        (keys(num_hidden_layers=True), "num_hidden_layers: got True, expected a whole number"),
+        (keys(hidden_size="gone"), "hidden_size: got None, expected a whole number"),
+        (keys(num_attention_heads=0), "model.n_head: got 0"),
+        (keys(num_key_value_heads=3), "model.n_kv_head: got 3, expected a divisor"),
+        (keys(rms_norm_eps=None, max_position_embeddings=1 << 40), "model.context: got"),
+        (keys(num_hidden_layers=10**12), "num_hidden_layers: got 1,000,000,000,000, but the files hold 21 tensors"),
+        (keys(vocab_size=10**15), "is of a model of 64,"),
+        (keys(hidden_size=1 << 40, head_dim=1 << 38), "model.context: got 96"),
+        (keys(head_dim=16), "head_dim: got 16, expected hidden_size / num_attention_heads = 8"),
+        (keys(attention_bias=True), "attention_bias: got True, expected False"),
+        (keys(mlp_bias=True), "mlp_bias: got True, expected False"),
+        (keys(hidden_act="gelu"), "hidden_act: got 'gelu', expected 'silu'"),
+        (keys(use_sliding_window=True), "use_sliding_window: got True"),
+        (keys(layer_types=["full_attention", "sliding_attention"]), "layer_types: got"),
+        (keys(quantization_config={"bits": 4}), "quantization_config: got {'bits': 4}"),
+        (keys(partial_rotary_factor=0.5), "partial_rotary_factor: got 0.5"),
+        (keys(auto_map={"AutoModel": "evil.Model"}), "auto_map: got"),
+        (keys(tie_word_embeddings=1), "tie_word_embeddings: got 1, expected true or false"),
+        (
+            keys(rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
+            "rope_parameters.rope_type: got 'dynamic', expected one of default, linear, llama3, yarn",
+        ),
+        (keys(rope_parameters="gone", rope_scaling={"type": "longrope"}), "rope_scaling.rope_type: got 'longrope'"),
+        (keys(rope_parameters="gone", rope_scaling={"type": ["yarn"]}), "rope_scaling.rope_type: got ['yarn']"),
+        (keys(rope_parameters=7), "rope_parameters: got 7"),
+        (keys(rope_parameters={"full_attention": {"rope_type": "default"}}), "rope_parameters: got"),
+        (keys(rope_parameters={"rope_theta": -1.0}), "model.rope_theta: got -1.0"),
+        (keys(rope_parameters={"rope_theta": float("nan")}), "rope_parameters.rope_theta: got nan"),
+        (keys(rope_parameters={"rope_type": "linear"}), "rope_parameters.factor: got None, expected a number"),
+        (keys(rope_parameters={**LLAMA3, "mix": 1}), "rope_parameters.mix: got 1, expected it not to be there"),
+        (keys(rope_parameters={**LLAMA3, "low_freq_factor": 4.0}), "model.rope_low: got 4, expected below"),
+        (
+            keys(rope_parameters={**LLAMA3, "partial_rotary_factor": 0.5}),
+            "rope_parameters.partial_rotary_factor: got 0.5",
+        ),
+        (keys(rope_parameters={**YARN, "factor": float("nan")}), "rope_parameters.factor: got nan, expected a number"),
+        (keys(rope_parameters={**YARN, "beta_fast": 1e308}), "expected for yarn above 1, and at most 1e9"),
+        (keys(rope_parameters={**YARN, "rope_theta": 1.0}), "expected for yarn above 1, and at most 1e9"),
+        (
+            keys(rope_parameters={**YARN, "attention_factor": 1.5}),
+            "rope_parameters.attention_factor: got 1.5, expected 0.1 ln(factor) + 1 = 1.13863",
+        ),
+        (keys(rope_parameters={**YARN, "mscale": 1.0}), "rope_parameters.mscale: got 1.0"),
+        (keys(rope_parameters={**YARN, "truncate": False}), "rope_parameters.truncate: got False, expected true"),
+        (
+            keys(rope_parameters={k: v for k, v in YARN.items() if "orig" not in k}),
+            "rope_parameters.original_max_position_embeddings: got None",
+        ),
+        (pickled, "pytorch_model.bin: pickled weights are not read"),
+        (lambda f: os.remove(f / "model.safetensors"), "has no model.safetensors and no model.safetensors.index.json"),
+        (lambda f: os.truncate(f / "model.safetensors", 999), "model.safetensors: is no safetensors file"),
+        (put("adapter_config.json", b"{}"), "adapter_config.json: is that of an adapter"),
+        (weights(**{DOWN: None}), f"{DOWN} is missing"),
+        (weights(lm_head__weight=None), "lm_head.weight is missing"),
+        (weights(**{NORM: torch.ones(31)}), "is of a model of 3"),
+        (weights(**{NORM: torch.ones(2, 16)}), "model.norm.weight has shape (2, 16), expected (32,)"),
+        (weights(**{NORM: torch.ones(32, dtype=torch.float64)}), "model.norm.weight is F64, expected F32, BF16, F16"),
+        (weights(**{NORM: torch.full((32,), torch.inf)}), "model.norm.weight holds values that are not finite"),
+        (weights(extra__lora_A=torch.ones(3)), "has 1 tensors that are no part of the model, such as extra.lora_A"),
+        (lambda f: edit(f, tie_word_embeddings=True), "lm_head.weight is not model.embed_tokens.weight"),
+        (
+            index(**{DOWN: "m-9.safetensors"}),
+            "m-9.safetensors: is not there, but model.safetensors.index.json names it",
+        ),
+        (
+            index(**{DOWN: "../m-1.safetensors"}),
+            "weight_map: got '../m-1.safetensors', expected names of .safetensors files in this folder",
+        ),
+        (index(**{DOWN: "/etc/passwd"}), "weight_map: got '/etc/passwd'"),
+        (
+            index(**{DOWN: "m-0.safetensors"}),
+            f"m-0.safetensors: has no {DOWN}, but model.safetensors.index.json says so",
+        ),
+        (index(**{DOWN: 7}), "weight_map: got"),
+        (lambda f: os.remove(f / "tokenizer.json"), "tokenizer.json: is not there; make it"),
+        (put("tokenizer.json", b"{}"), "tokenizer.json: is no tokenizer of Hugging Face"),
+        (lambda f: released(f, rows=200), "tokenizer.json: has ids to 256, expected below the 200 rows of the model"),
+    ],
+)
 def test_what_cannot_be_imported_is_refused_by_name(tmp_path, monkeypatch, capsys, change, words):
     released(tmp_path / "hf")
     change(tmp_path / "hf")
@@ -438,7 +612,12 @@ def test_what_cannot_be_imported_is_refused_by_name(tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit) as e, config.user_errors("hf.py"):
         hf.main()
     said = capsys.readouterr().err
-    assert e.value.code == 2 and words in said and len(said.strip().splitlines()) == 1 and said.startswith("hf.py: error: "), said
+    assert (
+        e.value.code == 2
+        and words in said
+        and len(said.strip().splitlines()) == 1
+        and said.startswith("hf.py: error: ")
+    ), said
     assert sorted(tmp_path.rglob("*")) == before
 
 

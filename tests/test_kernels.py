@@ -54,7 +54,9 @@ def compare(function, reference, inputs, terms, floor=0.0):
     for i, (a, b) in enumerate(pairs):
         assert a.shape == b.shape and a.dtype == torch.float32
         error = (a.detach().cpu().double() - b).norm()
-        assert error <= rounding(terms) * (b.norm() + floor * math.sqrt(b.numel())), f"{i}: {error / b.norm():.2e} > {rounding(terms):.2e}"
+        assert error <= rounding(terms) * (b.norm() + floor * math.sqrt(b.numel())), (
+            f"{i}: {error / b.norm():.2e} > {rounding(terms):.2e}"
+        )
     for x, y in zip(ours, before, strict=True):
         assert torch.equal(x, y), "an input was changed"
 
@@ -79,8 +81,12 @@ def test_rms_norm(shape, use):
     torch.manual_seed(0)
     x, residual, w = torch.randn(shape), torch.randn(shape), torch.randn(shape[-1])
     terms = max(shape[-1], math.prod(shape[:-1]))
-    floor = 1 / (x + residual).abs().min().item() if shape[-1] == 1 else 0.0  # a single element is normed to its sign: the gradient cancels
-    compare(lambda x, w: norm.rms_norm(x, w, 1e-5, use), lambda x, w: norm.rms_norm_ref(x, w, 1e-5), (x, w), terms, floor)
+    floor = (
+        1 / (x + residual).abs().min().item() if shape[-1] == 1 else 0.0
+    )  # a single element is normed to its sign: the gradient cancels
+    compare(
+        lambda x, w: norm.rms_norm(x, w, 1e-5, use), lambda x, w: norm.rms_norm_ref(x, w, 1e-5), (x, w), terms, floor
+    )
     compare(
         lambda x, r, w: norm.add_rms_norm(x, r, w, 1e-5, use),
         lambda x, r, w: (norm.rms_norm_ref(x + r, w, 1e-5), x + r),
@@ -94,7 +100,12 @@ def test_rms_norm(shape, use):
 def test_rms_norm_of_rows_apart_and_columns_apart(use):
     torch.manual_seed(0)
     for x in (torch.randn(9, 64)[:, :40], torch.randn(12, 40)[::2], torch.randn(40, 9).T):
-        compare(lambda x, w: norm.rms_norm(x, w, 1e-5, use), lambda x, w: norm.rms_norm_ref(x, w, 1e-5), (x, torch.randn(40)), 40)
+        compare(
+            lambda x, w: norm.rms_norm(x, w, 1e-5, use),
+            lambda x, w: norm.rms_norm_ref(x, w, 1e-5),
+            (x, torch.randn(40)),
+            40,
+        )
 
 
 def test_rms_norm_ref_is_that_of_pytorch():
@@ -108,7 +119,9 @@ def test_rms_norm_of_a_weight_that_is_not_in_one_piece(use):
     for w in (torch.randn(12)[::2], torch.ones(1).expand(6)):
         x = torch.randn(4, 6)
         got = norm.rms_norm(x.to(DEVICE), w.to(DEVICE), 1e-5, use).cpu()
-        torch.testing.assert_close(got.double(), norm.rms_norm_ref(x.double(), w.double(), 1e-5), rtol=1e-6, atol=1e-6)  # a few roundings
+        torch.testing.assert_close(
+            got.double(), norm.rms_norm_ref(x.double(), w.double(), 1e-5), rtol=1e-6, atol=1e-6
+        )  # a few roundings
     with pytest.raises(ValueError, match=r"x \(4, 6\) and residual \(1, 6\)"):
         norm.add_rms_norm(x.to(DEVICE), x[:1].to(DEVICE), w.to(DEVICE), 1e-5, use)
 
@@ -126,7 +139,9 @@ def test_swiglu(shape, use):
     compare(lambda x: glu.swiglu(x, use), glu.swiglu_ref, (x.mT.contiguous().mT,), 1)
 
 
-OVERFLOW = pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy, under the interpreter, where a GPU has inf and goes on
+OVERFLOW = pytest.mark.filterwarnings(
+    "ignore:overflow encountered"
+)  # numpy, under the interpreter, where a GPU has inf and goes on
 
 
 @OVERFLOW
@@ -139,14 +154,19 @@ def test_swiglu_far_out():
 
 
 @pytest.mark.parametrize("use", USE)
-@pytest.mark.parametrize("B, T, H, K, D", [(2, 9, 4, 2, 48), (1, 1, 1, 1, 2), (2, 5, 3, 1, 10), (1, 7, 5, 5, 96), (0, 4, 2, 2, 8), (1, 3, 40, 8, 64)])
+@pytest.mark.parametrize(
+    "B, T, H, K, D",
+    [(2, 9, 4, 2, 48), (1, 1, 1, 1, 2), (2, 5, 3, 1, 10), (1, 7, 5, 5, 96), (0, 4, 2, 2, 8), (1, 3, 40, 8, 64)],
+)
 def test_rope(B, T, H, K, D, use):
     torch.manual_seed(0)
     cos, sin = rot.rope_table(T + 3, D, 100.0)
     cos, sin = cos[:T], sin[:T]
     qkv = torch.randn(B, T, H + 2 * K, D)
     on = [t.to(DEVICE) for t in (cos, sin)]
-    compare(lambda x: rot.rope(x, *on, H, K, use), lambda x: rot.rope_ref(x, cos.double(), sin.double(), H, K), (qkv,), 2)
+    compare(
+        lambda x: rot.rope(x, *on, H, K, use), lambda x: rot.rope_ref(x, cos.double(), sin.double(), H, K), (qkv,), 2
+    )
     compare(
         lambda x: rot.rope(x, *on, H, K, use),
         lambda x: rot.rope_ref(x, cos.double(), sin.double(), H, K),
@@ -158,7 +178,9 @@ def test_rope(B, T, H, K, D, use):
 def test_rope_turns_by_position_and_keeps_products_relative():
     cos, sin = rot.rope_table(16, 8, 10000.0)
     torch.manual_seed(0)
-    x = torch.randn(3, 1, 1, 8).expand(3, 16, 1, 8).transpose(0, 2)[0][None]  # (1, 16, 3, 8): the same q, k, v at each position
+    x = (
+        torch.randn(3, 1, 1, 8).expand(3, 16, 1, 8).transpose(0, 2)[0][None]
+    )  # (1, 16, 3, 8): the same q, k, v at each position
     q, k, v = (t[0, :, 0].double() for t in rot.rope(x, cos, sin, 1, 1))
     assert torch.equal(v, x[0, :, 2].double())
     products = q @ k.T  # depends on the distance alone
@@ -205,7 +227,12 @@ def test_attention_of_cuts_of_one_tensor_of_nothing_and_of_large_scores(use):
     for scale in (1, 30):  # scores up to 30 * 30 * sqrt(16) * 4: exp of them overflows in fp32, softmax must not
         q, k, v = (scale * torch.randn(1, 70, 6, 16)).split(2, dim=2)
         # a score of size s carries an error of eps * s, and softmax turns that into a relative one
-        compare(lambda q, k, v: attn.attention(q, k, v, use), attn.attention_ref, (q, k, v), (86 + (scale**2 * 16) ** 2 * (scale > 1)))
+        compare(
+            lambda q, k, v: attn.attention(q, k, v, use),
+            attn.attention_ref,
+            (q, k, v),
+            (86 + (scale**2 * 16) ** 2 * (scale > 1)),
+        )
     q = torch.randn(0, 5, 2, 16, device=DEVICE, requires_grad=True)
     attn.attention(q, q, q, use).sum().backward()
     assert q.grad.shape == q.shape
@@ -213,7 +240,9 @@ def test_attention_of_cuts_of_one_tensor_of_nothing_and_of_large_scores(use):
 
 def test_attention_ref_is_softmax_of_all_scores():
     q, k, v = (torch.randn(2, 9, n, 8, dtype=torch.float64) for n in (4, 2, 2))
-    want = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True).transpose(1, 2)
+    want = F.scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True
+    ).transpose(1, 2)
     torch.testing.assert_close(attn.attention_ref(q, k, v), want)
 
 
@@ -270,7 +299,10 @@ def test_linear_cross_entropy(N, C, vocab, reduction, use):
 @pytest.mark.parametrize("use", USE)
 def test_linear_cross_entropy_of_ignored_targets_and_large_logits(use):
     torch.manual_seed(0)
-    x, w = torch.randn(5, 7, 8, device=DEVICE, requires_grad=True), torch.randn(100, 8, device=DEVICE, requires_grad=True)
+    x, w = (
+        torch.randn(5, 7, 8, device=DEVICE, requires_grad=True),
+        torch.randn(100, 8, device=DEVICE, requires_grad=True),
+    )
     for reduction in ("mean", "sum"):
         loss = ce.linear_cross_entropy(x, w, torch.full((5, 7), ce.IGNORE, device=DEVICE), reduction, use)
         loss.backward()
@@ -287,7 +319,11 @@ def test_linear_cross_entropy_of_ignored_targets_and_large_logits(use):
 @pytest.mark.parametrize("use", USE)
 @pytest.mark.parametrize("wrong", [100, 128, 5000, -1])
 def test_a_target_outside_the_vocabulary(wrong, use):
-    x, w, t = torch.randn(4, 8, device=DEVICE), torch.randn(100, 8, device=DEVICE), torch.tensor([1, 2, wrong, 3], device=DEVICE)
+    x, w, t = (
+        torch.randn(4, 8, device=DEVICE),
+        torch.randn(100, 8, device=DEVICE),
+        torch.tensor([1, 2, wrong, 3], device=DEVICE),
+    )
     if CUDA:
         assert ce.linear_cross_entropy(x, w, t, "sum", use).isnan()
     else:
@@ -304,7 +340,9 @@ def test_targets_that_are_not_in_one_piece_or_of_another_integer_type(use):
     x, w, t = torch.randn(9, 4), torch.randn(7, 4), torch.randint(7, (18,))
     for targets in (t[::2], t[:1].expand(9), t[:9].int(), t[:9].to(torch.uint8)):
         got = ce.linear_cross_entropy(x.to(DEVICE), w.to(DEVICE), targets.to(DEVICE), use=use)
-        torch.testing.assert_close(got.cpu(), ce.linear_cross_entropy_ref(x, w, targets.long()), rtol=1e-5, atol=0)  # a mean of nine
+        torch.testing.assert_close(
+            got.cpu(), ce.linear_cross_entropy_ref(x, w, targets.long()), rtol=1e-5, atol=0
+        )  # a mean of nine
 
 
 def test_a_second_derivative_is_refused():
@@ -315,7 +353,9 @@ def test_a_second_derivative_is_refused():
 
 def test_reduction_none_has_no_gradient():
     with pytest.raises(ValueError, match="no gradient"):
-        ce.linear_cross_entropy(torch.randn(2, 4, requires_grad=True), torch.randn(8, 4), torch.tensor([1, 2]), reduction="none")
+        ce.linear_cross_entropy(
+            torch.randn(2, 4, requires_grad=True), torch.randn(8, 4), torch.tensor([1, 2]), reduction="none"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -378,18 +418,35 @@ def test_the_kernels_compile_for_gpus_that_are_not_here():
     """For sm_80 and sm_90, in bf16, at every head dim and the widths of the configs: as Triton would on a GPU, up to the machine code."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     for arch, shared in ((80, 163), (90, 227)):  # KiB of shared memory that a block can have
-        r = subprocess.run([sys.executable, str(ROOT / "tests" / "compile_kernels.py"), str(arch), "--json"], capture_output=True, text=True, env=env)
+        r = subprocess.run(
+            [sys.executable, str(ROOT / "tests" / "compile_kernels.py"), str(arch), "--json"],
+            capture_output=True,
+            text=True,
+            env=env,
+        )
         assert r.returncode == 0, r.stderr[-2000:]
         built = json.loads(r.stdout)
         names = {k["kernel"] for k in built}
-        assert {"rms_norm._forward", "rms_norm._backward", "swiglu._forward", "swiglu._backward", "rope._turn", "attention._forward",
-                "attention._delta", "attention._backward_kv", "attention._backward_q", "cross_entropy._rows_kernel"} == names  # fmt: skip
+        assert {
+            "rms_norm._forward",
+            "rms_norm._backward",
+            "swiglu._forward",
+            "swiglu._backward",
+            "rope._turn",
+            "attention._forward",
+            "attention._delta",
+            "attention._backward_kv",
+            "attention._backward_q",
+            "cross_entropy._rows_kernel",
+        } == names
         for k in built:
             assert k["shared"] <= shared * 1024, k
             assert k["wide_loads"] > 0, k  # 16 bytes at a time
             if arch == 90:
                 assert k["stack"] == 0, k  # no register spilled
-                assert k["wgmma"] == (k["kernel"] in ("attention._forward", "attention._backward_kv", "attention._backward_q")), k
+                assert k["wgmma"] == (
+                    k["kernel"] in ("attention._forward", "attention._backward_kv", "attention._backward_q")
+                ), k
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -400,7 +457,9 @@ def test_choice(tmp_path, monkeypatch):
     c = config.load("203m").model
     cpu = torch.device("cpu")
     assert kernels.choose("auto", cpu, c) == dict.fromkeys(kernels.NAMES, "torch")
-    assert kernels.choose("triton, attention=torch", cpu, c) == dict.fromkeys(kernels.NAMES, "triton") | {"attention": "torch"}
+    assert kernels.choose("triton, attention=torch", cpu, c) == dict.fromkeys(kernels.NAMES, "triton") | {
+        "attention": "torch"
+    }
     for bad in ("cuda", "triton=attention", "softmax=triton", "auto,", ""):
         with pytest.raises(config.UserError, match="train.kernels"):
             kernels.parse(bad)
@@ -409,7 +468,10 @@ def test_choice(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "GPU 9000")
     gpu = torch.device("cuda", 0)
     assert set(kernels.choose("auto", gpu, c).values()) == {"torch"}
-    best = {kernels.shape_key("rms_norm", c): "triton", kernels.shape_key("swiglu", config.load("3.1b").model): "triton"}
+    best = {
+        kernels.shape_key("rms_norm", c): "triton",
+        kernels.shape_key("swiglu", config.load("3.1b").model): "triton",
+    }
     kernels.MEASURED.write_text(json.dumps({"GPU 9000": {"best": best}}))
     assert kernels.choose("auto", gpu, c) == dict.fromkeys(kernels.NAMES, "torch") | {"rms_norm": "triton"}
     for damaged in ("{", "[]", '{"G": {"best": ["a"]}}', '{"G": {"best": null}}', '{"G": {"best": {"a": "banana"}}}'):
@@ -417,7 +479,9 @@ def test_choice(tmp_path, monkeypatch):
         with pytest.raises(config.UserError, match="measured.json: damaged"):
             kernels.problems("auto", True, c)
     kernels.MEASURED.write_text(json.dumps({"GPU 9000": {"best": best}}))
-    assert kernels.choose("auto,rms_norm=torch,swiglu=triton", gpu, c) == dict.fromkeys(kernels.NAMES, "torch") | {"swiglu": "triton"}
+    assert kernels.choose("auto,rms_norm=torch,swiglu=triton", gpu, c) == dict.fromkeys(kernels.NAMES, "torch") | {
+        "swiglu": "triton"
+    }
 
 
 def test_what_cannot_be_served_is_said(monkeypatch):
@@ -453,10 +517,19 @@ def cases():
         ),
         "swiglu": (*(lambda x, u=u: glu.swiglu(x, u) for u in USE), glu.swiglu_ref, (r(999, 8192),)),
         "rope": (turn("triton"), turn("torch"), turn("torch"), (r(2, 1024, 48, 96),)),
-        "cross_entropy": (head("triton"), head("torch"), lambda x, w: ce.linear_cross_entropy_ref(x, w, t), (r(512, 512), r(100_277, 512))),
+        "cross_entropy": (
+            head("triton"),
+            head("torch"),
+            lambda x, w: ce.linear_cross_entropy_ref(x, w, t),
+            (r(512, 512), r(100_277, 512)),
+        ),
     }
     for D in (64, 96, 128):
-        out[f"attention {D}"] = (*(lambda q, k, v, u=u: attn.attention(q, k, v, u) for u in USE), attn.attention_ref, (r(2, 1000, 8, D), r(2, 1000, 4, D), r(2, 1000, 4, D)))  # fmt: skip
+        out[f"attention {D}"] = (
+            *(lambda q, k, v, u=u: attn.attention(q, k, v, u) for u in USE),
+            attn.attention_ref,
+            (r(2, 1000, 8, D), r(2, 1000, 4, D), r(2, 1000, 4, D)),
+        )
     return out
 
 
@@ -470,17 +543,25 @@ def values_and_gradients(function, inputs, seed=1):
 
 
 @on_a_gpu
-@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "rope", "cross_entropy", "attention 64", "attention 96", "attention 128"])
+@pytest.mark.parametrize(
+    "name", ["rms_norm", "swiglu", "rope", "cross_entropy", "attention 64", "attention 96", "attention 128"]
+)
 def test_bf16_error_is_at_most_twice_that_of_pytorch(name):
     triton, own, exact, inputs = cases()[name]
     want = values_and_gradients(exact, [x.double() for x in inputs])
-    for i, (a, b, w) in enumerate(zip(values_and_gradients(triton, inputs), values_and_gradients(own, inputs), want, strict=True)):
+    for i, (a, b, w) in enumerate(
+        zip(values_and_gradients(triton, inputs), values_and_gradients(own, inputs), want, strict=True)
+    ):
         errors = [((t.double() - w).norm() / w.norm()).item() for t in (a, b)]
-        assert errors[0] <= 2 * errors[1] + 1e-6, f"{name} {i}: {errors[0]:.2e}, PyTorch's own {errors[1]:.2e}"  # 1e-6: where PyTorch's is exact
+        assert errors[0] <= 2 * errors[1] + 1e-6, (
+            f"{name} {i}: {errors[0]:.2e}, PyTorch's own {errors[1]:.2e}"
+        )  # 1e-6: where PyTorch's is exact
 
 
 @on_a_gpu
-@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "rope", "cross_entropy", "attention 64", "attention 96", "attention 128"])
+@pytest.mark.parametrize(
+    "name", ["rms_norm", "swiglu", "rope", "cross_entropy", "attention 64", "attention 96", "attention 128"]
+)
 def test_a_hundred_repeats_give_the_same_bits(name):
     triton, _, _, inputs = cases()[name]
     first = values_and_gradients(triton, inputs)

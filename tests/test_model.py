@@ -17,7 +17,12 @@ TABLE9 = json.loads((ROOT / "results" / "paper.json").read_text())["table9_sizes
 @pytest.mark.parametrize("row", TABLE9, ids=lambda r: r["size"])
 def test_parameters_of_table_9(row):
     c = config.load(row["size"].lower())
-    assert (c.model.hidden, c.model.n_head, c.model.n_layer, c.plan.max_lr) == (row["hidden"], row["heads"], row["layers"], row["max_lr"])
+    assert (c.model.hidden, c.model.n_head, c.model.n_layer, c.plan.max_lr) == (
+        row["hidden"],
+        row["heads"],
+        row["layers"],
+        row["max_lr"],
+    )
     assert model.parameters(c.model) == row["params_derived"]
     with torch.device("meta"):
         net = model.Transformer(c.model)
@@ -32,7 +37,10 @@ def test_parameters_of_qwen():
         assert sum(p.numel() for p in model.Transformer(c).parameters()) == model.parameters(c)
 
 
-@pytest.mark.parametrize("size, gflop", [("203m", 1.063), ("406m", 1.975), ("608m", 3.334), ("1.2b", 6.813), ("2.1b", 12.70), ("3.1b", 18.35)])
+@pytest.mark.parametrize(
+    "size, gflop",
+    [("203m", 1.063), ("406m", 1.975), ("608m", 3.334), ("1.2b", 6.813), ("2.1b", 12.70), ("3.1b", 18.35)],
+)
 def test_flops_per_token(size, gflop):
     c = config.load(size).model
     L, h, V, T, f = c.n_layer, c.hidden, c.vocab_size, c.context, 4 * c.hidden
@@ -42,10 +50,14 @@ def test_flops_per_token(size, gflop):
 
 
 def small(**kw):
-    return config.Model(**{"n_layer": 2, "n_head": 4, "hidden": 32, "vocab_size": 61, "context": 24, "rope_theta": 500.0, **kw})
+    return config.Model(
+        **{"n_layer": 2, "n_head": 4, "hidden": 32, "vocab_size": 61, "context": 24, "rope_theta": 500.0, **kw}
+    )
 
 
-@pytest.mark.parametrize("kw", [{}, {"qkv_bias": True}, {"n_kv_head": 2}, {"n_kv_head": 1}, {"n_head": 2, "hidden": 24}], ids=str)
+@pytest.mark.parametrize(
+    "kw", [{}, {"qkv_bias": True}, {"n_kv_head": 2}, {"n_kv_head": 1}, {"n_head": 2, "hidden": 24}], ids=str
+)
 def test_logits_and_loss_equal_transformers(kw):
     c = small(**kw)
     torch.manual_seed(0)

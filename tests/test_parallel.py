@@ -51,7 +51,11 @@ def in_clean_process(fn, *args):
 def soaked(tmp_path_factory):
     file = tmp_path_factory.mktemp("soak") / "soak.json"
     seed = random.SystemRandom().randrange(10**6)  # in the output, so that a failure can be had again
-    r = subprocess.run([sys.executable, str(ROOT / "tests" / "soak.py"), "--seed", str(seed), "--json", str(file)], capture_output=True, text=True)
+    r = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "soak.py"), "--seed", str(seed), "--json", str(file)],
+        capture_output=True,
+        text=True,
+    )
     assert file.exists(), r.stderr[-2000:]
     return json.loads(file.read_text())
 
@@ -66,7 +70,16 @@ def test_every_fault_is_survived(soaked, line):
 def save_with_a_death(folder):
     """A save killed before each of its system calls in turn: the old or the new one loads, never neither, never a mixture."""
     folder = Path(folder)
-    record = {"segment": "main", "version": 1, "path": {}, "finished": False, "parent": None, "config": {}, "data": {}, "pinned": False}
+    record = {
+        "segment": "main",
+        "version": 1,
+        "path": {},
+        "finished": False,
+        "parent": None,
+        "config": {},
+        "data": {},
+        "pinned": False,
+    }
 
     def values(step):
         torch.manual_seed(step)
@@ -136,14 +149,28 @@ def gradients(work, name, ranks, *extra):
 
 def accumulate_in_every_way(work):
     soak.Bench(Path(work))
-    ways = {"1 x 32": (1, 32, ()), "4 x 8": (1, 8, ()), "32 x 1": (1, 1, ()), "2 ranks x 16": (2, 16, ()), "2 ranks x 4 x 4": (2, 4, ()),
-            "2 ranks x 16, fsdp": (2, 16, ("--train.parallel", "fsdp")), "4 ranks x 2 x 4, fsdp": (4, 4, ("--train.parallel", "fsdp")),
-            "4 ranks, hybrid": (4, 8, ("--train.parallel", "fsdp", "--train.shard_ranks", "2")),
-            "4 ranks, hybrid, recomputed": (4, 4, ("--train.parallel", "fsdp", "--train.shard_ranks", "2", "--train.recompute", "true")),
-            "1 rank, fsdp": (1, 8, ("--train.parallel", "fsdp"))}  # fmt: skip
+    ways = {
+        "1 x 32": (1, 32, ()),
+        "4 x 8": (1, 8, ()),
+        "32 x 1": (1, 1, ()),
+        "2 ranks x 16": (2, 16, ()),
+        "2 ranks x 4 x 4": (2, 4, ()),
+        "2 ranks x 16, fsdp": (2, 16, ("--train.parallel", "fsdp")),
+        "4 ranks x 2 x 4, fsdp": (4, 4, ("--train.parallel", "fsdp")),
+        "4 ranks, hybrid": (4, 8, ("--train.parallel", "fsdp", "--train.shard_ranks", "2")),
+        "4 ranks, hybrid, recomputed": (
+            4,
+            4,
+            ("--train.parallel", "fsdp", "--train.shard_ranks", "2", "--train.recompute", "true"),
+        ),
+        "1 rank, fsdp": (1, 8, ("--train.parallel", "fsdp")),
+    }
     for name in ("1 x 32", "2 ranks x 16", "2 ranks x 16, fsdp", "4 ranks, hybrid"):  # one matrix twice in a model
         ways[f"{name}, tied"] = (*ways[name][:2], (*ways[name][2], "--model.tied", "true"))
-    found = {name: gradients(work, name, ranks, "--train.micro_batch", str(micro), *extra) for name, (ranks, micro, extra) in ways.items()}
+    found = {
+        name: gradients(work, name, ranks, "--train.micro_batch", str(micro), *extra)
+        for name, (ranks, micro, extra) in ways.items()
+    }
     for name, got in found.items():
         want = found["1 x 32, tied" if name.endswith("tied") else "1 x 32"]
         # fp32 sums of 1,024 terms in another order: some 1e-7 each
@@ -222,7 +249,12 @@ def test_the_hash_of_the_weights_sees_one_bit(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "memory, kind", [(85e9, ["ddp", "ddp", "ddp", "ddp", "fsdp", "fsdp"]), (150e9, ["ddp"] * 5 + ["ddp"]), (24e9, ["ddp", "ddp"] + ["fsdp"] * 4)]
+    "memory, kind",
+    [
+        (85e9, ["ddp", "ddp", "ddp", "ddp", "fsdp", "fsdp"]),
+        (150e9, ["ddp"] * 5 + ["ddp"]),
+        (24e9, ["ddp", "ddp"] + ["fsdp"] * 4),
+    ],
 )
 def test_auto_is_ddp_while_it_fits(monkeypatch, memory, kind):
     import model
@@ -254,20 +286,59 @@ reader.Tokens.batch = read
 train.main()
 """
     (tmp_path / "dies_once.py").write_text(dies_once)
-    arguments = ["--config", "tiny", *BASE, "--data.path", str(prepared), "--mode", "ptfs", "--version", "1", "--train.checkpoint_every", "3",
-                 "--train.log_every", "1"]  # fmt: skip
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "2"]
+    arguments = [
+        "--config",
+        "tiny",
+        *BASE,
+        "--data.path",
+        str(prepared),
+        "--mode",
+        "ptfs",
+        "--version",
+        "1",
+        "--train.checkpoint_every",
+        "3",
+        "--train.log_every",
+        "1",
+    ]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "--max-restarts",
+        "2",
+    ]
     # as torchrun tells its ranks unless it is told otherwise: what would go wrong only at the first restart is refused at the start
     environment = {"TORCHELASTIC_MAX_RESTARTS": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    r = subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True, env={**os.environ, **environment})
-    assert r.returncode == 2 and "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in r.stderr and len(r.stderr.splitlines()) == 1
+    r = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    assert (
+        r.returncode == 2
+        and "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in r.stderr
+        and len(r.stderr.splitlines()) == 1
+    )
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    r = subprocess.run([*torchrun, str(tmp_path / "dies_once.py"), *arguments, "--out", str(tmp_path / "a")], capture_output=True, text=True)
+    r = subprocess.run(
+        [*torchrun, str(tmp_path / "dies_once.py"), *arguments, "--out", str(tmp_path / "a")],
+        capture_output=True,
+        text=True,
+    )
     assert r.returncode == 0, r.stderr[-2000:]
     assert r.stdout.count("2 ranks, ddp") == 2  # it did start twice
-    r = subprocess.run([*torchrun, str(ROOT / "train.py"), *arguments, "--out", str(tmp_path / "b")], capture_output=True, text=True)
+    r = subprocess.run(
+        [*torchrun, str(ROOT / "train.py"), *arguments, "--out", str(tmp_path / "b")], capture_output=True, text=True
+    )
     assert r.returncode == 0, r.stderr[-2000:]
-    assert soak.same(tmp_path / "a" / "ptfs-cosine" / "v1" / "step-000010", tmp_path / "b" / "ptfs-cosine" / "v1" / "step-000010")
+    assert soak.same(
+        tmp_path / "a" / "ptfs-cosine" / "v1" / "step-000010", tmp_path / "b" / "ptfs-cosine" / "v1" / "step-000010"
+    )
 
 
 def refuse(work):
@@ -292,7 +363,9 @@ def refuse(work):
         if rank == 2:
             sys.argv += ["--train.seed", "7"]
 
-    assert "rank 2 differs from rank 0 (train.seed: 7 here, 1 there)" in tried([*argv, "--train.micro_batch", "1"], 4, other_seed)
+    assert "rank 2 differs from rank 0 (train.seed: 7 here, 1 there)" in tried(
+        [*argv, "--train.micro_batch", "1"], 4, other_seed
+    )
 
     def blind(rank):  # as if the data were not on this machine's disk
         if rank == 1:
@@ -338,10 +411,17 @@ def fail_alone(work):
     for way in ("ddp", "fsdp"):
         for what, codes in (("stop", [2, 2]), ("continue", [0, 0])):
             log = Path(work) / f"{way}-{what}"
-            argv = bench.argv(Path(work) / f"run-{way}-{what}", "ptfs", 1, ["--train.parallel", way, "--train.on_save_error", what])
+            argv = bench.argv(
+                Path(work) / f"run-{way}-{what}", "ptfs", 1, ["--train.parallel", way, "--train.on_save_error", what]
+            )
             assert soak.Run(argv, 2, fault, log).wait(grace=60) == codes, log.read_text()
             errors = [line for line in log.read_text().splitlines() if "error" in line]
-            assert len(errors) == 1 and "rank 1: " in errors[0] and "shard-00002" in errors[0] and "Input/output error" in errors[0], errors
+            assert (
+                len(errors) == 1
+                and "rank 1: " in errors[0]
+                and "shard-00002" in errors[0]
+                and "Input/output error" in errors[0]
+            ), errors
 
 
 def test_a_disk_that_fails_one_rank(tmp_path):
@@ -392,7 +472,18 @@ def test_an_environment_that_contradicts_itself(train_cli, tmp_path, monkeypatch
 
 
 def test_a_loss_that_jumps_stops_if_asked_to(train_cli, tmp_path, monkeypatch, capsys):
-    args = ("--mode", "ptfs", "--version", "2", "--train.log_every", "1", "--train.checkpoint_every", "4", "--train.spike", "1.0")
+    args = (
+        "--mode",
+        "ptfs",
+        "--version",
+        "2",
+        "--train.log_every",
+        "1",
+        "--train.checkpoint_every",
+        "4",
+        "--train.spike",
+        "1.0",
+    )
     original, calls = train.llama.Transformer.forward, []
 
     def forward(self, *a, **kw):
@@ -403,7 +494,12 @@ def test_a_loss_that_jumps_stops_if_asked_to(train_cli, tmp_path, monkeypatch, c
     monkeypatch.setattr(train.llama.Transformer, "forward", forward)
     assert train_cli(*args) == 2
     err = capsys.readouterr().err
-    assert "step 9: loss" in err and "more than train.spike = 1 above" in err and "batch 9 of increment v1" in err and "step-000008" in err
+    assert (
+        "step 9: loss" in err
+        and "more than train.spike = 1 above" in err
+        and "batch 9 of increment v1" in err
+        and "step-000008" in err
+    )
     assert checkpoint.steps(tmp_path / "run" / "ptfs-cosine" / "v2") == [4, 8]
     monkeypatch.undo()
     assert train_cli(*args) == 0
@@ -413,7 +509,11 @@ def test_a_save_that_fails_may_be_told_and_passed_over(train_cli, tmp_path, seco
     args = ("--mode", "ptfs", "--version", "1", "--train.checkpoint_every", "3", "--train.on_save_error", "continue")
     assert train_cli(*args) == 0
     err = capsys.readouterr().err
-    assert "a checkpoint could not be saved: shard: No space left on device" in err and "training goes on" in err and len(err.splitlines()) == 1
+    assert (
+        "a checkpoint could not be saved: shard: No space left on device" in err
+        and "training goes on" in err
+        and len(err.splitlines()) == 1
+    )
     assert checkpoint.steps(tmp_path / "run" / "ptfs-cosine" / "v1") == [3, 9, 10]
     # a fork point that could not be saved is made by the next call, and the end is an error, never a silence
     second_save_fails.clear()
@@ -450,10 +550,32 @@ def test_a_signal_in_a_validation_saves_and_stops(train_cli, tmp_path, monkeypat
 @pytest.mark.parametrize("way", ["none", "fsdp"])
 def test_on_a_gpu_resume_and_branch_are_the_same_bits(tmp_path, prepared, way):
     """Stopped and resumed, and branched in two calls, in bfloat16 and compiled. With our kernels: SDPA's backward adds in any order."""
-    shape = ["--model.hidden", "128", "--model.n_head", "2", "--train.kernels", "triton", "--train.parallel", way, "--train.device", "cuda"]
+    shape = [
+        "--model.hidden",
+        "128",
+        "--model.n_head",
+        "2",
+        "--train.kernels",
+        "triton",
+        "--train.parallel",
+        way,
+        "--train.device",
+        "cuda",
+    ]
 
     def run(out, *mode):
-        code = [sys.executable, str(ROOT / "train.py"), "--config", "tiny", *BASE, *shape, "--data.path", str(prepared), "--out", str(tmp_path / out)]
+        code = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "--config",
+            "tiny",
+            *BASE,
+            *shape,
+            "--data.path",
+            str(prepared),
+            "--out",
+            str(tmp_path / out),
+        ]
         r = subprocess.run([*code, *mode], capture_output=True, text=True)
         assert r.returncode == 0, r.stderr[-2000:]
 

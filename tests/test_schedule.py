@@ -70,7 +70,9 @@ def test_where_branches_leave_the_main_path():
         ("ours-cosine/v4", 4, ("main", 34000), 34000, 40000),
     ]
     main = segments[0]
-    assert [main.lr(s) for s in (0, 999, 1999, 2000, 33999)] == pytest.approx([1.5e-7, 1.5e-4, 3e-4, 3e-4, 3e-4], rel=1e-15)
+    assert [main.lr(s) for s in (0, 999, 1999, 2000, 33999)] == pytest.approx(
+        [1.5e-7, 1.5e-4, 3e-4, 3e-4, 3e-4], rel=1e-15
+    )
 
 
 @pytest.mark.parametrize("version, alpha", [(2, 0.4), (3, 0.6), (4, 0.8)])
@@ -88,7 +90,9 @@ def test_the_identity_holds_where_the_parts_are_not_whole_steps(T):
     for version, alpha in ((2, 0.4), (3, 0.6), (4, 0.8)):
         p = Plan([T] * 4, 1, 1e-3, "multistep", alpha=alpha)
         ptfs, ours = plan("ptfs", p)[version - 1], plan("ours", p)
-        assert [ptfs.lr(s) for s in range(ours[version].start, ptfs.end)] == [ours[version].lr(s) for s in range(ours[version].start, ptfs.end)]
+        assert [ptfs.lr(s) for s in range(ours[version].start, ptfs.end)] == [
+            ours[version].lr(s) for s in range(ours[version].start, ptfs.end)
+        ]
 
 
 COMPLETE = [s for s in SCHEDULES if s not in ("constant", "inverse_sqrt")]
@@ -122,11 +126,18 @@ def test_cosine_against_the_formula():
 
 def test_knee_and_multistep_against_the_method():
     knee = plan("ptfs", variant(schedule="knee"))[1]
-    assert knee.lr(9999) == 3e-4 and knee.lr(10000) == pytest.approx(3e-4 - 2.7e-4 / 10000) and knee.lr(14999) == pytest.approx(1.65e-4)
+    assert (
+        knee.lr(9999) == 3e-4
+        and knee.lr(10000) == pytest.approx(3e-4 - 2.7e-4 / 10000)
+        and knee.lr(14999) == pytest.approx(1.65e-4)
+    )
     cpt = plan("cpt", variant(schedule="knee"))[1]
     assert cpt.lr(10000) == cpt.lr(14999) == 3e-4 and cpt.lr(19999) == 3e-5
     multi = plan("ours", variant(schedule="multistep"))[1]
-    assert multi.lr(4000) == multi.lr(6999) == pytest.approx(math.sqrt(0.1) * 3e-4) and multi.lr(7000) == multi.lr(9999) == 3e-5
+    assert (
+        multi.lr(4000) == multi.lr(6999) == pytest.approx(math.sqrt(0.1) * 3e-4)
+        and multi.lr(7000) == multi.lr(9999) == 3e-5
+    )
 
 
 def test_the_other_schedules_against_their_papers():
@@ -145,10 +156,16 @@ def test_cpt_variants():
     reset, rewarm, keep = (plan("cpt", variant(cpt_variant=v)) for v in ("reset_max", "rewarm_max", "keep_min"))
     ptfs = plan("ptfs", BASE)[0]
     for segments in (reset, rewarm, keep):
-        assert segments[0].name == ptfs.name and [segments[0].lr(s) for s in range(10000)] == [ptfs.lr(s) for s in range(10000)]
+        assert segments[0].name == ptfs.name and [segments[0].lr(s) for s in range(10000)] == [
+            ptfs.lr(s) for s in range(10000)
+        ]
         assert [s.parent for s in segments[1:]] == [(a.name, a.end) for a in segments[:-1]]
     assert reset[1].lr(10000) == pytest.approx(3e-4, rel=1e-6) and reset[1].lr(19999) == 3e-5
-    assert rewarm[1].lr(10000) == pytest.approx(3e-5 + 2.7e-4 / 2000) and rewarm[1].lr(11999) == 3e-4 and rewarm[1].lr(19999) == 3e-5
+    assert (
+        rewarm[1].lr(10000) == pytest.approx(3e-5 + 2.7e-4 / 2000)
+        and rewarm[1].lr(11999) == 3e-4
+        and rewarm[1].lr(19999) == 3e-5
+    )
     assert {keep[2].lr(s) for s in range(20000, 30000)} == {3e-5}
 
 
@@ -200,10 +217,34 @@ def test_several_problems_are_reported_at_once():
 
 
 def test_the_script_lists_segments_and_every_update(tmp_path):
-    args = ["--paradigm", "ours", "--schedule", "cosine", "--increments", "700,500,900", "--warmup", "20", "--alpha", "0.3", "--max_lr", "3e-4"]
+    args = [
+        "--paradigm",
+        "ours",
+        "--schedule",
+        "cosine",
+        "--increments",
+        "700,500,900",
+        "--warmup",
+        "20",
+        "--alpha",
+        "0.3",
+        "--max_lr",
+        "3e-4",
+    ]
     segments = json.loads(script(*args, "--json").stdout)
-    assert [s["name"] for s in segments] == ["main", "ours-cosine-d210/v1", "ours-cosine-d210/v2", "ours-cosine-d210/v3"]
-    assert segments[2] == {"name": "ours-cosine-d210/v2", "version": 2, "parent": ["main", 990], "start": 990, "end": 1200}
+    assert [s["name"] for s in segments] == [
+        "main",
+        "ours-cosine-d210/v1",
+        "ours-cosine-d210/v2",
+        "ours-cosine-d210/v3",
+    ]
+    assert segments[2] == {
+        "name": "ours-cosine-d210/v2",
+        "version": 2,
+        "parent": ["main", 990],
+        "start": 990,
+        "end": 1200,
+    }
     rows = list(csv.DictReader(io.StringIO(script(*args, "--csv").stdout)))
     by_name = {s.name: s for s in plan("ours", Plan([700, 500, 900], 20, 3e-4, alpha=0.3))}
     assert len(rows) == sum(s["end"] - s["start"] for s in segments)
@@ -227,4 +268,6 @@ def test_the_schedule_that_the_readme_adds(monkeypatch):
     for paradigm in ("ptfs", "cpt", "ours"):
         for s in plan(paradigm, variant(schedule=name)):
             assert s.name == "main" or s.lr(s.end - 1) == 3e-5
-    assert plan("ours", variant(schedule=name))[1].lr(4000 + 3600 - 1) == pytest.approx(3e-5 + 2.7e-4 * 0.8)  # 3-4-5: half-way and a bit down
+    assert plan("ours", variant(schedule=name))[1].lr(4000 + 3600 - 1) == pytest.approx(
+        3e-5 + 2.7e-4 * 0.8
+    )  # 3-4-5: half-way and a bit down

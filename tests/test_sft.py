@@ -37,10 +37,18 @@ def sums(n, seed=0):
 
 MIXED = [
     {"prompt": "2 + 2 =", "response": " 4"},
-    {"messages": [{"role": "system", "content": "Sums."}, {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"},
-                  {"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "饿"}, {"role": "user", "content": "unanswered"}]},
+    {
+        "messages": [
+            {"role": "system", "content": "Sums."},
+            {"role": "user", "content": "2 + 2?"},
+            {"role": "assistant", "content": "4"},
+            {"role": "user", "content": "<|im_end|>"},
+            {"role": "assistant", "content": "饿"},
+            {"role": "user", "content": "unanswered"},
+        ]
+    },
     {"prompt": "", "response": "by itself"},
-]  # fmt: skip
+]
 
 
 @pytest.fixture
@@ -66,9 +74,22 @@ def test_loss_is_on_responses_and_nothing_else(mixed):
     # in a row: the target of each place is the next token of its own example, where that is part of a response
     x, y, documents = mixed.rows(mixed.train)
     seen = sorted(y[y != IGNORE].tolist())
-    assert seen == sorted(t for i in range(3) for t, m in zip(mixed.ids[mixed.starts[i] + 1 : mixed.ends[i]].tolist(), mixed.loss[mixed.starts[i] + 1 : mixed.ends[i]], strict=True) if m)  # fmt: skip
+    assert seen == sorted(
+        t
+        for i in range(3)
+        for t, m in zip(
+            mixed.ids[mixed.starts[i] + 1 : mixed.ends[i]].tolist(),
+            mixed.loss[mixed.starts[i] + 1 : mixed.ends[i]],
+            strict=True,
+        )
+        if m
+    )
     assert mixed.targets.tolist() == (y != IGNORE).sum(1).tolist()
-    assert (documents > 0).sum() == sum(mixed.ends - mixed.starts - 1) and (y[documents == 0] == IGNORE).all() and not x[documents == 0].any()
+    assert (
+        (documents > 0).sum() == sum(mixed.ends - mixed.starts - 1)
+        and (y[documents == 0] == IGNORE).all()
+        and not x[documents == 0].any()
+    )
 
 
 def test_marks_are_tokens_where_the_tokenizer_has_them(tmp_path):
@@ -103,7 +124,10 @@ def test_packed_is_unpacked(tmp_path):
     """Loss and gradients of packed rows are those of the examples one by one: no example sees another, wherever it stands."""
     r = np.random.default_rng(0)
     records = [
-        {"prompt": "".join(map(chr, r.integers(97, 123, r.integers(0, 12)))), "response": "".join(map(chr, r.integers(97, 123, r.integers(1, 9))))}
+        {
+            "prompt": "".join(map(chr, r.integers(97, 123, r.integers(0, 12)))),
+            "response": "".join(map(chr, r.integers(97, 123, r.integers(1, 9)))),
+        }
         for _ in range(30)
     ]
     e = sft.Examples(sft.prepare(jsonl(tmp_path / "a.jsonl", records), BYTES, tmp_path, quiet=True), 64, 1)
@@ -125,7 +149,9 @@ def test_packed_is_unpacked(tmp_path):
     for i in (i for row in e.train for i in row):
         ids = torch.tensor(e.ids[e.starts[i] : e.ends[i]].tolist())
         learned = torch.tensor(e.loss[e.starts[i] + 1 : e.ends[i]].tolist(), dtype=torch.bool)
-        loss = net(ids[None, :-1], ids[None, 1:].masked_fill(~learned[None], IGNORE), "sum")  # the usual causal attention
+        loss = net(
+            ids[None, :-1], ids[None, 1:].masked_fill(~learned[None], IGNORE), "sum"
+        )  # the usual causal attention
         loss.backward()
         alone += loss.item()
     # rotary tables are float32, so positions that differ turn pairs by angles that differ by 1e-7
@@ -145,7 +171,11 @@ def test_an_epoch_reads_every_example_once_and_batches_are_a_function_of_the_ste
     assert all(sorted(o) == list(range(n)) for o in orders) and len({tuple(o) for o in orders}) == 3
     assert sum(len(row) for row in e.train) + sum(len(row) for row in e.val) == 300 and e.val  # a fiftieth, by hash
     counted = [t.batch(s) for s in range(t.steps)]
-    assert sum((y != IGNORE).sum() for _, y, _ in counted) == 3 * e.targets.sum() == sum(t.targets(s) for s in range(t.steps))
+    assert (
+        sum((y != IGNORE).sum() for _, y, _ in counted)
+        == 3 * e.targets.sum()
+        == sum(t.targets(s) for s in range(t.steps))
+    )
     for s in (0, t.steps - 1):
         parts = [t.batch(s, slice(i, i + 2)) for i in range(0, 8, 2)]
         for whole, pieces in zip(counted[s], zip(*parts, strict=True), strict=True):
@@ -161,7 +191,12 @@ def parent(train_cli, tmp_path):
 def weights(path):
     from safetensors.torch import load_file
 
-    return {k: v for f in sorted(path.glob("*.safetensors")) for k, v in load_file(f).items() if k.startswith(("model.", "exp_avg"))}
+    return {
+        k: v
+        for f in sorted(path.glob("*.safetensors"))
+        for k, v in load_file(f).items()
+        if k.startswith(("model.", "exp_avg"))
+    }
 
 
 TUNE = ("--mode", "sft", "--data.epochs", "3", "--plan.warmup", "1", "--train.batch_tokens", "256")
@@ -209,16 +244,26 @@ def test_a_fine_tuning_is_a_segment(train_cli, parent, tmp_path, capsys):
     d = weights(tmp_path / "two/sft/ours-cosine/v1" / end.name)
     for other in (c, d):
         for k in a:
-            if k.startswith("model"):  # the mean is over the batch's targets, however they are spread; sums in another order
+            if k.startswith(
+                "model"
+            ):  # the mean is over the batch's targets, however they are spread; sums in another order
                 torch.testing.assert_close(a[k], other[k], rtol=1e-3, atol=1e-5)
     capsys.readouterr()
     # what changes the examples, or starts from elsewhere, is another fine-tuning
     other = jsonl(tmp_path / "b.jsonl", sums(200, 1))
-    for changed, words in (((*TUNE, "--parent", str(parent), "--data", other), "was trained on other examples"),
-                           ((*TUNE, "--parent", str(parent), "--data", file, "--data.epochs", "4"), "another data.epochs (3 there, 4 here)"),
-                           ((*TUNE[:-1], "512", "--parent", str(parent), "--data", file), "train.batch_tokens: 256 there, 512 here"),  # a shorter one
-                           ((*TUNE, "--parent", str(parent.parents[2] / "main" / "step-000004"), "--data", file), None),
-                           ((*TUNE, "--parent", str(end), "--data", file), None)):  # fmt: skip
+    for changed, words in (
+        ((*TUNE, "--parent", str(parent), "--data", other), "was trained on other examples"),
+        (
+            (*TUNE, "--parent", str(parent), "--data", file, "--data.epochs", "4"),
+            "another data.epochs (3 there, 4 here)",
+        ),
+        (
+            (*TUNE[:-1], "512", "--parent", str(parent), "--data", file),
+            "train.batch_tokens: 256 there, 512 here",
+        ),  # a shorter one
+        ((*TUNE, "--parent", str(parent.parents[2] / "main" / "step-000004"), "--data", file), None),
+        ((*TUNE, "--parent", str(end), "--data", file), None),
+    ):
         code = train_cli(*changed, out="whole")
         assert code == (2 if words else 0)
         assert not words or words in capsys.readouterr().err
@@ -230,23 +275,64 @@ def test_its_place_is_the_parents_run(train_cli, parent, tmp_path, monkeypatch):
 
     file = jsonl(tmp_path / "a.jsonl", sums(40))
     monkeypatch.setattr(
-        sys, "argv", ["train.py", "--mode", "sft", "--parent", str(parent), "--data", file, "--train.batch_tokens", "256", "--plan.warmup", "1"]
+        sys,
+        "argv",
+        [
+            "train.py",
+            "--mode",
+            "sft",
+            "--parent",
+            str(parent),
+            "--data",
+            file,
+            "--train.batch_tokens",
+            "256",
+            "--plan.warmup",
+            "1",
+        ],
     )
     train.main()
     (end,) = (tmp_path / "run/sft/ours-cosine/v1").glob("step-*")
-    assert checkpoint.read_meta(end)["config"]["model.hidden"] == 16 and checkpoint.read_meta(end)["config"]["plan.max_lr"] == 2e-5
+    assert (
+        checkpoint.read_meta(end)["config"]["model.hidden"] == 16
+        and checkpoint.read_meta(end)["config"]["plan.max_lr"] == 2e-5
+    )
     found = evaluation.finished(tmp_path / "run")
     assert found["sft/ours-cosine"] == {1: end}
 
 
 def test_a_task_is_learned(train_cli, tmp_path):
     """Letters after letters, from 2,000 examples: prompts that were never seen are answered."""
-    bigger = ["--model.hidden", "64", "--model.n_layer", "2", "--train.batch_tokens", "512", "--train.micro_batch", "16"]
+    bigger = [
+        "--model.hidden",
+        "64",
+        "--model.n_layer",
+        "2",
+        "--train.batch_tokens",
+        "512",
+        "--train.micro_batch",
+        "16",
+    ]
     bigger += ["--plan.max_lr", "3e-3", "--train.weight_decay", "0"]
     assert train_cli("--mode", "ptfs", "--version", "1", *bigger) == 0
     start = tmp_path / "run/ptfs-cosine/v1/step-000010"
     file = jsonl(tmp_path / "a.jsonl", sums(2000))
-    assert train_cli("--mode", "sft", "--parent", str(start), "--data", file, "--data.epochs", "8", *bigger, "--plan.warmup", "10") == 0
+    assert (
+        train_cli(
+            "--mode",
+            "sft",
+            "--parent",
+            str(start),
+            "--data",
+            file,
+            "--data.epochs",
+            "8",
+            *bigger,
+            "--plan.warmup",
+            "10",
+        )
+        == 0
+    )
     end = max((tmp_path / "run/sft/ptfs-cosine/v1").glob("step-*"))
     unseen = [s for s in sums(400, seed=9) if s not in sums(2000)]
     assert len(unseen) > 300
@@ -284,9 +370,15 @@ def test_examples_in_the_decay_of_a_branch(train_cli, tmp_path, capsys):
     capsys.readouterr()
     for args, words in (
         ((*mix[:4], "--data.decay_mix", "0.25"), "data.decay_mix: needs examples"),
-        ((*mix[:6], "--data.decay_mix", "0.01"), "data.decay_mix: got 0.01 of a batch of 8 sequences, expected 0.125 to 0.875"),
+        (
+            (*mix[:6], "--data.decay_mix", "0.01"),
+            "data.decay_mix: got 0.01 of a batch of 8 sequences, expected 0.125 to 0.875",
+        ),
         ((*mix[:6], "--data.decay_mix", "1"), "expected below 1"),
-        ((*mix[:4], "--data.sft", jsonl(tmp_path / "b.jsonl", sums(100, 2)), *mix[6:]), "was trained on other examples"),
+        (
+            (*mix[:4], "--data.sft", jsonl(tmp_path / "b.jsonl", sums(100, 2)), *mix[6:]),
+            "was trained on other examples",
+        ),
     ):
         assert train_cli(*args) == 2
         assert words in (err := capsys.readouterr().err) and len(err.splitlines()) == 1, err
@@ -317,7 +409,9 @@ def test_lines_that_are_no_examples(train_cli, parent, tmp_path, capsys, text, w
     assert train_cli(*TUNE, "--parent", str(parent), "--data", str(tmp_path / "a.jsonl"), out="bad") == 2
     err = capsys.readouterr().err
     assert words in err and len(err.splitlines()) == 1, err
-    assert not (tmp_path / "bad").exists() or "fits" in words  # not even a folder; what fits is known once they are tokenized
+    assert (
+        not (tmp_path / "bad").exists() or "fits" in words
+    )  # not even a folder; what fits is known once they are tokenized
 
 
 def test_odd_examples(tmp_path):
@@ -328,9 +422,13 @@ def test_odd_examples(tmp_path):
     i = next(
         i
         for i in range(999)
-        if sft.Examples(sft.prepare(jsonl(tmp_path / f"{i}.jsonl", [{"prompt": str(i), "response": "x"}]), BYTES, tmp_path, quiet=True), 32, 1).meta[
-            "examples"
-        ]
+        if sft.Examples(
+            sft.prepare(
+                jsonl(tmp_path / f"{i}.jsonl", [{"prompt": str(i), "response": "x"}]), BYTES, tmp_path, quiet=True
+            ),
+            32,
+            1,
+        ).meta["examples"]
         and np.fromfile(max(tmp_path.glob("examples-*/held.bin"), key=lambda f: f.stat().st_mtime_ns), "u1")[0]
     )
     assert len(sft.Examples(sft.prepare(str(tmp_path / f"{i}.jsonl"), BYTES, tmp_path, quiet=True), 32, 1).train) == 1
@@ -343,7 +441,21 @@ def test_a_parent_named_from_inside_its_folder(train_cli, parent, tmp_path, monk
     data_path = checkpoint.read_meta(parent)["config"]["data.path"]
     monkeypatch.chdir(parent.parent)
     monkeypatch.setattr(
-        sys, "argv", ["train.py", "--mode", "sft", "--parent", parent.name, "--data", file, "--train.batch_tokens", "256", "--data.path", data_path]
+        sys,
+        "argv",
+        [
+            "train.py",
+            "--mode",
+            "sft",
+            "--parent",
+            parent.name,
+            "--data",
+            file,
+            "--train.batch_tokens",
+            "256",
+            "--data.path",
+            data_path,
+        ],
     )
     train.main()
     assert (tmp_path / "run/sft/ours-cosine/v1").exists() and not (parent.parent / "out").exists()
@@ -359,8 +471,14 @@ def test_what_is_refused(train_cli, parent, tmp_path, capsys, monkeypatch):
         (("--parent", str(parent)), "--data: not given"),
         (("--parent", str(parent), "--data", str(tmp_path / "nowhere.jsonl")), "nowhere.jsonl: does not exist"),
         (("--parent", str(parent), "--data", str(tmp_path / "a.txt")), "is no file of examples"),
-        (("--parent", str(parent), "--data", file, "--model.n_layer", "2"), "model.n_layer: got 2, but the model is that of"),
-        (("--parent", str(parent), "--data", file, "--model.context", "64"), "model.context: got 64, expected at most the 32"),
+        (
+            ("--parent", str(parent), "--data", file, "--model.n_layer", "2"),
+            "model.n_layer: got 2, but the model is that of",
+        ),
+        (
+            ("--parent", str(parent), "--data", file, "--model.context", "64"),
+            "model.context: got 64, expected at most the 32",
+        ),
         (("--parent", str(parent), "--data", file, "--version", "2"), "--version: got one"),
         (("--parent", str(parent), "--data", file, "--plan.warmup", "-1"), "plan.warmup: got -1, expected 0 or more"),
         (("--parent", str(parent), "--data", file, "--data.path", str(tmp_path)), "no prepared data"),
@@ -371,7 +489,13 @@ def test_what_is_refused(train_cli, parent, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "bad" / "sft").exists()
     folder = sft.prepare(file, BYTES, tmp_path, quiet=True)
     assert sft.prepare(file, BYTES, tmp_path, quiet=True) == folder  # once
-    for name in ("ids.bin", "loss.bin", "ends.bin", "held.bin", "meta.json"):  # a byte that changed, and a file that is gone
+    for name in (
+        "ids.bin",
+        "loss.bin",
+        "ends.bin",
+        "held.bin",
+        "meta.json",
+    ):  # a byte that changed, and a file that is gone
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         with pytest.raises(UserError, match=f"{name}: damaged"):

@@ -56,7 +56,9 @@ def test_smollm2_there_and_back(folder, tmp_path):
     assert ours == pytest.approx(reference, rel=3e-5) and ours < 1000  # of 49,152 if it had learned nothing
 
     prompt = theirs("The whale is", return_tensors="pt").input_ids
-    found = twin.generate(prompt, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)[0, prompt.shape[1] :].tolist()
+    found = twin.generate(prompt, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)[
+        0, prompt.shape[1] :
+    ].tolist()
     assert generate.generate(net, prompt.tolist(), 64, set()) == [found] and len(found) == 64
     del net, twin
 
@@ -69,11 +71,46 @@ def test_smollm2_there_and_back(folder, tmp_path):
         assert r.returncode == 0, r.stderr
         return r.stdout
 
-    run("data.py", "prepare", "--out", str(tmp_path / "data"), "--tokenizer", str(tmp_path / "x" / "tokenizer"), "--source", str(tmp_path / "a.jsonl"),
-        "--increments", "1", "--val", "0.2", "--jobs", "1")  # fmt: skip
-    short = ("--config", str(tmp_path / "x" / "model.toml"), "--data.path", str(tmp_path / "data"), "--model.context", "64", "--train.batch_tokens", "64",
-             "--plan.versions", "1", "--plan.steps", "5", "--plan.warmup", "1", "--plan.max_lr", "2e-5", "--train.eval_every", "0",
-             "--train.eval_tokens", "256", "--train.device", "cpu")  # fmt: skip
+    run(
+        "data.py",
+        "prepare",
+        "--out",
+        str(tmp_path / "data"),
+        "--tokenizer",
+        str(tmp_path / "x" / "tokenizer"),
+        "--source",
+        str(tmp_path / "a.jsonl"),
+        "--increments",
+        "1",
+        "--val",
+        "0.2",
+        "--jobs",
+        "1",
+    )
+    short = (
+        "--config",
+        str(tmp_path / "x" / "model.toml"),
+        "--data.path",
+        str(tmp_path / "data"),
+        "--model.context",
+        "64",
+        "--train.batch_tokens",
+        "64",
+        "--plan.versions",
+        "1",
+        "--plan.steps",
+        "5",
+        "--plan.warmup",
+        "1",
+        "--plan.max_lr",
+        "2e-5",
+        "--train.eval_every",
+        "0",
+        "--train.eval_tokens",
+        "256",
+        "--train.device",
+        "cpu",
+    )
     run("train.py", *short, "--mode", "main", "--parent", str(made))
     run("train.py", *short, "--mode", "branch", "--version", "1")
     branch = tmp_path / "x" / "ours-cosine" / "v1"

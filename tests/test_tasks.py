@@ -48,16 +48,25 @@ def pair(request, tmp_path_factory):
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    net = model.Transformer(config.Model(n_layer=2, n_head=4, n_kv_head=2, hidden=32, vocab_size=257, context=96)).eval()
+    net = model.Transformer(
+        config.Model(n_layer=2, n_head=4, n_kv_head=2, hidden=32, vocab_size=257, context=96)
+    ).eval()
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.2 * torch.randn_like(p))
         net.head.weight[97:123] += 0.5 * net.head.weight[97:123]  # letters are likelier, and so are stop strings
-    keep = [*range(33, 127), *range(161, 173), *range(174, 256)]  # byte-level BPE spells a byte as a printable character
+    keep = [
+        *range(33, 127),
+        *range(161, 173),
+        *range(174, 256),
+    ]  # byte-level BPE spells a byte as a printable character
     rest = iter(range(256, 400))
     spelling = {chr(b) if b in keep else chr(next(rest)): b for b in range(256)}
     tok = tokenizers.Tokenizer(models.BPE(spelling, []))
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    tok.pre_tokenizer, tok.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        decoders.ByteLevel(),
+    )
     tok.add_special_tokens(["<|endoftext|>"])
     folder = tmp_path_factory.mktemp("tokenizer")
     tok.save(str(folder / "tokenizer.json"))
@@ -125,7 +134,12 @@ def test_a_row_stops_at_its_stop_string_and_draws_differ_by_batch(pair, monkeypa
     stop = text[5:7]
     assert lm.generate_until(requests(("The ship", {"until": stop, "max_gen_toks": 40}))) == [text.split(stop)[0]]
     assert len(calls[1][0]) <= len(text[:7].encode()) + 4 < len(calls[0][0]) == 40
-    drawn = [lm.generate_until(requests(("The ship", {"until": [], "max_gen_toks": 20, "do_sample": True, "temperature": 1.0})))[0] for _ in range(2)]
+    drawn = [
+        lm.generate_until(
+            requests(("The ship", {"until": [], "max_gen_toks": 20, "do_sample": True, "temperature": 1.0}))
+        )[0]
+        for _ in range(2)
+    ]
     assert drawn[0] != drawn[1]
 
 
@@ -133,25 +147,42 @@ def test_scores_of_tasks_equal_those_of_the_harness(pair):
     found = tasks.load(tuple(ALL), str(FIXTURES), None)
     a, b = (
         lm_eval.simple_evaluate(
-            lm, tasks=list(found.values()), log_samples=False, bootstrap_iters=10, task_manager=tasks.catalogue((tasks.OURS,), False)
+            lm,
+            tasks=list(found.values()),
+            log_samples=False,
+            bootstrap_iters=10,
+            task_manager=tasks.catalogue((tasks.OURS,), False),
         )["results"]
         for lm in pair
     )
     assert a.keys() == b.keys() == {"choosing", "colours", "letters", "continuing", "reading"}
     for name in a:
         for key, value in a[name].items():
-            assert value == (pytest.approx(b[name][key], rel=1e-5) if isinstance(value, float) else b[name][key]), (name, key)
+            assert value == (pytest.approx(b[name][key], rel=1e-5) if isinstance(value, float) else b[name][key]), (
+                name,
+                key,
+            )
     assert (
         lm_eval.simple_evaluate(
-            pair[0], tasks=list(found.values()), log_samples=False, bootstrap_iters=10, task_manager=tasks.catalogue((tasks.OURS,), False)
+            pair[0],
+            tasks=list(found.values()),
+            log_samples=False,
+            bootstrap_iters=10,
+            task_manager=tasks.catalogue((tasks.OURS,), False),
         )["results"]
         == a
     )  # and again
 
 
 def test_the_headline_of_a_task():
-    both = {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.1, "exact_match,flexible-extract": 0.5,
-            "exact_match_stderr,flexible-extract": 0.2, "alias": "x", "sample_len": 4}  # fmt: skip
+    both = {
+        "exact_match,strict-match": 0.25,
+        "exact_match_stderr,strict-match": 0.1,
+        "exact_match,flexible-extract": 0.5,
+        "exact_match_stderr,flexible-extract": 0.2,
+        "alias": "x",
+        "sample_len": 4,
+    }
     assert tasks.headline(both) == {"value": 0.5, "se": 0.2, "metric": "exact_match (flexible-extract)", "n": 4}
     assert tasks.headline({"acc_norm,none": 1.0, "acc,none": 0.75, "acc_stderr,none": "N/A", "sample_len": 1}) == {
         "value": 0.75,
@@ -159,19 +190,34 @@ def test_the_headline_of_a_task():
         "metric": "acc",
         "n": 1,
     }
-    assert tasks.headline({"word_perplexity,none": 9.0, "byte_perplexity,none": 2.0, "sample_len": 1})["metric"] == "word_perplexity"
-    assert tasks.headline({"exact_match,get-answer": 0.5, "exact_match_stderr,get-answer": math.nan, "sample_len": 1})["se"] is None
+    assert (
+        tasks.headline({"word_perplexity,none": 9.0, "byte_perplexity,none": 2.0, "sample_len": 1})["metric"]
+        == "word_perplexity"
+    )
+    assert (
+        tasks.headline({"exact_match,get-answer": 0.5, "exact_match_stderr,get-answer": math.nan, "sample_len": 1})[
+            "se"
+        ]
+        is None
+    )
 
 
 def test_the_table_has_versions_and_paradigms_and_a_mean():
     def r(value, metric="acc"):
         return {"value": value, "se": 0.1, "metric": metric, "n": 8}
 
-    record = tasks.table("t", ["Ver.", "TP"], [(["V2", "PTFS"], {"a": r(0.25), "b": r(0.5)}), (["V2", "Ours"], {"a": r(0.125), "b": r(1.0)})])
+    record = tasks.table(
+        "t",
+        ["Ver.", "TP"],
+        [(["V2", "PTFS"], {"a": r(0.25), "b": r(0.5)}), (["V2", "Ours"], {"a": r(0.125), "b": r(1.0)})],
+    )
     assert record["header"] == ["Ver.", "TP", "a", "b", "AVG"]
     assert record["rows"] == [["V2", "PTFS", "25.00", "50.00", "37.50"], ["V2", "Ours", "12.50", "100.00", "56.25"]]
     mixed = tasks.table("t", ["checkpoint"], [(["x"], {"a": r(0.25), "b": r(7.5, "word_perplexity")})])
-    assert mixed["rows"] == [["x", "25.00", "7.50", "-"]] and mixed["notes"] == ["a: acc, %, of 8", "b: word_perplexity, of 8"]
+    assert mixed["rows"] == [["x", "25.00", "7.50", "-"]] and mixed["notes"] == [
+        "a: acc, %, of 8",
+        "b: word_perplexity, of 8",
+    ]
     names = ["cpt-cosine", "ours-cosine", "ours-cosine-d5", "ptfs-cosine"]
     assert [tasks.paradigm(n, names) for n in names] == ["CPT", "Ours cosine", "Ours cosine-d5", "PTFS"]
 
@@ -201,17 +247,25 @@ def test_a_run_and_two_ranks(trained, train_cli, tmp_path, monkeypatch, capsys):
     assert [[c.strip() for c in row[:2]] for row in rows] == [["V1", "PTFS"], ["V1", "CPT"], ["V2", "CPT"]]
     assert "2 of 2: " in r.err and "choosing: acc, %, of 14" in r.out
     one = json.loads(said(tmp_path / "run", "--json").out)
-    assert one["cpt-cosine"]["1"] == one["ptfs-cosine"]["1"] != one["cpt-cosine"]["2"] and list(one["cpt-cosine"]["1"]) == NAMES
+    assert (
+        one["cpt-cosine"]["1"] == one["ptfs-cosine"]["1"] != one["cpt-cosine"]["2"]
+        and list(one["cpt-cosine"]["1"]) == NAMES
+    )
     limited = tasks.evaluate(trained, ALL[:1], CPU, None, str(FIXTURES), limit=2, num_fewshot=0)
     assert limited["choosing"]["n"] == 4
 
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    two = subprocess.run([*start, "eval.py", str(trained), *ask, "--json"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    two = subprocess.run(
+        [*start, "eval.py", str(trained), *ask, "--json"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert two.stderr.count(f": {trained}: ") == 1, two.stderr  # one rank speaks
     (found,) = json.loads(two.stdout).values()
     for name, want in one["ptfs-cosine"]["1"].items():
         for key, value in want.items():  # sums in another order
-            assert found[name][key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), (name, key)
+            assert found[name][key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), (
+                name,
+                key,
+            )
     with pytest.raises(UserError, match="colours has 1 questions for 2 ranks"):
         tasks.check(tasks.load(tuple(ALL), str(FIXTURES), None), 32, 1, 2)
 
@@ -222,9 +276,18 @@ def write(file, *rows):
 
 
 def test_our_own_tasks_load_local_copies(tmp_path, trained):
-    ask = {"id": 0, "context": ["甲：你要茶吗？", "乙：要。"], "question": "乙要什么？", "choice": ["茶", "水", "酒"], "answer": "茶"}
-    write(tmp_path / "clue" / "clue" / "README.md", "---\nconfigs:\n- config_name: c3\n  data_files:\n  - {split: train, path: c3/train.jsonl}\n"
-          "  - {split: validation, path: c3/validation.jsonl}\n---\n")  # fmt: skip
+    ask = {
+        "id": 0,
+        "context": ["甲：你要茶吗？", "乙：要。"],
+        "question": "乙要什么？",
+        "choice": ["茶", "水", "酒"],
+        "answer": "茶",
+    }
+    write(
+        tmp_path / "clue" / "clue" / "README.md",
+        "---\nconfigs:\n- config_name: c3\n  data_files:\n  - {split: train, path: c3/train.jsonl}\n"
+        "  - {split: validation, path: c3/validation.jsonl}\n---\n",
+    )
     for split in ("train", "validation"):
         write(tmp_path / "clue" / "clue" / "c3" / f"{split}.jsonl", ask, {**ask, "choice": ["水", "茶"]})
     for split in ("train", "test"):
@@ -235,30 +298,50 @@ def test_our_own_tasks_load_local_copies(tmp_path, trained):
         )
     questions = {
         "keywords": "x",
-        "example": [{"question": f"{i}．一加一等于（　　） \nA．1\nB．2\nC．3\nD．4\n", "answer": ["B"], "index": i, "score": 4} for i in range(2)],
+        "example": [
+            {"question": f"{i}．一加一等于（　　） \nA．1\nB．2\nC．3\nD．4\n", "answer": ["B"], "index": i, "score": 4}
+            for i in range(2)
+        ],
     }
     for subject in OURS_GAOKAO:
         write(tmp_path / "OpenLMLab" / "GAOKAO-Bench" / "Data" / "Objective_Questions" / f"{subject}.json", questions)
     found = tasks.load(("c3", "csl", "gaokao"), str(tmp_path), None)
     c3, csl = found["c3"], found["csl"]
     doc = list(c3.eval_docs)[1]
-    assert c3.doc_to_text(doc) == "文章：甲：你要茶吗？\n乙：要。\n问题：乙要什么？\n答案：" and c3.doc_to_choice(doc)[c3.doc_to_target(doc)] == "茶"
+    assert (
+        c3.doc_to_text(doc) == "文章：甲：你要茶吗？\n乙：要。\n问题：乙要什么？\n答案："
+        and c3.doc_to_choice(doc)[c3.doc_to_target(doc)] == "茶"
+    )
     docs = list(csl.eval_docs)
-    assert csl.doc_to_text(docs[0]) == '论文标题："纸船"的浮力\n论文门类：' and [csl.doc_to_target(d) for d in docs] == [
+    assert csl.doc_to_text(docs[0]) == '论文标题："纸船"的浮力\n论文门类：' and [
+        csl.doc_to_target(d) for d in docs
+    ] == [
         "理学",
         "艺术学",
     ]
     g = tasks.leaves({"gaokao": found["gaokao"]})
     doc = next(iter(g[0].eval_docs))
     assert len(g) == 7 and g[0].doc_to_text(doc).endswith("D．4\n答案：")
-    assert [g[0].process_results(doc, [(-9.0, False)] * i + [(-1.0, False)] + [(-9.0, False)] * (3 - i))["acc"] for i in range(4)] == [0, 1, 0, 0]
+    assert [
+        g[0].process_results(doc, [(-9.0, False)] * i + [(-1.0, False)] + [(-9.0, False)] * (3 - i))["acc"]
+        for i in range(4)
+    ] == [0, 1, 0, 0]
     assert csl.process_results(docs[1], [(-9.0, False)] * 9 + [(-1.0, False)] + [(-9.0, False)] * 3)["acc"] == 1
     result = tasks.evaluate(trained, ["c3", "csl", "gaokao"], CPU, data_dir=str(tmp_path), batch=5)
-    assert {n: r["n"] for n, r in result.items()} == {"c3": 2, "csl": 2, "gaokao": 14} and {r["metric"] for r in result.values()} == {"acc"}
+    assert {n: r["n"] for n, r in result.items()} == {"c3": 2, "csl": 2, "gaokao": 14} and {
+        r["metric"] for r in result.values()
+    } == {"acc"}
 
 
-OURS_GAOKAO = ("2010-2022_Biology_MCQs", "2010-2022_Chemistry_MCQs", "2010-2013_English_MCQs", "2010-2022_History_MCQs", "2010-2022_Math_I_MCQs",
-               "2010-2022_Math_II_MCQs", "2010-2022_Political_Science_MCQs")  # fmt: skip
+OURS_GAOKAO = (
+    "2010-2022_Biology_MCQs",
+    "2010-2022_Chemistry_MCQs",
+    "2010-2013_English_MCQs",
+    "2010-2022_History_MCQs",
+    "2010-2022_Math_I_MCQs",
+    "2010-2022_Math_II_MCQs",
+    "2010-2022_Political_Science_MCQs",
+)
 
 
 def test_the_harness_has_the_papers_tasks_and_loads_local_copies(tmp_path):
@@ -267,8 +350,11 @@ def test_the_harness_has_the_papers_tasks_and_loads_local_copies(tmp_path):
             tmp_path / "openai" / "gsm8k" / "main" / f"{split}.jsonl",
             *({"question": f"What is {i} + 1?", "answer": f"It is {i + 1}.\n#### {i + 1}"} for i in range(8)),
         )
-    write(tmp_path / "openai" / "gsm8k" / "README.md", "---\nconfigs:\n- config_name: main\n  data_files:\n  - {split: train, path: main/train.jsonl}\n"
-          "  - {split: test, path: main/test.jsonl}\n---\n")  # fmt: skip
+    write(
+        tmp_path / "openai" / "gsm8k" / "README.md",
+        "---\nconfigs:\n- config_name: main\n  data_files:\n  - {split: train, path: main/train.jsonl}\n"
+        "  - {split: test, path: main/test.jsonl}\n---\n",
+    )
     gsm8k = tasks.load(("gsm8k",), str(tmp_path), None)["gsm8k"]
     assert gsm8k.doc_to_text(gsm8k.eval_docs[3]) == "Question: What is 3 + 1?\nAnswer:"
     with pytest.raises(UserError, match="gsm8k asks for 256 new tokens, and the model's context is 96"):
@@ -277,8 +363,12 @@ def test_the_harness_has_the_papers_tasks_and_loads_local_copies(tmp_path):
     names = ("mmlu", "bbh", "agieval", "ceval-valid", "cmmlu")
     known = tasks.catalogue((tasks.OURS,), True)
     assert set(names) <= set(known.all_groups)
-    for name, copy in zip(names, ("cais/mmlu", "SaylorTwift/bbh", "hails/agieval-", "ceval/ceval-exam", "haonan-li/cmmlu"), strict=True):
-        with pytest.raises(UserError, match=f"there is no .*{copy}.*; get it: huggingface-cli download --repo-type dataset {copy}"):
+    for name, copy in zip(
+        names, ("cais/mmlu", "SaylorTwift/bbh", "hails/agieval-", "ceval/ceval-exam", "haonan-li/cmmlu"), strict=True
+    ):
+        with pytest.raises(
+            UserError, match=f"there is no .*{copy}.*; get it: huggingface-cli download --repo-type dataset {copy}"
+        ):
             tasks.load((name,), str(tmp_path), None)
 
 
@@ -316,7 +406,8 @@ def test_a_dataset_is_read_as_the_file_says_or_refused(tmp_path, pair):
     task = "task: odd\ndataset_path: json\ndataset_kwargs: {data_files: {test: odd.jsonl}}\ntest_split: test\noutput_type: generate_until\ndoc_to_text: '{{text}}'\n"
     write(
         tmp_path / "odd.yaml",
-        task + "doc_to_target: ''\ngeneration_kwargs: {until: [x], max_gen_toks: 4, num_beams: 2}\nmetric_list: [{metric: exact_match}]\n",
+        task
+        + "doc_to_target: ''\ngeneration_kwargs: {until: [x], max_gen_toks: 4, num_beams: 2}\nmetric_list: [{metric: exact_match}]\n",
     )
     write(tmp_path / "odd.jsonl", {"text": "a"})
     name = str(tmp_path / "odd.yaml")
@@ -337,13 +428,19 @@ def test_without_the_harness(monkeypatch):
         evaluation.main()
 
 
-@pytest.mark.parametrize("text, words", [
-    ("task: [a]\n", "the harness cannot run it"),
-    ("{", "the harness cannot run it"),
-    ("task: x\ndataset_path: json\ndataset_kwargs: {data_files: {test: q.jsonl}}\ntest_split: zzz\noutput_type: multiple_choice\n", "the harness cannot run it"),
-    ("task: x\ndoc_to_text: !function utils.go\n", "has a !function, which would run Python"),
-    ("task: !!python/object/apply:os.system ['true']\n", "the harness cannot run it"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("task: [a]\n", "the harness cannot run it"),
+        ("{", "the harness cannot run it"),
+        (
+            "task: x\ndataset_path: json\ndataset_kwargs: {data_files: {test: q.jsonl}}\ntest_split: zzz\noutput_type: multiple_choice\n",
+            "the harness cannot run it",
+        ),
+        ("task: x\ndoc_to_text: !function utils.go\n", "has a !function, which would run Python"),
+        ("task: !!python/object/apply:os.system ['true']\n", "the harness cannot run it"),
+    ],
+)
 def test_broken_task_files_are_one_line(tmp_path, text, words):
     (tmp_path / "t.yaml").write_text(text)
     (tmp_path / "q.jsonl").write_text('{"question": "a"}\n')

@@ -25,8 +25,12 @@ import reader
 import train
 
 # with steps 10, warm-up 2, alpha 0.6: forks at 4, 14, 24, 34
-MODES = {"main": ("--mode", "main", "--version", "2"), "branch": ("--mode", "branch", "--version", "2"),
-         "ptfs": ("--mode", "ptfs", "--version", "2"), "cpt": ("--mode", "cpt", "--version", "2")}  # fmt: skip
+MODES = {
+    "main": ("--mode", "main", "--version", "2"),
+    "branch": ("--mode", "branch", "--version", "2"),
+    "ptfs": ("--mode", "ptfs", "--version", "2"),
+    "cpt": ("--mode", "cpt", "--version", "2"),
+}
 FOLDER = {"main": "main", "branch": "ours-cosine/v2", "ptfs": "ptfs-cosine/v2", "cpt": "cpt-cosine/v2"}
 HEADS = ("--model.n_head", "1")  # a head dim of 16, which the attention kernel serves
 # few rows, which the interpreter takes one by one
@@ -92,7 +96,9 @@ def stop_after(monkeypatch, step):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_interrupted_at_any_step_and_resumed_is_bit_for_bit_uninterrupted(mode, train_cli, parents, tmp_path, monkeypatch):
+def test_interrupted_at_any_step_and_resumed_is_bit_for_bit_uninterrupted(
+    mode, train_cli, parents, tmp_path, monkeypatch
+):
     start, end = SPAN[mode]
     log_all = ("--train.log_every", "1")
     parents("whole", mode)
@@ -118,7 +124,16 @@ def test_killed_and_resumed(mode, parents, tmp_path, prepared):
     """SIGKILL in another process, wherever it is, and the same command again."""
     parents("run", mode)
     parents("whole", mode)
-    args = [sys.executable, str(ROOT / "train.py"), "--config", "tiny", *BASE, "--data.path", str(prepared), *MODES[mode]]
+    args = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--config",
+        "tiny",
+        *BASE,
+        "--data.path",
+        str(prepared),
+        *MODES[mode],
+    ]
     args += ["--train.checkpoint_every", "1", "--train.log_every", "1"]
     folder = tmp_path / "run" / FOLDER[mode]
     p = subprocess.Popen([*args, "--out", str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
@@ -190,7 +205,10 @@ def test_a_branch_starts_from_its_parents_weights_moments_and_batches(train_cli,
     parent = tmp_path / "run" / "main" / "step-000014"
     stored = tensors(parent)
     assert path == parent and loaded.keys() == stored.keys() and all(torch.equal(loaded[k], stored[k]) for k in stored)
-    assert any(k.startswith("exp_avg.") and v.abs().sum() > 0 for k, v in stored.items()) and stored["updates.embed.weight"] == 14
+    assert (
+        any(k.startswith("exp_avg.") and v.abs().sum() > 0 for k, v in stored.items())
+        and stored["updates.embed.weight"] == 14
+    )
     assert sorted(set(batches)) == list(range(14, 20))
     meta = checkpoint.read_meta(tmp_path / "run" / "ours-cosine" / "v2" / "step-000020")
     assert meta["parent"] == {"segment": "main", "step": 14, "hash": checkpoint.read_meta(parent)["hash"]}
@@ -198,9 +216,16 @@ def test_a_branch_starts_from_its_parents_weights_moments_and_batches(train_cli,
 
 def test_multistep_ours_and_ptfs_end_in_the_same_bits(train_cli, tmp_path):
     """The identity of the learning-rate paths, all the way to the weights: V2 at alpha 0.4."""
-    for args in (("--mode", "main", "--version", "2"), ("--mode", "branch", "--version", "2"), ("--mode", "ptfs", "--version", "2")):
+    for args in (
+        ("--mode", "main", "--version", "2"),
+        ("--mode", "branch", "--version", "2"),
+        ("--mode", "ptfs", "--version", "2"),
+    ):
         assert train_cli(*args, "--plan.schedule", "multistep", "--plan.alpha", "0.4") == 0
-    assert equal(tmp_path / "run" / "ours-multistep-d4" / "v2" / "step-000020", tmp_path / "run" / "ptfs-multistep" / "v2" / "step-000020")
+    assert equal(
+        tmp_path / "run" / "ours-multistep-d4" / "v2" / "step-000020",
+        tmp_path / "run" / "ptfs-multistep" / "v2" / "step-000020",
+    )
 
 
 def test_the_loop_is_adamw_written_out(train_cli, tmp_path, prepared):
@@ -236,9 +261,34 @@ def test_the_loop_is_adamw_written_out(train_cli, tmp_path, prepared):
 
 
 def test_two_processes_see_the_same_batches_and_agree(tmp_path, prepared, train_cli):
-    assert train_cli("--mode", "ptfs", "--version", "1", "--train.log_every", "1", "--train.micro_batch", "2", out="one") == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train.py"), "--config", "tiny", *BASE,
-               "--data.path", str(prepared), "--out", str(tmp_path / "two"), "--mode", "ptfs", "--version", "1", "--train.log_every", "1", "--train.micro_batch", "2"]  # fmt: skip
+    assert (
+        train_cli("--mode", "ptfs", "--version", "1", "--train.log_every", "1", "--train.micro_batch", "2", out="one")
+        == 0
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(ROOT / "train.py"),
+        "--config",
+        "tiny",
+        *BASE,
+        "--data.path",
+        str(prepared),
+        "--out",
+        str(tmp_path / "two"),
+        "--mode",
+        "ptfs",
+        "--version",
+        "1",
+        "--train.log_every",
+        "1",
+        "--train.micro_batch",
+        "2",
+    ]
     r = subprocess.run(command, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
     a, b = (losses(tmp_path / n / "ptfs-cosine" / "v1") for n in ("one", "two"))
@@ -257,15 +307,35 @@ def test_two_processes_see_the_same_batches_and_agree(tmp_path, prepared, train_
 
 def test_accumulation_does_not_change_the_run(train_cli, tmp_path):
     for m in (1, 8):
-        assert train_cli("--mode", "ptfs", "--version", "1", "--train.log_every", "1", "--train.micro_batch", str(m), out=f"m{m}") == 0
+        assert (
+            train_cli(
+                "--mode", "ptfs", "--version", "1", "--train.log_every", "1", "--train.micro_batch", str(m), out=f"m{m}"
+            )
+            == 0
+        )
     a, b = (losses(tmp_path / f"m{m}" / "ptfs-cosine" / "v1") for m in (1, 8))
     np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)  # as above
 
 
 def test_a_second_signal_exits_at_once(tmp_path, prepared):
     """In a step of 131,072 micro-batches, minutes long: the first signal waits for its end, the second does not."""
-    args = [sys.executable, str(ROOT / "train.py"), "--config", "tiny", *BASE, "--data.path", str(prepared), "--out", str(tmp_path / "run"),
-            "--mode", "main", "--train.batch_tokens", str(2**24), "--data.repeat", "true"]  # fmt: skip
+    args = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--config",
+        "tiny",
+        *BASE,
+        "--data.path",
+        str(prepared),
+        "--out",
+        str(tmp_path / "run"),
+        "--mode",
+        "main",
+        "--train.batch_tokens",
+        str(2**24),
+        "--data.repeat",
+        "true",
+    ]
     p = subprocess.Popen(args, stdout=subprocess.DEVNULL)
     while not (log := tmp_path / "run" / "main" / "log.jsonl").exists() or not log.stat().st_size:
         assert p.poll() is None
@@ -286,7 +356,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(train_cli, tmp_path, 
     def forward(self, *args, **kw):
         out = original(self, *args, **kw)
         calls.append(self)
-        return out * float("nan") if len(calls) == 2 * 13 else out  # micro-batch 2 of update 12, the third of increment 2
+        return (
+            out * float("nan") if len(calls) == 2 * 13 else out
+        )  # micro-batch 2 of update 12, the third of increment 2
 
     monkeypatch.setattr(model.Transformer, "forward", forward)
     assert train_cli("--mode", "ptfs", "--version", "2", "--train.checkpoint_every", "5") == 2
@@ -294,7 +366,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(train_cli, tmp_path, 
     assert (
         "step 12: loss nan" in error
         and "batch 2 of increment v2" in error
-        and error.rstrip().endswith("The last checkpoint is " + str(tmp_path / "run" / "ptfs-cosine" / "v2" / "step-000010"))
+        and error.rstrip().endswith(
+            "The last checkpoint is " + str(tmp_path / "run" / "ptfs-cosine" / "v2" / "step-000010")
+        )
     )
     assert checkpoint.steps(tmp_path / "run" / "ptfs-cosine" / "v2") == [5, 10]
     # the host noticed after update 14, at the checkpoint; the weights are still those before update 12
@@ -308,7 +382,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(train_cli, tmp_path, 
 
 def test_weights_that_are_not_finite_are_not_saved(train_cli, tmp_path, capsys):
     """A finite loss and gradient, and a step so large that the weights overflow."""
-    huge = ("--mode", "ptfs", "--version", "1", "--plan.warmup", "0", "--plan.max_lr", "1e39", "--train.checkpoint_every", "1", "--plan.alpha", "1")
+    huge = (
+        "--mode",
+        "ptfs",
+        "--version",
+        "1",
+        "--plan.warmup",
+        "0",
+        "--plan.max_lr",
+        "1e39",
+        "--train.checkpoint_every",
+        "1",
+        "--plan.alpha",
+        "1",
+    )
     assert train_cli(*huge) == 2
     assert "step 1: weights that are not finite; not saved. Lower plan.max_lr" in capsys.readouterr().err
     assert checkpoint.steps(tmp_path / "run" / "ptfs-cosine" / "v1") == []
@@ -318,7 +405,11 @@ def test_compile_without_a_compiler_is_said_first(train_cli, tmp_path, capsys, m
     monkeypatch.setattr(train, "cpp_compiler", lambda: False)
     assert train_cli("--train.compile", "on") == 2
     err = capsys.readouterr().err
-    assert "train.compile: got on, which on a CPU needs a C++ compiler" in err and len(err.splitlines()) == 1 and not (tmp_path / "run").exists()
+    assert (
+        "train.compile: got on, which on a CPU needs a C++ compiler" in err
+        and len(err.splitlines()) == 1
+        and not (tmp_path / "run").exists()
+    )
 
 
 ABSENT = "mps" if torch.cuda.is_available() else "cuda"
@@ -347,7 +438,10 @@ def snapshot(folder):
         (["--plan.steps", "many"], ["plan.steps: got 'many', expected a whole number"]),
         (["--mode", "branch", "--version", "2"], ["main/step-000014: is not there", "--mode main --version 2"]),
         (["--mode", "cpt", "--version", "3"], ["cpt-cosine/v2/step-000020: is not there", "--mode cpt --version 2"]),
-        (["--plan.steps", "1000", "--mode", "ptfs", "--version", "1"], ["v1 has", "tokens and", "are needed", "--data.repeat true"]),
+        (
+            ["--plan.steps", "1000", "--mode", "ptfs", "--version", "1"],
+            ["v1 has", "tokens and", "are needed", "--data.repeat true"],
+        ),
         (["--plan.increments", "10,10,10,10,10"], ["has no increment v5; append it: python data.py add"]),
         (["--plan.increments", "10,10", "--version", "3"], ["--version: got 3, but plan.increments has 2"]),
         (["--model.vocab_size", "300"], ["model.vocab_size: got 300, expected 257"]),
@@ -361,7 +455,10 @@ def snapshot(folder):
         (["--plan.versions", "1000000000000"], ["plan.versions: got 1000000000000, expected at most 10000"]),
         (["--model.hidden", "1000000000039"], ["model.n_head: got 2, expected a divisor", "make model.hidden even"]),
         (["--train.kernels", "fast"], ["train.kernels: got 'fast', expected auto, triton or torch"]),
-        (["--train.kernels", "triton"], ["attention serves the head dims 16, 32, 64, 96, 128, got model.hidden / model.n_head = 8"]),
+        (
+            ["--train.kernels", "triton"],
+            ["attention serves the head dims 16, 32, 64, 96, 128, got model.hidden / model.n_head = 8"],
+        ),
         (["--out", "z\udcff"], ["out: got 'z"]),
     ],
 )
@@ -378,7 +475,9 @@ def test_kernels_without_a_gpu_are_an_error_not_a_fallback(train_cli, tmp_path, 
     monkeypatch.delenv("TRITON_INTERPRET")
     assert train_cli(*HEADS, "--train.kernels", "auto,swiglu=triton") == 2
     err = capsys.readouterr().err
-    assert "train.kernels: got 'auto,swiglu=triton', but the device is no CUDA GPU" in err and len(err.splitlines()) == 1
+    assert (
+        "train.kernels: got 'auto,swiglu=triton', but the device is no CUDA GPU" in err and len(err.splitlines()) == 1
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -401,7 +500,12 @@ def test_resume_with_another_config_names_the_keys(train_cli, tmp_path, capsys, 
         assert train_cli("--mode", "ptfs", "--version", "1", *args) == 2
         assert words in capsys.readouterr().err and snapshot(tmp_path) == before
     # what does not change the run may change
-    assert train_cli("--mode", "ptfs", "--version", "1", "--train.log_every", "3", "--plan.alpha", "0.5", "--plan.versions", "3") == 0
+    assert (
+        train_cli(
+            "--mode", "ptfs", "--version", "1", "--train.log_every", "3", "--plan.alpha", "0.5", "--plan.versions", "3"
+        )
+        == 0
+    )
 
 
 def test_a_parent_of_another_shape_tokenizer_or_text_is_refused(train_cli, tmp_path, capsys, prepared):
@@ -428,7 +532,22 @@ def test_damaged_data_and_checkpoints_are_found_before_training(train_cli, tmp_p
     assert train_cli("--mode", "ptfs", "--version", "1", data=copy) == 2
     assert "v1.bin: SHA-256 is" in capsys.readouterr().err and snapshot(tmp_path) == before
     # and where the check is switched off, the id is found when it is read
-    assert train_cli("--mode", "ptfs", "--version", "1", "--data.verify", "false", "--data.repeat", "true", "--plan.steps", "200", data=copy) == 2
+    assert (
+        train_cli(
+            "--mode",
+            "ptfs",
+            "--version",
+            "1",
+            "--data.verify",
+            "false",
+            "--data.repeat",
+            "true",
+            "--plan.steps",
+            "200",
+            data=copy,
+        )
+        == 2
+    )
     assert "expected below the vocabulary's 257" in capsys.readouterr().err
     os.truncate(copy / "v1.bin", 2000)
     assert train_cli("--mode", "ptfs", "--version", "1", "--data.verify", "false", data=copy) == 2
@@ -461,7 +580,9 @@ def test_a_checkpoint_that_becomes_a_fork_point_is_pinned(train_cli, tmp_path):
     every = ("--train.checkpoint_every", "2", "--plan.steps", "20", "--train.keep", "2")
     assert train_cli("--mode", "main", "--version", "1", "--plan.alpha", "0.5", *every) == 0  # to 10; 6 and 8 are loose
     assert checkpoint.steps(tmp_path / "run" / "main") == [6, 8, 10]
-    assert train_cli("--mode", "main", "--version", "1", "--plan.alpha", "0.6", *every) == 0  # its end is 8, there already
+    assert (
+        train_cli("--mode", "main", "--version", "1", "--plan.alpha", "0.6", *every) == 0
+    )  # its end is 8, there already
     assert train_cli("--mode", "main", "--version", "2", "--plan.alpha", "0.6", *every) == 0  # to 28
     assert checkpoint.steps(tmp_path / "run" / "main") == [8, 10, 24, 26, 28]
 
@@ -474,28 +595,39 @@ def test_what_was_just_saved_is_not_what_is_pruned(train_cli, tmp_path, monkeypa
     folder = tmp_path / "run" / "ptfs-cosine" / "v1"
     assert checkpoint.steps(folder) == [7, 8]
     assert train_cli("--mode", "main", "--version", "2", "--train.checkpoint_every", "1") == 0
-    shutil.rmtree(tmp_path / "run" / "main" / "step-000004")  # the first fork point: what lies behind it is of no use until it is back
+    shutil.rmtree(
+        tmp_path / "run" / "main" / "step-000004"
+    )  # the first fork point: what lies behind it is of no use until it is back
     undo = stop_after(monkeypatch, 2)
     assert train_cli("--mode", "main", "--version", "2", "--train.checkpoint_every", "1") == 143
     undo()
     assert 3 in checkpoint.steps(tmp_path / "run" / "main")
-    assert train_cli("--mode", "main", "--version", "2") == 0 and {4, 14} <= set(checkpoint.steps(tmp_path / "run" / "main"))
+    assert train_cli("--mode", "main", "--version", "2") == 0 and {4, 14} <= set(
+        checkpoint.steps(tmp_path / "run" / "main")
+    )
 
 
 def test_a_branch_as_long_as_the_increment(train_cli, tmp_path):
     """alpha 1 without a warm-up: V1's branch leaves the random weights themselves, at step 0."""
     plan = ("--plan.alpha", "1", "--plan.warmup", "0")
-    assert train_cli("--mode", "main", "--version", "1", *plan) == 0 and checkpoint.steps(tmp_path / "run" / "main") == [0]
+    assert train_cli("--mode", "main", "--version", "1", *plan) == 0 and checkpoint.steps(
+        tmp_path / "run" / "main"
+    ) == [0]
     assert train_cli("--mode", "branch", "--version", "1", *plan) == 0
     assert train_cli("--mode", "ptfs", "--version", "1", *plan) == 0  # the same cosine over the same steps
-    assert equal(tmp_path / "run" / "ours-cosine-d10" / "v1" / "step-000010", tmp_path / "run" / "ptfs-cosine" / "v1" / "step-000010")
+    assert equal(
+        tmp_path / "run" / "ours-cosine-d10" / "v1" / "step-000010",
+        tmp_path / "run" / "ptfs-cosine" / "v1" / "step-000010",
+    )
 
 
 def test_fork_points_of_another_alpha_are_kept_on_the_way(train_cli, tmp_path):
     """train.save_at: the same bits as the main path of that alpha would save; asked for later, they are made from the last checkpoint before."""
     assert train_cli("--mode", "main", "--version", "2", "--train.save_at", "8,12") == 0
     run = tmp_path / "run" / "main"
-    assert checkpoint.steps(run) == [4, 8, 12, 14] and all(checkpoint.read_meta(checkpoint.path(run, s))["pinned"] for s in (4, 8, 12, 14))
+    assert checkpoint.steps(run) == [4, 8, 12, 14] and all(
+        checkpoint.read_meta(checkpoint.path(run, s))["pinned"] for s in (4, 8, 12, 14)
+    )
     assert train_cli("--mode", "main", "--version", "2", out="late") == 0
     assert train_cli("--mode", "main", "--version", "2", "--train.save_at", "8,12", out="late") == 0
     assert all(equal(checkpoint.path(run, s), checkpoint.path(tmp_path / "late" / "main", s)) for s in (4, 8, 12, 14))
@@ -508,9 +640,14 @@ def test_fork_points_of_another_alpha_are_kept_on_the_way(train_cli, tmp_path):
 
 def test_a_parent_from_another_folder(train_cli, tmp_path, capsys):
     """--parent: the same bits as from the run's own; a checkpoint of another step or segment, or none, is refused. Table 13's CPT starts so."""
-    assert train_cli("--mode", "main", "--version", "2", "--train.save_at", "12") == 0 and train_cli("--mode", "branch", "--version", "2") == 0
+    assert (
+        train_cli("--mode", "main", "--version", "2", "--train.save_at", "12") == 0
+        and train_cli("--mode", "branch", "--version", "2") == 0
+    )
     run = tmp_path / "run"
-    assert train_cli("--mode", "branch", "--version", "2", "--parent", str(run / "main" / "step-000014"), out="there") == 0
+    assert (
+        train_cli("--mode", "branch", "--version", "2", "--parent", str(run / "main" / "step-000014"), out="there") == 0
+    )
     assert equal(run / "ours-cosine" / "v2" / "step-000020", tmp_path / "there" / "ours-cosine" / "v2" / "step-000020")
     capsys.readouterr()
     for mode, parent, words in (
@@ -518,7 +655,11 @@ def test_a_parent_from_another_folder(train_cli, tmp_path, capsys):
         ("branch", run / "ours-cosine" / "v2" / "step-000020", "expected one of 'main'"),
         ("branch", run / "nowhere", "nowhere: is not there, and ours-cosine/v2 starts from it"),
         ("main", run / "main" / "step-000012", "is no imported model, and main starts from one or from random weights"),
-        ("ptfs", run / "main" / "step-000012", "is no imported model, and ptfs-cosine/v2 starts from one or from random weights"),
+        (
+            "ptfs",
+            run / "main" / "step-000012",
+            "is no imported model, and ptfs-cosine/v2 starts from one or from random weights",
+        ),
     ):
         assert train_cli("--mode", mode, "--version", "2", "--parent", str(parent), out="refused") == 2
         err = capsys.readouterr().err
@@ -530,7 +671,12 @@ def test_a_parent_from_another_folder(train_cli, tmp_path, capsys):
     assert train_cli("--mode", "cpt", "--version", "2", *longer, "--parent", str(first), out="longer") == 0
     meta = checkpoint.read_meta(tmp_path / "longer" / "cpt-cosine" / "v2" / "step-000030")
     assert meta["parent"]["hash"] == checkpoint.read_meta(first)["hash"] and len(meta["data"]["increments"]) == 3
-    assert train_cli("--mode", "cpt", "--version", "2", "--plan.increments", "10,20", "--data.increments", "10,10", out="short") == 2
+    assert (
+        train_cli(
+            "--mode", "cpt", "--version", "2", "--plan.increments", "10,20", "--data.increments", "10,10", out="short"
+        )
+        == 2
+    )
     assert "data.increments: 20 steps in all, expected at least the 30" in capsys.readouterr().err
 
 
@@ -577,7 +723,11 @@ def test_a_parent_that_will_not_do(train_cli, tmp_path, capsys):
 def test_an_output_folder_that_cannot_be_one(train_cli, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("mine")
     assert train_cli("--mode", "ptfs", "--version", "1", out="file") == 2
-    assert "file" in (err := capsys.readouterr().err) and len(err.splitlines()) == 1 and (tmp_path / "file").read_text() == "mine"
+    assert (
+        "file" in (err := capsys.readouterr().err)
+        and len(err.splitlines()) == 1
+        and (tmp_path / "file").read_text() == "mine"
+    )
     assert train_cli("--mode", "ptfs", "--version", "1", "--out", "/proc/run") == 2
     assert "/proc: a checkpoint takes" in (err := capsys.readouterr().err) and len(err.splitlines()) == 1
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1 << 40}))
@@ -602,7 +752,9 @@ def test_what_is_in_the_way_of_a_checkpoint_is_never_deleted(train_cli, tmp_path
     (folder / "step-000008" / "meta.bak").rename(folder / "step-000008" / "meta.json")
     shutil.rmtree(folder / "step-000010")
     before = (tmp_path / "log").read_bytes()
-    assert train_cli(*args) == 2 and "log.jsonl" in capsys.readouterr().err and (tmp_path / "log").read_bytes() == before
+    assert (
+        train_cli(*args) == 2 and "log.jsonl" in capsys.readouterr().err and (tmp_path / "log").read_bytes() == before
+    )
 
 
 def test_a_log_that_cannot_grow_stops_or_goes_on(train_cli, tmp_path, capsys, monkeypatch):
@@ -627,7 +779,10 @@ def test_a_log_that_cannot_grow_stops_or_goes_on(train_cli, tmp_path, capsys, mo
     monkeypatch.setattr(disk, "append", lambda file: Full(original(file)))
     args = ("--mode", "ptfs", "--version", "1", "--train.log_every", "2", "--train.checkpoint_every", "3")
     assert train_cli(*args) == 2
-    assert "log.jsonl: No space left on device. The last checkpoint is" in (err := capsys.readouterr().err) and len(err.splitlines()) == 1
+    assert (
+        "log.jsonl: No space left on device. The last checkpoint is" in (err := capsys.readouterr().err)
+        and len(err.splitlines()) == 1
+    )
     assert checkpoint.steps(tmp_path / "run" / "ptfs-cosine" / "v1") == [3]
     assert train_cli(*args, "--train.on_save_error", "continue", out="on") == 0
     assert "log.jsonl: No space left on device" in (err := capsys.readouterr().err) and "training goes on" in err
@@ -663,13 +818,18 @@ def test_dry_run_of_every_config_touches_nothing(name, ranks, monkeypatch, capsy
         c = config.load(name)
         assert f"{model.parameters(c.model):,}" in out and f"x {ranks} rank" in out and "not there yet" in out
     assert list(tmp_path.iterdir()) == []
-    assert f"{c.train.batch_tokens:,} tokens = micro-batch {c.train.micro_batch} x context {c.model.context} x accumulation" in out
+    assert (
+        f"{c.train.batch_tokens:,} tokens = micro-batch {c.train.micro_batch} x context {c.model.context} x accumulation"
+        in out
+    )
 
 
 def test_dry_run_says_tokens_needed_and_there(train_cli, capsys, tmp_path):
     assert train_cli("--mode", "ptfs", "--version", "2", "--dry_run") == 0
     out = capsys.readouterr().out
-    assert "v2.bin: 2,561 tokens needed" in out and "update         1: 0.004" in out and "update        19: 0.0004" in out
+    assert (
+        "v2.bin: 2,561 tokens needed" in out and "update         1: 0.004" in out and "update        19: 0.0004" in out
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -686,7 +846,12 @@ def test_without_arguments_it_says_what_it_takes(monkeypatch, capsys, tmp_path):
 
 def test_twenty_steps_with_kernels_and_without_agree(train_cli, tmp_path):
     for use in ("triton", "torch"):
-        assert train_cli("--mode", "ptfs", "--version", "2", *FEW, "--train.log_every", "1", "--train.kernels", use, out=use) == 0
+        assert (
+            train_cli(
+                "--mode", "ptfs", "--version", "2", *FEW, "--train.log_every", "1", "--train.kernels", use, out=use
+            )
+            == 0
+        )
     a, b = (losses(tmp_path / use / "ptfs-cosine" / "v2") for use in ("triton", "torch"))
     assert len(a) == len(b) == 20
     np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)  # fp32 rounding, as between micro-batches
