@@ -3,23 +3,23 @@ PYTHON ?= python3
 PY = .venv/bin/python
 
 demo: .venv/demo
-	$(PY) paper.py table3 fig1 fig2 loss --scale tiny --schedules cosine
+	$(PY) -m paper table3 fig1 fig2 loss --scale tiny --schedules cosine
 
 test: .venv/dev
 	$(PY) -m pytest -q -n 2 tests
 
 # What results/tiny holds, anew: two CPU cores, an hour or two; goes on where it was
 results-tiny: .venv/demo
-	$(PY) paper.py fig1 fig2 fig3 table1 fig4 fig5 table2 table3 table9 fig6 table10 table13 loss --scale tiny --seeds 3
+	$(PY) -m paper fig1 fig2 fig3 table1 fig4 fig5 table2 table3 table9 fig6 table10 table13 loss --scale tiny --seeds 3
 	mkdir -p results/tiny && cp out/tiny/results/* results/tiny/
 
 # The same at 25M parameters, for a GPU; TEXT is some 200 MB of text: make results-small TEXT='my/*.jsonl' [PY=python3]
 results-small: $(if $(filter .venv/%,$(PY)),.venv/dev)
 	test -e data/small.tiktoken || $(PY) data.py vocab --out data/small.tiktoken --vocab_size 8192 --val 0.02 --source '$(TEXT)'
 	test -e data/small/meta.json || $(PY) data.py prepare --out data/small --tokenizer data/small.tiktoken --val 0.02 --source '$(TEXT)'
-	$(PY) paper.py fig1 fig2 fig3 table1 table3 table9 fig6 loss --scale small
-	$(PY) paper.py table2 --scale small
-	$(PY) paper.py fig4 fig5 --scale small
+	$(PY) -m paper fig1 fig2 fig3 table1 table3 table9 fig6 loss --scale small
+	$(PY) -m paper table2 --scale small
+	$(PY) -m paper fig4 fig5 --scale small
 	mkdir -p results/small && cp out/small/results/* results/small/
 
 # On a machine with a CUDA GPU: test the kernels, time them, keep the figures. Where all of
@@ -29,11 +29,11 @@ bench: $(if $(filter .venv/%,$(PY)),.venv/dev)
 	@$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make bench: needs a CUDA GPU')"
 	$(PY) -m pytest -q tests/test_kernels.py tests/test_parallel.py
 	mkdir -p results/gpu
-	$(PY) bench.py kernels --save --json results/gpu/kernels.json --plot results/gpu/roofline.png
-	for size in $(SIZES); do $(PY) bench.py step --size $$size --json results/gpu/step-$$size.json --plot results/gpu/step-$$size.png || exit; done
-	$(PY) bench.py step --memory --size 203m --json results/gpu/memory.json
-	$(PY) bench.py checkpoint --size 1.2b --json results/gpu/checkpoint.json
-	$(PY) bench.py eval --size 203m --json results/gpu/eval-203m.json
+	$(PY) -m bench kernels --save --json results/gpu/kernels.json --plot results/gpu/roofline.png
+	for size in $(SIZES); do $(PY) -m bench step --size $$size --json results/gpu/step-$$size.json --plot results/gpu/step-$$size.png || exit; done
+	$(PY) -m bench step --memory --size 203m --json results/gpu/memory.json
+	$(PY) -m bench checkpoint --size 1.2b --json results/gpu/checkpoint.json
+	$(PY) -m bench eval --size 203m --json results/gpu/eval-203m.json
 
 # Break real runs and compare with undisturbed ones: one round of all faults, or rounds for so many minutes
 MINUTES = 0

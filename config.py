@@ -4,53 +4,20 @@ The fields below are the whole vocabulary: names, types, defaults and help. Unkn
 refused; nothing is executed and nothing is guessed.
 """
 
-import argparse
 import difflib
 import json
 import math
-import os
-import sys
 import tomllib
 import types
 import typing
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime.errors import UserError
+
 MOST = 10_000  # versions of a plan; more is a slip of the hand
 ANGLES = 1 << 27  # context x size of a head: cosines and sines in memory, enough for a million tokens and the usual 128
-
-
-class UserError(Exception):
-    """Something only the user can mend. Its text, a line a problem, is all that is shown."""
-
-    code = 2  # the exit code
-
-
-@contextmanager
-def user_errors(program: str, show: bool = True, at_once: bool = False) -> Iterator[None]:
-    """Turn UserError, and what the disk refuses, into one line and an exit code, 2 if nothing else is said."""
-    code = 2
-    try:
-        yield
-    except UserError as e:
-        lines, code = str(e).splitlines(), e.code
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output went away, as head does
-        os._exit(141)
-    except OSError as e:
-        lines = [f"{e.filename or 'disk'}: {e.strerror or e}"]
-    else:
-        return
-    for line in lines if show else []:
-        print(f"{program}: error: {line}", file=sys.stderr, flush=True)
-    if at_once:
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 def key(default: Any, help: str, low: float | None = None, choices: tuple[str, ...] = (), free: bool = False) -> Any:
@@ -424,63 +391,3 @@ def to_toml(c: Config) -> str:
         else:
             text += line(f.name, v)
     return text
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, whose errors join the other one-line errors."""
-
-    def __init__(self, **kw: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kw)
-
-    def error(self, message: str) -> typing.NoReturn:
-        raise UserError(message)
-
-    def add_config(self, name: bool = True) -> None:
-        """--config (if `name`) and a flag for every key of the config."""
-        if name:
-            self.add_argument("--config", help="a name in configs/ or a .toml file")
-        group = self.add_argument_group("keys of the config, each also a flag")
-        for k, (f, v) in flatten(Config()).items():
-            choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
-            shown = "none" if v is None else v if isinstance(v, str) else json.dumps(v)
-            group.add_argument(
-                f"--{k}",
-                metavar=type_name(f.type).removesuffix(" or none").split()[-1].upper().replace("FALSE", "BOOL"),
-                help=f"{f.metadata['help']}{choices} [{shown}]",
-            )
-
-    def parse_config(
-        self, argv: list[str] | None = None, default: str = "tiny", modes: dict[str, str] | None = None
-    ) -> tuple[argparse.Namespace, Config]:
-        """The script's own arguments and the config that they name, with its overrides. `modes`: other defaults for some --mode."""
-        args, unknown = self.parse_known_args(argv)
-        overrides = {k: getattr(args, k) for k in flatten(Config()) if getattr(args, k) is not None}
-        return args, load(args.config or (modes or {}).get(getattr(args, "mode", ""), default), overrides, unknown)
-
-
-def world() -> tuple[int, int, int]:
-    """(rank, local rank, ranks) as torchrun sets them; (0, 0, 1) without it. UserError where they contradict each other."""
-    given = {
-        k: os.environ[k] for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if k in os.environ
-    }
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    if not any(k in given for k in names):
-        return 0, 0, 1
-    missing = [k for k in names if k not in given]
-    if given.get("WORLD_SIZE") != "1":
-        missing += [k for k in ("MASTER_ADDR", "MASTER_PORT") if k not in given]
-    if missing:
-        raise UserError(
-            f"{missing[0]}: not set, but {', '.join(k for k in names if k in given)} is; start several processes with torchrun, or unset them"
-        )
-    for k in names:
-        if not given[k].isdecimal() or len(given[k]) > 6:
-            raise UserError(
-                f"{k}: got {given[k]!r}, expected a whole number; start several processes with torchrun, or unset it"
-            )
-    rank, local_rank, ranks = (int(given[k]) for k in names)
-    if not local_rank <= rank < ranks:
-        raise UserError(
-            f"RANK: got {rank} with LOCAL_RANK {local_rank} and WORLD_SIZE {ranks}, expected LOCAL_RANK <= RANK < WORLD_SIZE; torchrun sets them"
-        )
-    return rank, local_rank, ranks

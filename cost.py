@@ -14,10 +14,11 @@ import math
 from typing import Any
 
 import config
-import lineage
 import model
 import schedule
-from config import UserError
+from runtime import resume
+from runtime.command_line import Parser
+from runtime.errors import UserError, user_errors
 
 CONVENTIONS = ("section3.2", "table2")
 PEAK = 989e12  # FLOP/s of an H100 in bf16
@@ -25,7 +26,7 @@ PEAK = 989e12  # FLOP/s of an H100 in bf16
 
 def steps(paradigm: str, p: schedule.Plan, convention: str = "section3.2") -> int:
     """Steps of all versions of a paradigm: C_ptfs, C_cpt or C_ours of section 3.2."""
-    segments = lineage.make_segments(paradigm, p)
+    segments = resume.make_segments(paradigm, p)
     if convention == "table2" and paradigm != "cpt":
         segments = [s for s in segments if s.version > 1 or s.name == "main"]
     return sum(s.end - s.start for s in segments)
@@ -33,7 +34,7 @@ def steps(paradigm: str, p: schedule.Plan, convention: str = "section3.2") -> in
 
 def table(c: config.Config, convention: str, mfu: float, peak: float, price: float) -> list[dict[str, Any]]:
     """A row a paradigm: steps, tokens, FLOPs, GPU-hours, price, and its cost relative to PTFS."""
-    p = lineage.make_plan(c)
+    p = resume.make_plan(c)
     rows: list[dict[str, Any]] = []
     counts = {paradigm: steps(paradigm, p, convention) for paradigm in schedule.PARADIGMS}
     for paradigm, n in counts.items():
@@ -56,7 +57,7 @@ def table(c: config.Config, convention: str, mfu: float, peak: float, price: flo
 
 
 def main() -> None:
-    a = config.Parser(
+    a = Parser(
         prog="cost.py",
         description=__doc__,
         usage="cost.py [--config NAME] [--convention C] [--mfu F] [--price P] [--json] [--section.key VALUE ..]",
@@ -104,5 +105,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with config.user_errors("cost.py"):
+    with user_errors("cost.py"):
         main()

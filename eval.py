@@ -1,9 +1,7 @@
-"""Perplexity of checkpoints on the whole validation set, APPL, and samples.
+"""Perplexity of checkpoints on the whole validation set, and APPL.
 
     python eval.py out/tiny/base-s1                             table of a run: versions x paradigms, APPL, standard errors
     python eval.py out/tiny/base-s1/main/step-000080 OTHER ..   any checkpoints, the first one compared with the others
-    python eval.py CHECKPOINT --sample "The whale"              a continuation
-    python eval.py out/tiny/base-s1 --tasks gsm8k,mmlu          downstream tasks, of a run's versions or of checkpoints
 
 PPL = exp(mean negative log-likelihood of a token). Standard errors are over documents: tokens of one document are not
 independent, so a document is the unit, and two checkpoints are compared document by document.
@@ -20,16 +18,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import config
+import data
 import kernels
-import lineage
 import model as llama
-import reader
-import text
-from config import UserError
-from generate import generate
-from train import pick_device, steady_malloc
+from runtime import checkpoint
+from runtime.command_line import Parser
+from runtime.device import pick_device, steady_malloc
+from runtime.errors import UserError, user_errors
+from text import token_files
 
 
 @dataclass
@@ -94,12 +91,12 @@ def load_model(path: Path, device: torch.device) -> tuple[llama.Transformer, dic
     return net.to(device).eval(), meta
 
 
-def open_data(path: Path, meta: dict[str, Any], folder: str | None, context: int | None = None) -> reader.Tokens:
+def open_data(path: Path, meta: dict[str, Any], folder: str | None, context: int | None = None) -> data.Tokens:
     """The data of a checkpoint, or another folder made with the same tokenizer, in sequences as long as the model's, or shorter."""
     c = config.model_of(meta["config"], f"{path / 'meta.json'}")
     if context and context > c.context:
         raise UserError(f"--context: got {context}, expected at most the {c.context} of {path}")
-    tokens = reader.Tokens(folder or str(meta["config"].get("data.path")), context or c.context, 1, [1], 0)
+    tokens = data.Tokens(folder or str(meta["config"].get("data.path")), context or c.context, 1, [1], 0)
     if (tokens.meta["tokenizer_sha256"], tokens.meta["vocab_size"]) != (meta["data"].get("tokenizer"), c.vocab_size):
         raise UserError(
             f"--data {tokens.folder}: its tokenizer is not the one that {path} was trained with; choose the data it was trained on"
@@ -119,7 +116,7 @@ def score(
     """Score a checkpoint on the whole validation set of its data; every token but the very first is a target once."""
     tokens = open_data(path, checkpoint.read_meta(path), folder, context)
     net, _ = load_model(path, device)
-    reader.check_files(tokens.folder, ["val"], quiet=True)
+    token_files.check_files(tokens.folder, ["val"], quiet=True)
     stream = np.asarray(tokens.tokens("val"))
     # the document of each target: <|endoftext|> belongs to the document that it ends
     document = np.concatenate(([0], np.cumsum(stream[1:-1] == tokens.meta["eot"]) + (stream[0] == tokens.meta["eot"])))
@@ -172,29 +169,8 @@ def chosen(paths: list[Path]) -> dict[str, dict[int, Path]] | None:
     )
 
 
-def sample(
-    path: Path,
-    device: torch.device,
-    prompts: list[str],
-    length: int,
-    seed: int,
-    folder: str | None,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-) -> list[str]:
-    """Each prompt and `length` tokens drawn after it, or fewer where the text ends."""
-    net, meta = load_model(path, device)
-    tok = lineage.open_tokenizer(path, meta, folder)
-    prompts = [text.clean(p) for p in prompts]
-    ids = [tok.encode(p) or [tok.eot] for p in prompts]
-    return [
-        p + tok.decode(new)
-        for p, new in zip(prompts, generate(net, ids, length, {tok.eot}, temperature, top_p, seed), strict=True)
-    ]
-
-
 def main() -> None:
-    a = config.Parser(prog="eval.py", description=__doc__)
+    a = Parser(prog="eval.py", description=__doc__)
     a.add_argument("path", nargs="+", help="checkpoints, or one run's folder")
     a.add_argument("--data", help="a prepared folder [the one that the checkpoint was trained on]")
     a.add_argument(
@@ -204,64 +180,13 @@ def main() -> None:
     )
     a.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     a.add_argument("--json", action="store_true")
-    a.add_argument(
-        "--sample",
-        metavar="TEXT",
-        action="append",
-        help="write a continuation of this text; again for more, which are drawn side by side",
-    )
-    a.add_argument("--length", type=int, default=100, help="tokens of a continuation [100]")
-    a.add_argument(
-        "--temperature", type=float, default=1.0, help="of a continuation; 0: the likeliest token each time [1]"
-    )
-    a.add_argument(
-        "--top_p",
-        type=float,
-        default=1.0,
-        help="draw from the likeliest tokens that have this probability together [1]",
-    )
-    a.add_argument("--seed", type=int, default=1, help="of the continuations [1]")
-    a.add_argument(
-        "--tasks", metavar="NAME,..", help="downstream tasks of lm-evaluation-harness, of configs/tasks, or YAML files"
-    )
-    a.add_argument(
-        "--data_dir",
-        metavar="DIR",
-        help="local copies of the tasks' datasets, each in DIR/its name on the hub [from the hub]",
-    )
-    a.add_argument("--limit", type=int, help="the first questions of each task only, as a trial")
-    a.add_argument("--num_fewshot", type=int, help="examples before each question [as the task says]")
-    a.add_argument("--batch", type=int, default=16, help="of the tasks: rows side by side [16]")
     o = a.parse_args()
-    if not 0 <= o.seed < 2**63 or o.length < 0:
-        raise UserError(f"--seed, --length: got {o.seed} and {o.length}, expected 0 or more, and the seed below 2^63")
-    if not 0 <= o.temperature < math.inf:
-        raise UserError(f"--temperature: got {o.temperature}, expected 0 or more")
-    if not 0 < o.top_p <= 1:
-        raise UserError(f"--top_p: got {o.top_p}, expected above 0 and at most 1")
     if o.context is not None and o.context < 1:
         raise UserError(f"--context: got {o.context}, expected 1 or more")
-    if (o.limit is not None and o.limit < 1) or o.batch < 1 or (o.num_fewshot or 0) < 0:
-        raise UserError(
-            f"--limit, --batch, --num_fewshot: got {o.limit}, {o.batch} and {o.num_fewshot}, expected 1 or more, 1 or more and 0 or more"
-        )
-    if o.tasks is not None:
-        import tasks  # needs a package that the rest does not
-
-        tasks.run(o)
-        return
     device = pick_device(o.device, 0)
     steady_malloc(device)
     paths = [Path(p) for p in o.path]
     run = chosen(paths)
-    if o.sample is not None:
-        texts = {str(p): sample(p, device, o.sample, o.length, o.seed, o.data, o.temperature, o.top_p) for p in paths}
-        if o.json:
-            print(json.dumps(texts, indent=1))
-        else:
-            print("\n\n".join("\n\n".join([f"{p}:"] * (len(paths) > 1) + written) for p, written in texts.items()))
-        return
-
     if run:
         known: dict[Path, Score] = {}
         for p in sorted({p for versions in run.values() for p in versions.values()}):
@@ -339,5 +264,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with config.user_errors("eval.py"):
+    with user_errors("eval.py"):
         main()

@@ -1,7 +1,7 @@
 """Learning-rate paths as data: PTFS, CPT and path switching are three lists of segments.
 
 A *segment* is one training run on one learning-rate path. `plan()` lists the segments of a paradigm;
-train.py runs one of them, cost.py adds up their steps, paper.py walks them as a graph.
+train.py runs one of them, cost.py adds up their steps, paper walks them as a graph.
 
 The unit is the step: one optimizer update over one global batch. "The state at step s" is the state after
 exactly s updates, and update number s (from 0) uses `lr(s)`. Steps count the data: update s always reads

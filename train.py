@@ -11,14 +11,11 @@ and Ctrl-C, on any rank, save and exit with 143 and 130; a second one exits at o
 mend; 124: a rank is lost or stuck, call it again. `--dry_run` says what would be done and touches nothing.
 """
 
-import ctypes
 import gc
 import hashlib
 import json
-import os
 import platform
 import shlex
-import shutil
 import signal
 import statistics
 import subprocess
@@ -35,22 +32,22 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import checkpoint
 import config
 import data
-import disk
 import kernels
-import lineage
 import model as llama
-import parallel
-import reader
 import schedule
-import sft
-import text
-from config import UserError
 from kernels.cross_entropy import IGNORE
-
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s of the data sheets
+from runtime import checkpoint, distributed, resume
+from runtime.command_line import Parser
+from runtime.device import cpp_compiler, peak_flops, pick_device, steady_malloc
+from runtime.errors import UserError, describe, user_errors
+from runtime.files import lock, open_log, write_text
+from runtime.guards import Watchdog
+from runtime.logger import read_log
+from text import prepare, token_files
+from text.examples import Examples, MixedData, SFTData, prepare_examples
+from text.tokenizer import Tokenizer
 
 
 def command(**changes: Any) -> str:
@@ -68,60 +65,10 @@ def command(**changes: Any) -> str:
 # The device
 
 
-def pick_device(name: str, local_rank: int) -> torch.device:
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(k for k, there in have.items() if there)
-    if name == "cuda" and have["cuda"] and local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"LOCAL_RANK: got {local_rank} on a machine with {torch.cuda.device_count()} GPUs; lower --nproc_per_node to that"
-        )
-    if not have[name]:
-        raise UserError(
-            f"train.device: got {name}, which this machine does not have; expected one of {', '.join(k for k in have if have[k])}"
-        )
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """FLOP/s that a step could reach at best, and where the number is from: a data sheet, or a matrix product timed here."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
-    for gpu, flops in PEAK.items():
-        if gpu in name and dtype == torch.bfloat16:
-            return flops, "data sheet"
-    n = 1024 if device.type == "cpu" else 4096
-    own = torch.Generator(device).manual_seed(0)  # a run's own random numbers stay as they are
-    a, best, until = (
-        torch.randn(n, n, device=device, dtype=dtype, generator=own),
-        float("inf"),
-        time.perf_counter() + 0.3,
-    )
-    while time.perf_counter() < until:
-        t = time.perf_counter()
-        (a @ a)[0, 0].item()  # .item() waits for the device
-        best = min(best, time.perf_counter() - t)
-    return 2 * n**3 / best, f"{n}^3 matrix product timed at the start, {torch.get_num_threads()} threads"
-
-
-def steady_malloc(device: torch.device) -> None:
-    """Let glibc keep freed memory for the next tensor: it would give large blocks back, and get them again page by page, which is slow.
-
-    Other C libraries have no mallopt, and go without.
-    """
-    if device.type == "cpu" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: at its largest, 32 MiB
-        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-
-
-def cpp_compiler() -> bool:
-    """Whether there is one, which torch.compile needs on a CPU."""
-    return any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++"))))
-
-
 def git_commit() -> str:
     try:
         return subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=data.HERE, capture_output=True, text=True
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
         ).stdout.strip()
     except OSError:
         return ""
@@ -131,12 +78,12 @@ def git_commit() -> str:
 
 
 def main() -> None:
-    a = config.Parser(
+    a = Parser(
         prog="train.py",
         description=__doc__,
         usage="train.py [--config NAME] [--mode MODE] [--version I] [--parent CHECKPOINT] [--data FILE] [--dry_run] [--section.key VALUE ..]",
     )
-    modes = [*lineage.MODES, "sft"]
+    modes = [*resume.MODES, "sft"]
     a.add_argument("--mode", default="main", help=", ".join(modes))
     a.add_argument(
         "--version", help="the version to train; main: the version at whose fork point it ends [the last planned]"
@@ -150,9 +97,9 @@ def main() -> None:
     )
     a.add_argument("--dry_run", action="store_true", help="say what would be done, touch nothing")
     a.add_config()
-    with config.user_errors("train.py"):
-        rank, local_rank, ranks = config.world()
-    with config.user_errors("train.py", show=rank == 0):
+    with user_errors("train.py"):
+        rank, local_rank, ranks = distributed.world()
+    with user_errors("train.py", show=rank == 0):
         # The config for the device, where none is named
         cuda = torch.cuda.is_available()
         default = "small" if cuda and Path(config.load("small").data.path).exists() else "tiny"
@@ -179,10 +126,10 @@ def main() -> None:
         if mode == "sft":
             if version:
                 problems.append("--version: got one, but --mode sft takes that of --parent; leave it out")
-            c, base = lineage.tuned(c, o.parent, {k for k in config.flatten(c) if getattr(o, k) is not None})
+            c, base = resume.sft_config(c, o.parent, {k for k in config.flatten(c) if getattr(o, k) is not None})
         elif mode == "branch" and c.data.decay_mix and not c.data.sft:
             problems.append("data.decay_mix: needs examples to mix in; name their file with --data.sft")
-        problems += config.check_batch(c, ranks) + parallel.problems(c.train.parallel, c.train.shard_ranks, ranks)
+        problems += config.check_batch(c, ranks) + distributed.problems(c.train.parallel, c.train.shard_ranks, ranks)
         if c.train.compile == "on" and not (cuda and c.train.device in ("auto", "cuda")) and not cpp_compiler():
             problems.append(
                 "train.compile: got on, which on a CPU needs a C++ compiler, and there is none; install g++ or take --train.compile off"
@@ -193,10 +140,10 @@ def main() -> None:
             problems.append(str(e))
         try:
             if mode == "sft":  # its length comes from the examples, which are counted below
-                p, segment = lineage.tuning(c, base, 10 * max(c.plan.warmup, 1))
+                p, segment = resume.sft_segment(c, base, 10 * max(c.plan.warmup, 1))
                 segments = [segment]
             else:
-                p, segments, segment = lineage.pick(c, mode, version)
+                p, segments, segment = resume.pick(c, mode, version)
         except UserError as e:
             problems.append(str(e))
         if problems:
@@ -205,26 +152,26 @@ def main() -> None:
         folder = run / segment.name
         parent = o.parent or (c.train.base if not segment.parent else "") or None
 
-        def tokenizer() -> text.Tokenizer:
+        def tokenizer() -> Tokenizer:
             """For the examples: the parent's, or that of the text which they are mixed into."""
             return (
-                lineage.open_tokenizer(Path(o.parent), base, c.data.path)
+                resume.open_tokenizer(Path(o.parent), base, c.data.path)
                 if mode == "sft"
-                else reader.tokenizer_of(Path(c.data.path))
+                else token_files.tokenizer_of(Path(c.data.path))
             )
 
         device = pick_device(c.train.device, local_rank)
-        kind, why = parallel.choose(c.train.parallel, ranks, llama.parameters(c.model), device)
+        kind, why = distributed.choose(c.train.parallel, ranks, llama.parameters(c.model), device)
         if o.dry_run:
             examples = None
             if examples_file:
                 with tempfile.TemporaryDirectory() as nowhere:
-                    examples = sft.Examples(
-                        sft.prepare(examples_file, tokenizer(), Path(nowhere)), c.model.context, c.train.seed
+                    examples = Examples(
+                        prepare_examples(examples_file, tokenizer(), Path(nowhere)), c.model.context, c.train.seed
                     )
                 if mode == "sft":
-                    p, segment = lineage.tuning(
-                        c, base, sft.Tuning(examples, base["data"], c.batch_sequences, c.data.epochs).steps
+                    p, segment = resume.sft_segment(
+                        c, base, SFTData(examples, base["data"], c.batch_sequences, c.data.epochs).steps
                     )
             dry_run(
                 say,
@@ -243,62 +190,62 @@ def main() -> None:
             return
 
     # The ranks meet, and from here on what stops one stops all
-    with config.user_errors("train.py", at_once=ranks > 1), parallel.company(rank, ranks), ExitStack() as held:
-        watchdog = parallel.Watchdog(c.train.timeout, rank, lambda: checkpoint.last(folder))
+    with user_errors("train.py", at_once=ranks > 1), distributed.lost_rank_errors(rank, ranks), ExitStack() as held:
+        watchdog = Watchdog(c.train.timeout, rank, lambda: checkpoint.last(folder))
         watchdog.start()
         held.callback(watchdog.done.set)
         if kind != "none":
             say(f"{ranks} rank{'s' * (ranks > 1)}, {kind}: {why}")
             watchdog.beat("meeting the other ranks")
-            parallel.join(device, rank, ranks, c.train.timeout)
+            distributed.join(device, rank, ranks, c.train.timeout)
         asked = {"mode": o.mode, "version": version, "torch": torch.__version__, "ranks": ranks, **config.values(c)}
-        parallel.check_same(asked, rank, ranks, "start all with the same command, files and packages")
+        distributed.check_same(asked, rank, ranks, "start all with the same command, files and packages")
 
         # Data: enough of it, whole, and of this vocabulary
         watchdog.beat("checking data and checkpoints")
-        with parallel.together(rank, ranks):
+        with distributed.raise_on_all_ranks(rank, ranks):
             if rank == 0 and mode != "sft":
-                data.ship(c.data.path)
+                prepare.ship(c.data.path)
         prepared, tokens = "", cast(Any, None)
-        with parallel.together(rank, ranks):
+        with distributed.raise_on_all_ranks(rank, ranks):
             if mode != "sft":
-                tokens = lineage.open_tokens(c, p, sft.Mix if examples_file else reader.Tokens)
+                tokens = resume.open_tokens(c, p, MixedData if examples_file else data.Tokens)
                 if tokens.meta["vocab_size"] != c.model.vocab_size:
                     raise UserError(
                         f"model.vocab_size: got {c.model.vocab_size}, expected {tokens.meta['vocab_size']}, the vocabulary of data.path {c.data.path}"
                     )
                 if problems := tokens.problems(segment.start, segment.end):
                     raise UserError("\n".join(problems))
-        with parallel.together(rank, ranks):
+        with distributed.raise_on_all_ranks(rank, ranks):
             if examples_file and rank == 0:
-                prepared = str(sft.prepare(examples_file, tokenizer(), run))
-        prepared = parallel.told(prepared, ranks)
-        with parallel.together(rank, ranks):
+                prepared = str(prepare_examples(examples_file, tokenizer(), run))
+        prepared = distributed.broadcast(prepared, ranks)
+        with distributed.raise_on_all_ranks(rank, ranks):
             if examples_file:
                 watchdog.beat("packing examples")
-                examples = sft.Examples(Path(prepared), c.model.context, c.train.seed)
+                examples = Examples(Path(prepared), c.model.context, c.train.seed)
                 say(examples)
                 if mode == "sft":
-                    tokens = sft.Tuning(examples, base["data"], c.batch_sequences, c.data.epochs)
-                    p, segment = lineage.tuning(c, base, tokens.steps)
+                    tokens = SFTData(examples, base["data"], c.batch_sequences, c.data.epochs)
+                    p, segment = resume.sft_segment(c, base, tokens.steps)
                     segments = [segment]
                 else:
                     tokens.mix(examples, c.data.decay_mix, segment.start)
         required = needed(c, mode, segments, segment)
 
-        parallel.check_same(
+        distributed.check_same(
             {"data": tokens.meta["hash"]}, rank, ranks, f"{tokens.folder} must be the same on all machines"
         )
 
         # Where it begins, as rank 0 sees it (disks that are shared may show others an older state for a while)
-        with parallel.together(rank, ranks):
+        with distributed.raise_on_all_ranks(rank, ranks):
             maker = (
                 command(mode="main", version=segment.version)
                 if mode == "branch"
                 else command(mode="cpt", version=segment.version - 1)
             )
-            begin = lineage.begin(c, run, segments, segment, required, tokens, maker, parent) if rank == 0 else {}
-        begin = parallel.told(begin, ranks)
+            begin = resume.find_start(c, run, segments, segment, required, tokens, maker, parent) if rank == 0 else {}
+        begin = distributed.broadcast(begin, ranks)
         start, done, origin = begin["start"], begin["done"], Path(begin["origin"]) if begin["origin"] else None
         if done == required:
             for r in required if rank == 0 else []:
@@ -306,10 +253,10 @@ def main() -> None:
             say(f"{folder}: finished at step {segment.end}; nothing to do")
             return
         log_file: BinaryIO | None = None
-        with parallel.together(rank, ranks):
+        with distributed.raise_on_all_ranks(rank, ranks):
             if rank == 0:
                 if mode != "sft":
-                    reader.check_files(
+                    token_files.check_files(
                         tokens.folder,
                         [name for name, _, _ in tokens.needs(start, segment.end)] + ["val"],
                         c.data.verify,
@@ -327,16 +274,16 @@ def main() -> None:
                 checkpoint.check_space(folder, checkpoint.BYTES * llama.parameters(c.model))
                 # From here on the disk and the device are used
                 held.enter_context(
-                    disk.lock(
+                    lock(
                         folder / ".lock",
                         f"{folder}: another process is training here; wait for it or choose another --out",
                     )
                 )
-                if begin != lineage.begin(c, run, segments, segment, required, tokens, maker, parent):
+                if begin != resume.find_start(c, run, segments, segment, required, tokens, maker, parent):
                     raise UserError(f"{folder}: another process has just trained here; call this again")
-                log_file = held.enter_context(disk.append(folder / "log.jsonl"))
+                log_file = held.enter_context(open_log(folder / "log.jsonl"))
                 if not (run / "config.toml").exists():
-                    disk.write(run / "config.toml", config.to_toml(c))
+                    write_text(run / "config.toml", config.to_toml(c))
                 checkpoint.tidy(folder)
                 for step in done:
                     checkpoint.pin(checkpoint.path(folder, step))
@@ -378,7 +325,7 @@ def dry_run(
     kind: str,
     why: str,
     ranks: int,
-    examples: sft.Examples | None,
+    examples: Examples | None,
     parent: str | None,
 ) -> None:
     """What would be done: the segment, its LR at the milestones, sizes, the batch, the tokens needed and there."""
@@ -416,9 +363,9 @@ def dry_run(
     )
     if examples:
         say(f"examples     {examples}")
-    if step := lineage.resume_step(folder, required):
+    if step := resume.resume_step(folder, required):
         say(f"goes on      from {checkpoint.path(folder, step)}")
-    if segment.name.startswith(f"{lineage.TUNING}/"):
+    if segment.name.startswith(f"{resume.SFT}/"):
         return
     there = (Path(c.data.path) / "meta.json").exists()
     if not there:
@@ -426,7 +373,7 @@ def dry_run(
             f"data         {c.data.path}: not there yet; {steps * t.batch_tokens:,} tokens are read; make it: python data.py prepare --out {c.data.path} --tokenizer NAME --source TEXT"
         )
         return
-    tokens = lineage.open_tokens(c, p)
+    tokens = resume.open_tokens(c, p)
     for name, need, have in tokens.needs(segment.start, segment.end):
         short = "; too few: train.py would refuse" if have < need and not c.data.repeat else ""
         say(f"data         {tokens.folder / name}.bin: {need:,} tokens needed, {have:,} there{short}")
@@ -436,28 +383,19 @@ def dry_run(
         )
 
 
-def logged(folder: Path) -> list[dict[str, Any]]:
-    """The records of a segment's log; a line that a kill or a full disk cut short is none."""
-    records = []
-    for line in (folder / "log.jsonl").read_text(errors="replace").splitlines():
-        with suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return [r for r in records if isinstance(r, dict)]
-
-
 def train(
     c: config.Config,
     p: schedule.Plan,
     segment: schedule.Segment,
     folder: Path,
     required: list[int],
-    tokens: reader.Tokens | sft.Tuning,
+    tokens: data.Tokens | SFTData,
     origin: Path | None,
     weights: bool,
     parent_record: dict | None,
     start: int,
     log_file: BinaryIO | None,
-    watchdog: parallel.Watchdog,
+    watchdog: Watchdog,
     device: torch.device,
     kind: str,
     rank: int,
@@ -482,14 +420,14 @@ def train(
     if kind == "fsdp":
         for block in net.blocks if compiled else []:
             block.compile()  # what FSDP2 does between blocks stays outside of the graphs
-        parallel.shard(net, device, ranks, t.shard_ranks)
+        distributed.shard(net, device, ranks, t.shard_ranks)
     net.to(device)
     matrices = [w for w in net.parameters() if w.dim() >= 2]
     vectors = [w for w in net.parameters() if w.dim() < 2]
     groups = [{"params": matrices, "weight_decay": t.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(t.beta1, t.beta2), fused=True)
     if origin:
-        with parallel.together(rank, ranks):
+        with distributed.raise_on_all_ranks(rank, ranks):
             checkpoint.load(origin, checkpoint.state(net, None if weights else optimizer))
     model: torch.nn.Module = torch.compile(net) if compiled and kind != "fsdp" else net  # type: ignore[assignment]
     if kind == "ddp":
@@ -538,7 +476,7 @@ def train(
     def validate() -> float | None:
         """Loss in nats over the first `eval_tokens` of the validation set, each rank a share of them; none if it is empty or a signal cut it short."""
         total = torch.zeros(3, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-        with torch.no_grad(), parallel.gathered(net):
+        with torch.no_grad(), distributed.gathered_weights(net):
             for arrays in tokens.validation(t.micro_batch, t.eval_tokens, rank, ranks):
                 if asked and not last:  # the last one is kept: a finished run has its val_loss
                     total[2] = 1
@@ -555,7 +493,7 @@ def train(
         record = {
             "segment": segment.name,
             "version": segment.version,
-            "path": lineage.fingerprint(segment, tokens.ends, step),
+            "path": resume.fingerprint(segment, tokens.ends, step),
             "finished": step == end,
             "parent": parent_record,
             "tokens": step * t.batch_tokens,
@@ -573,12 +511,12 @@ def train(
         try:
             saver.wait()
         except (UserError, OSError) as e:  # the same on all ranks
-            fails(f"step {step}: a checkpoint could not be saved: {parallel.words(e)}. {checkpoint.last(folder)}")
+            fails(f"step {step}: a checkpoint could not be saved: {describe(e)}. {checkpoint.last(folder)}")
 
     def fails(message: str) -> None:
         """Say on rank 0 what the disk refused, and stop or go on."""
         if t.on_save_error == "stop":
-            raise parallel.once(message, rank)
+            raise distributed.rank0_error(message, rank)
         if rank == 0:
             print(f"train.py: error: {message}; training goes on (train.on_save_error)", file=sys.stderr, flush=True)
 
@@ -636,7 +574,7 @@ def train(
     # -- Signals: the first asks for a save, the second ends at once
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: asked.append(number))
-    second = parallel.SecondSignal()
+    second = distributed.SecondSignal()
     second.start()
 
     # -- The host never waits for the device but in `settle`: it would leave it without work. So a step whose loss or gradient
@@ -651,7 +589,7 @@ def train(
         nonlocal seconds
         if (wrong := int(bad.item())) < none:
             loss, norm = bad_numbers.tolist()
-            raise parallel.once(
+            raise distributed.rank0_error(
                 f"step {wrong}: loss {loss:.6g}, gradient norm {norm:.6g}: stopped before the update. {batch_of(wrong)}; "
                 f"lower plan.max_lr or look at that text. {last_good()}",
                 rank,
@@ -663,16 +601,18 @@ def train(
     def batch_of(step: int) -> str:
         increment, k = tokens.place(step)
         return f"It is batch {k} of " + (
-            f"{tokens.folder}" if isinstance(tokens, sft.Tuning) else f"increment v{increment + 1}"
+            f"{tokens.folder}" if isinstance(tokens, SFTData) else f"increment v{increment + 1}"
         )
 
     # -- The loop: evaluate, save, stop, one optimizer step, log
     before = (
-        [r["loss"] for r in logged(folder) if "loss" in r and r["step"] < start]
+        [r["loss"] for r in read_log(folder) if "loss" in r and r["step"] < start]
         if t.spike is not None and rank == 0
         else []
     )
-    recent: deque[float] = deque(parallel.told(before[-20:], ranks), maxlen=20)  # losses logged, for train.spike
+    recent: deque[float] = deque(
+        distributed.broadcast(before[-20:], ranks), maxlen=20
+    )  # losses logged, for train.spike
     gc.disable()  # a collection in the middle of a step would hold up the device; graphs are freed without one
     gc.freeze()  # and where there is one, it need not look at what stays
     step = start
@@ -690,14 +630,18 @@ def train(
             if evaluate or due or stop:
                 settle()
                 gc.collect()
-                parallel.check_replicas(net, shards, rank, ranks, step)
+                distributed.check_replicas(net, shards, rank, ranks, step)
                 if evaluate and (val_loss := validate()) is not None:
                     log({"step": step, "tokens": step * t.batch_tokens, "val_loss": val_loss})
                 stop, _ = heed()
                 if due or (stop and step > start):
-                    finite = torch.stack([parallel.local(w).isfinite().all() for w in net.parameters()]).all().float()
+                    finite = (
+                        torch.stack([distributed.local_part(w).isfinite().all() for w in net.parameters()])
+                        .all()
+                        .float()
+                    )
                     if mean_over_ranks(finite) < 1:  # a finite gradient, and a step too large
-                        raise parallel.once(
+                        raise distributed.rank0_error(
                             f"step {step}: weights that are not finite; not saved. Lower plan.max_lr. {last_good()}",
                             rank,
                         )
@@ -713,11 +657,11 @@ def train(
             loss = torch.zeros((), device=device)
             whole_batch = tokens.targets(step)
             for micro in range(accumulation):
-                with parallel.exchange(model, last=micro == accumulation - 1):
+                with distributed.sync_gradients(model, last=micro == accumulation - 1):
                     part = share(micro, whole_batch)
                     part.backward()
                 loss += part.detach()
-            norm = parallel.whole(torch.nn.utils.clip_grad_norm_(net.parameters(), t.clip))
+            norm = distributed.full_tensor(torch.nn.utils.clip_grad_norm_(net.parameters(), t.clip))
             numbers = mean_over_ranks(torch.stack([loss, norm]))
             bad_numbers = torch.where(bad < none, bad_numbers, numbers)
             bad = torch.where(numbers.isfinite().all(), bad, bad.clamp(max=step))
@@ -748,7 +692,7 @@ def train(
                     and len(recent) >= 5
                     and loss_value > (usual := statistics.median(recent)) + t.spike
                 ):
-                    raise parallel.once(
+                    raise distributed.rank0_error(
                         f"step {step}: loss {loss_value:.4g}, more than train.spike = {t.spike:g} above {usual:.4g}, the median of those before. "
                         f"{batch_of(step)}. {last_good()}",
                         rank,
@@ -765,7 +709,7 @@ def train(
         gc.enable()
         bar.close()
 
-    with parallel.together(rank, ranks):
+    with distributed.raise_on_all_ranks(rank, ranks):
         if rank == 0 and step == end and (missing := sorted(set(required) - set(checkpoint.steps(folder)))):
             raise UserError(
                 f"{checkpoint.path(folder, missing[0])}: could not be saved; make room and call this again, which makes it anew"

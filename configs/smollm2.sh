@@ -30,7 +30,7 @@ PYTHON
 fi
 
 # 2. Our checkpoint of it, and the text in its tokens: two increments and a small validation set
-[ -e "$WORK/model" ] || $PY hf.py import "$WORK/hf" --out "$WORK/model"
+[ -e "$WORK/model" ] || $PY -m tools.huggingface import "$WORK/hf" --out "$WORK/model"
 [ -e "$WORK/data" ] || $PY data.py prepare --out "$WORK/data" --tokenizer "$WORK/model/tokenizer" --increments 2 --val "${VAL:-0.005}"
 IMPORT=$WORK/model/import/step-000000
 
@@ -46,7 +46,7 @@ BRANCH=$(ls -d "$WORK"/model/ours-cosine/v2/step-* | tail -1)
 $PY eval.py "$IMPORT" "$MAIN" "$BRANCH" --data "$WORK/data" --context 256
 
 # 5. Handed back, and read by transformers
-[ -e "$WORK/back" ] || $PY hf.py export "$BRANCH" --out "$WORK/back"
+[ -e "$WORK/back" ] || $PY -m tools.huggingface export "$BRANCH" --out "$WORK/back"
 $PY eval.py "$BRANCH" --sample "The whale is" --length 24 --temperature 0
 $PY - "$WORK/back" <<'PYTHON'
 import sys

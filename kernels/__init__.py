@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import config
+from runtime.errors import UserError
 
 try:
     import triton
@@ -28,7 +29,7 @@ except ImportError:  # macOS, Windows: the files below can be imported, and "tor
     tl: Any = SimpleNamespace(constexpr=None)  # type: ignore[no-redef]
 
 NAMES = ("rms_norm", "rope", "attention", "swiglu", "cross_entropy")
-MEASURED = Path(__file__).parent / "measured.json"  # written by bench.py kernels --save
+MEASURED = Path(__file__).parent / "measured.json"  # written by bench kernels --save
 HEAD_DIMS = (16, 32, 64, 96, 128)  # what attention.py serves
 
 
@@ -51,7 +52,7 @@ def parse(text: str) -> dict[str, str]:
     for part in text.replace(" ", "").split(","):
         name, eq, wish = part.rpartition("=")
         if wish not in ("auto", "triton", "torch") or (eq and name not in NAMES):
-            raise config.UserError(
+            raise UserError(
                 f"train.kernels: got {text!r}, expected auto, triton or torch, and after it exceptions such as ,attention=torch; the kernels are {', '.join(NAMES)}"
             )
         wishes.update({name: wish} if eq else dict.fromkeys(NAMES, wish))
@@ -81,7 +82,7 @@ def problems(text: str, cuda: bool, c: config.Model) -> list[str]:
 
 
 def choose(text: str, device: torch.device, c: config.Model) -> dict[str, str]:
-    """The choice for every operation. auto: the fastest that bench.py measured on this device at this shape, PyTorch's own where nothing was."""
+    """The choice for every operation. auto: the fastest that bench measured on this device at this shape, PyTorch's own where nothing was."""
     best = measured(torch.cuda.get_device_name(device)) if device.type == "cuda" else {}
     return {
         name: best.get(shape_key(name, c), "torch") if wish == "auto" else wish for name, wish in parse(text).items()
@@ -98,9 +99,7 @@ def measured(device: str) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except (ValueError, AttributeError, KeyError, TypeError) as e:
-        raise config.UserError(
-            f"{MEASURED}: damaged ({e}); restore it, or delete it and run bench.py kernels --save"
-        ) from None
+        raise UserError(f"{MEASURED}: damaged ({e}); restore it, or delete it and run bench kernels --save") from None
 
 
 def interpreted() -> bool:

@@ -27,7 +27,7 @@ PAD = 128  # the compute copy's rows come in multiples of this: tensor cores was
 CHUNK_BYTES = {
     "cuda": 768 << 20,
     "cpu": 1 << 20,
-}  # of logits, but 128 rows at least; bench.py kernels --only cross_entropy tries others
+}  # of logits, but 128 rows at least; bench kernels --only cross_entropy tries others
 
 
 def linear_cross_entropy_ref(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:

@@ -15,13 +15,13 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
     """A small prepared folder in bytes: 4 increments of about 37,000 tokens of the text that ships."""
-    import data
+    from text import prepare
 
     folder = tmp_path_factory.mktemp("data") / "bytes"
     text = tmp_path_factory.mktemp("text") / "some.jsonl"
     import lzma
 
-    with lzma.open(data.TEXT, "rt") as f, open(text, "w") as g:
+    with lzma.open(prepare.TEXT, "rt") as f, open(text, "w") as g:
         g.writelines(line for _, line in zip(range(16), f, strict=False))
     # one long book cut into many documents spreads evenly
     import json
@@ -29,41 +29,18 @@ def prepared(tmp_path_factory):
     docs = [json.loads(line)["text"] for line in open(text)]
     pieces = [d[i : i + 500] for d in docs for i in range(0, len(d), 500)]
     text.write_text("".join(json.dumps({"text": p}) + "\n" for p in pieces))
-    data.prepare(str(folder), [str(text)], "bytes", jobs=1, quiet=True)
+    prepare.prepare(str(folder), [str(text)], "bytes", jobs=1, quiet=True)
     return folder
 
 
-SHAPE = [
-    "--model.n_layer",
-    "1",
-    "--model.n_head",
-    "2",
-    "--model.hidden",
-    "16",
-    "--model.vocab_size",
-    "257",
-    "--model.context",
-    "32",
-]
-BASE = [
-    *SHAPE,
-    "--plan.steps",
-    "10",
-    "--plan.warmup",
-    "2",
-    "--train.batch_tokens",
-    "256",
-    "--train.micro_batch",
-    "4",
-    "--train.eval_every",
-    "0",
-    "--train.eval_tokens",
-    "320",
-    "--train.checkpoint_every",
-    "0",
-    "--train.device",
-    "cpu",
-]
+SHAPE = "--model.n_layer 1 --model.n_head 2 --model.hidden 16 --model.vocab_size 257 --model.context 32".split()
+BASE = (
+    SHAPE
+    + (
+        "--plan.steps 10 --plan.warmup 2 --train.batch_tokens 256 --train.micro_batch 4 --train.eval_every 0 "
+        "--train.eval_tokens 320 --train.checkpoint_every 0 --train.device cpu"
+    ).split()
+)
 
 
 @pytest.fixture
@@ -88,7 +65,8 @@ def train_cli(prepared, tmp_path, monkeypatch):
 @pytest.fixture
 def second_save_fails(monkeypatch):
     """The second save from now on finds the disk full; the list that is returned counts them, and may be cleared."""
-    import checkpoint
+
+    from runtime import checkpoint
 
     original, calls = checkpoint.dcp.save, []
 

@@ -33,18 +33,17 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-import torch._dynamo  # noqa: E402  # which AdamW imports; once here instead of in each process
-from safetensors import safe_open  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+import torch._dynamo
+from safetensors import safe_open
+from tqdm import tqdm
 
-import checkpoint  # noqa: E402
-import data  # noqa: E402
-import disk  # noqa: E402
-import model as llama  # noqa: E402
-import parallel  # noqa: E402
-import reader  # noqa: E402
-import train  # noqa: E402
+import data
+import model as llama
+import train
+from runtime import checkpoint, distributed
+from runtime.files import write_text
+from text import prepare
 
 train.peak_flops = lambda *_: (1e12, "not timed")  # a third of a second each time
 STEPS = 12  # of an increment; checkpoints each 3: at most that many may be lost
@@ -266,7 +265,7 @@ class Bench:
                 for i in range(400)
             )
         )
-        data.prepare(str(self.data), [str(text)], "bytes", jobs=1, quiet=True)
+        prepare.prepare(str(self.data), [str(text)], "bytes", jobs=1, quiet=True)
         self.whole: dict[tuple[str, str], Path] = {}
         self.seconds: dict[int, float] = {}  # that a run takes on so many ranks, at least
 
@@ -485,7 +484,7 @@ def tokens_exactly_once(t: Trial) -> None:
     seen = t.bench.work / f"{t.out.name}-seen"
 
     def fault(rank: int) -> None:
-        file, step, batch, permute = open(seen, "a", buffering=1), [0], reader.Tokens.batch, reader.permute
+        file, step, batch, permute = open(seen, "a", buffering=1), [0], data.Tokens.batch, data.permute
 
         def read(self: Any, s: int, *args: Any) -> Any:
             step[0] = s
@@ -496,7 +495,7 @@ def tokens_exactly_once(t: Trial) -> None:
             file.write("".join(f"{step[0]} {seed[1]}:{w}\n" for w in where))
             return where
 
-        reader.Tokens.batch, reader.permute = read, placed  # type: ignore[method-assign]
+        data.Tokens.batch, data.permute = read, placed  # type: ignore[method-assign]
 
     for _ in range(20):
         run = t.start(fault)
@@ -525,7 +524,7 @@ def other_world_sizes(t: Trial) -> None:
 
         def load(path: Path, into: dict[str, torch.Tensor]) -> Any:
             meta = original(path, into)
-            full = {k: parallel.whole(v).numpy().tobytes() for k, v in into.items()}
+            full = {k: distributed.full_tensor(v).numpy().tobytes() for k, v in into.items()}
             want = {k: v.numpy().tobytes() for k, v in tensors(path).items()}
             with open(loaded, "a") as f:
                 f.write(f"{full == want}\n")
@@ -561,7 +560,7 @@ def memory_flat(t: Trial) -> None:
     seen = t.bench.work / f"{t.out.name}-memory"
 
     def fault(rank: int) -> None:
-        batch = reader.Tokens.batch
+        batch = data.Tokens.batch
 
         def read(self: Any, s: int, *args: Any) -> Any:
             anonymous = next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]
@@ -569,7 +568,7 @@ def memory_flat(t: Trial) -> None:
                 f.write(f"{anonymous} {len(os.listdir('/proc/self/fd'))}\n")
             return batch(self, s, *args)
 
-        reader.Tokens.batch = read  # type: ignore[method-assign]
+        data.Tokens.batch = read  # type: ignore[method-assign]
 
     extra = (
         "--plan.steps",
@@ -679,7 +678,7 @@ def main() -> int:
             "seconds": seconds,
             "checkpoint_every": EVERY,
         }
-        disk.write(Path(o.json), json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        write_text(Path(o.json), json.dumps({**about, "rows": rows}, indent=1) + "\n")
     return 0 if survived == total else 1
 
 

@@ -1,4 +1,4 @@
-"""bench.py on the CPU: every subcommand, its formulas against numbers made by hand, its peers against our model. Nothing of speed."""
+"""bench on the CPU: every subcommand, its formulas against numbers made by hand, its peers against our model. Nothing of speed."""
 
 import importlib.util
 import json
@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.nn as nn
 
-import bench
-import checkpoint
 import config
 import kernels
 import model
-import peers
+from bench import __main__ as bench
+from bench import peers
+from runtime import checkpoint
+from runtime.errors import UserError, user_errors
 
 TINY = [
     "--model.n_layer",
@@ -53,10 +54,10 @@ def run(tmp_path, monkeypatch, capsys):
     threads = torch.get_num_threads()
 
     def call(*args):
-        monkeypatch.setattr(sys, "argv", ["bench.py", *args[:1], *(["--json", "out.json"] if args else []), *args[1:]])
+        monkeypatch.setattr(sys, "argv", ["bench", *args[:1], *(["--json", "out.json"] if args else []), *args[1:]])
         code = 0
         try:
-            with config.user_errors("bench.py"):
+            with user_errors("bench"):
                 bench.main()
         except SystemExit as e:
             code = e.code
@@ -99,7 +100,7 @@ def by_row(result):
 
 def test_without_arguments_it_explains(run):
     code, _, said = run()
-    assert code == 0 and "python bench.py step --size 203m" in said
+    assert code == 0 and "python -m bench step --size 203m" in said
 
 
 def test_step(run, monkeypatch, tmp_path):
@@ -179,9 +180,7 @@ def test_data(run):
 
 def test_data_that_is_too_little_says_so(run):
     code, result, said = run("data", "--megabytes", "0.1", "--jobs", "1", "--rounds", "1")
-    assert (
-        code == 2 and result is None and "bench.py: error: --megabytes 0.1: data.py could not prepare that text" in said
-    )
+    assert code == 2 and result is None and "bench: error: --megabytes 0.1: data.py could not prepare that text" in said
 
 
 def test_eval(run):
@@ -265,7 +264,7 @@ def test_what_cannot_run_is_refused_before_it_begins(run, monkeypatch, args, sai
     monkeypatch.setattr(bench, "timed", lambda *a: pytest.fail("it ran"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     code, result, text = run(*args, *([] if args == ["stride"] else ["--train.device", "cpu"]))
-    errors = [line for line in text.splitlines() if line.startswith("bench.py: error")]
+    errors = [line for line in text.splitlines() if line.startswith("bench: error")]
     assert code == 2 and result is None and len(errors) == 1 and said in errors[0]
 
 
@@ -275,7 +274,7 @@ def test_the_estimate_says_which_micro_batch_fits(monkeypatch):
     activations = 24 * (16 * 512 + 4 * 2048) * 2
     assert bench.estimate(c, 4, 2) == 16 * p + 4 * T * (activations + 12 * V)
     monkeypatch.setattr(bench, "total_memory", lambda device: 16 * p + 2 * T * (activations + 12 * V))
-    with pytest.raises(config.UserError, match="take --micro 2"):
+    with pytest.raises(UserError, match="take --micro 2"):
         bench.check_size(c, torch.device("cpu"), 4, 2)
     bench.check_size(c, torch.device("cpu"), 2, 2)
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-import checkpoint
-import disk
-from config import UserError
+from runtime import checkpoint
+from runtime.errors import UserError
+from runtime.files import content_hash, lock, sha256, write_json
 
 RECORD = {
     "segment": "main",
@@ -159,7 +159,7 @@ def damaged(folder, damage):
     elif damage == "path":
         meta = json.loads((folder / "meta.json").read_text())
         meta["files"] = {"../../evil.safetensors": {"bytes": 1, "sha256": ""}}
-        meta["hash"] = disk.content_hash(meta, checkpoint.UNHASHED)
+        meta["hash"] = content_hash(meta, checkpoint.UNHASHED)
         (folder / "meta.json").write_text(json.dumps(meta))
     else:
         file.write_bytes(raw[: int(len(raw) * damage)])
@@ -207,12 +207,12 @@ def test_another_shape_is_refused(tmp_path):
 
 def test_a_lock_is_held_by_one_and_let_go(tmp_path):
     with (
-        disk.lock(tmp_path / "x" / ".lock", "busy"),
+        lock(tmp_path / "x" / ".lock", "busy"),
         pytest.raises(UserError, match="busy"),
-        disk.lock(tmp_path / "x" / ".lock", "busy"),
+        lock(tmp_path / "x" / ".lock", "busy"),
     ):
         pass
-    with disk.lock(tmp_path / "x" / ".lock", "busy"):
+    with lock(tmp_path / "x" / ".lock", "busy"):
         pass
 
 
@@ -241,10 +241,8 @@ def forged(folder, change, name="shard-00001-model-00001-of-00001.safetensors"):
     else:
         save_file(tensors, file, {"DCP_SHARDING_INFO": json.dumps(offsets), "format": "pt"})
     meta = json.loads((folder / "meta.json").read_text())
-    meta["files"] = {
-        f.name: {"bytes": f.stat().st_size, "sha256": disk.sha256(f)} for f in folder.glob("*.safetensors")
-    }
-    disk.write_json(folder / "meta.json", {k: v for k, v in meta.items() if k != "hash"}, checkpoint.UNHASHED)
+    meta["files"] = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in folder.glob("*.safetensors")}
+    write_json(folder / "meta.json", {k: v for k, v in meta.items() if k != "hash"}, checkpoint.UNHASHED)
 
 
 def header(size, text=b"{}"):
@@ -355,7 +353,7 @@ def test_metadata_that_cannot_be(tmp_path, change, words):
     save(tmp_path, 1)
     file = tmp_path / "step-000001" / "meta.json"
     meta = {k: v for k, v in json.loads(file.read_text()).items() if k != "hash"}
-    disk.write_json(file, {**meta, **change}, checkpoint.UNHASHED)
+    write_json(file, {**meta, **change}, checkpoint.UNHASHED)
     with pytest.raises(UserError) as e:
         checkpoint.verify(tmp_path / "step-000001")
     assert words in str(e.value) and str(file) in str(e.value) and len(str(e.value)) < 400

@@ -4,7 +4,8 @@ import pytest
 from conftest import ROOT
 
 import config
-from config import UserError
+from runtime.command_line import Parser
+from runtime.errors import UserError
 
 NAMES = sorted(f.stem for f in (ROOT / "configs").glob("*.toml"))
 
@@ -105,7 +106,7 @@ def test_the_batch_is_whole_micro_batches():
 
 
 def test_help_names_every_key_with_its_default(capsys):
-    p = config.Parser(prog="x")
+    p = Parser(prog="x")
     p.add_config()
     with pytest.raises(SystemExit):
         p.parse_args(["--help"])

@@ -11,13 +11,13 @@ import pytest
 import torch
 from conftest import ROOT
 
-import checkpoint
 import config
-import data
-import disk
 import eval as evaluation
-import reader
-from config import UserError
+import sample
+from runtime import checkpoint
+from runtime.errors import UserError
+from runtime.files import write_json
+from text import prepare, token_files
 
 CPU = torch.device("cpu")
 
@@ -105,13 +105,13 @@ def test_a_table_of_a_run_and_single_checkpoints(trained, train_cli, tmp_path):
 
 
 def test_a_sample_continues_its_prompt_and_repeats_with_its_seed(trained):
-    a, b, c = (evaluation.sample(trained, CPU, ["The whale"], 20, seed, None)[0] for seed in (1, 1, 2))
+    a, b, c = (sample.continuations(trained, CPU, ["The whale"], 20, seed, None)[0] for seed in (1, 1, 2))
     assert a == b != c and a.startswith("The whale") and len(a) > len("The whale")
     assert cli(trained, "--sample", "The whale", "--length", "20").stdout == a + "\n"
     assert cli(trained, "--sample", "The whale", "--sample", "", "--length", "20").stdout.startswith(a + "\n\n")
-    greedy = evaluation.sample(trained, CPU, ["The whale"], 20, 1, None, temperature=0.0)
-    assert greedy == evaluation.sample(trained, CPU, ["The whale"], 20, 2, None, top_p=1e-9)
-    assert len(evaluation.sample(trained, CPU, ["x" * 100], 3, 1, None)[0]) > 100  # a prompt longer than the context
+    greedy = sample.continuations(trained, CPU, ["The whale"], 20, 1, None, temperature=0.0)
+    assert greedy == sample.continuations(trained, CPU, ["The whale"], 20, 2, None, top_p=1e-9)
+    assert len(sample.continuations(trained, CPU, ["x" * 100], 3, 1, None)[0]) > 100  # a prompt longer than the context
 
 
 def test_bad_input(trained, tmp_path, prepared):
@@ -128,7 +128,9 @@ def test_bad_input(trained, tmp_path, prepared):
         r = cli(*args)
         assert r.returncode == 2 and words in r.stderr and len(r.stderr.splitlines()) == 1, r.stderr
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(50)))
-    data.prepare(str(tmp_path / "other"), [str(tmp_path / "t.jsonl")], str(data.RANKS), [1], 0.5, jobs=1, quiet=True)
+    prepare.prepare(
+        str(tmp_path / "other"), [str(tmp_path / "t.jsonl")], str(prepare.RANKS), [1], 0.5, jobs=1, quiet=True
+    )
     with pytest.raises(UserError, match="its tokenizer is not the one"):
         evaluation.score(trained, CPU, str(tmp_path / "other"), quiet=True)
     meta = checkpoint.read_meta(trained)
@@ -167,7 +169,7 @@ def test_a_hostile_shape_with_a_hash_that_fits_builds_nothing(trained, monkeypat
     inside[key] = value
     if value is ...:
         del inside[key]
-    disk.write_json(trained / "meta.json", meta, checkpoint.UNHASHED)
+    write_json(trained / "meta.json", meta, checkpoint.UNHASHED)
     if key.startswith("model"):
         monkeypatch.setattr(evaluation.llama, "Transformer", None)  # is not called
     with pytest.raises(UserError) as e:
@@ -177,7 +179,7 @@ def test_a_hostile_shape_with_a_hash_that_fits_builds_nothing(trained, monkeypat
 
 def test_data_of_another_vocabulary_is_refused(trained, prepared, tmp_path):
     shutil.copytree(prepared, tmp_path / "d")
-    disk.write_json(tmp_path / "d" / "meta.json", {**reader.read_meta(prepared), "vocab_size": 300})
+    write_json(tmp_path / "d" / "meta.json", {**token_files.read_meta(prepared), "vocab_size": 300})
     with pytest.raises(UserError, match="its tokenizer is not the one"):
         evaluation.score(trained, CPU, str(tmp_path / "d"), quiet=True)
 

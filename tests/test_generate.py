@@ -5,9 +5,9 @@ import pytest
 import torch
 from test_model import small
 
-import generate
 import model
-import peers
+import sample
+from bench import peers
 
 
 def net_of(**kw):
@@ -62,7 +62,7 @@ def test_greedy_equals_transformers_for_64_tokens(kw):
     net = net_of(**kw)
     twin = peers.hugging_face(net.config, net).eval()
     prompts = [torch.randint(0, 61, (n,)).tolist() for n in (3, 17, 32)]
-    ours = generate.generate(net, prompts, 64, set())
+    ours = sample.generate(net, prompts, 64, set())
     for prompt, found in zip(prompts, ours, strict=True):
         theirs = twin.generate(
             torch.tensor([prompt]),
@@ -79,19 +79,19 @@ def test_a_row_ends_and_does_not_depend_on_those_beside_it():
     net = net_of()
     prompts = [[1, 2, 3], [4] * 20, [5]]
     for how in ({}, {"temperature": 1.0, "top_p": 0.9}):
-        together = generate.generate(net, prompts, 30, set(), **how)
+        together = sample.generate(net, prompts, 30, set(), **how)
         assert [len(t) for t in together] == [30] * 3
-        assert generate.generate(net, prompts[:1], 30, set(), **how) == together[:1]
+        assert sample.generate(net, prompts[:1], 30, set(), **how) == together[:1]
         end = together[1][12]
-        cut = generate.generate(net, prompts, 30, {end}, **how)
+        cut = sample.generate(net, prompts, 30, {end}, **how)
         assert cut[1] == together[1][: together[1].index(end)]  # the end itself is left out
-        stopped = generate.generate(net, prompts, 30, set(), **how, done=lambda row, ids: row == 2 and len(ids) == 5)
+        stopped = sample.generate(net, prompts, 30, set(), **how, done=lambda row, ids: row == 2 and len(ids) == 5)
         assert [len(t) for t in stopped] == [30, 30, 5] and stopped[2] == together[2][:5]
 
 
 def test_longer_than_the_context():
     net = net_of()
-    (out,) = generate.generate(net, [list(range(60)) * 3], 250, set())
+    (out,) = sample.generate(net, [list(range(60)) * 3], 250, set())
     assert len(out) == 250
     with torch.no_grad():  # the first is read from the last half of the context, as is the one after it is full
         window = torch.tensor([(list(range(60)) * 3)[-48:]])
@@ -112,5 +112,5 @@ def test_draws_follow_the_probabilities():
         (0.5, 1.0, np.array([0.25, 0.09, 0.0225, 0.0025]) / 0.365),
         (0.0, 1.0, [1, 0, 0, 0]),
     ]:
-        found = np.bincount(generate.draw(logits, temperature, top_p, chance), minlength=4) / 20_000
+        found = np.bincount(sample.draw(logits, temperature, top_p, chance), minlength=4) / 20_000
         np.testing.assert_allclose(found, expected, atol=0.015)

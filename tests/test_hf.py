@@ -18,18 +18,16 @@ from test_data import cl100k_cache
 from test_train import tensors
 from tiktoken_ext import openai_public
 
-import checkpoint
 import config
-import data
 import eval
-import generate
-import hf
-import lineage
 import model
-import reader
-import text
+import sample
 import train
-from config import UserError
+from runtime import checkpoint, resume
+from runtime.errors import UserError, user_errors
+from text import prepare, token_files
+from text.tokenizer import Tokenizer
+from tools import huggingface
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -64,7 +62,7 @@ def released(folder, kind="Llama", dtype=torch.float32, shard=None, rows=301, **
         for p in net.parameters():
             p.add_(0.1 * torch.randn_like(p))  # so that norms, biases and depth all matter
     net.to(dtype).save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
-    (folder / "tokenizer.json").write_text(json.dumps(hf.made_tokenizer(text.Tokenizer("bytes"))))
+    (folder / "tokenizer.json").write_text(json.dumps(huggingface.made_tokenizer(Tokenizer("bytes"))))
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32
     )  # a net that was cast has angles that were cast
@@ -104,11 +102,11 @@ CASES = [
 def test_there_and_back(kind, kw, tmp_path):
     twin = released(tmp_path / "hf", kind, **kw)
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists() == ("shard" in kw)
-    made = hf.bring(str(tmp_path / "hf"), str(tmp_path / "out" / "x"), quiet=True)
+    made = huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "out" / "x"), quiet=True)
     net, meta = eval.load_model(made, torch.device("cpu"))
     check_logits(net, twin)
     assert (meta["segment"], meta["step"], meta["finished"], meta["pinned"], meta["tokens"]) == (
-        lineage.IMPORT,
+        resume.IMPORT,
         0,
         True,
         True,
@@ -116,14 +114,14 @@ def test_there_and_back(kind, kw, tmp_path):
     )
     c = config.load(str(tmp_path / "out" / "x" / "model.toml"))  # what train.py takes
     assert c.model == net.config and config.check_batch(c, 1) == []
-    lineage.check_model(made, meta, c, text.Tokenizer(str(tmp_path / "hf")).sha256)
+    resume.check_model(made, meta, c, Tokenizer(str(tmp_path / "hf")).sha256)
 
-    out = hf.send(str(made), str(tmp_path / "back"), quiet=True)
+    out = huggingface.export_model(str(made), str(tmp_path / "back"), quiet=True)
     theirs, original = load_file(out / "model.safetensors"), twin.state_dict()
     assert theirs.keys() == original.keys() - ({"lm_head.weight"} if net.config.tied else set())
     assert all(t.dtype == torch.float32 and torch.equal(t, original[name]) for name, t in theirs.items())  # bit for bit
     check_logits(net, transformers.AutoModelForCausalLM.from_pretrained(out))
-    again = hf.bring(str(out), str(tmp_path / "out" / "y"), quiet=True)
+    again = huggingface.import_model(str(out), str(tmp_path / "out" / "y"), quiet=True)
     first, second = tensors(made), tensors(again)
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
     new = checkpoint.read_meta(again)
@@ -139,7 +137,10 @@ def test_the_older_spelling_is_read(tmp_path):
     old = {("type" if k == "rope_type" else k): v for k, v in LLAMA3.items() if k != "rope_theta"}
     edit(tmp_path / "hf", rope_parameters="gone", rope_theta=500, rope_scaling=old, head_dim=None)
     check_logits(
-        eval.load_model(hf.bring(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True), torch.device("cpu"))[0], twin
+        eval.load_model(
+            huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True), torch.device("cpu")
+        )[0],
+        twin,
     )
 
 
@@ -155,7 +156,9 @@ def test_a_tied_head_may_be_there_and_old_angles_too(tmp_path):
         },
         file,
     )
-    assert "model.head.weight" not in tensors(hf.bring(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True))
+    assert "model.head.weight" not in tensors(
+        huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -185,11 +188,11 @@ HARD = [
 
 def checkpoint_of(folder, tokenizer, **kw):
     """A checkpoint of random weights trained on nothing, with this tokenizer."""
-    tok = text.Tokenizer(tokenizer)
+    tok = Tokenizer(tokenizer)
     c = config.Config(model=config.Model(n_layer=1, n_head=2, hidden=8, vocab_size=tok.vocab_size, context=96, **kw))
     c.data.path = str(folder / "data")
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": f"text {i} of a few words"}) + "\n" for i in range(40)))
-    data.prepare(c.data.path, [str(folder / "a.jsonl")], tokenizer, [1.0], val=0.3, jobs=1, quiet=True)
+    prepare.prepare(c.data.path, [str(folder / "a.jsonl")], tokenizer, [1.0], val=0.3, jobs=1, quiet=True)
     torch.manual_seed(1)
     net = model.Transformer(c.model)
     record = {
@@ -209,7 +212,7 @@ def checkpoint_of(folder, tokenizer, **kw):
 
 
 def corpus():
-    with lzma.open(data.TEXT, "rt") as f:
+    with lzma.open(prepare.TEXT, "rt") as f:
         return [json.loads(line)["text"] for line in f]
 
 
@@ -226,7 +229,7 @@ def hard_texts():
 @pytest.mark.parametrize("name", ["gpt2", "o200k_base"])
 def test_the_patterns_of_other_encodings(name, monkeypatch):
     """As tiktoken has them, over ranks that are here: its own come from the network."""
-    tok = text.Tokenizer(str(data.RANKS))
+    tok = Tokenizer(str(prepare.RANKS))
     ranks = tok.encoding._mergeable_ranks
     for loader in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
         monkeypatch.setattr(openai_public, loader, lambda *a, **kw: ranks)
@@ -235,18 +238,18 @@ def test_the_patterns_of_other_encodings(name, monkeypatch):
     tok.encoding = tiktoken.Encoding(
         name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}
     )
-    made = tokenizers.Tokenizer.from_str(json.dumps(hf.made_tokenizer(tok)))
+    made = tokenizers.Tokenizer.from_str(json.dumps(huggingface.made_tokenizer(tok)))
     made.encode_special_tokens = True
     texts = hard_texts()
     assert [e.ids for e in made.encode_batch(texts)] == tok.encode_many(texts)
 
 
-@pytest.mark.parametrize("name", ["bytes", str(data.RANKS), "cl100k_base"])
+@pytest.mark.parametrize("name", ["bytes", str(prepare.RANKS), "cl100k_base"])
 def test_an_exported_tokenizer_gives_the_same_ids(name, tmp_path, monkeypatch):
     if name == "cl100k_base":
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cl100k_cache(tmp_path / "cache")))
     made, tok, _ = checkpoint_of(tmp_path, name)
-    out = hf.send(str(made), str(tmp_path / "hf"), quiet=True)
+    out = huggingface.export_model(str(made), str(tmp_path / "hf"), quiet=True)
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     theirs.backend_tokenizer.encode_special_tokens = (
         True  # text that looks like a special token is text, as it is for us
@@ -262,9 +265,12 @@ def test_an_exported_tokenizer_gives_the_same_ids(name, tmp_path, monkeypatch):
     assert theirs.eos_token_id == tok.eot and theirs.convert_tokens_to_ids("<|endoftext|>") == tok.eot
     said = theirs.apply_chat_template([{"role": "user", "content": "Hi\n"}], tokenize=False, add_generation_prompt=True)
     assert said == "<|im_start|>user\nHi\n<|im_end|>\n<|im_start|>assistant\n"
-    back = text.Tokenizer(str(out))  # and is ours again: the same prepared data goes on
+    back = Tokenizer(str(out))  # and is ours again: the same prepared data goes on
     assert (back.sha256, back.vocab_size, back.eot) == (tok.sha256, tok.vocab_size, tok.eot)
-    assert checkpoint.read_meta(hf.bring(str(out), str(tmp_path / "x"), quiet=True))["data"]["tokenizer"] == tok.sha256
+    assert (
+        checkpoint.read_meta(huggingface.import_model(str(out), str(tmp_path / "x"), quiet=True))["data"]["tokenizer"]
+        == tok.sha256
+    )
 
 
 @pytest.mark.parametrize(
@@ -283,8 +289,8 @@ def test_an_exported_tokenizer_gives_the_same_ids(name, tmp_path, monkeypatch):
     ids=str,
 )
 def test_greedy_equals_transformers_on_the_exported_folder(kw, tmp_path):
-    made, tok, net = checkpoint_of(tmp_path, str(data.RANKS), **kw)
-    out = hf.send(str(made), str(tmp_path / "hf"), quiet=True)
+    made, tok, net = checkpoint_of(tmp_path, str(prepare.RANKS), **kw)
+    out = huggingface.export_model(str(made), str(tmp_path / "hf"), quiet=True)
     twin, theirs = (
         transformers.AutoModelForCausalLM.from_pretrained(out),
         transformers.AutoTokenizer.from_pretrained(out),
@@ -294,17 +300,17 @@ def test_greedy_equals_transformers_on_the_exported_folder(kw, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(net(check), twin(check).logits, rtol=1e-5, atol=1e-5)
     prompt = theirs("The whale", return_tensors="pt").input_ids
-    (ours,) = generate.generate(net, prompt.tolist(), 64, set())
+    (ours,) = sample.generate(net, prompt.tolist(), 64, set())
     found = twin.generate(prompt, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert found[0, prompt.shape[1] :].tolist() == ours and len(ours) == 64
 
 
 def test_a_pattern_that_cannot_be_exported_is_found(tmp_path, monkeypatch):
-    made, _, _ = checkpoint_of(tmp_path, str(data.RANKS))
-    monkeypatch.setattr(hf, "plain_pattern", lambda p: p.replace(r"\p{N}{1,3}", r"\p{N}"))
+    made, _, _ = checkpoint_of(tmp_path, str(prepare.RANKS))
+    monkeypatch.setattr(huggingface, "plain_pattern", lambda p: p.replace(r"\p{N}{1,3}", r"\p{N}"))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match="gives other ids for 'The whale, 1234567"):
-        hf.send(str(made), str(tmp_path / "hf"), quiet=True)
+        huggingface.export_model(str(made), str(tmp_path / "hf"), quiet=True)
     assert [p for p in sorted(tmp_path.rglob("*")) if p.name != ".hf.lock"] == before
 
 
@@ -316,11 +322,11 @@ def test_a_pattern_that_cannot_be_exported_is_found(tmp_path, monkeypatch):
 def imported(tmp_path, monkeypatch):
     """(run(*flags, out=, parent=) -> exit code of train.py, the imported checkpoint, the prepared data), and the other way round in a folder."""
     released(tmp_path / "hf", "Qwen2", tie_word_embeddings=True)
-    made = hf.bring(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True)
+    made = huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True)
     pieces = [t[i : i + 400] for t in corpus()[:40] for i in range(0, len(t), 400)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in pieces))
     folder = tmp_path / "data"
-    meta = data.prepare(
+    meta = prepare.prepare(
         str(folder), [str(tmp_path / "a.jsonl")], str(tmp_path / "x" / "tokenizer"), [1.0, 1.0], jobs=1, quiet=True
     )
     assert (meta["vocab_size"], meta["eot"]) == (301, 256)  # the padding rows are the model's vocabulary, too
@@ -389,19 +395,19 @@ def test_an_imported_model_is_trained_on_by_every_mode(imported, tmp_path, capsy
     released(tmp_path / "hf2", "Qwen2", tie_word_embeddings=True)
     w = load_file(tmp_path / "hf2" / "model.safetensors")
     save_file({k: v + 1e-3 for k, v in w.items()}, tmp_path / "hf2" / "model.safetensors", {"format": "pt"})
-    other = hf.bring(str(tmp_path / "hf2"), str(tmp_path / "y"), quiet=True)
+    other = huggingface.import_model(str(tmp_path / "hf2"), str(tmp_path / "y"), quiet=True)
     assert (
         run("--mode", "main", "--parent", str(other)) == 2 and "was begun from another one" in capsys.readouterr().err
     )
 
     # Perplexity and samples of both
-    data.add(str(folder), [str(data.TEXT)], jobs=1, quiet=True)
-    assert reader.read_meta(folder)["increments"][2]["documents"] > 500
+    prepare.add(str(folder), [str(prepare.TEXT)], jobs=1, quiet=True)
+    assert token_files.read_meta(folder)["increments"][2]["documents"] > 500
     before = eval.score(made, torch.device("cpu"), str(folder), quiet=True).ppl
     assert eval.score(last[0], torch.device("cpu"), quiet=True).ppl < before
     for path in (made, last[0]):
-        assert eval.sample(path, torch.device("cpu"), ["The whale"], 5, 1, None)[0].startswith("The whale")
-    out = hf.send(str(last[0]), str(tmp_path / "back"), quiet=True)
+        assert sample.continuations(path, torch.device("cpu"), ["The whale"], 5, 1, None)[0].startswith("The whale")
+    out = huggingface.export_model(str(last[0]), str(tmp_path / "back"), quiet=True)
     settings = json.loads((out / "config.json").read_text())
     assert (
         settings["max_position_embeddings"] == 32
@@ -433,7 +439,7 @@ def test_what_disagrees_with_the_imported_model_is_refused(imported, prepared, t
 
 def test_another_tokenizer_than_the_imported_model_s_is_refused(prepared, tmp_path, monkeypatch, capsys):
     released(tmp_path / "hf", rows=257)
-    made = hf.bring(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True)
+    made = huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True)
     monkeypatch.setattr(
         sys,
         "argv",
@@ -607,16 +613,18 @@ def test_what_cannot_be_imported_is_refused_by_name(tmp_path, monkeypatch, capsy
     released(tmp_path / "hf")
     change(tmp_path / "hf")
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(sys, "argv", ["hf.py", "import", str(tmp_path / "hf"), "--out", str(tmp_path / "out" / "x")])
+    monkeypatch.setattr(
+        sys, "argv", ["huggingface", "import", str(tmp_path / "hf"), "--out", str(tmp_path / "out" / "x")]
+    )
     capsys.readouterr()
-    with pytest.raises(SystemExit) as e, config.user_errors("hf.py"):
-        hf.main()
+    with pytest.raises(SystemExit) as e, user_errors("huggingface"):
+        huggingface.main()
     said = capsys.readouterr().err
     assert (
         e.value.code == 2
         and words in said
         and len(said.strip().splitlines()) == 1
-        and said.startswith("hf.py: error: ")
+        and said.startswith("huggingface: error: ")
     ), said
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -625,23 +633,23 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path, second_sa
     released(tmp_path / "hf")
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="there: is there already and is never overwritten"):
-        hf.bring(str(tmp_path / "hf"), str(tmp_path / "there"))
+        huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "there"))
     with pytest.raises(UserError, match="nowhere: is no folder"):
-        hf.bring(str(tmp_path / "nowhere"), str(tmp_path / "x"))
-    made = hf.bring(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True)
+        huggingface.import_model(str(tmp_path / "nowhere"), str(tmp_path / "x"))
+    made = huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True)
     with pytest.raises(OSError, match="No space left"):
-        hf.bring(str(tmp_path / "hf"), str(tmp_path / "y"), quiet=True)
+        huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "y"), quiet=True)
     with pytest.raises(UserError, match="there: is there already"):
-        hf.send(str(made), str(tmp_path / "there"))
+        huggingface.export_model(str(made), str(tmp_path / "there"))
     with pytest.raises(UserError, match="is no checkpoint"):
-        hf.send(str(tmp_path / "hf"), str(tmp_path / "z"))
+        huggingface.export_model(str(tmp_path / "hf"), str(tmp_path / "z"))
     with pytest.raises(UserError, match="its tokenizer is not the one"):
         other = tmp_path / "other"
         other.mkdir()
-        checkpoint_of(other, str(data.RANKS))
-        hf.send(str(made), str(tmp_path / "z"), str(other / "data"))
+        checkpoint_of(other, str(prepare.RANKS))
+        huggingface.export_model(str(made), str(tmp_path / "z"), str(other / "data"))
     shard = next(made.glob("*.safetensors"))
     shard.write_bytes(bytes(np.frombuffer(shard.read_bytes(), np.uint8)[::-1]))
     with pytest.raises(UserError, match="its bytes have changed"):
-        hf.send(str(made), str(tmp_path / "z"))
+        huggingface.export_model(str(made), str(tmp_path / "z"))
     assert not (tmp_path / "y").exists() and not (tmp_path / "z").exists() and not list(tmp_path.glob(".*.partial"))

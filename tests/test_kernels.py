@@ -22,6 +22,7 @@ from kernels import cross_entropy as ce
 from kernels import rms_norm as norm
 from kernels import rope as rot
 from kernels import swiglu as glu
+from runtime.errors import UserError
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -461,7 +462,7 @@ def test_choice(tmp_path, monkeypatch):
         "attention": "torch"
     }
     for bad in ("cuda", "triton=attention", "softmax=triton", "auto,", ""):
-        with pytest.raises(config.UserError, match="train.kernels"):
+        with pytest.raises(UserError, match="train.kernels"):
             kernels.parse(bad)
     # auto takes what was measured on this device, at this shape
     monkeypatch.setattr(kernels, "MEASURED", tmp_path / "measured.json")
@@ -476,7 +477,7 @@ def test_choice(tmp_path, monkeypatch):
     assert kernels.choose("auto", gpu, c) == dict.fromkeys(kernels.NAMES, "torch") | {"rms_norm": "triton"}
     for damaged in ("{", "[]", '{"G": {"best": ["a"]}}', '{"G": {"best": null}}', '{"G": {"best": {"a": "banana"}}}'):
         kernels.MEASURED.write_text(damaged)
-        with pytest.raises(config.UserError, match="measured.json: damaged"):
+        with pytest.raises(UserError, match="measured.json: damaged"):
             kernels.problems("auto", True, c)
     kernels.MEASURED.write_text(json.dumps({"GPU 9000": {"best": best}}))
     assert kernels.choose("auto,rms_norm=torch,swiglu=triton", gpu, c) == dict.fromkeys(kernels.NAMES, "torch") | {

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 import config
 import model
-import peers
+from bench import peers
 
 TABLE9 = json.loads((ROOT / "results" / "paper.json").read_text())["table9_sizes"]
 

@@ -17,21 +17,15 @@ import pytest
 import torch
 from conftest import BASE, ROOT
 
-import checkpoint
 import config
 import cost
-import downstream
 import eval as evaluation
-import figures
-import graph
-import lineage
-import measure
 import model
-import paper
-import report
-import scales
 import schedule
-import tables
+from paper import __main__ as paper
+from paper import downstream, figures, graph, measure, report, scales, tables
+from runtime import checkpoint, resume
+from runtime.errors import UserError, user_errors
 
 PRINTED = json.loads((ROOT / "results" / "paper.json").read_text())
 
@@ -86,7 +80,7 @@ def test_steps_of_the_paper_in_every_table():
         own = {n: c for n, c in sizes.items() if n.startswith(folder + "/")}
         assert (trained(own, "ptfs"), trained(own, "main", "ours")) == (10 * T, 5.8 * T)
         assert {c.steps for c in own.values() if c.segment.name.startswith("cpt")} == {T}
-        assert all(lineage.make_plan(c.config).warmup == 2000 for c in own.values())
+        assert all(resume.make_plan(c.config).warmup == 2000 for c in own.values())
 
     equal = cells_of(s, "table12")
     assert {n.split("/")[0]: c.steps for n, c in equal.items() if "cpt" in n} == {
@@ -122,11 +116,11 @@ def test_steps_of_the_paper_in_every_table():
 def test_two_versions_with_a_longer_second_increment_are_the_base_runs_versions_3_and_4():
     """Why Table 13 may show Table 3's own runs for PTFS and path switching: the same learning rates, update by update."""
     s = setup()
-    base = {p: lineage.make_segments(p, lineage.make_plan(s.base)) for p in ("ptfs", "ours")}
+    base = {p: resume.make_segments(p, resume.make_plan(s.base)) for p in ("ptfs", "ours")}
     for k in (2, 3):
         c = config.load("1.2b", {"plan.increments": f"10000,{k}0000"})
         for p, segments in base.items():
-            pair = lineage.make_segments(p, lineage.make_plan(c))
+            pair = resume.make_segments(p, resume.make_plan(c))
             a, b = pair[-1], next(g for g in segments if g.version == k + 1 and g.name != "main")
             assert (a.start, a.end, a.parent) == (b.start, b.end, b.parent) and all(
                 a.lr(i) == b.lr(i) for i in range(a.start, a.end)
@@ -213,7 +207,7 @@ def test_what_tables_share_is_one_cell():
             },
         )
         version = dict(zip(cell.arguments[::2], cell.arguments[1::2], strict=True)).get("--version")
-        _, _, segment = lineage.pick(c, cell.arguments[3], version and int(version))
+        _, _, segment = resume.pick(c, cell.arguments[3], version and int(version))
         assert name == f"{cell.setting}/{segment.name}" and (segment.start, segment.end) == (
             cell.segment.start,
             cell.segment.end,
@@ -238,7 +232,7 @@ n=$(wc -l < {tmp_path}/jobs); echo "$@" >> {tmp_path}/jobs; echo $((n + 1000))
         waits = int(words["dependency"].partition(":")[2]) - 1000 if "dependency" in words else None
         assert waits is None or waits < i
         c = config.load(words["config"], {k: v for k, v in words.items() if "." in k})
-        _, _, segment = lineage.pick(c, words["mode"], int(words["version"]))
+        _, _, segment = resume.pick(c, words["mode"], int(words["version"]))
         out = words["out"].rpartition("/")[2]
         saves = {segment.end, *(f for f in map(int, words.get("train.save_at", "0").split(",")) if f <= segment.end)}
         earlier = makes[waits] if waits is not None else set()
@@ -252,7 +246,7 @@ n=$(wc -l < {tmp_path}/jobs); echo "$@" >> {tmp_path}/jobs; echo $((n + 1000))
         if words.get("dependency", "").startswith(
             "afterany"
         ):  # a job that was stopped after its day goes on in the next
-            assert line.partition("configs/slurm.sh")[2] == jobs[waits].partition("configs/slurm.sh")[2]
+            assert line.partition("tools/slurm.sh")[2] == jobs[waits].partition("tools/slurm.sh")[2]
         makes.append({(f"{out}/{segment.name}", f) for f in saves} | earlier)
     assert {(n, cell.segment.end) for n, cell in cells.items()} <= set().union(*makes)
     hours = 40_000 * 2**20 * model.flops_per_token(s.base.model) / (8 * 0.4 * 989e12) / 3600
@@ -356,7 +350,8 @@ def test_one_seed_is_judged_by_its_documents():
 def command(out, prepared, *args, what=("table3", "fig1", "fig2", "loss")):
     return [
         sys.executable,
-        str(ROOT / "paper.py"),
+        "-m",
+        "paper",
         *what,
         "--schedules",
         "cosine",
@@ -546,7 +541,7 @@ def test_segments_of_two_processes_each(tmp_path, prepared):
 )
 def test_bad_input(tmp_path, prepared, args, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command(tmp_path / "out", prepared, *args)[1:])
-    with pytest.raises(SystemExit) as stop, config.user_errors("paper.py"):
+    with pytest.raises(SystemExit) as stop, user_errors("paper"):
         paper.main()
     err = capsys.readouterr().err
     assert stop.value.code == 2 and words in err and len(err.splitlines()) == 1 and not (tmp_path / "out").exists()
@@ -584,12 +579,12 @@ HEAD = 'config = "tiny"\ntrain = true\nranks = 1\nper_gpu = 1\n'
 )
 def test_bad_scales(tmp_path, text, words):
     (tmp_path / "s.toml").write_text(text)
-    with pytest.raises(config.UserError, match=re.escape(words)):
+    with pytest.raises(UserError, match=re.escape(words)):
         scales.load_scale(str(tmp_path / "s.toml"))
 
 
 def test_a_report_of_nothing_and_of_strangers_records(tmp_path):
-    with pytest.raises(config.UserError, match="no table or figure is there yet"):
+    with pytest.raises(UserError, match="no table or figure is there yet"):
         report.page(tmp_path)
     for words in (
         "",
@@ -600,7 +595,7 @@ def test_a_report_of_nothing_and_of_strangers_records(tmp_path):
         '{"title": "x", "header": ["a"], "rows": ["ab"]}',
     ):
         (tmp_path / "table3.json").write_text(words)
-        with pytest.raises(config.UserError, match=r"table3.json: not as paper.py writes it"):
+        with pytest.raises(UserError, match=r"table3.json: not as paper writes it"):
             report.page(tmp_path)
     (tmp_path / "table3.json").write_text('{"title": "<script>", "header": ["<b>"], "rows": [["<i>"]]}')
     assert not {"<script>", "<b>", "<i>"} & set(re.findall(r"<\w+>", report.page(tmp_path).read_text()))
@@ -610,7 +605,8 @@ def test_plans_at_the_papers_scale(tmp_path):
     r = subprocess.run(
         [
             sys.executable,
-            str(ROOT / "paper.py"),
+            "-m",
+            "paper",
             "table3",
             "table2",
             "--scale",
@@ -700,8 +696,8 @@ def test_cost_bad_input(args, words):
 
 
 def test_cost_refuses_an_impossible_plan():
-    with pytest.raises(config.UserError, match=r"plan.alpha: got 2"):
-        cost.steps("ours", replace(lineage.make_plan(config.load("tiny")), alpha=2.0))
+    with pytest.raises(UserError, match=r"plan.alpha: got 2"):
+        cost.steps("ours", replace(resume.make_plan(config.load("tiny")), alpha=2.0))
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -16,10 +16,9 @@ import soak
 import torch
 from conftest import BASE, ROOT
 
-import checkpoint
 import config
-import parallel
 import train
+from runtime import checkpoint, distributed
 
 # A process that has imported all and computed nothing, of which a test takes a copy: there one may fork
 CLEAN = multiprocessing.get_context("forkserver")
@@ -134,7 +133,7 @@ def gradients(work, name, ranks, *extra):
 
         def keep(parameters, *args):
             parameters = list(parameters)
-            full = [parallel.whole(p.grad).numpy().tobytes() for p in parameters]  # all ranks take part
+            full = [distributed.full_tensor(p.grad).numpy().tobytes() for p in parameters]  # all ranks take part
             if rank == 0 and not file.exists():
                 file.write_bytes(b"".join(full))
             return original(parameters, *args)
@@ -195,7 +194,7 @@ def train_and_exchange(work):
             want = soak.tensors(path)
             assert want.keys() == into.keys()
             for name, t in into.items():
-                assert parallel.whole(t).numpy().tobytes() == want[name].numpy().tobytes(), name
+                assert distributed.full_tensor(t).numpy().tobytes() == want[name].numpy().tobytes(), name
             if rank == 0:
                 bits.write_text(bits.read_text() + "loaded\n" if bits.exists() else "loaded\n")
 
@@ -231,21 +230,21 @@ def test_any_ranks_load_what_any_others_wrote(tmp_path):
 def test_the_hash_of_the_weights_sees_one_bit(monkeypatch):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(31, 7), torch.nn.Linear(7, 3))
-    before = parallel.fingerprint(net)
-    assert before == parallel.fingerprint(net)
+    before = distributed.fingerprint(net)
+    assert before == distributed.fingerprint(net)
     seen = {before}
     for p in net.parameters():
         flat = p.detach().view(-1)
         for i in range(0, len(flat), 5):
             old = flat[i].clone()
             flat[i] = torch.nextafter(old, torch.tensor(9.0))
-            seen.add(parallel.fingerprint(net))
+            seen.add(distributed.fingerprint(net))
             flat[i] = old
     assert len(seen) == 1 + sum(len(range(0, p.numel(), 5)) for p in net.parameters())
     a, b = net[0].weight.detach().view(-1)[:2]
     first, second = a.clone(), b.clone()
     a.copy_(second), b.copy_(first)  # exchanged
-    assert parallel.fingerprint(net) not in seen
+    assert distributed.fingerprint(net) not in seen
 
 
 @pytest.mark.parametrize(
@@ -261,10 +260,12 @@ def test_auto_is_ddp_while_it_fits(monkeypatch, memory, kind):
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: type("P", (), {"total_memory": memory}))
     names = ["203m", "406m", "608m", "1.2b", "2.1b", "3.1b"]
-    found = [parallel.choose("auto", 8, model.parameters(config.load(n).model), torch.device("cuda"))[0] for n in names]
+    found = [
+        distributed.choose("auto", 8, model.parameters(config.load(n).model), torch.device("cuda"))[0] for n in names
+    ]
     assert found == kind
-    assert parallel.choose("auto", 1, 10**12, torch.device("cuda"))[0] == "none"
-    assert parallel.choose("auto", 8, 10**12, torch.device("cpu"))[0] == "ddp"
+    assert distributed.choose("auto", 1, 10**12, torch.device("cuda"))[0] == "none"
+    assert distributed.choose("auto", 8, 10**12, torch.device("cpu"))[0] == "ddp"
 
 
 # ----------------------------------------------------------------------------------------------------------

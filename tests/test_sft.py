@@ -10,15 +10,15 @@ import torch
 from conftest import BASE, ROOT
 from test_model import small
 
-import checkpoint
-import data
 import eval as evaluation
-import generate
 import model
-import sft
-from config import UserError
+import sample
 from kernels.cross_entropy import IGNORE
-from text import Tokenizer
+from runtime import checkpoint
+from runtime.errors import UserError
+from text import prepare
+from text.examples import Examples, MixedData, SFTData, pack, prepare_examples
+from text.tokenizer import Tokenizer
 
 BYTES = Tokenizer("bytes")
 
@@ -53,7 +53,7 @@ MIXED = [
 
 @pytest.fixture
 def mixed(tmp_path):
-    return sft.Examples(sft.prepare(jsonl(tmp_path / "a.jsonl", MIXED), BYTES, tmp_path, quiet=True), 256, 1)
+    return Examples(prepare_examples(jsonl(tmp_path / "a.jsonl", MIXED), BYTES, tmp_path, quiet=True), 256, 1)
 
 
 def test_loss_is_on_responses_and_nothing_else(mixed):
@@ -102,7 +102,7 @@ def test_marks_are_tokens_where_the_tokenizer_has_them(tmp_path):
     (tmp_path / "tok").mkdir()
     tok.save(str(tmp_path / "tok" / "tokenizer.json"))
     ours = Tokenizer(str(tmp_path / "tok"))
-    e = sft.Examples(sft.prepare(jsonl(tmp_path / "a.jsonl", [MIXED[1]]), ours, tmp_path, quiet=True), 256, 1)
+    e = Examples(prepare_examples(jsonl(tmp_path / "a.jsonl", [MIXED[1]]), ours, tmp_path, quiet=True), 256, 1)
     rendered = "<|im_start|>system\nSums.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n<|im_start|>user\n"
     before = tok.encode(rendered, add_special_tokens=False).ids  # special tokens in text are special here
     assert e.ids[: len(before)].tolist() == before and before.count(257) == 4
@@ -113,7 +113,7 @@ def test_marks_are_tokens_where_the_tokenizer_has_them(tmp_path):
 @pytest.mark.parametrize("room, longest, n", [(10, 10, 500), (100, 60, 2000), (128, 3, 100), (7, 7, 1), (5, 1, 0)])
 def test_packing(room, longest, n):
     lengths = np.random.default_rng(0).integers(0, longest + 1, n)
-    rows = sft.pack(lengths, room)
+    rows = pack(lengths, room)
     assert sorted(i for row in rows for i in row) == list(range(n))
     assert all(lengths[row].sum() <= room for row in rows)
     # best fit decreasing is within 11/9 of the best, which is at least the total over the room (Johnson 1974)
@@ -130,7 +130,7 @@ def test_packed_is_unpacked(tmp_path):
         }
         for _ in range(30)
     ]
-    e = sft.Examples(sft.prepare(jsonl(tmp_path / "a.jsonl", records), BYTES, tmp_path, quiet=True), 64, 1)
+    e = Examples(prepare_examples(jsonl(tmp_path / "a.jsonl", records), BYTES, tmp_path, quiet=True), 64, 1)
     torch.manual_seed(0)
     net = model.Transformer(small(vocab_size=257, context=64, n_kv_head=2)).double()
     net.dtype = torch.float64  # so that any leak would stand out; in float32 the same within rounding, below
@@ -164,8 +164,8 @@ def test_packed_is_unpacked(tmp_path):
 
 
 def test_an_epoch_reads_every_example_once_and_batches_are_a_function_of_the_step(tmp_path):
-    e = sft.Examples(sft.prepare(jsonl(tmp_path / "a.jsonl", sums(300)), BYTES, tmp_path, quiet=True), 32, 1)
-    t = sft.Tuning(e, {}, 8, 3)
+    e = Examples(prepare_examples(jsonl(tmp_path / "a.jsonl", sums(300)), BYTES, tmp_path, quiet=True), 32, 1)
+    t = SFTData(e, {}, 8, 3)
     n = len(e.train)
     orders = [e.which(np.arange(n) + k * n).tolist() for k in range(3)]
     assert all(sorted(o) == list(range(n)) for o in orders) and len({tuple(o) for o in orders}) == 3
@@ -211,7 +211,7 @@ def test_a_fine_tuning_is_a_segment(train_cli, parent, tmp_path, capsys):
     end = max((tmp_path / "whole/sft/ours-cosine/v1").glob("step-*"))
     meta = checkpoint.read_meta(end)
     assert meta["finished"] and meta["version"] == 1 and meta["parent"]["hash"] == checkpoint.read_meta(parent)["hash"]
-    assert meta["step"] == -(-len(sft.Examples(next((tmp_path / "whole").glob("examples-*")), 32, 1).train) * 3 // 8)
+    assert meta["step"] == -(-len(Examples(next((tmp_path / "whole").glob("examples-*")), 32, 1).train) * 3 // 8)
     assert train_cli(*args, "--train.save_at", "7", out="half") == 0
     import shutil
 
@@ -339,7 +339,7 @@ def test_a_task_is_learned(train_cli, tmp_path):
 
     def right(path):
         net, _ = evaluation.load_model(path, torch.device("cpu"))
-        answers = generate.generate(net, [BYTES.encode(s["prompt"]) for s in unseen], 5, {BYTES.eot})
+        answers = sample.generate(net, [BYTES.encode(s["prompt"]) for s in unseen], 5, {BYTES.eot})
         return np.mean([BYTES.decode(a) == s["response"] for a, s in zip(answers, unseen, strict=True)])
 
     assert right(start) == 0 and right(end) > 0.9
@@ -355,9 +355,9 @@ def test_examples_in_the_decay_of_a_branch(train_cli, tmp_path, capsys):
     meta = checkpoint.read_meta(mixed)
     assert meta["parent"] == checkpoint.read_meta(plain)["parent"] and meta["data"]["mix"] == 0.25
     assert not torch.equal(weights(plain)["model.embed.weight"], weights(mixed)["model.embed.weight"])
-    tokens = sft.Mix(meta["config"]["data.path"], 32, 8, [10] * 4, 1)
+    tokens = MixedData(meta["config"]["data.path"], 32, 8, [10] * 4, 1)
     text = [tokens.__class__.__mro__[1].batch(tokens, s) for s in range(4, 10)]
-    e = sft.Examples(next((tmp_path / "run").glob("examples-*")), 32, 1)
+    e = Examples(next((tmp_path / "run").glob("examples-*")), 32, 1)
     tokens.mix(e, 0.25, 4)
     for s in range(4, 10):
         x, y, documents = tokens.batch(s)
@@ -417,13 +417,13 @@ def test_lines_that_are_no_examples(train_cli, parent, tmp_path, capsys, text, w
 def test_odd_examples(tmp_path):
     """Half a surrogate pair is a question mark; an example that nothing can be learned from is left out; so few that all would be held out are not."""
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "response": "\\ud800"}\n')
-    e = sft.Examples(sft.prepare(str(tmp_path / "a.jsonl"), BYTES, tmp_path, quiet=True), 32, 1)
+    e = Examples(prepare_examples(str(tmp_path / "a.jsonl"), BYTES, tmp_path, quiet=True), 32, 1)
     assert bytes(e.ids[:-1].tolist()) == b"a?" and e.targets.tolist() == [2]
     i = next(
         i
         for i in range(999)
-        if sft.Examples(
-            sft.prepare(
+        if Examples(
+            prepare_examples(
                 jsonl(tmp_path / f"{i}.jsonl", [{"prompt": str(i), "response": "x"}]), BYTES, tmp_path, quiet=True
             ),
             32,
@@ -431,7 +431,7 @@ def test_odd_examples(tmp_path):
         ).meta["examples"]
         and np.fromfile(max(tmp_path.glob("examples-*/held.bin"), key=lambda f: f.stat().st_mtime_ns), "u1")[0]
     )
-    assert len(sft.Examples(sft.prepare(str(tmp_path / f"{i}.jsonl"), BYTES, tmp_path, quiet=True), 32, 1).train) == 1
+    assert len(Examples(prepare_examples(str(tmp_path / f"{i}.jsonl"), BYTES, tmp_path, quiet=True), 32, 1).train) == 1
 
 
 def test_a_parent_named_from_inside_its_folder(train_cli, parent, tmp_path, monkeypatch):
@@ -487,8 +487,8 @@ def test_what_is_refused(train_cli, parent, tmp_path, capsys, monkeypatch):
         err = capsys.readouterr().err
         assert words in err and len(err.splitlines()) == 1, err
     assert not (tmp_path / "bad" / "sft").exists()
-    folder = sft.prepare(file, BYTES, tmp_path, quiet=True)
-    assert sft.prepare(file, BYTES, tmp_path, quiet=True) == folder  # once
+    folder = prepare_examples(file, BYTES, tmp_path, quiet=True)
+    assert prepare_examples(file, BYTES, tmp_path, quiet=True) == folder  # once
     for name in (
         "ids.bin",
         "loss.bin",
@@ -499,10 +499,12 @@ def test_what_is_refused(train_cli, parent, tmp_path, capsys, monkeypatch):
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         with pytest.raises(UserError, match=f"{name}: damaged"):
-            sft.prepare(file, BYTES, tmp_path, quiet=True)
+            prepare_examples(file, BYTES, tmp_path, quiet=True)
         (folder / name).unlink()
         with pytest.raises(UserError, match=f"{name}: damaged"):
-            sft.prepare(file, BYTES, tmp_path, quiet=True)
+            prepare_examples(file, BYTES, tmp_path, quiet=True)
         (folder / name).write_bytes(whole)
-    assert data.TEXT.exists() and train_cli(*TUNE, "--parent", str(parent), "--data", file, "--dry_run", out="dry") == 0
+    assert (
+        prepare.TEXT.exists() and train_cli(*TUNE, "--parent", str(parent), "--data", file, "--dry_run", out="dry") == 0
+    )
     assert "40 examples" in capsys.readouterr().out and not (tmp_path / "dry").exists()

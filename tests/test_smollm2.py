@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from conftest import ROOT
 from test_hf import corpus
 
-import checkpoint
 import eval
-import generate
-import hf
-import text
+import sample
+from runtime import checkpoint
+from text.tokenizer import Tokenizer
+from tools import huggingface
 
 pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
@@ -40,10 +40,10 @@ def folder(tmp_path_factory):
 
 @torch.no_grad()
 def test_smollm2_there_and_back(folder, tmp_path):
-    made = hf.bring(str(folder), str(tmp_path / "x"), quiet=True)
+    made = huggingface.import_model(str(folder), str(tmp_path / "x"), quiet=True)
     net, _ = eval.load_model(made, torch.device("cpu"))
     twin = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tok, theirs = text.Tokenizer(str(tmp_path / "x" / "tokenizer")), transformers.AutoTokenizer.from_pretrained(folder)
+    tok, theirs = Tokenizer(str(tmp_path / "x" / "tokenizer")), transformers.AutoTokenizer.from_pretrained(folder)
 
     # Perplexity of the same ids in the same windows. The relative error of exp(nats) is the absolute one of the nats, here about 4.4
     # in float32 (units of 5e-7) after 30 blocks whose sums are taken in another order: measured 8e-6 of perplexity, bound 3e-5
@@ -59,7 +59,7 @@ def test_smollm2_there_and_back(folder, tmp_path):
     found = twin.generate(prompt, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)[
         0, prompt.shape[1] :
     ].tolist()
-    assert generate.generate(net, prompt.tolist(), 64, set()) == [found] and len(found) == 64
+    assert sample.generate(net, prompt.tolist(), 64, set()) == [found] and len(found) == 64
     del net, twin
 
     # One short main path, and a branch of it
@@ -117,7 +117,7 @@ def test_smollm2_there_and_back(folder, tmp_path):
     last = checkpoint.path(branch, checkpoint.steps(branch)[-1])
     assert checkpoint.read_meta(last)["parent"]["segment"] == "main"
 
-    out = hf.send(str(last), str(tmp_path / "back"), quiet=True)
+    out = huggingface.export_model(str(last), str(tmp_path / "back"), quiet=True)
     net, _ = eval.load_model(last, torch.device("cpu"))
     again = transformers.AutoModelForCausalLM.from_pretrained(out)
     expected = again(input_ids=x[:2, :64]).logits

@@ -13,13 +13,13 @@ from conftest import ROOT
 import config
 import eval as evaluation
 import model
-import peers
-from config import UserError
-from text import Tokenizer
+from bench import peers
+from runtime.errors import UserError, user_errors
+from text.tokenizer import Tokenizer
+from tools import harness
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # no retries of a network that is not there
 lm_eval = pytest.importorskip("lm_eval")
-import tasks  # noqa: E402
 
 CPU = torch.device("cpu")
 FIXTURES = ROOT / "tests" / "fixtures" / "tasks"
@@ -73,7 +73,7 @@ def pair(request, tmp_path_factory):
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|endoftext|>")
     twin = peers.hugging_face(net.config, net).eval()
     twin.generation_config.eos_token_id = twin.config.eos_token_id = 256
-    return tasks.LM(net, Tokenizer("bytes" if request.param == "bytes" else str(folder)), 3), HFLM(
+    return harness.LM(net, Tokenizer("bytes" if request.param == "bytes" else str(folder)), 3), HFLM(
         pretrained=twin, tokenizer=fast, batch_size=3, max_length=96, device="cpu"
     )
 
@@ -128,8 +128,8 @@ def test_answers_equal_those_of_the_harness(pair):
 
 def test_a_row_stops_at_its_stop_string_and_draws_differ_by_batch(pair, monkeypatch):
     lm, calls = pair[0], []
-    original = tasks.generate
-    monkeypatch.setattr(tasks, "generate", lambda *a: calls.append(original(*a)) or calls[-1])
+    original = harness.generate
+    monkeypatch.setattr(harness, "generate", lambda *a: calls.append(original(*a)) or calls[-1])
     (text,) = lm.generate_until(requests(("The ship", {"until": [], "max_gen_toks": 40})))
     stop = text[5:7]
     assert lm.generate_until(requests(("The ship", {"until": stop, "max_gen_toks": 40}))) == [text.split(stop)[0]]
@@ -144,14 +144,14 @@ def test_a_row_stops_at_its_stop_string_and_draws_differ_by_batch(pair, monkeypa
 
 
 def test_scores_of_tasks_equal_those_of_the_harness(pair):
-    found = tasks.load(tuple(ALL), str(FIXTURES), None)
+    found = harness.load(tuple(ALL), str(FIXTURES), None)
     a, b = (
         lm_eval.simple_evaluate(
             lm,
             tasks=list(found.values()),
             log_samples=False,
             bootstrap_iters=10,
-            task_manager=tasks.catalogue((tasks.OURS,), False),
+            task_manager=harness.catalogue((harness.OURS,), False),
         )["results"]
         for lm in pair
     )
@@ -168,7 +168,7 @@ def test_scores_of_tasks_equal_those_of_the_harness(pair):
             tasks=list(found.values()),
             log_samples=False,
             bootstrap_iters=10,
-            task_manager=tasks.catalogue((tasks.OURS,), False),
+            task_manager=harness.catalogue((harness.OURS,), False),
         )["results"]
         == a
     )  # and again
@@ -183,19 +183,19 @@ def test_the_headline_of_a_task():
         "alias": "x",
         "sample_len": 4,
     }
-    assert tasks.headline(both) == {"value": 0.5, "se": 0.2, "metric": "exact_match (flexible-extract)", "n": 4}
-    assert tasks.headline({"acc_norm,none": 1.0, "acc,none": 0.75, "acc_stderr,none": "N/A", "sample_len": 1}) == {
+    assert harness.headline(both) == {"value": 0.5, "se": 0.2, "metric": "exact_match (flexible-extract)", "n": 4}
+    assert harness.headline({"acc_norm,none": 1.0, "acc,none": 0.75, "acc_stderr,none": "N/A", "sample_len": 1}) == {
         "value": 0.75,
         "se": None,
         "metric": "acc",
         "n": 1,
     }
     assert (
-        tasks.headline({"word_perplexity,none": 9.0, "byte_perplexity,none": 2.0, "sample_len": 1})["metric"]
+        harness.headline({"word_perplexity,none": 9.0, "byte_perplexity,none": 2.0, "sample_len": 1})["metric"]
         == "word_perplexity"
     )
     assert (
-        tasks.headline({"exact_match,get-answer": 0.5, "exact_match_stderr,get-answer": math.nan, "sample_len": 1})[
+        harness.headline({"exact_match,get-answer": 0.5, "exact_match_stderr,get-answer": math.nan, "sample_len": 1})[
             "se"
         ]
         is None
@@ -206,20 +206,20 @@ def test_the_table_has_versions_and_paradigms_and_a_mean():
     def r(value, metric="acc"):
         return {"value": value, "se": 0.1, "metric": metric, "n": 8}
 
-    record = tasks.table(
+    record = harness.table(
         "t",
         ["Ver.", "TP"],
         [(["V2", "PTFS"], {"a": r(0.25), "b": r(0.5)}), (["V2", "Ours"], {"a": r(0.125), "b": r(1.0)})],
     )
     assert record["header"] == ["Ver.", "TP", "a", "b", "AVG"]
     assert record["rows"] == [["V2", "PTFS", "25.00", "50.00", "37.50"], ["V2", "Ours", "12.50", "100.00", "56.25"]]
-    mixed = tasks.table("t", ["checkpoint"], [(["x"], {"a": r(0.25), "b": r(7.5, "word_perplexity")})])
+    mixed = harness.table("t", ["checkpoint"], [(["x"], {"a": r(0.25), "b": r(7.5, "word_perplexity")})])
     assert mixed["rows"] == [["x", "25.00", "7.50", "-"]] and mixed["notes"] == [
         "a: acc, %, of 8",
         "b: word_perplexity, of 8",
     ]
     names = ["cpt-cosine", "ours-cosine", "ours-cosine-d5", "ptfs-cosine"]
-    assert [tasks.paradigm(n, names) for n in names] == ["CPT", "Ours cosine", "Ours cosine-d5", "PTFS"]
+    assert [harness.paradigm(n, names) for n in names] == ["CPT", "Ours cosine", "Ours cosine-d5", "PTFS"]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def test_a_run_and_two_ranks(trained, train_cli, tmp_path, monkeypatch, capsys):
         one["cpt-cosine"]["1"] == one["ptfs-cosine"]["1"] != one["cpt-cosine"]["2"]
         and list(one["cpt-cosine"]["1"]) == NAMES
     )
-    limited = tasks.evaluate(trained, ALL[:1], CPU, None, str(FIXTURES), limit=2, num_fewshot=0)
+    limited = harness.evaluate(trained, ALL[:1], CPU, None, str(FIXTURES), limit=2, num_fewshot=0)
     assert limited["choosing"]["n"] == 4
 
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -267,7 +267,7 @@ def test_a_run_and_two_ranks(trained, train_cli, tmp_path, monkeypatch, capsys):
                 key,
             )
     with pytest.raises(UserError, match="colours has 1 questions for 2 ranks"):
-        tasks.check(tasks.load(tuple(ALL), str(FIXTURES), None), 32, 1, 2)
+        harness.check(harness.load(tuple(ALL), str(FIXTURES), None), 32, 1, 2)
 
 
 def write(file, *rows):
@@ -305,7 +305,7 @@ def test_our_own_tasks_load_local_copies(tmp_path, trained):
     }
     for subject in OURS_GAOKAO:
         write(tmp_path / "OpenLMLab" / "GAOKAO-Bench" / "Data" / "Objective_Questions" / f"{subject}.json", questions)
-    found = tasks.load(("c3", "csl", "gaokao"), str(tmp_path), None)
+    found = harness.load(("c3", "csl", "gaokao"), str(tmp_path), None)
     c3, csl = found["c3"], found["csl"]
     doc = list(c3.eval_docs)[1]
     assert (
@@ -319,7 +319,7 @@ def test_our_own_tasks_load_local_copies(tmp_path, trained):
         "理学",
         "艺术学",
     ]
-    g = tasks.leaves({"gaokao": found["gaokao"]})
+    g = harness.leaves({"gaokao": found["gaokao"]})
     doc = next(iter(g[0].eval_docs))
     assert len(g) == 7 and g[0].doc_to_text(doc).endswith("D．4\n答案：")
     assert [
@@ -327,7 +327,7 @@ def test_our_own_tasks_load_local_copies(tmp_path, trained):
         for i in range(4)
     ] == [0, 1, 0, 0]
     assert csl.process_results(docs[1], [(-9.0, False)] * 9 + [(-1.0, False)] + [(-9.0, False)] * 3)["acc"] == 1
-    result = tasks.evaluate(trained, ["c3", "csl", "gaokao"], CPU, data_dir=str(tmp_path), batch=5)
+    result = harness.evaluate(trained, ["c3", "csl", "gaokao"], CPU, data_dir=str(tmp_path), batch=5)
     assert {n: r["n"] for n, r in result.items()} == {"c3": 2, "csl": 2, "gaokao": 14} and {
         r["metric"] for r in result.values()
     } == {"acc"}
@@ -355,13 +355,13 @@ def test_the_harness_has_the_papers_tasks_and_loads_local_copies(tmp_path):
         "---\nconfigs:\n- config_name: main\n  data_files:\n  - {split: train, path: main/train.jsonl}\n"
         "  - {split: test, path: main/test.jsonl}\n---\n",
     )
-    gsm8k = tasks.load(("gsm8k",), str(tmp_path), None)["gsm8k"]
+    gsm8k = harness.load(("gsm8k",), str(tmp_path), None)["gsm8k"]
     assert gsm8k.doc_to_text(gsm8k.eval_docs[3]) == "Question: What is 3 + 1?\nAnswer:"
     with pytest.raises(UserError, match="gsm8k asks for 256 new tokens, and the model's context is 96"):
-        tasks.check({"gsm8k": gsm8k}, 96, None, 1)
-    tasks.check({"gsm8k": gsm8k}, 257, None, 8)
+        harness.check({"gsm8k": gsm8k}, 96, None, 1)
+    harness.check({"gsm8k": gsm8k}, 257, None, 8)
     names = ("mmlu", "bbh", "agieval", "ceval-valid", "cmmlu")
-    known = tasks.catalogue((tasks.OURS,), True)
+    known = harness.catalogue((harness.OURS,), True)
     assert set(names) <= set(known.all_groups)
     for name, copy in zip(
         names, ("cais/mmlu", "SaylorTwift/bbh", "hails/agieval-", "ceval/ceval-exam", "haonan-li/cmmlu"), strict=True
@@ -369,7 +369,7 @@ def test_the_harness_has_the_papers_tasks_and_loads_local_copies(tmp_path):
         with pytest.raises(
             UserError, match=f"there is no .*{copy}.*; get it: huggingface-cli download --repo-type dataset {copy}"
         ):
-            tasks.load((name,), str(tmp_path), None)
+            harness.load((name,), str(tmp_path), None)
 
 
 @pytest.mark.parametrize(
@@ -396,7 +396,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys, args, words):
         (tmp_path / "meta.json").unlink()
         args, tmp_path = [tmp_path, *args], FIXTURES
     monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path), *map(str, args)])
-    with pytest.raises(SystemExit) as e, config.user_errors("eval.py"):
+    with pytest.raises(SystemExit) as e, user_errors("eval.py"):
         evaluation.main()
     lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert e.value.code == 2 and len(lines) == 1 and words in lines[0], lines
@@ -412,10 +412,10 @@ def test_a_dataset_is_read_as_the_file_says_or_refused(tmp_path, pair):
     write(tmp_path / "odd.jsonl", {"text": "a"})
     name = str(tmp_path / "odd.yaml")
     with pytest.raises(UserError, match="odd has generation_kwargs num_beams, expected until"):
-        tasks.check(tasks.load((name,), str(tmp_path), None), 96, None, 1)
+        harness.check(harness.load((name,), str(tmp_path), None), 96, None, 1)
     write(tmp_path / "odd.jsonl", "not JSON\n")
     with pytest.raises(UserError, match="the dataset json cannot be read"):
-        tasks.load((name,), str(tmp_path), 1)
+        harness.load((name,), str(tmp_path), 1)
     with pytest.raises(UserError, match="asks for a chat template"):
         pair[0].apply_chat_template([])
 
@@ -445,5 +445,5 @@ def test_broken_task_files_are_one_line(tmp_path, text, words):
     (tmp_path / "t.yaml").write_text(text)
     (tmp_path / "q.jsonl").write_text('{"question": "a"}\n')
     with pytest.raises(UserError, match=words) as e:
-        tasks.load((str(tmp_path / "t.yaml"),), str(tmp_path), None)
+        harness.load((str(tmp_path / "t.yaml"),), str(tmp_path), None)
     assert len(str(e.value).splitlines()) == 1

@@ -14,15 +14,14 @@ import pytest
 import torch
 from conftest import BASE, ROOT
 
-import checkpoint
 import config
 import data
-import disk
 import kernels
-import lineage
 import model
-import reader
 import train
+from runtime import checkpoint, resume
+from runtime.files import lock, open_log, write_json
+from text import prepare
 
 # with steps 10, warm-up 2, alpha 0.6: forks at 4, 14, 24, 34
 MODES = {
@@ -83,7 +82,7 @@ def parents(train_cli, tmp_path):
 
 def stop_after(monkeypatch, step):
     """SIGTERM while batch `step` is read, the real signal to the real handler."""
-    original, sent = reader.Tokens.batch, []
+    original, sent = data.Tokens.batch, []
 
     def batch(self, s, *args):
         if s == step and not sent:
@@ -91,8 +90,8 @@ def stop_after(monkeypatch, step):
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, s, *args)
 
-    monkeypatch.setattr(reader.Tokens, "batch", batch)
-    return lambda: monkeypatch.setattr(reader.Tokens, "batch", original)
+    monkeypatch.setattr(data.Tokens, "batch", batch)
+    return lambda: monkeypatch.setattr(data.Tokens, "batch", original)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -171,7 +170,7 @@ def test_a_version_past_the_plan(train_cli, tmp_path, prepared):
     assert train_cli("--mode", "main", out="a", data=copy) == 0
     assert train_cli("--mode", "main", "--version", "5", out="a", data=copy) == 2  # no text yet
     (tmp_path / "new.txt").write_text("\n\n".join(f"new prose {i} " * 40 for i in range(200)))
-    data.add(str(copy), [str(tmp_path / "new.txt")], jobs=1, quiet=True)
+    prepare.add(str(copy), [str(tmp_path / "new.txt")], jobs=1, quiet=True)
     assert train_cli("--mode", "main", "--version", "5", out="a", data=copy) == 0
     assert train_cli("--mode", "main", "--plan.versions", "5", out="b", data=copy) == 0
     assert checkpoint.steps(tmp_path / "a" / "main") == checkpoint.steps(tmp_path / "b" / "main") == [4, 14, 24, 34, 44]
@@ -197,9 +196,9 @@ def test_a_branch_starts_from_its_parents_weights_moments_and_batches(train_cli,
         seen.append((path, {k: v.clone() for k, v in into.items()}))
         return meta
 
-    batches, original_batch = [], reader.Tokens.batch
+    batches, original_batch = [], data.Tokens.batch
     monkeypatch.setattr(checkpoint, "load", load)
-    monkeypatch.setattr(reader.Tokens, "batch", lambda self, s, *a: batches.append(s) or original_batch(self, s, *a))
+    monkeypatch.setattr(data.Tokens, "batch", lambda self, s, *a: batches.append(s) or original_batch(self, s, *a))
     assert train_cli("--mode", "branch", "--version", "2") == 0
     ((path, loaded),) = seen
     parent = tmp_path / "run" / "main" / "step-000014"
@@ -235,8 +234,8 @@ def test_the_loop_is_adamw_written_out(train_cli, tmp_path, prepared):
     c = config.load("tiny", dict(zip([a[2:] for a in BASE[::2]], BASE[1::2], strict=True)) | {"plan.steps": "4"})
     torch.manual_seed(c.train.seed)
     net = model.Transformer(c.model, torch.float64).double()
-    tokens = reader.Tokens(str(prepared), 32, 8, [4], c.train.seed)
-    lr = lineage.make_segments("ptfs", lineage.make_plan(c))[0].lr
+    tokens = data.Tokens(str(prepared), 32, 8, [4], c.train.seed)
+    lr = resume.make_segments("ptfs", resume.make_plan(c))[0].lr
     moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in net.named_parameters()}
     for step in range(4):
         x, y = map(torch.from_numpy, tokens.batch(step))
@@ -299,7 +298,7 @@ def test_two_processes_see_the_same_batches_and_agree(tmp_path, prepared, train_
     for k in x:
         if k.startswith("model."):
             assert (x[k] - y[k]).abs().mean() < 1e-5  # updates of 4e-3 each
-    rows = reader.Tokens(str(prepared), 32, 8, [10], 1)
+    rows = data.Tokens(str(prepared), 32, 8, [10], 1)
     whole = rows.batch(3)[0]
     parts = [rows.batch(3, slice((m * 2 + r) * 2, (m * 2 + r) * 2 + 2))[0] for m in range(2) for r in range(2)]
     assert np.array_equal(np.concatenate(parts), whole)
@@ -514,11 +513,11 @@ def test_a_parent_of_another_shape_tokenizer_or_text_is_refused(train_cli, tmp_p
     assert "model.n_layer: 1 there, 2 here" in capsys.readouterr().err
     other = shutil.copytree(prepared, tmp_path / "other")
     meta = json.loads((other / "meta.json").read_text())
-    disk.write_json(other / "meta.json", {**meta, "tokenizer_sha256": "0" * 64})
+    write_json(other / "meta.json", {**meta, "tokenizer_sha256": "0" * 64})
     assert train_cli("--mode", "branch", "--version", "1", data=other) == 2
     assert "was trained with another tokenizer" in capsys.readouterr().err
     meta["increments"][0]["sha256"]["bin"] = "0" * 64
-    disk.write_json(other / "meta.json", meta)
+    write_json(other / "meta.json", meta)
     assert train_cli("--mode", "branch", "--version", "1", data=other) == 2
     assert "was trained on other increments" in capsys.readouterr().err
 
@@ -701,10 +700,10 @@ def test_a_parent_that_will_not_do(train_cli, tmp_path, capsys):
     refused("it is that of step 10")
     shutil.copytree(decayed, parent, dirs_exist_ok=True)
     meta = json.loads((parent / "meta.json").read_text())
-    disk.write_json(parent / "meta.json", {**meta, "step": 14}, checkpoint.UNHASHED)
+    write_json(parent / "meta.json", {**meta, "step": 14}, checkpoint.UNHASHED)
     refused("is a checkpoint of 'ours-cosine/v1', expected one of 'main'")
     meta = json.loads((parent / "meta.json").read_text())
-    disk.write_json(parent / "meta.json", {**meta, "format": 2}, checkpoint.UNHASHED)
+    write_json(parent / "meta.json", {**meta, "format": 2}, checkpoint.UNHASHED)
     refused("format 2, expected 1: another version of this program made it")
     forged(parent, lambda t, o: [t.pop(k) for k in [*t] if k.startswith("exp_avg")])
     refused("it holds weights alone, but AdamW's moments are to be kept")
@@ -758,7 +757,7 @@ def test_what_is_in_the_way_of_a_checkpoint_is_never_deleted(train_cli, tmp_path
 
 
 def test_a_log_that_cannot_grow_stops_or_goes_on(train_cli, tmp_path, capsys, monkeypatch):
-    original = disk.append
+    original = open_log
 
     class Full:
         def __init__(self, f):
@@ -776,7 +775,7 @@ def test_a_log_that_cannot_grow_stops_or_goes_on(train_cli, tmp_path, capsys, mo
                 raise OSError(28, "No space left on device")
             return self.f.write(line)
 
-    monkeypatch.setattr(disk, "append", lambda file: Full(original(file)))
+    monkeypatch.setattr(train, "open_log", lambda file: Full(original(file)))
     args = ("--mode", "ptfs", "--version", "1", "--train.log_every", "2", "--train.checkpoint_every", "3")
     assert train_cli(*args) == 2
     assert (
@@ -789,7 +788,7 @@ def test_a_log_that_cannot_grow_stops_or_goes_on(train_cli, tmp_path, capsys, mo
 
 
 def test_a_second_process_in_the_same_folder_is_refused(train_cli, tmp_path, capsys):
-    with disk.lock(tmp_path / "run" / "ptfs-cosine" / "v1" / ".lock", ""):
+    with lock(tmp_path / "run" / "ptfs-cosine" / "v1" / ".lock", ""):
         assert train_cli("--mode", "ptfs", "--version", "1") == 2
     assert "another process is training here" in capsys.readouterr().err
 

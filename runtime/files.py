@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from config import UserError
+from runtime.errors import UserError
 
 LIMIT = 1 << 26  # bytes of a JSON or rank file; a larger one is none of ours (Llama 3's tokenizer.json has 17 MB)
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -24,7 +24,7 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
-def write(file: Path, text: str) -> None:
+def write_text(file: Path, text: str) -> None:
     """Write or replace `file` at once: whoever looks sees the old text or the new, whatever happens."""
     partial = file.with_name(f".{file.name}.partial")
     try:
@@ -39,10 +39,10 @@ def write(file: Path, text: str) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
-    sync(file.parent)
+    fsync(file.parent)
 
 
-def append(file: Path) -> BinaryIO:
+def open_log(file: Path) -> BinaryIO:
     """Open a log to add lines to, made if need be. UserError if it is a link or no file; a line that was cut short is ended."""
     fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -57,7 +57,7 @@ def append(file: Path) -> BinaryIO:
 def write_json(file: Path, content: dict[str, Any], unhashed: tuple[str, ...] = ()) -> dict[str, Any]:
     """`content` and its "hash", as JSON; the keys in `unhashed` may change without it. Returns what was written."""
     content = {**content, "hash": content_hash(content, unhashed)}
-    write(file, json.dumps(content, indent=1))
+    write_text(file, json.dumps(content, indent=1))
     return content
 
 
@@ -67,7 +67,7 @@ def content_hash(content: dict[str, Any], unhashed: tuple[str, ...] = ()) -> str
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def read(file: Path) -> bytes:
+def read_bytes(file: Path) -> bytes:
     """The bytes of a file. ValueError if it is large, or a pipe or device, where reading might never end."""
     info = file.stat()
     if not stat.S_ISREG(info.st_mode) or info.st_size > LIMIT:
@@ -78,7 +78,7 @@ def read(file: Path) -> bytes:
 def read_json(file: Path, unhashed: tuple[str, ...] = ()) -> dict[str, Any]:
     """What `write_json` wrote. ValueError if it is anything else; FileNotFoundError if it is not there."""
     try:
-        content = json.loads(read(file))
+        content = json.loads(read_bytes(file))
         fits = isinstance(content, dict) and content.get("hash") == content_hash(content, unhashed)
     except RecursionError:
         raise ValueError("nested too deeply") from None
@@ -104,7 +104,7 @@ def lock(file: Path, busy: str) -> Iterator[None]:
         yield
 
 
-def held(file: Path) -> bool:
+def is_locked(file: Path) -> bool:
     """Does another process hold this lock?"""
     try:
         with open(file) as f:

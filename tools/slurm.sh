@@ -1,6 +1,6 @@
 #!/bin/bash
 # Several machines of eight GPUs under SLURM; the arguments are train.py's:
-#   sbatch --nodes 2 configs/slurm.sh --config 3.1b --mode main
+#   sbatch --nodes 2 tools/slurm.sh --config 3.1b --mode main
 # A month is more than a job may take: submit the line several times with --dependency singleton, and each goes on where
 # the one before stopped. The output folder must be on a disk that all machines see.
 #SBATCH --job-name=main-path

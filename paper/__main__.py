@@ -1,11 +1,11 @@
-"""Every table and figure of the paper by name: `python paper.py table3 fig2 --scale tiny --seeds 3`.
+"""Every table and figure of the paper by name: `python -m paper table3 fig2 --scale tiny --seeds 3`.
 
-    python paper.py table1 fig4 fig5 table2 table3   train what is missing, evaluate, print, draw; goes on after a crash
-    python paper.py status --scale small             what is done, running and to do, and the time left
-    python paper.py report                           one HTML file of all tables and figures made so far
-    python paper.py table8 --scale paper             the paper's own settings: the plan, its cost, the commands to submit
+    python -m paper table1 fig4 fig5 table2 table3   train what is missing, evaluate, print, draw; goes on after a crash
+    python -m paper status --scale small             what is done, running and to do, and the time left
+    python -m paper report                           one HTML file of all tables and figures made so far
+    python -m paper table8 --scale paper             the paper's own settings: the plan, its cost, the commands to submit
 
-    python paper.py table4 --sft FILE.jsonl --data_dir DIR   fine-tune each version, then the harness's downstream tasks
+    python -m paper table4 --sft FILE.jsonl --data_dir DIR   fine-tune each version, then the harness's downstream tasks
 
 Tables: 1 to 13; figures: 1 to 6, and `loss`, all losses of the base setting over steps. What they share is trained
 once. Scales are files in configs/scales; results go to out/<scale>/results, a picture beside each table.
@@ -21,25 +21,19 @@ from typing import Any
 
 import torch
 
-import checkpoint
 import config
 import cost
-import data
-import disk
-import downstream
-import figures
-import graph
-import lineage
-import measure
 import model
-import report
-import scales
 import schedule
-import tables
-import text
-import train
-from config import UserError
-from tables import ORDER
+from paper import downstream, figures, graph, measure, report, scales, tables
+from paper.tables import ORDER
+from runtime import checkpoint, resume
+from runtime.command_line import Parser
+from runtime.device import pick_device, steady_malloc
+from runtime.errors import UserError, user_errors
+from runtime.files import lock, write_text
+from text import prepare
+from text.sources import optional
 
 # What each figure is drawn from: a table's numbers, its segments, or nothing but the plan
 FIGURES = {"fig1": "", "fig2": "table3", "fig3": "", "fig4": "fig4", "fig5": "fig5", "fig6": "", "loss": "table3"}
@@ -175,10 +169,10 @@ def check_settings(s: scales.Setup, root: Path) -> None:
 
 
 def main() -> None:
-    a = config.Parser(
-        prog="paper.py",
+    a = Parser(
+        prog="paper",
         description=__doc__,
-        usage="paper.py WHAT .. [--scale NAME] [--seeds N] [--schedules A,B] [--sft FILE] [--tasks A,B] [--data_dir DIR] [--jobs N] [--ranks N] [--run yes|no] [--slurm] [--section.key VALUE ..]",
+        usage="paper WHAT .. [--scale NAME] [--seeds N] [--schedules A,B] [--sft FILE] [--tasks A,B] [--data_dir DIR] [--jobs N] [--ranks N] [--run yes|no] [--slurm] [--section.key VALUE ..]",
     )
     a.add_argument("what", nargs="+", help=f"status, report, or some of {', '.join(ORDER)}")
     a.add_argument("--scale", default="tiny", help="a name in configs/scales/ or a .toml file [tiny]")
@@ -267,30 +261,30 @@ def main() -> None:
         raise UserError(
             f"{', '.join(what)}: {len(todo)} of {len(asked.cells)} segments are not trained yet; train them as printed above, or here with --run yes"
         )
-    text.optional("matplotlib", "matplotlib", "drawing")
+    optional("matplotlib", "matplotlib", "drawing")
     if todo:
         if 0 < gpus < ranks:
             raise UserError(
                 f"--ranks: got {ranks} processes a segment, but this machine has {gpus} GPUs; lower it to that"
             )
-        data.ship(s.base.data.path)
+        prepare.ship(s.base.data.path)
         short = {
             p: None
             for c in asked.cells.values()
-            for p in lineage.open_tokens(c.config, lineage.make_plan(c.config)).problems(c.segment.start, c.segment.end)
+            for p in resume.open_tokens(c.config, resume.make_plan(c.config)).problems(c.segment.start, c.segment.end)
         }
         if short:
             raise UserError("\n".join(short))
     results.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    with disk.lock(root / ".lock", f"{root}: another paper.py is at work here; wait for it or choose another --out"):
+    with lock(root / ".lock", f"{root}: another paper is at work here; wait for it or choose another --out"):
         if not (root / "config.toml").exists():
-            disk.write(root / "config.toml", config.to_toml(s.base))
+            write_text(root / "config.toml", config.to_toml(s.base))
         if todo:
             graph.run(asked.cells, root, jobs, gpus, ranks)
         made = {"table9": tables.table9(s)} if "table9" in what else {}
         if asked.cells:
-            train.steady_malloc(train.pick_device(s.base.train.device, 0))
+            steady_malloc(pick_device(s.base.train.device, 0))
             every = sorted(
                 {p for name, points in asked.where.items() if name not in tasked for ps in points.values() for p in ps}
             )
@@ -328,8 +322,8 @@ def publish(
 ) -> None:
     """Write and print a table or figure: a record (.json), Markdown (.md) and a picture (.png)."""
     if name in made:
-        disk.write(results / f"{name}.json", json.dumps(made[name], indent=1) + "\n")
-        disk.write(results / f"{name}.md", words := report.markdown(made[name]))
+        write_text(results / f"{name}.json", json.dumps(made[name], indent=1) + "\n")
+        write_text(results / f"{name}.md", words := report.markdown(made[name]))
         print(words)
     if name == "table9":
         return
@@ -355,5 +349,5 @@ def publish(
 
 
 if __name__ == "__main__":
-    with config.user_errors("paper.py"):
+    with user_errors("paper"):
         main()

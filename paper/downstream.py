@@ -11,16 +11,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import checkpoint
 import config
-import disk
-import graph
-import lineage
-import sft
-import tables
-import train
-from config import UserError
-from scales import Setup
+from paper import graph, tables
+from paper.scales import Setup
+from runtime import checkpoint, resume
+from runtime.device import pick_device
+from runtime.errors import UserError
+from runtime.files import read_json, sha256, write_json
+from text.examples import Examples, SFTData, prepare_examples
 
 NINE = {
     "c3": "C3",
@@ -38,26 +36,26 @@ Scores = dict[str, dict[str, Any]]  # task as it was asked for: task (its own na
 
 def check(names: list[str], file: str | None, options: dict[str, Any]) -> None:
     """What can be wrong with the tasks and their data, before anything is trained."""
-    import tasks  # needs a package that the rest does not
+    from tools import harness  # needs a package that the rest does not
 
     if file and not Path(file).is_file():
         raise UserError(f"--sft {file}: is not there; expected a .jsonl file of examples")
     if options["limit"] is not None and options["limit"] < 1:
         raise UserError(f"--limit: got {options['limit']}, expected 1 or more")
     for name in names:
-        tasks.load((name,), options["data_dir"], options["num_fewshot"])
+        harness.load((name,), options["data_dir"], options["num_fewshot"])
 
 
 def tunings(s: Setup, at: dict[Path, str], root: Path, file: str, ranks: int) -> tuple[graph.Graph, dict[Path, Path]]:
     """The fine-tunings of checkpoints that are there, {checkpoint: its cell}; and where the result of each will be."""
     found: graph.Graph = {}
     results = {}
-    known: dict[tuple[str, int], sft.Examples] = {}  # one for the versions of a setting
+    known: dict[tuple[str, int], Examples] = {}  # one for the versions of a setting
     keys = {**s.scale.sft, "data.sft": file, "train.device": s.base.train.device}
     plain = config.load("sft", keys)
     settled = {k: v for k, (f, v) in config.flatten(plain).items() if not f.metadata["free"]}
     key = hashlib.sha256(
-        json.dumps([disk.sha256(Path(file)), plain.data.epochs, settled], sort_keys=True).encode()
+        json.dumps([sha256(Path(file)), plain.data.epochs, settled], sort_keys=True).encode()
     ).hexdigest()[:8]
     for path, cell in at.items():
         setting = f"{cell.partition('/')[0]}-sft-{key}"  # a folder for each set of examples and keys
@@ -70,22 +68,22 @@ def tunings(s: Setup, at: dict[Path, str], root: Path, file: str, ranks: int) ->
             str(path),
             *(w for k, v in keys.items() for w in (f"--{k}", v)),
         ]
-        c, meta = lineage.tuned(plain, str(path), {"out"})
+        c, meta = resume.sft_config(plain, str(path), {"out"})
         if problems := config.check_batch(c, ranks):
             raise UserError("\n".join(problems))
         if (setting, c.model.context) not in known:
-            prepared = sft.prepare(file, lineage.open_tokenizer(path, meta), root / setting)
-            known[setting, c.model.context] = sft.Examples(prepared, c.model.context, c.train.seed)
-        data = sft.Tuning(known[setting, c.model.context], meta["data"], c.batch_sequences, c.data.epochs)
-        _, segment = lineage.tuning(c, meta, data.steps)
-        found[name := f"{setting}/{segment.name}"] = graph.Cell(setting, segment, c, arguments, None, {segment.end})
+            prepared = prepare_examples(file, resume.open_tokenizer(path, meta), root / setting)
+            known[setting, c.model.context] = Examples(prepared, c.model.context, c.train.seed)
+        data = SFTData(known[setting, c.model.context], meta["data"], c.batch_sequences, c.data.epochs)
+        _, segment = resume.sft_segment(c, meta, data.steps)
+        found[name := f"{setting}/{segment.name}"] = graph.Node(setting, segment, c, arguments, None, {segment.end})
         results[path] = checkpoint.path(root / name, segment.end)
     return found, results
 
 
 def scores(path: Path, names: list[str], root: Path, s: Setup, options: dict[str, Any]) -> Scores:
     """Of a checkpoint on tasks; those that are known are not asked again."""
-    import tasks
+    from tools import harness  # needs a package that the rest does not
 
     folder = root / "tasks"
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,12 +99,12 @@ def scores(path: Path, names: list[str], root: Path, s: Setup, options: dict[str
         ).hexdigest()[:16]
         file = folder / f"{key}.json"
         try:
-            known[name] = disk.read_json(file)["score"]
+            known[name] = read_json(file)["score"]
         except (FileNotFoundError, ValueError, KeyError):
-            device = train.pick_device(s.base.train.device, 0)
-            ((own, score),) = tasks.evaluate(path, [name], device, **options).items()
+            device = pick_device(s.base.train.device, 0)
+            ((own, score),) = harness.evaluate(path, [name], device, **options).items()
             known[name] = {"task": own, **score}
-            disk.write_json(file, {"checkpoint": str(path), "task": name, "options": options, "score": known[name]})
+            write_json(file, {"checkpoint": str(path), "task": name, "options": options, "score": known[name]})
     return known
 
 
@@ -114,7 +112,7 @@ def record(
     of: tables.Table, found: dict[tuple[str, str, str], list[Scores]], names: list[str], notes: list[str]
 ) -> dict[str, Any]:
     """A table of versions x tasks x paradigms, means over seeds; the paper's numbers below ours."""
-    import tasks
+    from tools import harness  # needs a package that the rest does not
 
     groups = list(dict.fromkeys(r.group for r in of.rows))
     several = len(groups) > 1
@@ -130,7 +128,7 @@ def record(
                 for n in names
             }
             lines.append(((row.group, column, row.name), mean))
-    made = tasks.table(
+    made = harness.table(
         of.title, [*["scale"] * several, "Ver.", "TP"], [([*where][not several :], mean) for where, mean in lines]
     )
     means = [

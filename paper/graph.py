@@ -1,6 +1,6 @@
 """The segments that tables need, as one graph: what they share is trained once, side by side, and goes on after a crash.
 
-    out/<scale>/<setting>-s<seed>/<segment>/      each a folder of train.py's; `paper.py status` shows their states
+    out/<scale>/<setting>-s<seed>/<segment>/      each a folder of train.py's; `paper status` shows their states
 
 A cell starts when the checkpoint that it leaves from is there, which for a branch is long before the main path ends.
 """
@@ -20,20 +20,19 @@ from typing import Any
 
 from tqdm import tqdm
 
-import checkpoint
 import config
-import data
-import disk
-import lineage
 import model
 import schedule
-import train
-from config import UserError
-from scales import Point, Setup
+from paper.scales import Point, Setup
+from runtime import checkpoint, resume
+from runtime.errors import UserError
+from runtime.files import is_locked
+from runtime.logger import read_log
+from text import prepare
 
 
 @dataclass
-class Cell:
+class Node:
     """One segment to train, in the folder `setting/segment.name` of the root."""
 
     setting: str
@@ -52,14 +51,14 @@ class Cell:
         return self.steps * self.config.train.batch_tokens * model.flops_per_token(self.config.model)
 
 
-Graph = dict[str, Cell]  # by folder
+Graph = dict[str, Node]  # by folder
 
 
 def add(cells: Graph, s: Setup, point: Point, seed: int) -> tuple[str, int]:
     """Put a point's segment into the graph, and all that it starts from. (its cell, its step)"""
     run = point.run
     c = s.config(run, seed)
-    segments = {g.name: g for g in lineage.make_segments(run.paradigm, lineage.make_plan(c))}
+    segments = {g.name: g for g in resume.make_segments(run.paradigm, resume.make_plan(c))}
 
     def need(segment: schedule.Segment, step: int) -> tuple[str, int]:
         main = segment.name == "main"
@@ -81,7 +80,7 @@ def add(cells: Graph, s: Setup, point: Point, seed: int) -> tuple[str, int]:
             ]
             arguments += [w for k, v in s.keys(run, seed).items() for w in (f"--{k}", v)]
             required = cells[name].required if name in cells else set()
-            cells[name] = Cell(f"{run.setting}-s{seed}", segment, c, arguments, parent, required)
+            cells[name] = Node(f"{run.setting}-s{seed}", segment, c, arguments, parent, required)
         elif not main and (segment.start, segment.end) != (cells[name].segment.start, cells[name].segment.end):
             raise UserError(
                 f"{name}: two of the tables asked for need different segments of this name, as with a plan.alpha of 1; ask for them with an --out each"
@@ -117,7 +116,7 @@ def done(cells: Graph, root: Path, name: str) -> bool:
 def records(folder: Path) -> list[dict[str, Any]]:
     """A cell's log, none if it has none yet."""
     try:
-        return [r for r in train.logged(folder) if well_formed(r)]
+        return [r for r in read_log(folder) if well_formed(r)]
     except OSError:
         return []
 
@@ -167,9 +166,9 @@ def reached(cells: Graph, root: Path, name: str) -> int:
     cell, folder = cells[name], root / name
     if done(cells, root, name):
         return cell.steps
-    if disk.held(folder / ".lock"):
+    if is_locked(folder / ".lock"):
         return progress(folder, cell.segment)
-    return (lineage.resume_step(folder, sorted(cell.required)) or cell.segment.start) - cell.segment.start
+    return (resume.resume_step(folder, sorted(cell.required)) or cell.segment.start) - cell.segment.start
 
 
 def rate(cells: Graph, root: Path) -> float | None:
@@ -189,8 +188,8 @@ def check_done(cells: Graph, root: Path) -> None:
         for step in checkpoint.steps(root / name):
             if step <= cell.segment.end:
                 where = checkpoint.path(root / name, step)
-                tokens = tokens or lineage.open_tokens(cell.config, lineage.make_plan(cell.config))
-                lineage.check_lineage(where, checkpoint.read_meta(where), cell.config, cell.segment, tokens)
+                tokens = tokens or resume.open_tokens(cell.config, resume.make_plan(cell.config))
+                resume.check_lineage(where, checkpoint.read_meta(where), cell.config, cell.segment, tokens)
 
 
 def run(cells: Graph, root: Path, jobs: int, gpus: int, ranks: int) -> None:
@@ -230,8 +229,8 @@ def run(cells: Graph, root: Path, jobs: int, gpus: int, ranks: int) -> None:
                 finished += cells[name].steps
             for name in list(waiting):
                 parent = cells[name].parent
-                if not free or (parent and not saved(root, *parent)) or disk.held(root / name / ".lock"):
-                    continue  # the lock: the child of a paper.py that was killed may still be at it
+                if not free or (parent and not saved(root, *parent)) or is_locked(root / name / ".lock"):
+                    continue  # the lock: the child of a paper that was killed may still be at it
                 waiting.remove(name)
                 slot = free.pop(0)
                 threads = "1" if gpus else str(max(1, (os.cpu_count() or 1) // (jobs * ranks)))
@@ -243,7 +242,7 @@ def run(cells: Graph, root: Path, jobs: int, gpus: int, ranks: int) -> None:
                 with open(output / f"{name.replace('/', '-')}.txt", "a") as text:
                     # its own session: Ctrl-C reaches this process alone, which then tells the others once
                     child = subprocess.Popen(
-                        [sys.executable, *several, str(data.HERE / "train.py"), *command(cells, name, root)],
+                        [sys.executable, *several, str(prepare.ROOT / "train.py"), *command(cells, name, root)],
                         stdout=text,
                         stderr=subprocess.STDOUT,
                         env=env,
@@ -254,8 +253,8 @@ def run(cells: Graph, root: Path, jobs: int, gpus: int, ranks: int) -> None:
                 if child.poll() is not None:
                     del running[name]
                     free.append(slot)
-                    if child.returncode and (done(cells, root, name) or disk.held(root / name / ".lock")):
-                        waiting.insert(0, name)  # the child of a paper.py that was killed was faster
+                    if child.returncode and (done(cells, root, name) or is_locked(root / name / ".lock")):
+                        waiting.insert(0, name)  # the child of a paper that was killed was faster
                     elif child.returncode:
                         said = (
                             (output / f"{name.replace('/', '-')}.txt").read_text(errors="replace").strip().splitlines()
@@ -266,7 +265,7 @@ def run(cells: Graph, root: Path, jobs: int, gpus: int, ranks: int) -> None:
                         )
                     else:
                         finished += cells[name].steps
-            others = [n for n in cells if n not in running and disk.held(root / n / ".lock")]
+            others = [n for n in cells if n not in running and is_locked(root / n / ".lock")]
             if (
                 not running
                 and not others
@@ -322,7 +321,7 @@ def status(cells: Graph, root: Path) -> list[str]:
                 "done"
                 if done(cells, root, n)
                 else "running"
-                if disk.held(root / n / ".lock")
+                if is_locked(root / n / ".lock")
                 else "stopped"
                 if steps
                 else "to do"
@@ -339,7 +338,7 @@ def left(cells: Graph, root: Path) -> tuple[list[str], float, float]:
     return todo, sum(cells[n].steps * parts[n] for n in todo), sum(cells[n].flops * parts[n] for n in todo)
 
 
-JOB_HOURS = 20  # of training in a SLURM job, whose limit in configs/slurm.sh is 24
+JOB_HOURS = 20  # of training in a SLURM job, whose limit in tools/slurm.sh is 24
 
 
 def launch_lines(
@@ -361,7 +360,7 @@ def launch_lines(
         if (
             cell.segment.name == "main"
         ):  # a piece a version, so that a branch need not wait for the whole of the main path
-            p = lineage.make_plan(cell.config)
+            p = resume.make_plan(cell.config)
             pieces = [([*words, "--version", str(i)], p.end(i) - p.d) for i in range(1, len(p.increments) + 1)]
         wait = f" --dependency=afterok:${jobs[cell.parent]}" if cell.parent in jobs else ""
         begin = cell.segment.start
@@ -370,7 +369,7 @@ def launch_lines(
             for _ in range(math.ceil(hours / JOB_HOURS)):
                 job = f"j{len(lines) + 1}"
                 lines.append(
-                    f"{job}=$(sbatch --parsable --job-name={shlex.quote(name)}{wait} configs/slurm.sh {shlex.join(words)})"
+                    f"{job}=$(sbatch --parsable --job-name={shlex.quote(name)}{wait} tools/slurm.sh {shlex.join(words)})"
                 )
                 wait = f" --dependency=afterany:${job}"
             wait = f" --dependency=afterok:${job}"

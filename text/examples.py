@@ -23,11 +23,12 @@ import numpy as np
 from tqdm import tqdm
 
 import data
-import disk
-import reader
-from config import UserError
 from kernels.cross_entropy import IGNORE
-from text import Tokenizer, clean, documents, files_of
+from runtime.errors import UserError
+from runtime.files import fsync, lock, read_json, sha256, write_json
+from text import prepare
+from text.sources import clean, documents, files_of
+from text.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 HELD_OUT = 1 / 50
@@ -94,27 +95,27 @@ def texts(stretch: list[str], marks: dict[str, int]) -> list[str]:
 # Once: JSONL -> token files
 
 
-def prepare(source: str, tok: Tokenizer, run: Path, quiet: bool = False) -> Path:
+def prepare_examples(source: str, tok: Tokenizer, run: Path, quiet: bool = False) -> Path:
     """The folder of a source's examples below `run`, made if it is not there. UserError names a line that is no example, or says that there is none."""
     files = files_of(source, "--data")
     if wrong := [f for f in files if ".jsonl" not in f.name]:
         raise UserError(f"--data {wrong[0]}: is no file of examples, expected .jsonl, which may be compressed")
-    sha = hashlib.sha256("".join(disk.sha256(f) for f in files).encode()).hexdigest()
+    sha = hashlib.sha256("".join(sha256(f) for f in files).encode()).hexdigest()
     folder = run / f"examples-{hashlib.sha256(f'1 {sha} {tok.sha256}'.encode()).hexdigest()[:12]}"
     if folder.exists():
         check(folder)
         return folder
     first = not run.exists()
-    partial, lock = run / f".{folder.name}.partial", run / f".{folder.name}.lock"
-    with disk.lock(lock, f"{folder}: another process is preparing it; wait for it"):
+    partial, lock_file = run / f".{folder.name}.partial", run / f".{folder.name}.lock"
+    with lock(lock_file, f"{folder}: another process is preparing it; wait for it"):
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             counts = _write(files, tok, partial, quiet)
             if not counts["examples"]:
                 raise UserError(f"--data {source}: holds no example")
-            sums = {name: disk.sha256(partial / f"{name}.bin") for name in FILES}
-            disk.write_json(
+            sums = {name: sha256(partial / f"{name}.bin") for name in FILES}
+            write_json(
                 partial / "meta.json",
                 {
                     "format": 1,
@@ -126,11 +127,11 @@ def prepare(source: str, tok: Tokenizer, run: Path, quiet: bool = False) -> Path
                 },
             )
             os.rename(partial, folder)
-            disk.sync(run)
+            fsync(run)
         except UserError:
             shutil.rmtree(partial, ignore_errors=True)
             if first:  # nothing is left of what was refused, unless somebody else has begun here
-                lock.unlink()
+                lock_file.unlink()
                 with suppress(OSError):
                     run.rmdir()
             raise
@@ -143,10 +144,10 @@ def check(folder: Path) -> dict[str, Any]:
     """The meta of a prepared folder, whose files are as they were written. UserError names the one that is not."""
     what = folder / "meta.json"
     try:
-        meta = disk.read_json(what)
+        meta = read_json(what)
         for name in FILES:
             what = folder / f"{name}.bin"
-            if disk.sha256(what) != meta["sha256"][name]:
+            if sha256(what) != meta["sha256"][name]:
                 raise ValueError("its bytes have changed, SHA-256")
         return meta
     except (OSError, ValueError, KeyError, TypeError) as e:
@@ -177,7 +178,7 @@ def _write(files: list[Path], tok: Tokenizer, folder: Path, quiet: bool) -> dict
                 ids.append(tok.eot)
                 loss.append(1)
                 tokens, learned, examples = tokens + len(ids), learned + sum(loss), examples + 1
-                h, _ = data.hashes("".join(t for stretch, _ in example for t in stretch))
+                h, _ = prepare.hashes("".join(t for stretch, _ in example for t in stretch))
                 for name, values in (
                     ("ids", ids),
                     ("loss", loss),
@@ -232,7 +233,7 @@ class Examples:
 
     def __init__(self, folder: Path, context: int, seed: int) -> None:
         self.folder, self.context, self.seed = folder, context, seed
-        self.meta = disk.read_json(folder / "meta.json")  # `check` found it whole
+        self.meta = read_json(folder / "meta.json")  # `check` found it whole
         self.ids, self.loss, ends, held = (np.memmap(folder / f"{name}.bin", kind, "r") for name, kind in FILES.items())
         self.starts, self.ends = np.concatenate(([0], ends[:-1])), np.asarray(ends)
         lengths = self.ends - self.starts - 1  # inputs: all but the last token
@@ -274,7 +275,7 @@ class Examples:
         R, out = len(self.train), np.empty_like(n)
         for epoch in np.unique(n // R):
             here = n // R == epoch
-            out[here] = reader.permute(n[here] % R, R, (self.seed, int(epoch)))
+            out[here] = data.permute(n[here] % R, R, (self.seed, int(epoch)))
         return out
 
     def rows(self, chosen: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -291,7 +292,7 @@ class Examples:
         return x, y, documents
 
 
-class Tuning:
+class SFTData:
     """Examples as the data of `--mode sft`: each `epochs` times, in batches of B rows, the last one filled with empty rows. Read as reader.Tokens is."""
 
     def __init__(self, examples: Examples, parent: dict[str, Any], B: int, epochs: int) -> None:
@@ -324,10 +325,10 @@ class Tuning:
             yield self.examples.rows(val[first : first + rows])
 
 
-class Mix(reader.Tokens):
+class MixedData(data.Tokens):
     """The tokens of a branch from `start` on, of whose batches the last `part` are rows of examples."""
 
-    def mix(self, examples: Examples, part: float, start: int) -> "Mix":
+    def mix(self, examples: Examples, part: float, start: int) -> "MixedData":
         self.examples, self.part, self.m, self.start = examples, part, int(part * self.B + 0.5), start
         return self
 

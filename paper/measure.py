@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import eval as evaluation
-import tables
-import train
+from paper import tables
+from runtime import checkpoint
+from runtime.device import pick_device
 
 T975 = (
     12.706,
@@ -43,7 +43,7 @@ def scores(checkpoints: list[Path], kept: Path, jobs: int, device: str) -> dict[
             with np.load(file) as stored:
                 return evaluation.Score(stored["nats"], stored["tokens"])
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):  # not there, or not whole
-            s = evaluation.score(path, train.pick_device(device, 0), quiet=True)
+            s = evaluation.score(path, pick_device(device, 0), quiet=True)
             with open(file.with_suffix(".partial"), "wb") as f:
                 np.savez(f, nats=s.nats, tokens=s.tokens)
                 f.flush()

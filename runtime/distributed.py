@@ -9,9 +9,7 @@ Nothing here makes a schedule or a batch: the same global batch goes through the
 
 import json
 import os
-import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -28,12 +26,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import model as llama
-from config import UserError
+from runtime.errors import UserError, first_line
 
 MIX = 6364136223846793005  # odd, as every factor of the hash; Knuth's
 
 
-class Lost(UserError):
+class RankLost(UserError):
     """Other ranks are gone or stuck. Nothing that the user wrote is wrong: the same command goes on from the last checkpoint."""
 
     code = 124  # as timeout(1) has it
@@ -109,44 +107,31 @@ def join(device: torch.device, rank: int, ranks: int, timeout: float) -> None:
             **alone,
         )
     except (RuntimeError, ValueError) as e:  # the address is taken, or nobody is there
-        raise Lost(
+        raise RankLost(
             f"rank {rank} could not meet the other {ranks - 1}: {first_line(e)}; MASTER_ADDR and MASTER_PORT must be rank 0's"
         ) from None
 
 
-def words(e: BaseException) -> str:
-    """What to tell the user of an error of the disk or of our own."""
-    if isinstance(e, OSError):
-        return f"{e.filename or 'disk'}: {e.strerror or e}"
-    return str(e) if isinstance(e, UserError) else first_line(e)
-
-
-def first_line(e: BaseException) -> str:
-    """What a library says, without where in its source it says so, and its advice."""
-    text = (str(e).strip().splitlines() or [type(e).__name__])[0]
-    return re.sub(r"^\[[^]]*\] ", "", text).split(". ")[0]
-
-
-def once(message: str, rank: int) -> UserError:
+def rank0_error(message: str, rank: int) -> UserError:
     """For what all ranks meet at the same step: rank 0 says it."""
     return UserError(message if rank == 0 else "")
 
 
 @contextmanager
-def company(rank: int, ranks: int) -> Iterator[None]:
+def lost_rank_errors(rank: int, ranks: int) -> Iterator[None]:
     """Lost, where a collective fails because others are gone."""
     try:
         yield
     except RuntimeError as e:
         if ranks == 1 or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
             raise
-        raise Lost(
+        raise RankLost(
             f"rank {rank} has lost the others ({first_line(e)}); the rank that failed first says why. The same command goes on from the last checkpoint"
         ) from None
 
 
 @contextmanager
-def together(rank: int, ranks: int) -> Iterator[None]:
+def raise_on_all_ranks(rank: int, ranks: int) -> Iterator[None]:
     """What stops one rank stops all. The first one of those says why; the others leave in silence, and wait for nobody."""
     error: Exception | None = None
     try:
@@ -162,7 +147,7 @@ def together(rank: int, ranks: int) -> Iterator[None]:
         raise error
 
 
-def told(value: Any, ranks: int, source: int = 0, group: dist.ProcessGroup | None = None) -> Any:
+def broadcast(value: Any, ranks: int, source: int = 0, group: dist.ProcessGroup | None = None) -> Any:
     """The value that one rank has, which JSON can hold, on all ranks."""
     if ranks == 1:
         return value
@@ -176,8 +161,8 @@ def told(value: Any, ranks: int, source: int = 0, group: dist.ProcessGroup | Non
 
 def check_same(values: dict[str, Any], rank: int, ranks: int, remedy: str) -> None:
     """UserError unless all ranks hold the same values; names the first rank that differs, and the keys."""
-    theirs, here = told(values, ranks), json.loads(json.dumps(values))
-    with together(rank, ranks):
+    theirs, here = broadcast(values, ranks), json.loads(json.dumps(values))
+    with raise_on_all_ranks(rank, ranks):
         if different := [
             f"{k}: {here.get(k)} here, {theirs.get(k)} there"
             for k in {**theirs, **here}
@@ -199,7 +184,7 @@ def check_replicas(net: torch.nn.Module, shards: int, rank: int, ranks: int, ste
     copies = torch.stack(every).view(-1, shards)  # (copies, shards)
     odd = (copies != copies.mode(0).values).flatten().nonzero().flatten().tolist()  # against what most copies have
     if odd:
-        raise once(
+        raise rank0_error(
             f"step {step}: the weights of rank {', '.join(map(str, odd))} differ from those of the other copies; stopped, nothing saved. "
             "A device may be at fault: start again without it",
             rank,
@@ -208,7 +193,7 @@ def check_replicas(net: torch.nn.Module, shards: int, rank: int, ranks: int, ste
 
 def fingerprint(net: torch.nn.Module) -> int:
     """A 64-bit hash of the bits of this rank's weights. A change of one element always changes it: its factor is odd."""
-    parts = [local(p.detach()).reshape(-1).view(torch.int32) for p in net.parameters()]
+    parts = [local_part(p.detach()).reshape(-1).view(torch.int32) for p in net.parameters()]
     total = torch.zeros((), dtype=torch.int64, device=parts[0].device)
     for bits in parts:
         for some in bits.split(1 << 24):  # int64 copies of a little at a time
@@ -222,12 +207,12 @@ def fingerprint(net: torch.nn.Module) -> int:
 # The model on many ranks
 
 
-def local(t: Tensor) -> Tensor:
+def local_part(t: Tensor) -> Tensor:
     """This rank's part of a tensor: the rows it holds under FSDP2, else all of it."""
     return t.to_local() if isinstance(t, DTensor) else t
 
 
-def whole(t: Tensor) -> Tensor:
+def full_tensor(t: Tensor) -> Tensor:
     """All of a tensor that ranks hold in parts, such as the norm of a gradient."""
     return t.full_tensor() if isinstance(t, DTensor) else t
 
@@ -251,7 +236,7 @@ def shard(net: llama.Transformer, device: torch.device, ranks: int, shard_ranks:
 
 
 @contextmanager
-def exchange(model: torch.nn.Module, last: bool) -> Iterator[None]:
+def sync_gradients(model: torch.nn.Module, last: bool) -> Iterator[None]:
     """Around a micro-batch: gradients cross ranks in the backward pass of the `last` one only."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
@@ -265,7 +250,7 @@ def exchange(model: torch.nn.Module, last: bool) -> Iterator[None]:
 
 
 @contextmanager
-def gathered(net: torch.nn.Module) -> Iterator[None]:
+def gathered_weights(net: torch.nn.Module) -> Iterator[None]:
     """All weights on all ranks, so that forward passes need no other rank: ranks may take different numbers of them."""
     parts = [m for m in net.modules() if isinstance(m, FSDPModule)]
     for m in parts:
@@ -276,36 +261,6 @@ def gathered(net: torch.nn.Module) -> Iterator[None]:
 
 
 # ----------------------------------------------------------------------------------------------------------
-
-
-class Watchdog(threading.Thread):
-    """Ends the process when `beat` was not called for so many seconds: a rank that died or hangs would keep the others for ever.
-
-    It is a thread of its own, since the main one is then inside a collective or waits for the device.
-    """
-
-    def __init__(self, seconds: float, rank: int, last_good: Any) -> None:
-        super().__init__(daemon=True)
-        self.seconds, self.rank, self.last_good = seconds, rank, last_good
-        self.done = threading.Event()
-        self.beat("the start")
-
-    def beat(self, what: str) -> None:
-        self.what, self.waited = what, 0.0
-
-    def run(self) -> None:
-        often, last = min(1.0, self.seconds / 10), time.monotonic()
-        while not self.done.wait(often):
-            last, passed = time.monotonic(), time.monotonic() - last
-            self.waited += min(passed, 2 * often)  # a process that was stopped itself (Ctrl-Z) has not waited
-            if self.waited > self.seconds:
-                print(
-                    f"train.py: error: {self.what}: rank {self.rank} has waited for {self.seconds:g} s (train.timeout): another rank, a device or "
-                    f"a disk hangs. The same command goes on. {self.last_good()}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                os._exit(Lost.code)
 
 
 class SecondSignal(threading.Thread):
@@ -333,3 +288,31 @@ class SecondSignal(threading.Thread):
         self.join()
         os.close(self.read)
         os.close(self.write)
+
+
+def world() -> tuple[int, int, int]:
+    """(rank, local rank, ranks) as torchrun sets them; (0, 0, 1) without it. UserError where they contradict each other."""
+    given = {
+        k: os.environ[k] for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if k in os.environ
+    }
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    if not any(k in given for k in names):
+        return 0, 0, 1
+    missing = [k for k in names if k not in given]
+    if given.get("WORLD_SIZE") != "1":
+        missing += [k for k in ("MASTER_ADDR", "MASTER_PORT") if k not in given]
+    if missing:
+        raise UserError(
+            f"{missing[0]}: not set, but {', '.join(k for k in names if k in given)} is; start several processes with torchrun, or unset them"
+        )
+    for k in names:
+        if not given[k].isdecimal() or len(given[k]) > 6:
+            raise UserError(
+                f"{k}: got {given[k]!r}, expected a whole number; start several processes with torchrun, or unset it"
+            )
+    rank, local_rank, ranks = (int(given[k]) for k in names)
+    if not local_rank <= rank < ranks:
+        raise UserError(
+            f"RANK: got {rank} with LOCAL_RANK {local_rank} and WORLD_SIZE {ranks}, expected LOCAL_RANK <= RANK < WORLD_SIZE; torchrun sets them"
+        )
+    return rank, local_rank, ranks

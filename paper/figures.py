@@ -6,11 +6,10 @@ Each function draws one file from plans (learning rates), from a table's record 
 import math
 from typing import Any
 
-import graph
-import lineage
 import schedule
-import tables
-from scales import Run, Setup
+from paper import graph, tables
+from paper.scales import Run, Setup
+from runtime import resume
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito
 DARK = "#333333"
@@ -60,8 +59,8 @@ def legend(fig: Any, axes: Any, columns: int = 6) -> float:
 
 def paradigms(s: Setup, file: str) -> None:
     """Figure 1: the paths of the three paradigms."""
-    p = lineage.make_plan(s.base)
-    schedule.draw({x: lineage.make_segments(x, p) for x in schedule.PARADIGMS}, file)
+    p = resume.make_plan(s.base)
+    schedule.draw({x: resume.make_segments(x, p) for x in schedule.PARADIGMS}, file)
 
 
 def schedules(s: Setup, file: str) -> None:
@@ -69,7 +68,7 @@ def schedules(s: Setup, file: str) -> None:
     fig, (ax,) = canvas(1, 5)
     for i, name in enumerate(s.schedules):
         run = Run("ptfs", keys=(("plan.schedule", name),))
-        first = lineage.make_segments("ptfs", lineage.make_plan(s.config(run, 1)))[0]
+        first = resume.make_segments("ptfs", resume.make_plan(s.config(run, 1)))[0]
         ax.plot(
             range(first.end),
             [first.lr(i) for i in range(first.end)],
@@ -87,7 +86,7 @@ def variants(s: Setup, file: str) -> None:
     names = {"rewarm_max": "RewarmMax", "reset_max": "ResetMax", "keep_min": "KeepMin"}
     runs = {title: Run("cpt", keys=(("plan.cpt_variant", v),)) for v, title in names.items()}
     schedule.draw(
-        {title: lineage.make_segments("cpt", lineage.make_plan(s.config(r, 1))) for title, r in runs.items()}, file
+        {title: resume.make_segments("cpt", resume.make_plan(s.config(r, 1))) for title, r in runs.items()}, file
     )
 
 

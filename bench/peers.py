@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import config
-import hf
 import model as llama
+from tools import huggingface
 
 
 class NanoBlock(nn.Module):
@@ -63,8 +63,10 @@ def hugging_face(c: config.Model, ours: llama.Transformer, liger: bool = False) 
     kind = "Qwen2" if c.qkv_bias else "Llama"
     if liger:
         getattr(importlib.import_module("liger_kernel.transformers"), f"apply_liger_kernel_to_{kind.lower()}")()
-    settings = getattr(transformers, f"{kind}Config")(**hf.to_config(c), use_cache=False, attn_implementation="sdpa")
+    settings = getattr(transformers, f"{kind}Config")(
+        **huggingface.to_config(c), use_cache=False, attn_implementation="sdpa"
+    )
     net = getattr(transformers, f"{kind}ForCausalLM")(settings)
-    weights = hf.theirs(c, dict(ours.named_parameters()))
+    weights = huggingface.to_hf(c, dict(ours.named_parameters()))
     net.load_state_dict({"lm_head.weight": ours.head.weight, **weights})  # a tied head, too, has its name there
     return net.train()

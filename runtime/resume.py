@@ -10,16 +10,17 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import checkpoint
 import config
-import reader
+import data
 import schedule
-import sft
-from config import UserError
-from text import Tokenizer
+from runtime import checkpoint
+from runtime.errors import UserError
+from text import token_files
+from text.examples import SFTData
+from text.tokenizer import Tokenizer
 
 IMPORT = "import"  # the segment of a model that was made elsewhere
-TUNING = "sft"  # the first part of the name of a fine-tuning's
+SFT = "sft"  # the first part of the name of a fine-tuning's
 MODES = {"main": "ours", "branch": "ours", "ptfs": "ptfs", "cpt": "cpt"}  # mode: paradigm
 
 
@@ -32,7 +33,7 @@ def make_plan(c: config.Config, version: int | None = None) -> schedule.Plan:
     return schedule.Plan(increments, **rest)
 
 
-def open_tokens(c: config.Config, p: schedule.Plan, kind: type[reader.Tokens] = reader.Tokens) -> Any:
+def open_tokens(c: config.Config, p: schedule.Plan, kind: type[data.Tokens] = data.Tokens) -> Any:
     """The data as a plan reads it."""
     return kind(
         c.data.path,
@@ -48,7 +49,7 @@ def open_tokens(c: config.Config, p: schedule.Plan, kind: type[reader.Tokens] = 
 def open_tokenizer(path: Path, meta: dict[str, Any], folder: str | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint: from its data, from another folder made with it, or from the model that was imported."""
     where = Path(folder or str(meta["config"].get("data.path")))
-    tok = Tokenizer(str(where)) if (where / "tokenizer.json").is_file() else reader.tokenizer_of(where)
+    tok = Tokenizer(str(where)) if (where / "tokenizer.json").is_file() else token_files.tokenizer_of(where)
     if tok.sha256 != meta["data"].get("tokenizer"):
         raise UserError(
             f"--data {where}: its tokenizer is not the one that {path} was trained with; choose the data it was trained on"
@@ -84,7 +85,7 @@ def pick(
     return p, segments, segment
 
 
-def tuned(c: config.Config, parent: str | None, given: set[str]) -> tuple[config.Config, dict[str, Any]]:
+def sft_config(c: config.Config, parent: str | None, given: set[str]) -> tuple[config.Config, dict[str, Any]]:
     """The config of `--mode sft`, whose model is the parent's, and the parent's meta. `given`: keys of the command line."""
     if not parent:
         raise UserError(
@@ -116,12 +117,12 @@ def tuned(c: config.Config, parent: str | None, given: set[str]) -> tuple[config
     return replace(c, model=replace(theirs, context=context), data=replace(c.data, path=path), out=out), meta
 
 
-def tuning(c: config.Config, meta: dict[str, Any], steps: int) -> tuple[schedule.Plan, schedule.Segment]:
+def sft_segment(c: config.Config, meta: dict[str, Any], steps: int) -> tuple[schedule.Plan, schedule.Segment]:
     """The plan of a fine-tuning of so many steps, and its one segment: the learning rates of a version 1 from scratch, warmed up in a tenth at most."""
     p = replace(make_plan(c), increments=[steps], warmup=min(c.plan.warmup, steps // 10))
     whole = make_segments("ptfs", p)[0]
     return p, replace(
-        whole, name=f"{TUNING}/{meta['segment']}", version=meta["version"], parent=(meta["segment"], meta["step"])
+        whole, name=f"{SFT}/{meta['segment']}", version=meta["version"], parent=(meta["segment"], meta["step"])
     )
 
 
@@ -142,7 +143,7 @@ def fingerprint(s: schedule.Segment, ends: list[int], step: int) -> dict[str, An
 
 
 def check_lineage(
-    where: Path, meta: dict[str, Any], c: config.Config, s: schedule.Segment, tokens: reader.Tokens | sft.Tuning
+    where: Path, meta: dict[str, Any], c: config.Config, s: schedule.Segment, tokens: data.Tokens | SFTData
 ) -> None:
     """Is a checkpoint of segment `s` what this config would have made? UserError names the keys or files that say no."""
     if meta["segment"] != s.name:
@@ -201,13 +202,13 @@ def check_model(where: Path, meta: dict[str, Any], c: config.Config, tokenizer: 
         )
 
 
-def begin(
+def find_start(
     c: config.Config,
     run: Path,
     segments: list[schedule.Segment],
     segment: schedule.Segment,
     required: list[int],
-    tokens: reader.Tokens | sft.Tuning,
+    tokens: data.Tokens | SFTData,
     maker: str,
     parent: str | None = None,
 ) -> dict[str, Any]:
@@ -224,7 +225,7 @@ def begin(
                 f"{f}: is no checkpoint (a folder of files and meta.json), and in the way of one; restore it or move it away"
             )
     done = [r for r in required if r in checkpoint.steps(folder)]
-    alone = segment.name.startswith(f"{TUNING}/")
+    alone = segment.name.startswith(f"{SFT}/")
     there = checkpoint.steps(folder)
     if parent and there and (Path(parent) / "meta.json").exists():
         recorded = checkpoint.read_meta(checkpoint.path(folder, there[0])).get("parent") or {}

@@ -1,7 +1,7 @@
 """The paper's tables as data: rows of runs, the numbers that the paper prints beside them, and its statements.
 
 A *claim* is a statement of the paper as differences of perplexities that it says are below zero. graph.py trains the points that
-the rows name, paper.py measures and prints.
+the rows name, paper measures and prints.
 To add a table, write a function like those below and add it to TABLES.
 """
 
@@ -16,9 +16,9 @@ from typing import Any
 import config
 import model
 import schedule
-from scales import Point, Run, Setup
+from paper.scales import Point, Run, Setup
 
-PAPER = json.loads((Path(__file__).parent / "results" / "paper.json").read_text())
+PAPER = json.loads((Path(__file__).parent.parent / "results" / "paper.json").read_text())
 NAMES = {"ptfs": "PTFS", "cpt": "CPT", "ours": "Ours"}
 MAIN = ("cosine", "knee", "multistep")  # the paper's schedules
 ALPHAS = (0.2, 0.4, 0.6, 0.8)
@@ -493,7 +493,7 @@ TABLES: dict[str, Callable[[Setup], Table]] = {
     "table12": table12,
     "table13": table13,
 }
-# Everything that paper.py makes, in the paper's order
+# Everything that paper makes, in the paper's order
 ORDER = [
     "fig1",
     "fig2",

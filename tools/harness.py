@@ -2,7 +2,9 @@
 
 The harness (https://github.com/EleutherAI/lm-evaluation-harness) has the questions, prompts and metrics; `LM` is what it asks,
 and answers as the harness's own adapter `hf` would for the same weights. configs/tasks adds tasks that the harness lacks.
-eval.py --tasks is the way in. Under torchrun each rank answers its part of the questions with a whole copy of the model.
+    python -m tools.harness out/tiny/base-s1 --tasks gsm8k,mmlu     a run's versions, or checkpoints
+
+Under torchrun each rank answers its part of the questions with a whole copy of the model.
 """
 
 import contextlib
@@ -22,18 +24,17 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
 import config
 import eval as evaluation
-import lineage
 import model as llama
-import parallel
-import report
-import train
-from config import UserError
-from generate import generate
-from tables import NAMES
-from text import Tokenizer
+from paper import report
+from paper.tables import NAMES
+from runtime import checkpoint, distributed, resume
+from runtime.command_line import Parser
+from runtime.device import pick_device, steady_malloc
+from runtime.errors import UserError, first_line, user_errors
+from sample import generate
+from text.tokenizer import Tokenizer
 
 try:
     import datasets
@@ -52,7 +53,7 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of each default
 lm_eval.api.task.tqdm = functools.partial(tqdm, disable=None, delay=2, leave=False)  # a bar a task, as ours are
 if not sys.stderr.isatty():
     datasets.disable_progress_bars()
-OURS = Path(__file__).parent / "configs" / "tasks"
+OURS = Path(__file__).parent.parent / "configs" / "tasks"
 NEW = 256  # tokens of an answer where the task does not say, as the harness's adapters have it
 READERS = ("csv", "json", "parquet", "text")  # what `datasets` reads single files with
 # The metric that stands for a task, the first of these that it has; else its first. Of several filters the first, but of GSM8K's
@@ -241,7 +242,7 @@ def local_copies(folder: str | None) -> Iterator[None]:
             return original(where, *args, **kw)
         except Exception as e:  # of the hub, the disk and the library, which have many types
             raise UserError(
-                f"--tasks: the dataset {where} cannot be read ({type(e).__name__}: {parallel.first_line(e)[:200]})"
+                f"--tasks: the dataset {where} cannot be read ({type(e).__name__}: {first_line(e)[:200]})"
                 + ("; without a network, name a folder of local copies with --data_dir" if folder is None else "")
             ) from None
 
@@ -282,7 +283,7 @@ def harness_errors(names: Iterable[str]) -> Iterator[None]:
         ):
             raise
         raise UserError(
-            f"--tasks {','.join(names)}: the harness cannot run it ({type(e).__name__}: {parallel.first_line(e)[:200]}); mend the task"
+            f"--tasks {','.join(names)}: the harness cannot run it ({type(e).__name__}: {first_line(e)[:200]}); mend the task"
         ) from e
 
 
@@ -404,15 +405,15 @@ def evaluate(
     `data`: a prepared folder with the checkpoint's tokenizer. `limit`: the first questions of each task only.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    with parallel.together(rank, ranks):
+    with distributed.raise_on_all_ranks(rank, ranks):
         found = load(tuple(names), data_dir, num_fewshot)
         meta = checkpoint.read_meta(path)
         with harness_errors(names):
             check(found, config.model_of(meta["config"], f"{path / 'meta.json'}").context, limit, ranks)
-        tok = lineage.open_tokenizer(path, meta, data)
+        tok = resume.open_tokenizer(path, meta, data)
         lm = LM(evaluation.load_model(path, device)[0], tok, batch, rank, ranks)
     # to stderr what the harness prints; a list of tasks of its own, or it makes one of all there are
-    with parallel.company(rank, ranks), contextlib.redirect_stdout(sys.stderr), harness_errors(names):
+    with distributed.lost_rank_errors(rank, ranks), contextlib.redirect_stdout(sys.stderr), harness_errors(names):
         made = evaluator.simple_evaluate(
             lm,
             tasks=list(found.values()),
@@ -452,13 +453,13 @@ def paradigm(name: str, all_names: list[str]) -> str:
 
 def run(o: Namespace) -> None:
     """eval.py --tasks: each checkpoint, or each finished version of a run, under a progress line; then the table."""
-    rank, local_rank, ranks = config.world()
-    device = train.pick_device(o.device, local_rank)
-    train.steady_malloc(device)
+    rank, local_rank, ranks = distributed.world()
+    device = pick_device(o.device, local_rank)
+    steady_malloc(device)
     if ranks > 1:
-        parallel.join(device, rank, ranks, 1800)
+        distributed.join(device, rank, ranks, 1800)
     names = list(dict.fromkeys(n for n in o.tasks.split(",") if n))
-    with parallel.together(rank, ranks):
+    with distributed.raise_on_all_ranks(rank, ranks):
         if not names:
             raise UserError("--tasks: got no name, expected some such as gsm8k,mmlu")
         versions = evaluation.chosen([Path(p) for p in o.path])
@@ -507,3 +508,30 @@ def run(o: Namespace) -> None:
     else:
         record = table("Downstream tasks", ["checkpoint"], [([str(p)], r) for p, r in known.items()])
     print(report.markdown(record))
+
+
+def main() -> None:
+    a = Parser(prog="python -m tools.harness", description=__doc__)
+    a.add_argument("path", nargs="+", help="checkpoints, or one run's folder")
+    a.add_argument("--tasks", metavar="NAME,..", required=True, help="of the harness, of configs/tasks, or YAML files")
+    a.add_argument("--data", help="a prepared folder [the one that the checkpoint was trained on]")
+    a.add_argument(
+        "--data_dir", metavar="DIR", help="copies of the datasets, each in DIR/its name on the hub [the hub]"
+    )
+    a.add_argument("--limit", type=int, help="the first questions of each task only, as a trial")
+    a.add_argument("--num_fewshot", type=int, help="examples before each question [as the task says]")
+    a.add_argument("--batch", type=int, default=16, help="rows side by side [16]")
+    a.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    a.add_argument("--json", action="store_true")
+    o = a.parse_args()
+    if (o.limit is not None and o.limit < 1) or o.batch < 1 or (o.num_fewshot or 0) < 0:
+        raise UserError(
+            f"--limit, --batch, --num_fewshot: got {o.limit}, {o.batch} and {o.num_fewshot}, "
+            "expected 1 or more, 1 or more and 0 or more"
+        )
+    run(o)
+
+
+if __name__ == "__main__":
+    with user_errors("harness"):
+        main()

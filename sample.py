@@ -1,12 +1,21 @@
 """Continuations of prompts, many side by side, with the keys and values of what was read already in a cache."""
 
+import json
+import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import model as llama
+from eval import load_model
+from runtime import resume
+from runtime.command_line import Parser
+from runtime.device import pick_device, steady_malloc
+from runtime.errors import UserError, user_errors
+from text.sources import clean
 
 
 def draw(logits: Tensor, temperature: float, top_p: float, chance: list[np.random.Generator]) -> list[int]:
@@ -75,3 +84,60 @@ def generate(
             ids, read = torch.tensor(new, device=device)[:, None], torch.ones_like(read)
         alive = [i for i in alive if i not in over]
     return out
+
+
+def continuations(
+    path: Path,
+    device: torch.device,
+    prompts: list[str],
+    length: int,
+    seed: int,
+    folder: str | None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> list[str]:
+    """Each prompt and `length` tokens drawn after it, or fewer where the text ends."""
+    net, meta = load_model(path, device)
+    tok = resume.open_tokenizer(path, meta, folder)
+    prompts = [clean(p) for p in prompts]
+    ids = [tok.encode(p) or [tok.eot] for p in prompts]
+    return [
+        p + tok.decode(new)
+        for p, new in zip(prompts, generate(net, ids, length, {tok.eot}, temperature, top_p, seed), strict=True)
+    ]
+
+
+def main() -> None:
+    a = Parser(prog="sample.py", description=__doc__)
+    a.add_argument("path", nargs="+", help="checkpoints")
+    a.add_argument(
+        "--prompt", metavar="TEXT", action="append", required=True, help="continue this text; again for more"
+    )
+    a.add_argument("--data", help="a prepared folder [the one that the checkpoint was trained on]")
+    a.add_argument("--length", type=int, default=100, help="tokens of a continuation [100]")
+    a.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token each time [1]")
+    a.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of this probability [1]")
+    a.add_argument("--seed", type=int, default=1, help="of the continuations [1]")
+    a.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    a.add_argument("--json", action="store_true")
+    o = a.parse_args()
+    if not 0 <= o.seed < 2**63 or o.length < 0:
+        raise UserError(f"--seed, --length: got {o.seed} and {o.length}, expected 0 or more, and the seed below 2^63")
+    if not 0 <= o.temperature < math.inf:
+        raise UserError(f"--temperature: got {o.temperature}, expected 0 or more")
+    if not 0 < o.top_p <= 1:
+        raise UserError(f"--top_p: got {o.top_p}, expected above 0 and at most 1")
+    device = pick_device(o.device, 0)
+    steady_malloc(device)
+    texts = {
+        p: continuations(Path(p), device, o.prompt, o.length, o.seed, o.data, o.temperature, o.top_p) for p in o.path
+    }
+    if o.json:
+        print(json.dumps(texts, indent=1))
+    else:
+        print("\n\n".join("\n\n".join([f"{p}:"] * (len(texts) > 1) + written) for p, written in texts.items()))
+
+
+if __name__ == "__main__":
+    with user_errors("sample.py"):
+        main()

@@ -12,9 +12,9 @@ from typing import Any
 
 import config
 import cost
-import lineage
 import schedule
-from config import UserError
+from runtime import resume
+from runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Scale:
 
 def load_scale(name: str) -> Scale:
     """A scale by its name in configs/scales/ or as a .toml file. UserError names what is wrong with it."""
-    folder = Path(__file__).parent / "configs" / "scales"
+    folder = Path(__file__).parent.parent / "configs" / "scales"
     file = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
     if not file.is_file():
         raise UserError(
@@ -141,8 +141,8 @@ class Setup:
         self._configs: dict[Run, config.Config] = {}
         for name in {*schedules, c.plan.schedule}:
             for paradigm in schedule.PARADIGMS:
-                lineage.make_segments(
-                    paradigm, replace(lineage.make_plan(c), schedule=name)
+                resume.make_segments(
+                    paradigm, replace(resume.make_plan(c), schedule=name)
                 )  # its complaints come before anything is done
 
     def keys(self, run: Run, seed: int) -> dict[str, str]:
@@ -157,7 +157,7 @@ class Setup:
 
     def cost(self, run: Run, convention: str = "section3.2") -> float:
         """Steps of a run relative to PTFS under the same setting."""
-        p = lineage.make_plan(self.config(run, self.base.train.seed))
+        p = resume.make_plan(self.config(run, self.base.train.seed))
         return cost.steps(run.paradigm, p, convention) / cost.steps("ptfs", p, convention)
 
     def versions(self, run: Run) -> dict[str, Point]:

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import disk
-from config import UserError
-from graph import duration
-from tables import ORDER
+from paper.graph import duration
+from paper.tables import ORDER
+from runtime.errors import UserError
+from runtime.files import read_bytes, write_text
 
 CAPTIONS = {
     "fig1": "Figure 1: the learning-rate paths of the three paradigms",
@@ -177,7 +177,7 @@ def section(name: str, title: str, record: dict[str, Any] | None, picture: bytes
 
 
 def page(results: Path) -> Path:
-    """Write report.html from the records and pictures of a folder. UserError if there are none yet, or one that paper.py did not write."""
+    """Write report.html from the records and pictures of a folder. UserError if there are none yet, or one that paper did not write."""
     body = links = ""
     settings: dict[str, None] = {}
     for name in ORDER:
@@ -185,19 +185,19 @@ def page(results: Path) -> Path:
         if not file.exists() and not drawn.exists():
             continue
         try:
-            record = json.loads(disk.read(file)) if file.exists() else None
+            record = json.loads(read_bytes(file)) if file.exists() else None
             title = record["title"] if record else CAPTIONS[name]
-            body += section(name, title, record, disk.read(drawn) if drawn.exists() else None)
+            body += section(name, title, record, read_bytes(drawn) if drawn.exists() else None)
             links += f'<a href="#{name}">{html.escape(title.partition(":")[0])}</a> '
             if record and "made" in record:
                 settings[json.dumps(record["made"]["config"], indent=1)] = None
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as e:
             raise UserError(
-                f"{file}: not as paper.py writes it ({type(e).__name__}: {e!s:.60}); make the table again: python paper.py {name}"
+                f"{file}: not as paper writes it ({type(e).__name__}: {e!s:.60}); make the table again: python -m paper {name}"
             ) from None
     if not body:
-        raise UserError(f"{results}: no table or figure is there yet; make some: python paper.py table3 fig2")
-    disk.write(
+        raise UserError(f"{results}: no table or figure is there yet; make some: python -m paper table3 fig2")
+    write_text(
         results / "report.html",
         f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Learning-rate path switching: results</title><style>{STYLE}</style></head><body>

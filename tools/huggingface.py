@@ -1,7 +1,7 @@
 """In and out of the Hugging Face world: a released Llama or Qwen2 as our checkpoint, and any checkpoint of ours as such a folder.
 
-    python hf.py import FOLDER --out out/NAME                      import/step-000000/ (weights, float32), tokenizer/ and model.toml in it
-    python hf.py export CHECKPOINT --out FOLDER [--data PREPARED]  model.safetensors, config.json and tokenizer.json, as AutoModelForCausalLM reads
+    python -m tools.huggingface import FOLDER --out out/NAME                      import/step-000000/ (weights, float32), tokenizer/ and model.toml in it
+    python -m tools.huggingface export CHECKPOINT --out FOLDER [--data PREPARED]  model.safetensors, config.json and tokenizer.json, as AutoModelForCausalLM reads
 
 Weights go over bit for bit (bfloat16 and float16 are float32's too). What a config.json asks for and the model here does not
 compute is refused by name. Nothing that is read is executed, and pickled weights are not read.
@@ -25,13 +25,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
 import config
-import disk
-import lineage
 import model as llama
-from config import UserError
-from text import Tokenizer, copy_tokenizer, json_object
+from runtime import checkpoint, resume
+from runtime.command_line import Parser
+from runtime.errors import UserError, user_errors
+from runtime.files import fsync, lock, sha256, write_text
+from text.tokenizer import Tokenizer, copy_tokenizer, json_object
 
 SERVED = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}  # architecture: model_type
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -82,7 +82,7 @@ def rows(c: config.Model) -> dict[str, list[tuple[str, int]]]:
     return found
 
 
-def theirs(c: config.Model, ours: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_hf(c: config.Model, ours: dict[str, Tensor]) -> dict[str, Tensor]:
     """Views of our tensors under their names."""
     out: dict[str, Tensor] = {}
     for name, parts in rows(c).items():
@@ -361,7 +361,7 @@ class Shards:
 def making(out: Path) -> Iterator[Path]:
     """A hidden folder that becomes `out` when all of it is written; removed if that fails. UserError if `out` is there."""
     work = out.parent / f".{out.name}.partial"
-    with disk.lock(
+    with lock(
         out.parent / f".{out.name}.lock", f"{out}: another process is making it; wait for it or choose another --out"
     ):
         try:
@@ -371,9 +371,9 @@ def making(out: Path) -> Iterator[Path]:
             work.mkdir()
             yield work
             for file in work.rglob("*"):
-                disk.sync(file)
+                fsync(file)
             os.rename(work, out)
-            disk.sync(out.parent)
+            fsync(out.parent)
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
@@ -402,16 +402,16 @@ def model_toml(c: config.Config, source: str) -> str:
     line = "".join(f"{k} = {v!r}\n" if isinstance(v, float) else f"{k} = {json.dumps(v)}\n" for k, v in keys.items())
     batch = context * max(1, 65536 // context)
     return (
-        f"# A released model, by hf.py import of {json.dumps(source)}\nout = {json.dumps(c.out, ensure_ascii=False)}\n\n"
+        f"# A released model, by huggingface import of {json.dumps(source)}\nout = {json.dumps(c.out, ensure_ascii=False)}\n\n"
         f"[model]\n{line}context = {context} # at most {m.context}; shorter sequences may be trained\n\n"
         f"[data]\npath = {json.dumps(f'data/{Path(c.out).name}', ensure_ascii=False)} # python data.py prepare --out .. --tokenizer {json.dumps(c.data.path)} --source ..\n\n"
         f"[plan]\nmax_lr = 1e-4 # of a model that has learned already; see also steps, warmup\n\n"
-        f"[train]\nbase = {json.dumps(str(checkpoint.path(Path(c.out) / lineage.IMPORT, 0)), ensure_ascii=False)} # in place of random weights\n"
+        f"[train]\nbase = {json.dumps(str(checkpoint.path(Path(c.out) / resume.IMPORT, 0)), ensure_ascii=False)} # in place of random weights\n"
         f"batch_tokens = {batch} # {batch // context} x {context:,}\nmicro_batch = 1\n"
     )
 
 
-def bring(source: str, out: str, quiet: bool = False) -> Path:
+def import_model(source: str, out: str, quiet: bool = False) -> Path:
     """Import a folder; returns the checkpoint. UserError, and nothing is written, if it cannot be carried over whole."""
     folder, target = Path(source), new(out)
     if not folder.is_dir():
@@ -428,7 +428,7 @@ def bring(source: str, out: str, quiet: bool = False) -> Path:
     checkpoint.check_space(target.parent, 4 * llama.parameters(m))
     tensors = {f"model.{name}": t for name, t in shards.load(quiet).items()}
     record = {
-        "segment": lineage.IMPORT,
+        "segment": resume.IMPORT,
         "version": 1,
         "path": {},
         "finished": True,
@@ -443,7 +443,7 @@ def bring(source: str, out: str, quiet: bool = False) -> Path:
         copy_tokenizer(folder, work / "tokenizer")
         (work / "import").mkdir()
         checkpoint.save(work / "import", 0, tensors, record)
-        disk.write(work / "model.toml", model_toml(c, source))
+        write_text(work / "model.toml", model_toml(c, source))
     made, toml = checkpoint.path(target / "import", 0), target / "model.toml"
     if not quiet:
         print(
@@ -568,7 +568,7 @@ def write_tokenizer(tok: Tokenizer, folder: Path) -> None:
         copy_tokenizer(Path(tok.name), folder)
         end = tok.hf.id_to_token(tok.eot)
     else:
-        disk.write(folder / "tokenizer.json", json.dumps(made_tokenizer(tok), ensure_ascii=False))
+        write_text(folder / "tokenizer.json", json.dumps(made_tokenizer(tok), ensure_ascii=False))
         end = "<|endoftext|>"
     if not (folder / "tokenizer_config.json").exists():
         settings = {
@@ -577,12 +577,12 @@ def write_tokenizer(tok: Tokenizer, folder: Path) -> None:
             "model_max_length": 10**30,
             "clean_up_tokenization_spaces": False,
         }
-        disk.write(
+        write_text(
             folder / "tokenizer_config.json",
             json.dumps({**settings, **({} if tok.is_folder else {"chat_template": CHATML})}, indent=1),
         )
     if not (folder / "generation_config.json").exists():
-        disk.write(
+        write_text(
             folder / "generation_config.json",
             json.dumps({"bos_token_id": None, "eos_token_id": tok.eot, "pad_token_id": tok.eot}, indent=1),
         )
@@ -594,7 +594,7 @@ def check_tokenizer(tok: Tokenizer, folder: Path) -> None:
         import tokenizers  # noqa: F401
     except ImportError:
         print(
-            "hf.py: the package tokenizers is not installed, so the ids of the exported tokenizer are not compared",
+            "huggingface: the package tokenizers is not installed, so the ids of the exported tokenizer are not compared",
             file=sys.stderr,
         )
         return
@@ -610,13 +610,13 @@ def check_tokenizer(tok: Tokenizer, folder: Path) -> None:
 # Out: the model
 
 
-def send(source: str, out: str, data: str | None = None, quiet: bool = False) -> Path:
+def export_model(source: str, out: str, data: str | None = None, quiet: bool = False) -> Path:
     """Export a checkpoint; returns the folder. UserError, and nothing is written, if it or its tokenizer is not whole."""
     from eval import load_model  # not at the top: peers.py needs this file for its mapping alone
 
     path, target = Path(source), new(out)
     meta = checkpoint.read_meta(path)
-    tok = lineage.open_tokenizer(path, meta, data)
+    tok = resume.open_tokenizer(path, meta, data)
     net, _ = load_model(path, torch.device("cpu"))
     c = net.config
     checkpoint.check_space(target.parent, 4 * llama.parameters(c))
@@ -624,7 +624,7 @@ def send(source: str, out: str, data: str | None = None, quiet: bool = False) ->
         write_tokenizer(tok, work)
         try:
             save_file(
-                theirs(c, {name: p.detach() for name, p in net.named_parameters()}),
+                to_hf(c, {name: p.detach() for name, p in net.named_parameters()}),
                 work / "model.safetensors",
                 {"format": "pt"},
             )
@@ -632,7 +632,7 @@ def send(source: str, out: str, data: str | None = None, quiet: bool = False) ->
             raise UserError(f"{target / 'model.safetensors'}: cannot be written ({e})") from None
         from_where = {
             "tokenizer": meta["data"]["tokenizer"],
-            "tokenizer_json": disk.sha256(work / "tokenizer.json"),
+            "tokenizer_json": sha256(work / "tokenizer.json"),
             "segment": meta["segment"],
             "step": meta["step"],
             "version": meta["version"],
@@ -645,7 +645,7 @@ def send(source: str, out: str, data: str | None = None, quiet: bool = False) ->
             "torch_dtype": "float32",
             "pathswitch": from_where,
         }
-        disk.write(work / "config.json", json.dumps(settings, indent=1))
+        write_text(work / "config.json", json.dumps(settings, indent=1))
         check_tokenizer(tok, work)
     if not quiet:
         print(
@@ -655,8 +655,8 @@ def send(source: str, out: str, data: str | None = None, quiet: bool = False) ->
 
 
 def main() -> None:
-    a = config.Parser(prog="hf.py", description=__doc__)
-    verbs = a.add_subparsers(dest="verb", required=True, parser_class=config.Parser)
+    a = Parser(prog="huggingface", description=__doc__)
+    verbs = a.add_subparsers(dest="verb", required=True, parser_class=Parser)
     p = verbs.add_parser("import", help=f"a folder of {' or '.join(SERVED)} -> a checkpoint")
     p.add_argument(
         "path", metavar="FOLDER", help="config.json, *.safetensors and tokenizer.json, as save_pretrained writes them"
@@ -668,11 +668,11 @@ def main() -> None:
         verb.add_argument("--out", required=True, help="a new folder")
     o = a.parse_args()
     if o.verb == "import":
-        bring(o.path, o.out)
+        import_model(o.path, o.out)
     else:
-        send(o.path, o.out, o.data)
+        export_model(o.path, o.out, o.data)
 
 
 if __name__ == "__main__":
-    with config.user_errors("hf.py"):
+    with user_errors("huggingface"):
         main()

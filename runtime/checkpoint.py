@@ -33,9 +33,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-import disk
-import parallel
-from config import UserError
+from runtime import distributed
+from runtime.errors import UserError, describe
+from runtime.files import fsync, read_json, sha256, write_json
 
 STEP = re.compile(r"step-(\d{6,})")
 UNHASHED = ("pinned",)  # of the metadata: a checkpoint is the same one when it is pinned later
@@ -232,8 +232,8 @@ class Saver:
         def checksum() -> None:
             if own.exists():
                 with ThreadPoolExecutor(1) as beside:  # the checksum is from memory while the disk is busy
-                    digest = beside.submit(disk.sha256, own)
-                    disk.sync(own)
+                    digest = beside.submit(sha256, own)
+                    fsync(own)
                 sums[self.rank] = torch.tensor(
                     [own.stat().st_size, *(int(digest.result()[i : i + 16], 16) - (1 << 63) for i in range(0, 64, 16))]
                 )
@@ -250,9 +250,9 @@ class Saver:
                     )
                 if size:
                     files[file.name] = {"bytes": size, "sha256": "".join(f"{d + (1 << 63):016x}" for d in digest)}
-            disk.write_json(partial / "meta.json", {"format": 1, "step": step, **record, "files": files}, UNHASHED)
+            write_json(partial / "meta.json", {"format": 1, "step": step, **record, "files": files}, UNHASHED)
             os.rename(partial, final)
-            disk.sync(self.segment)
+            fsync(self.segment)
 
         self._all(begin if self.rank == 0 else None)
         self._all(shards)
@@ -273,7 +273,7 @@ class Saver:
             first = torch.tensor(self.rank if error else self.ranks)
             dist.all_reduce(first, dist.ReduceOp.MIN, group=self.group)
             if first < self.ranks:
-                said = parallel.told(parallel.words(error) if error else "", self.ranks, int(first), self.group)
+                said = distributed.broadcast(describe(error) if error else "", self.ranks, int(first), self.group)
                 error = UserError(f"rank {int(first)}: {said}" if self.ranks > 1 else said)
         if error:
             raise error
@@ -308,7 +308,7 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     """meta.json of a checkpoint. UserError if it is none or damaged."""
     file = checkpoint / "meta.json"
     try:
-        meta = disk.read_json(file, UNHASHED)
+        meta = read_json(file, UNHASHED)
         if meta["format"] != 1 or type(meta["format"]) is not int:
             raise UserError(
                 f"{file}: format {meta['format']!r:.20}, expected 1: another version of this program made it; use that one"
@@ -357,7 +357,7 @@ def verify(checkpoint: Path) -> None:
             raise UserError(
                 f"{file}: got {file.stat().st_size} bytes, expected {expected['bytes']}; {_instead(checkpoint)}"
             )
-        if disk.sha256(file) != expected["sha256"]:
+        if sha256(file) != expected["sha256"]:
             raise UserError(f"{file}: its bytes have changed (SHA-256); {_instead(checkpoint)}")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -442,7 +442,7 @@ def pin(checkpoint: Path) -> None:
     """Keep a checkpoint for ever."""
     meta = read_meta(checkpoint)
     if not meta.get("pinned"):
-        disk.write_json(checkpoint / "meta.json", {**meta, "pinned": True}, UNHASHED)
+        write_json(checkpoint / "meta.json", {**meta, "pinned": True}, UNHASHED)
 
 
 def prune(segment: Path, keep: int, step: int, required: Sequence[int] = ()) -> None:
@@ -463,7 +463,7 @@ def prune(segment: Path, keep: int, step: int, required: Sequence[int] = ()) -> 
             segment / f".{path(segment, s).name}.partial"
         )  # from here on it is none, and what is left of it is removed with the rest
         os.rename(path(segment, s), gone)
-        disk.sync(segment)
+        fsync(segment)
         shutil.rmtree(gone)
 
 

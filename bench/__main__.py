@@ -1,11 +1,11 @@
 """Speed and memory, side by side with what people would use instead: every ratio is of numbers measured in the same run.
 
-    python bench.py step --size 203m     a training step: ours, Hugging Face's Llama, the same with Liger, nanoGPT's shape
-    python bench.py step --memory        peak memory of the loss, in chunks and with all logits at once
-    python bench.py kernels              each kernel beside PyTorch, torch.compile, Liger and its bar; --save tells train.py which is best
-    python bench.py data                 the reader, and the shard writer beside tiktoken alone
-    python bench.py checkpoint           save, its stall and load beside a plain write, copy and read of the same bytes
-    python bench.py eval                 what downstream tasks ask, log-likelihoods and answers, beside transformers
+    python -m bench step --size 203m     a training step: ours, Hugging Face's Llama, the same with Liger, nanoGPT's shape
+    python -m bench step --memory        peak memory of the loss, in chunks and with all logits at once
+    python -m bench kernels              each kernel beside PyTorch, torch.compile, Liger and its bar; --save tells train.py which is best
+    python -m bench data                 the reader, and the shard writer beside tiktoken alone
+    python -m bench checkpoint           save, its stall and load beside a plain write, copy and read of the same bytes
+    python -m bench eval                 what downstream tasks ask, log-likelihoods and answers, beside transformers
 
 A step is bf16 over fp32 weights on a GPU and fp32 on one thread on a CPU; each row runs in a fresh process, as a user would
 run it, in turn with the others. `--json FILE` keeps everything, `--plot FILE.png` draws it. A peer that is not installed is
@@ -42,18 +42,22 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-import checkpoint
 import config
 import data
-import disk
 import kernels
 import model as llama
-import peers
-import reader
-import text
 import train
-from config import UserError
+from bench import peers
 from kernels import attention, cross_entropy, rms_norm, rope, swiglu
+from runtime import checkpoint
+from runtime.command_line import Parser
+from runtime.device import cpp_compiler, peak_flops, pick_device, steady_malloc
+from runtime.errors import UserError, user_errors
+from runtime.files import sha256, write_text
+from text import prepare
+from text.sources import optional
+from text.tokenizer import Tokenizer
+from tools import harness
 
 Row = dict[str, Any]
 PEERS = ("hf", "hf-compile", "hf-liger", "hf-liger-compile", "nanogpt")
@@ -68,7 +72,7 @@ def missing(row: str, cuda: bool) -> str | None:
     for part, module, package in (("hf", "transformers", "transformers"), ("liger", "liger_kernel", "liger-kernel")):
         if part in row and not importlib.util.find_spec(module):
             return f"skipped: pip install {package}"
-    if row == "ours-compile" and not cuda and not train.cpp_compiler():
+    if row == "ours-compile" and not cuda and not cpp_compiler():
         return "skipped: needs a C++ compiler, such as g++"
     return None if cuda or not ("liger" in row or row.startswith(("triton", "sdpa"))) else "skipped: needs CUDA"
 
@@ -273,7 +277,7 @@ def one(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
     """A row in this process: the loss after --updates and which micro-batch is fastest, or with 0 updates only the speed of the first."""
     cuda, micros = device.type == "cuda", o.micro
     if o.row.startswith("ours"):  # as train.py does; a peer runs as its users run it
-        train.steady_malloc(device)
+        steady_malloc(device)
     trainer = Trainer(o.row, c, device, dtype)
     sequences = (
         0 if cuda else max(micros[0], c.batch_sequences)
@@ -353,7 +357,9 @@ def check_size(c: config.Config, device: torch.device, micro: int, item: int) ->
 
 def child(*more: str) -> Row:
     """The JSON that this command, with some flags more, prints in a fresh process. What it prints else goes to stderr."""
-    done = subprocess.run([sys.executable, __file__, *sys.argv[1:], *more], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", *sys.argv[1:], *more], capture_output=True, text=True, cwd=prepare.ROOT
+    )
     if done.returncode:
         return {"note": f"failed: {(done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1][:160]}"}
     return json.loads(done.stdout.splitlines()[-1])
@@ -378,7 +384,7 @@ def step(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> 
     if cuda:
         torch.cuda.empty_cache()
     peak, source = (
-        train.peak_flops(device, dtype) if cuda else (0.0, "the 1024^3 product before and after the row, one thread")
+        peak_flops(device, dtype) if cuda else (0.0, "the 1024^3 product before and after the row, one thread")
     )
     until = time.perf_counter() + o.minutes * 60
     for turn in tqdm(
@@ -751,7 +757,7 @@ def save_best(rows: list[Row], device: str) -> None:
         if torchs:
             best[key] = "triton" if seconds.get("triton", min(torchs)) < min(torchs) else "torch"
     known[device] = {**{k: about()[k] for k in ("torch", "triton", "date")}, "best": dict(sorted(best.items()))}
-    disk.write(kernels.MEASURED, json.dumps(known, indent=1) + "\n")
+    write_text(kernels.MEASURED, json.dumps(known, indent=1) + "\n")
     print(f"{kernels.MEASURED}: {len(best)} shapes of {device}")
 
 
@@ -762,12 +768,12 @@ def save_best(rows: list[Row], device: str) -> None:
 def bench_data(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
     """The shard writer beside tiktoken alone on the same documents and as many processes; the reader in one process."""
     jobs, rounds = o.jobs, o.rounds or 3
-    tok = text.Tokenizer(o.tokenizer)
+    tok = Tokenizer(o.tokenizer)
     if o.tokenizer == "bytes":
         raise UserError(
             "--tokenizer: got bytes, expected a tiktoken encoding or a rank file: bytes has nothing to compare with"
         )
-    with lzma.open(data.TEXT, "rt", encoding="utf-8") as f:
+    with lzma.open(prepare.TEXT, "rt", encoding="utf-8") as f:
         whole = "".join(json.loads(line)["text"] for line in f)
     # documents of 8,000 characters, every further pass over the text cut elsewhere, since the writer drops equal ones
     starts = itertools.chain.from_iterable(range(97 * i, len(whole), 8000) for i in range(80))
@@ -783,7 +789,7 @@ def bench_data(o: Any, c: config.Config, device: torch.device, dtype: torch.dtyp
             done = subprocess.run(
                 [
                     sys.executable,
-                    data.__file__,
+                    str(prepare.ROOT / "data.py"),
                     "prepare",
                     "--out",
                     str(out),
@@ -804,7 +810,7 @@ def bench_data(o: Any, c: config.Config, device: torch.device, dtype: torch.dtyp
             raw.append(count / (middle - began))
             ours.append(count / (time.perf_counter() - middle))
         there = (Path(c.data.path) / "meta.json").exists()
-        tokens = reader.Tokens(
+        tokens = data.Tokens(
             c.data.path if there else str(out), c.model.context, c.batch_sequences, [10**9], c.train.seed, repeat=True
         )
         if problems := tokens.problems(0, 1):
@@ -906,7 +912,7 @@ def bench_checkpoint(o: Any, c: config.Config, device: torch.device, dtype: torc
             plain.unlink(missing_ok=True)  # to free its pages is no part of a write
             clock("plain write and fsync", write)
             clock("save", partial(checkpoint.save, segment, 0, state, record))
-            clock("SHA-256 of it", partial(disk.sha256, plain))
+            clock("SHA-256 of it", partial(sha256, plain))
             clock("verify", partial(checkpoint.verify, saved))
             clock("plain read", plain.read_bytes)
             clock("load", partial(checkpoint.load, saved, state))
@@ -947,19 +953,18 @@ def bench_eval(o: Any, c: config.Config, device: torch.device, dtype: torch.dtyp
     all four. Written answers are half a context after a quarter. transformers does what the harness's own adapter asks of it, which
     reads questions once as well: all logits of a row, and `generate`.
     """
-    text.optional("transformers", "transformers", "bench.py eval")
-    import tasks  # needs a package that the rest does not
+    optional("transformers", "transformers", "bench eval")
 
-    tok, m, B, rounds = text.Tokenizer(str(data.RANKS)), c.model, 16, o.rounds or 5
+    tok, m, B, rounds = Tokenizer(str(prepare.RANKS)), c.model, 16, o.rounds or 5
     if m.vocab_size < tok.vocab_size or m.context < 32:
         raise UserError(
-            f"model.vocab_size, model.context: got {m.vocab_size} and {m.context}, expected {tok.vocab_size} or more, of {data.RANKS.name}, and 32 or more"
+            f"model.vocab_size, model.context: got {m.vocab_size} and {m.context}, expected {tok.vocab_size} or more, of {prepare.RANKS.name}, and 32 or more"
         )
     with device:
         net = llama.Transformer(m, dtype, kernels.choose(c.train.kernels, device, m)).eval()
         peer: Any = peers.hugging_face(m, net).to(device, dtype).eval()
-    lm = tasks.LM(net, tok, B)
-    with lzma.open(data.TEXT, "rt", encoding="utf-8") as f:
+    lm = harness.LM(net, tok, B)
+    with lzma.open(prepare.TEXT, "rt", encoding="utf-8") as f:
         ids = tok.encode("".join(json.loads(line)["text"] for line in f)[: 20 * B * m.context])
     T, a = m.context, m.context // 8
     questions = [ids[i * T : (i + 1) * T] for i in range(B)]
@@ -1001,7 +1006,7 @@ def bench_eval(o: Any, c: config.Config, device: torch.device, dtype: torch.dtyp
     calls: dict[str, dict[str, Callable[[], Any]]] = {
         name: {"ours": partial(ours, x), "transformers": partial(all_logits, x)} for name, x in answers.items()
     }
-    calls["written answers"] = {"ours": lambda: tasks.generate(net, prompts, T // 2, set()), "transformers": write}
+    calls["written answers"] = {"ours": lambda: harness.generate(net, prompts, T // 2, set()), "transformers": write}
     tokens = {name: sum(len(q) + len(x) - 1 for q, x in asked) for name, asked in answers.items()} | {
         "written answers": B * (T // 2)
     }
@@ -1016,9 +1021,7 @@ def bench_eval(o: Any, c: config.Config, device: torch.device, dtype: torch.dtyp
                     seconds.setdefault((name, who), []).append(time.perf_counter() - began)
             flat = {who: np.array(x, dtype=np.float64) for who, x in found.items()}
             if not np.allclose(flat["ours"], flat["transformers"], rtol=1e-3 if dtype == torch.float32 else 0.05):
-                raise UserError(
-                    f"bench.py eval: {name}: ours and transformers disagree, so there is nothing to compare"
-                )
+                raise UserError(f"bench eval: {name}: ours and transformers disagree, so there is nothing to compare")
     rows, bars = [], []
     for name, sides in calls.items():
         speed = {who: tokens[name] / statistics.median(seconds[name, who]) for who in sides}
@@ -1058,7 +1061,7 @@ def about() -> Row:
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "commit": train.git_commit(),
-        "command": shlex.join(["python", "bench.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "bench", *sys.argv[1:]]),
     }
 
 
@@ -1130,11 +1133,11 @@ def some(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 def main() -> None:
     argv = sys.argv[1:]
-    a = config.Parser(prog="bench.py", description=__doc__)
+    a = Parser(prog="bench", description=__doc__)
     a.set_defaults(row=None, plot=None, dir=None, memory=False)
-    add = a.add_subparsers(dest="verb", required=True, parser_class=config.Parser)
+    add = a.add_subparsers(dest="verb", required=True, parser_class=Parser)
     verbs = {
-        v: add.add_parser(v, usage=f"bench.py {v} [--flag VALUE ..] [--section.key VALUE ..]", help=h, description=h)
+        v: add.add_parser(v, usage=f"bench {v} [--flag VALUE ..] [--section.key VALUE ..]", help=h, description=h)
         for v, h in (
             ("step", "a training step beside its peers"),
             ("kernels", "each kernel beside its peers"),
@@ -1203,8 +1206,8 @@ def main() -> None:
         (
             "data",
             "--tokenizer",
-            {"default": str(data.RANKS)},
-            f"a tiktoken encoding or a rank file [{data.RANKS.name}]",
+            {"default": str(prepare.RANKS)},
+            f"a tiktoken encoding or a rank file [{prepare.RANKS.name}]",
         ),
         ("data checkpoint", "--dir", {}, "where to write [the system's temporary folder]"),
         ("step kernels data checkpoint eval", "--json", {}, "write everything to this file"),
@@ -1235,12 +1238,12 @@ def main() -> None:
     if o.plot and o.memory:
         raise UserError("--plot: step --memory draws nothing; leave it out")
     if o.plot:
-        text.optional("matplotlib", "matplotlib", "--plot")
+        optional("matplotlib", "matplotlib", "--plot")
     if c.train.device == "mps":
         raise UserError("train.device: got mps, expected auto, cuda or cpu")
     if o.memory and "model.vocab_size" not in o.overrides:
         c.model.vocab_size = 100277
-    device = train.pick_device("cpu" if c.train.device == "auto" and not cuda else c.train.device, 0)
+    device = pick_device("cpu" if c.train.device == "auto" and not cuda else c.train.device, 0)
     dtype = (
         torch.bfloat16
         if c.train.dtype == "bfloat16" or (c.train.dtype == "auto" and device.type == "cuda")
@@ -1252,7 +1255,7 @@ def main() -> None:
     if o.row:
         print(json.dumps((memory if o.memory else step)(o, c, device, dtype)))
         return
-    print(f"bench.py {o.verb}: {name}, {dtype}")
+    print(f"bench {o.verb}: {name}, {dtype}")
     run = {
         "step": memory if o.memory else step,
         "kernels": bench_kernels,
@@ -1271,11 +1274,11 @@ def main() -> None:
         **found,
     }
     if o.json:
-        disk.write(Path(o.json), json.dumps(result, indent=1) + "\n")
+        write_text(Path(o.json), json.dumps(result, indent=1) + "\n")
     if o.plot:
         plot(o.verb, result, o.plot)
 
 
 if __name__ == "__main__":
-    with config.user_errors("bench.py"):
+    with user_errors("bench"):
         main()

@@ -1,0 +1,63 @@
+"""The device of a run: which one, how fast at best, and what a CPU needs to be fast."""
+
+import ctypes
+import os
+import platform
+import shutil
+import time
+
+import torch
+
+from runtime.errors import UserError
+
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s of the data sheets
+
+
+def pick_device(name: str, local_rank: int) -> torch.device:
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(k for k, there in have.items() if there)
+    if name == "cuda" and have["cuda"] and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"LOCAL_RANK: got {local_rank} on a machine with {torch.cuda.device_count()} GPUs; lower --nproc_per_node to that"
+        )
+    if not have[name]:
+        raise UserError(
+            f"train.device: got {name}, which this machine does not have; expected one of {', '.join(k for k in have if have[k])}"
+        )
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """FLOP/s that a step could reach at best, and where the number is from: a data sheet, or a matrix product timed here."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
+    for gpu, flops in PEAK.items():
+        if gpu in name and dtype == torch.bfloat16:
+            return flops, "data sheet"
+    n = 1024 if device.type == "cpu" else 4096
+    own = torch.Generator(device).manual_seed(0)  # a run's own random numbers stay as they are
+    a, best, until = (
+        torch.randn(n, n, device=device, dtype=dtype, generator=own),
+        float("inf"),
+        time.perf_counter() + 0.3,
+    )
+    while time.perf_counter() < until:
+        t = time.perf_counter()
+        (a @ a)[0, 0].item()  # .item() waits for the device
+        best = min(best, time.perf_counter() - t)
+    return 2 * n**3 / best, f"{n}^3 matrix product timed at the start, {torch.get_num_threads()} threads"
+
+
+def steady_malloc(device: torch.device) -> None:
+    """Let glibc keep freed memory for the next tensor: it would give large blocks back, and get them again page by page, which is slow.
+
+    Other C libraries have no mallopt, and go without.
+    """
+    if device.type == "cpu" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: at its largest, 32 MiB
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def cpp_compiler() -> bool:
+    """Whether there is one, which torch.compile needs on a CPU."""
+    return any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++"))))

@@ -1,0 +1,1 @@
+"""Text to token files: tokenizers, sources, preparation, examples for fine-tuning."""

@@ -1,0 +1,1 @@
+"""Beyond training: Hugging Face folders in and out, downstream tasks, SLURM."""
