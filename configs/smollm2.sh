@@ -47,7 +47,7 @@ $PY eval.py "$IMPORT" "$MAIN" "$BRANCH" --data "$WORK/data" --context 256
 
 # 5. Handed back, and read by transformers
 [ -e "$WORK/back" ] || $PY -m tools.huggingface export "$BRANCH" --out "$WORK/back"
-$PY eval.py "$BRANCH" --sample "The whale is" --length 24 --temperature 0
+$PY sample.py "$BRANCH" --prompt "The whale is" --length 24 --temperature 0
 $PY - "$WORK/back" <<'PYTHON'
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer

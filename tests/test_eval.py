@@ -28,8 +28,8 @@ def trained(train_cli, tmp_path):
     return tmp_path / "run" / "ptfs-cosine" / "v1" / "step-000010"
 
 
-def cli(*args):
-    return subprocess.run([sys.executable, "eval.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+def cli(*args, script="eval.py"):
+    return subprocess.run([sys.executable, script, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_score_is_the_mean_over_every_token_and_by_document(trained, prepared):
@@ -107,8 +107,9 @@ def test_a_table_of_a_run_and_single_checkpoints(trained, train_cli, tmp_path):
 def test_a_sample_continues_its_prompt_and_repeats_with_its_seed(trained):
     a, b, c = (sample.continuations(trained, CPU, ["The whale"], 20, seed, None)[0] for seed in (1, 1, 2))
     assert a == b != c and a.startswith("The whale") and len(a) > len("The whale")
-    assert cli(trained, "--sample", "The whale", "--length", "20").stdout == a + "\n"
-    assert cli(trained, "--sample", "The whale", "--sample", "", "--length", "20").stdout.startswith(a + "\n\n")
+    assert cli(trained, "--prompt", "The whale", "--length", "20", script="sample.py").stdout == a + "\n"
+    two = cli(trained, "--prompt", "The whale", "--prompt", "", "--length", "20", script="sample.py").stdout
+    assert two.startswith(a + "\n\n")
     greedy = sample.continuations(trained, CPU, ["The whale"], 20, 1, None, temperature=0.0)
     assert greedy == sample.continuations(trained, CPU, ["The whale"], 20, 2, None, top_p=1e-9)
     assert len(sample.continuations(trained, CPU, ["x" * 100], 3, 1, None)[0]) > 100  # a prompt longer than the context
@@ -121,7 +122,7 @@ def test_bad_input(trained, tmp_path, prepared):
         ([tmp_path / "empty"], "holds no finished version"),
         ([trained, tmp_path / "empty"], "is no checkpoint"),
         ([trained, "--data", tmp_path / "empty"], "no prepared data"),
-        ([trained, "--length", "x", "--sample", "a"], "invalid int value"),
+        ([trained, "--context", "x"], "invalid int value"),
         ([trained, "--context", "64"], "--context: got 64, expected at most the 32"),
         ([trained, "--context", "0"], "--context: got 0, expected 1 or more"),
     ]:

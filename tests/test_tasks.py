@@ -1,5 +1,6 @@
 """Downstream tasks: the adapter against the harness's own for Hugging Face's models, tables, local copies of datasets, ranks."""
 
+import importlib
 import json
 import math
 import os
@@ -11,7 +12,6 @@ import torch
 from conftest import ROOT
 
 import config
-import eval as evaluation
 import model
 from bench import peers
 from runtime.errors import UserError, user_errors
@@ -237,9 +237,9 @@ def test_a_run_and_two_ranks(trained, train_cli, tmp_path, monkeypatch, capsys):
     ask = ["--tasks", ",".join(ALL), "--data_dir", str(FIXTURES), "--device", "cpu"]
 
     def said(*args):
-        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args), *ask])
+        monkeypatch.setattr(sys, "argv", ["harness", *map(str, args), *ask])
         capsys.readouterr()
-        evaluation.main()
+        harness.main()
         return capsys.readouterr()
 
     r = said(tmp_path / "run")
@@ -256,7 +256,11 @@ def test_a_run_and_two_ranks(trained, train_cli, tmp_path, monkeypatch, capsys):
 
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     two = subprocess.run(
-        [*start, "eval.py", str(trained), *ask, "--json"], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [*start, "-m", "tools.harness", str(trained), *ask, "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert two.stderr.count(f": {trained}: ") == 1, two.stderr  # one rank speaks
     (found,) = json.loads(two.stdout).values()
@@ -395,9 +399,9 @@ def test_bad_input(tmp_path, monkeypatch, capsys, args, words):
     if "is no checkpoint" in words:
         (tmp_path / "meta.json").unlink()
         args, tmp_path = [tmp_path, *args], FIXTURES
-    monkeypatch.setattr(sys, "argv", ["eval.py", str(tmp_path), *map(str, args)])
-    with pytest.raises(SystemExit) as e, user_errors("eval.py"):
-        evaluation.main()
+    monkeypatch.setattr(sys, "argv", ["harness", str(tmp_path), *map(str, args)])
+    with pytest.raises(SystemExit) as e, user_errors("harness"):
+        harness.main()
     lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert e.value.code == 2 and len(lines) == 1 and words in lines[0], lines
 
@@ -421,11 +425,10 @@ def test_a_dataset_is_read_as_the_file_says_or_refused(tmp_path, pair):
 
 
 def test_without_the_harness(monkeypatch):
-    monkeypatch.delitem(sys.modules, "tasks")
+    monkeypatch.delitem(sys.modules, "tools.harness")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.setattr(sys, "argv", ["eval.py", "x", "--tasks", "c3"])
     with pytest.raises(UserError, match="--tasks needs the package lm-eval .*: pip install"):
-        evaluation.main()
+        importlib.import_module("tools.harness")
 
 
 @pytest.mark.parametrize(
