@@ -1,22 +1,21 @@
-"""What each paradigm costs: steps, tokens, FLOPs, GPU-hours and money, summed over the same plan that train.py runs.
+"""The cost of each paradigm: steps, tokens, FLOPs, GPU-hours and money, summed over the same plan that train.py runs.
 
     python cost.py --config 1.2b --mfu 0.45 --price 2.5
     python cost.py --config 1.2b --plan.versions 10
     python cost.py --config 1.2b --plan.increments 10000,20000,30000 --convention table2
 
-Two ways of counting. `section3.2` (the default): every segment, that is 10T, 4T and 5.8T for four versions and alpha 0.6.
-`table2`: what only version 1 needs is left out (PTFS's V1 and V1's branch), as in Table 2: ours / PTFS = (4 + 2 alpha)/9.
-CPT's V1 stays in both, since later versions start from it, and PTFS's V1 is the same run: counted in each.
+Two ways of counting. `section3.2` (the default): every segment, that is 10T, 4T and 5.8T for four versions and alpha
+0.6. `table2` leaves out what only version 1 needs (PTFS's V1 and V1's branch), as Table 2 does: ours / PTFS =
+(4 + 2 alpha) / 9. CPT's V1 counts in both, since later versions start from it; PTFS's V1 is the same run and counts in
+each.
 """
 
 import json
 import math
 from typing import Any
 
-import config
-import model
 import schedule
-from runtime import resume
+from config import Config
 from runtime.command_line import Parser
 from runtime.errors import UserError, user_errors
 
@@ -26,42 +25,31 @@ PEAK = 989e12  # FLOP/s of an H100 in bf16
 
 def steps(paradigm: str, p: schedule.Plan, convention: str = "section3.2") -> int:
     """Steps of all versions of a paradigm: C_ptfs, C_cpt or C_ours of section 3.2."""
-    segments = resume.make_segments(paradigm, p)
+    try:
+        segments = schedule.plan(paradigm, p)
+    except ValueError as e:
+        raise UserError("\n".join(f"plan.{line}" for line in str(e).splitlines())) from None
     if convention == "table2" and paradigm != "cpt":
-        segments = [s for s in segments if s.version > 1 or s.name == "main"]
+        segments = [s for s in segments if s.version > 1 or s.paradigm == "main"]
     return sum(s.end - s.start for s in segments)
 
 
-def table(c: config.Config, convention: str, mfu: float, peak: float, price: float) -> list[dict[str, Any]]:
+def table(c: Config, convention: str, mfu: float, peak: float, price: float) -> list[dict[str, Any]]:
     """A row a paradigm: steps, tokens, FLOPs, GPU-hours, price, and its cost relative to PTFS."""
-    p = resume.make_plan(c)
-    rows: list[dict[str, Any]] = []
-    counts = {paradigm: steps(paradigm, p, convention) for paradigm in schedule.PARADIGMS}
+    counts = {paradigm: steps(paradigm, c.plan, convention) for paradigm in schedule.PARADIGMS}
+    rows = []
     for paradigm, n in counts.items():
         tokens = n * c.train.batch_tokens
-        flops = tokens * model.flops_per_token(c.model)
+        flops = tokens * c.model.flops_per_token()
         hours = flops / (mfu * peak) / 3600
-        rows.append(
-            {
-                "paradigm": paradigm,
-                "steps": n,
-                "T": n / p.increments[0],
-                "relative": n / counts["ptfs"] if counts["ptfs"] else math.nan,
-                "tokens": tokens,
-                "flops": flops,
-                "gpu_hours": hours,
-                "price": hours * price,
-            }
-        )
+        row = {"paradigm": paradigm, "steps": n, "T": n / c.plan.T[0]}
+        row["relative"] = n / counts["ptfs"] if counts["ptfs"] else math.nan
+        rows.append({**row, "tokens": tokens, "flops": flops, "gpu_hours": hours, "price": hours * price})
     return rows
 
 
 def main() -> None:
-    a = Parser(
-        prog="cost.py",
-        description=__doc__,
-        usage="cost.py [--config NAME] [--convention C] [--mfu F] [--price P] [--json] [--section.key VALUE ..]",
-    )
+    a = Parser(prog="cost.py", description=__doc__, usage="cost.py [--config NAME] [--section.key VALUE ..] ..")
     a.add_argument("--convention", default="section3.2", choices=CONVENTIONS)
     a.add_argument("--mfu", type=float, default=0.4, help="part of the peak that training reaches [0.4]")
     a.add_argument("--peak", type=float, default=PEAK, help="FLOP/s of a GPU at its peak [989e12, an H100 in bf16]")
@@ -69,38 +57,26 @@ def main() -> None:
     a.add_argument("--json", action="store_true")
     a.add_config()
     o, c = a.parse_config()
-    if not 0 < o.mfu <= 1:
-        raise UserError(f"--mfu: got {o.mfu}, expected above 0 and at most 1")
-    if not 0 < o.peak < math.inf:
-        raise UserError(f"--peak: got {o.peak}, expected above 0")
-    if not 0 <= o.price < math.inf:
-        raise UserError(f"--price: got {o.price}, expected 0 or more")
+    if not (0 < o.mfu <= 1 and 0 < o.peak < math.inf and 0 <= o.price < math.inf):
+        got = f"got {o.mfu}, {o.peak} and {o.price}"
+        raise UserError(f"--mfu, --peak, --price: {got}, expected above 0 and at most 1, above 0, and 0 or more")
     rows = table(c, o.convention, o.mfu, o.peak, o.price)
+    parameters, flops = c.model.parameters, c.model.flops_per_token()
     if o.json:
-        print(
-            json.dumps(
-                {
-                    "convention": o.convention,
-                    "parameters": model.parameters(c.model),
-                    "flops_per_token": model.flops_per_token(c.model),
-                    "rows": rows,
-                },
-                indent=1,
-            )
-        )
+        head = {"convention": o.convention, "parameters": parameters, "flops_per_token": flops}
+        print(json.dumps({**head, "rows": rows}, indent=1))
         return
     print(
-        f"{model.parameters(c.model):,} parameters, {model.flops_per_token(c.model) / 1e9:.4g} GFLOP a token, {c.train.batch_tokens:,} tokens a step; counted as in {o.convention}"
+        f"{parameters:,} parameters, {flops / 1e9:.4g} GFLOP a token, {c.train.batch_tokens:,} tokens a step; "
+        f"counted as in {o.convention}"
     )
-    print(
-        f"{'paradigm':8} {'steps':>10} {'in T':>8} {'relative':>9} {'tokens':>10} {'FLOPs':>10} {'GPU-hours':>11}"
-        + (f" {'price':>12}" if o.price else "")
-    )
+    price = f" {'price':>12}" if o.price else ""
+    sums = f"{'tokens':>10} {'FLOPs':>10} {'GPU-hours':>11}{price}"
+    print(f"{'paradigm':8} {'steps':>10} {'in T':>8} {'relative':>9} {sums}")
     for r in rows:
-        print(
-            f"{r['paradigm']:8} {r['steps']:10,} {r['T']:7.4g}T {r['relative']:8.2f}x {r['tokens']:10.4g} {r['flops']:10.4g} {r['gpu_hours']:11,.4g}"
-            + (f" {r['price']:12,.0f}" if o.price else "")
-        )
+        price = f" {r['price']:12,.0f}" if o.price else ""
+        sums = f"{r['tokens']:10.4g} {r['flops']:10.4g} {r['gpu_hours']:11,.4g}{price}"
+        print(f"{r['paradigm']:8} {r['steps']:10,} {r['T']:7.4g}T {r['relative']:8.2f}x {sums}")
     print(f"GPU-hours at {o.mfu:.0%} of {o.peak:.4g} FLOP/s")
 
 

@@ -1,8 +1,10 @@
 """The whole transformer: LLaMA, and Qwen by one switch (biases on q, k and v).
 
-Pre-norm blocks of causal attention with rotary positions and SwiGLU, RMSNorm, no other biases, embeddings untied or tied. The
-modules hold weights and shapes; what they compute is in kernels/. Weights are float32, and are cast where they are used
-to the dtype of the activations. Shapes: B sequences, T tokens, C = hidden, H heads of D, K key/value heads, V ids.
+Pre-norm blocks of causal attention with rotary positions and SwiGLU, RMSNorm, no other biases, untied or tied
+embeddings. The modules hold weights and shapes; the operations are in kernels/. Weights are float32, and are cast
+to the dtype of the activations where they are used.
+
+Shapes: B sequences, T tokens, C = hidden, H heads of D, K key/value heads, V ids, f = width of SwiGLU.
 """
 
 import math
@@ -21,9 +23,6 @@ from kernels.cross_entropy import linear_cross_entropy
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope, rope_table, scaling
 from kernels.swiglu import swiglu
-
-# ----------------------------------------------------------------------------------------------------------
-# The modules
 
 
 class Linear(nn.Linear):
@@ -47,10 +46,13 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, residual, self.weight, self.eps, self.use)
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + swiglu(norm(x)). q, k, v are one matrix, and so are gate and up: fewer, larger products.
+Past = tuple[Tensor, Tensor, Tensor]  # of a cache: keys and values (B, S, K, D); the positions (B, T) to write to
 
-    The residual stream comes in two parts, x and what the layer before wants added: the norm adds them in the same pass.
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + swiglu(norm(x)). q, k, v are one matrix, and so are gate and up.
+
+    The residual stream comes in two parts, x and the output of the layer before: the norm adds them in the same pass.
     """
 
     def __init__(self, c: config.Model, use: dict[str, str]) -> None:
@@ -67,48 +69,40 @@ class Block(nn.Module):
         self.ffn_out = Linear(f, c.hidden, bias=False)
 
     def forward(
-        self,
-        added: Tensor,
-        x: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | None = None,
-        past: tuple[Tensor, Tensor, Tensor] | None = None,
+        self, added: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor, mask: Tensor | None, past: Past | None
     ) -> tuple[Tensor, Tensor]:
-        """`mask` (B, 1, T, S): which of S keys a query sees, if not those before it. `past`: keys and values (B, S, K, D) to which
-        those of this call are added, at the positions (B, T)."""
-        y, x = self.attn_norm(added, x)  # (B, T, C) each
+        """(B, T, C) twice -> the same: the block's output, not yet added, and the residual stream.
+
+        `mask` (B, 1, T, S): the keys that a query sees; None: those before it.
+        """
+        y, x = self.attn_norm(added, x)
         B, T, C = y.shape
-        q, k, v = rope(
-            self.qkv(y).view(B, T, -1, self.D), cos, sin, *self.heads, self.use["rope"]
-        )  # (B, T, H, D), (B, T, K, D) twice
+        qkv = self.qkv(y).view(B, T, -1, self.D)
+        q, k, v = rope(qkv, cos, sin, *self.heads, self.use["rope"])  # (B, T, H, D), (B, T, K, D), (B, T, K, D)
         if past:
-            k, v = (
-                whole.scatter_(1, past[2][:, :, None, None].expand_as(new), new)
-                for whole, new in zip(past[:2], (k, v), strict=True)
-            )
-        y = (attention(q, k, v, self.use["attention"]) if mask is None else masked_attention(q, k, v, mask)).reshape(
-            B, T, C
-        )
-        y, x = self.ffn_norm(self.attn_out(y), x)
+            keys, values, at = past
+            index = at[:, :, None, None].expand_as(k)
+            k, v = keys.scatter_(1, index, k), values.scatter_(1, index, v)
+        y = attention(q, k, v, self.use["attention"]) if mask is None else masked_attention(q, k, v, mask)
+        y, x = self.ffn_norm(self.attn_out(y.reshape(B, T, C)), x)
         return self.ffn_out(swiglu(self.gate_up(y), self.use["swiglu"])), x  # (B, T, 2f) -> (B, T, f) -> (B, T, C)
 
 
 @dataclass
 class Cache:
-    """Keys and values (L, B, S, K, D) of sequences that are continued, S at most the context; a row has its first `lengths` (B,) filled."""
+    """Keys and values (L, B, S, K, D) of sequences to continue; the first `lengths` (B,) of a row are filled."""
 
     k: Tensor
     v: Tensor
     lengths: Tensor
-    end: int = 0  # the longest row's; the host knows it without asking the device
+    end: int = 0  # the longest length, on the host: reading it must not wait for the device
 
 
 class Transformer(nn.Module):
-    """Initial weights: normal(0, 0.02), the two matrices that write to the residual stream by 1/sqrt(2 L) smaller (GPT-2); biases 0.
+    """Initial weights: normal(0, 0.02); the two matrices that write to the residual stream 0.02 / sqrt(2 L) (GPT-2).
 
-    `dtype`: of the activations. `use`: "torch" or "triton" for each operation, as kernels.choose says. `recompute`: keep only
-    the blocks' inputs and compute the rest again in the backward: a third more work for a fraction of the memory.
+    `dtype`: of the activations. `use`: "torch" or "triton" for each operation, from kernels.choose. `recompute`: keep
+    only the blocks' inputs and compute the rest again in the backward: a third more work, a fraction of the memory.
     """
 
     cos: Tensor
@@ -122,12 +116,8 @@ class Transformer(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.config, self.dtype, self.use, self.recompute = (
-            c,
-            dtype,
-            use or dict.fromkeys(kernels.NAMES, "torch"),
-            recompute,
-        )
+        self.config, self.dtype, self.recompute = c, dtype, recompute
+        self.use = use or dict.fromkeys(kernels.NAMES, "torch")
         self.embed = nn.Embedding(c.vocab_size, c.hidden)
         self.blocks = nn.ModuleList(Block(c, self.use) for _ in range(c.n_layer))
         self.norm = RMSNorm(c, self.use["rms_norm"])
@@ -135,10 +125,9 @@ class Transformer(nn.Module):
         if c.tied:
             self.head.weight = self.embed.weight
         stretch = scaling(c.rope_scaling, c.rope_factor, c.rope_context, c.rope_low, c.rope_high, c.rope_theta)
-        for name, table in zip(
-            ("cos", "sin"), rope_table(c.context, c.hidden // c.n_head, c.rope_theta, stretch), strict=True
-        ):
-            self.register_buffer(name, table, persistent=False)
+        cos, sin = rope_table(c.context, c.hidden // c.n_head, c.rope_theta, stretch)  # (context, D/2) each
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) if name.endswith("_out.weight") else 0.02)
@@ -148,9 +137,9 @@ class Transformer(nn.Module):
     def forward(
         self, ids: Tensor, targets: Tensor | None = None, reduction: str = "mean", documents: Tensor | None = None
     ) -> Tensor:
-        """Token ids (B, T), T at most the context -> logits (B, T, V); with targets (B, T) -> their loss in nats, float32.
+        """Token ids (B, T), T at most the context -> logits (B, T, V); with targets (B, T) -> their loss in nats.
 
-        `documents` (B, T): a token sees only tokens of its own number.
+        `documents` (B, T): a token sees only tokens with its own document's number.
         """
         y = self.states(ids, documents)
         if targets is None:
@@ -158,13 +147,14 @@ class Transformer(nn.Module):
         return linear_cross_entropy(y, self.head.weight, targets, reduction, self.use["cross_entropy"])
 
     def states(self, ids: Tensor, documents: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """What the head reads, (B, T, C), for whoever wants logits of some places only.
+        """The states (B, T, C) that the head reads: for logits at some positions only.
 
-        `cache`: the ids continue its rows, and are added to it; whoever calls moves `lengths` on, so a row may be padded on its right.
+        `cache`: the ids continue its rows and are added to it. The caller moves `lengths` on, so a row may be padded on
+        its right.
         """
         T = ids.shape[1]
         cos, sin, mask = self.cos[:T], self.sin[:T], None
-        pasts: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * len(self.blocks)
+        pasts: list[Past | None] = [None] * len(self.blocks)
         if documents is not None:
             mask = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]  # (B, 1, T, T)
         if cache:
@@ -172,9 +162,8 @@ class Transformer(nn.Module):
             if cache.end:  # else all rows begin, and attention is the usual one
                 cos, sin = self.cos[at], self.sin[at]  # (B, T, D/2)
             cache.end += T
-            mask = (
-                (torch.arange(cache.end, device=ids.device) <= at[:, :, None])[:, None] if cache.end > T else None
-            )  # (B, 1, T, S)
+            if cache.end > T:
+                mask = (torch.arange(cache.end, device=ids.device) <= at[:, :, None])[:, None]  # (B, 1, T, S)
             pasts = [(k[:, : cache.end], v[:, : cache.end], at) for k, v in zip(cache.k, cache.v, strict=True)]
         added, x = self.embed(ids).to(self.dtype), None  # (B, T, C)
         for block, past in zip(self.blocks, pasts, strict=True):
@@ -183,32 +172,8 @@ class Transformer(nn.Module):
         return self.norm(added, x)[0]
 
     def cache(self, rows: int, size: int) -> Cache:
-        """An empty one for so many sequences of at most `size` tokens."""
+        """An empty cache for this many rows of at most `size` tokens."""
         c, device = self.config, self.embed.weight.device
-        k = torch.zeros(
-            c.n_layer, rows, size, c.n_kv_head or c.n_head, c.hidden // c.n_head, dtype=self.dtype, device=device
-        )
+        shape = (c.n_layer, rows, size, c.n_kv_head or c.n_head, c.hidden // c.n_head)
+        k = torch.zeros(shape, dtype=self.dtype, device=device)
         return Cache(k, torch.zeros_like(k), torch.zeros(rows, dtype=torch.int64, device=device))
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Counts
-
-
-def parameters(c: config.Model) -> int:
-    """Parameters of a shape without building it: 203,372,032 for 203m, as in Table 9."""
-    h, f = c.hidden, c.ffn or 4 * c.hidden
-    qkv = h + 2 * (c.n_kv_head or c.n_head) * (h // c.n_head)  # rows
-    block = 2 * h + qkv * h + (qkv if c.qkv_bias else 0) + h * h + 3 * h * f
-    return (1 if c.tied else 2) * c.vocab_size * h + c.n_layer * block + h
-
-
-def flops_per_token(c: config.Model, causal: bool = True) -> float:
-    """FLOPs of forward and backward: 6 for each weight of a matrix product (the input lookup is none), and attention.
-
-    Attention is 6 L h T with the causal half counted; `causal=False` gives the 12 L h T that others publish.
-    """
-    h, f = c.hidden, c.ffn or 4 * c.hidden
-    kv = (c.n_kv_head or c.n_head) * (h // c.n_head)
-    matrices = c.n_layer * (2 * h * h + 2 * h * kv + 3 * h * f) + c.vocab_size * h
-    return 6 * matrices + (6 if causal else 12) * c.n_layer * h * c.context

@@ -1,26 +1,92 @@
 """Learning-rate paths as data: PTFS, CPT and path switching are three lists of segments.
 
-A *segment* is one training run on one learning-rate path. `plan()` lists the segments of a paradigm;
-train.py runs one of them, cost.py adds up their steps, paper walks them as a graph.
+A *segment* is one training run on one learning-rate path. `plan()` lists the segments of a paradigm; train.py runs one
+of them, cost.py adds up their steps, paper/ walks them as a graph.
 
-The unit is the step: one optimizer update over one global batch. "The state at step s" is the state after
-exactly s updates, and update number s (from 0) uses `lr(s)`. Steps count the data: update s always reads
-batch s, so a segment that starts at step 14,000 reads on where its parent stopped.
+The unit is the step: one optimizer update over one global batch. "The state at step s" is the state after exactly s
+updates, and update number s (from 0) uses `lr(s)`. Steps count the data: update s always reads batch s, so a segment
+that starts at step 14,000 reads on where its parent stopped.
 
-    python schedule.py --paradigm ours --schedule cosine --versions 4 --steps 10000 --warmup 2000 --alpha 0.6 --max_lr 3e-4
+    python schedule.py --config 1.2b --paradigm ours --plan.alpha 0.4 --plot paths.png
 """
 
 import argparse
-import json
+import ast
 import math
 import signal
 import sys
+import tomllib
+import types
+import typing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
-# ----------------------------------------------------------------------------------------------------------
-# Decay shapes: the LR of update t = 1..D of a decay over D steps from `hi` to `lo`; `W` is the warm-up length.
-# t = D is the last update, and a complete decay ends at exactly `lo`.
+PARADIGMS = ("ptfs", "cpt", "ours")
+CPT_VARIANTS = ("reset_max", "rewarm_max", "keep_min")  # Appendix B
+MOST_VERSIONS = 10_000  # more is a typing error
+
+
+def key(default: Any, help: str) -> Any:
+    """A field of Plan with the text that --help shows."""
+    return field(
+        default_factory=default.copy if isinstance(default, list) else lambda: default, metadata={"help": help}
+    )
+
+
+@dataclass
+class Plan:
+    """The learning-rate paths of all paradigms: the keys [plan] of a config."""
+
+    schedule: str = key("cosine", "the decay, a name in SCHEDULES of schedule.py")
+    versions: int = key(4, "versions planned, N")
+    steps: int = key(100, "steps of every increment, T")
+    increments: list[int] = key([], "steps of each increment where they differ; in place of versions and steps")
+    warmup: int = key(20, "warm-up steps, W")
+    max_lr: float = key(1e-3, "maximal learning rate")
+    min_lr: float | None = key(None, "minimal learning rate; none: a tenth of max_lr")
+    alpha: float | None = key(None, "length of a branch as a part of the first increment; none: 0.6")
+    decay_steps: int | None = key(None, "length of a branch in steps, instead of alpha")
+    cpt_variant: str = key("reset_max", "learning rate of CPT's versions: reset_max, rewarm_max, keep_min")
+    cycle: float | None = key(None, "cosine cycle in steps where it is longer than the run, or inf")
+
+    @property
+    def T(self) -> list[int]:
+        """Steps of each increment."""
+        return self.increments or [self.steps] * self.versions
+
+    @property
+    def lowest_lr(self) -> float:
+        """The rate at the end of a complete decay. Rounded: a tenth of 3e-4 is 3e-5, not 2.9999999999999997e-05."""
+        return float(f"{self.max_lr / 10:.12g}") if self.min_lr is None else self.min_lr
+
+    @property
+    def d(self) -> int:
+        """Steps of a branch."""
+        return self.decay_steps or round_half_up(0.6 if self.alpha is None else self.alpha, self.T[0])
+
+    def end(self, version: int) -> int:
+        """The step at which version i has seen its increments 1..i."""
+        return sum(self.T[:version])
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One training run: updates `start` .. `end - 1`, from `parent` = (segment, step) or from random weights."""
+
+    name: str  # also its folder below the run's
+    paradigm: str  # main, branch, ptfs, cpt, or sft
+    version: int
+    parent: tuple[str, int] | None
+    start: int
+    end: int
+    lr: Callable[[int], float]
+
+
+# ---- Decay shapes ----------------------------------------------------------------------------------------------------
+# The LR of update t = 1..D of a decay over D steps from `hi` to `lo`; `W` is the length of the warm-up.
+# t = D is the last update: a complete decay ends at exactly `lo`.
 
 
 def mix(w: float, hi: float, lo: float) -> float:
@@ -75,120 +141,15 @@ SCHEDULES: dict[str, tuple[Callable[[int, float, float, float, int], float], flo
     "inverse_sqrt": (inverse_sqrt, 1.0),
     "constant": (constant, 0.0),
 }
-PARADIGMS = ("ptfs", "cpt", "ours")
-CPT_VARIANTS = ("reset_max", "rewarm_max", "keep_min")  # Appendix B
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The plan
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One training run: updates `start` .. `end - 1`, from `parent` = (segment, step) or from random weights."""
-
-    name: str  # also its folder below the run's
-    version: int
-    parent: tuple[str, int] | None
-    start: int
-    end: int
-    lr: Callable[[int], float]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What decides the learning-rate paths of all paradigms. `increments[i-1]` is T_i, in steps."""
-
-    increments: list[int]
-    warmup: int
-    max_lr: float
-    schedule: str = "cosine"
-    min_lr: float | None = None  # None: a tenth of max_lr, as in the paper
-    alpha: float | None = None  # length of a branch as a part of the first increment ...
-    decay_steps: int | None = None  # ... or in steps
-    cpt_variant: str = "reset_max"
-    cycle: float | None = None  # cosine: its cycle in steps where it is longer than the run, or inf
-
-    @property
-    def lo(self) -> float:
-        # rounded to 12 digits: a tenth of 3e-4 is 3e-5, not 2.9999999999999997e-05
-        return float(f"{self.max_lr / 10:.12g}") if self.min_lr is None else self.min_lr
-
-    @property
-    def d(self) -> int:
-        """Steps of a branch."""
-        if self.decay_steps is not None:
-            return self.decay_steps
-        return whole(0.6 if self.alpha is None else self.alpha, self.increments[0])
-
-    def end(self, version: int) -> int:
-        """The step at which version i has seen its increments 1..i."""
-        return sum(self.increments[:version])
-
-    def problems(self, paradigm: str) -> list[str]:
-        """Everything that is wrong with these values, one line each: key, value, what is expected."""
-        found = []
-        if paradigm not in PARADIGMS:
-            found.append(f"paradigm: got {paradigm!r}, expected one of {', '.join(PARADIGMS)}")
-        if self.schedule not in SCHEDULES:
-            found.append(f"schedule: got {self.schedule!r}, expected one of {', '.join(SCHEDULES)}")
-        if self.cpt_variant not in CPT_VARIANTS:
-            found.append(f"cpt_variant: got {self.cpt_variant!r}, expected one of {', '.join(CPT_VARIANTS)}")
-        if not self.increments or min(self.increments) < 1:
-            found.append(f"increments: got {self.increments}, expected at least one, each of 1 step or more")
-        if not (0 < self.max_lr < math.inf):
-            found.append(f"max_lr: got {self.max_lr}, expected a finite number above 0")
-        if self.min_lr is not None and not (0 < self.min_lr <= self.max_lr):
-            found.append(f"min_lr: got {self.min_lr}, expected above 0 and at most max_lr = {self.max_lr}")
-        if self.warmup < 0:
-            found.append(f"warmup: got {self.warmup}, expected 0 or more")
-        if self.warmup == 0 and self.schedule == "inverse_sqrt":
-            found.append("warmup: got 0, but inverse_sqrt takes its time scale from it: expected 1 or more")
-        if self.alpha is not None and self.decay_steps is not None:
-            found.append(
-                f"alpha and decay_steps: got {self.alpha} and {self.decay_steps}, expected one; set the other to none"
-            )
-        if self.alpha is not None and not (0 < self.alpha <= 1):
-            found.append(f"alpha: got {self.alpha}, expected above 0 and at most 1")
-        if self.decay_steps is not None and self.decay_steps < 1:
-            found.append(f"decay_steps: got {self.decay_steps}, expected 1 or more")
-        if found:
-            return found
-
-        T = self.increments[0]
-        if self.warmup >= T:
-            found.append(f"warmup: got {self.warmup} steps, expected fewer than the first increment's {T}")
-        elif paradigm == "cpt" and self.cpt_variant == "rewarm_max" and self.warmup >= min(self.increments):
-            found.append(
-                f"warmup: got {self.warmup} steps, expected fewer than the shortest increment's {min(self.increments)} with rewarm_max"
-            )
-        elif paradigm == "ours" and self.d < 1:
-            found.append(
-                f"alpha: got {self.alpha}, which is no step of the first increment's {T}; expected at least {1 / T:.3g}"
-            )
-        elif paradigm == "ours" and T - self.d < self.warmup:
-            found.append(
-                f"alpha / decay_steps: a branch of {self.d} steps would leave the main path at step {T - self.d}, inside the warm-up "
-                f"of {self.warmup}; expected at most {T - self.warmup} steps (alpha {(T - self.warmup) / T:.3g})"
-            )
-        if self.cycle is not None:
-            decays = {"ptfs": self.end(len(self.increments)), "cpt": T, "ours": self.d}[paradigm]
-            if self.schedule != "cosine":
-                found.append(f"cycle: goes with the cosine schedule, got {self.schedule}")
-            if not self.cycle >= decays:  # "not >=" refuses nan as well
-                found.append(f"cycle: got {self.cycle} steps, expected at least the {decays} that it is cut at, or inf")
-        return found
-
-
-def whole(part: float, steps: int) -> int:
-    """`part` of `steps`, rounded half up; 1e-9 keeps 0.2 * 2 * T and 0.4 * T equal in floating point."""
-    return int(part * steps + 0.5 + 1e-9)
+# ---- The paradigms ---------------------------------------------------------------------------------------------------
 
 
 def path(p: Plan, start: int, end: int, W: int, D: float, warm_from: float = 0.0) -> Callable[[int], float]:
-    """LR of update s: `W` steps of linear warm-up from `warm_from`, then max LR, then the decay.
+    """LR of update s: `W` steps of linear warm-up from `warm_from`, then max LR, then a decay of D steps up to `end`.
 
-    The decay ends at `end` and takes D steps; a D longer than the room after the warm-up (a long cycle) is cut at `end`.
+    A D longer than the room after the warm-up (a long cycle) is cut at `end`.
     """
     shape, _ = SCHEDULES[p.schedule]
     decay_start = end - int(min(D, end - start - W))
@@ -198,7 +159,7 @@ def path(p: Plan, start: int, end: int, W: int, D: float, warm_from: float = 0.0
             return warm_from + (p.max_lr - warm_from) * (s - start + 1) / W
         if s < decay_start:
             return p.max_lr
-        return shape(s - decay_start + 1, D, p.max_lr, p.lo, p.warmup)
+        return shape(s - decay_start + 1, D, p.max_lr, p.lowest_lr, p.warmup)
 
     return lr
 
@@ -208,170 +169,224 @@ def plan(paradigm: str, p: Plan) -> list[Segment]:
 
     Raises ValueError, a line a problem, where `p` makes no sense.
     """
-    if found := p.problems(paradigm):
+    if found := problems(p, paradigm):
         raise ValueError("\n".join(found))
-    versions = range(1, len(p.increments) + 1)
+    N, d, W = len(p.T), p.d, p.warmup
     part = SCHEDULES[p.schedule][1]
     tag = p.schedule if p.cycle is None else f"{p.schedule}-cycle{p.cycle:g}"
 
     def decay(steps: int, W: int) -> int:
-        """Steps of a whole run that decay: all after the warm-up for cosine, the last half for knee, ..."""
-        return min(whole(part, steps), steps - W)
+        """Steps of a whole run that decay."""
+        return min(round_half_up(part, steps), steps - W)
 
     def ptfs(i: int) -> Segment:
         S = p.end(i)
-        D = decay(S, p.warmup) if p.cycle is None else p.cycle - p.warmup
-        return Segment(f"ptfs-{tag}/v{i}", i, None, 0, S, path(p, 0, S, p.warmup, D))
+        D = decay(S, W) if p.cycle is None else p.cycle - W
+        return Segment(f"ptfs-{tag}/v{i}", "ptfs", i, None, 0, S, path(p, 0, S, W, D))
+
+    def cpt(i: int, parent: str) -> Segment:
+        a, b = p.end(i - 1), p.end(i)
+        lr = {
+            "reset_max": path(p, a, b, 0, decay(b - a, 0)),
+            "rewarm_max": path(p, a, b, W, decay(b - a, W), warm_from=p.lowest_lr),
+            "keep_min": lambda s: p.lowest_lr,
+        }[p.cpt_variant]
+        name = f"cpt-{tag}" if p.cpt_variant == "reset_max" else f"cpt-{tag}-{p.cpt_variant}"
+        return Segment(f"{name}/v{i}", "cpt", i, (parent, a), a, b, lr)
+
+    def branch(i: int) -> Segment:
+        a, b = p.end(i) - d, p.end(i)
+        D = d if p.cycle is None else p.cycle  # a cycle longer than the branch is cut at its end (Figure 5)
+        name = f"ours-{tag}" if d == round_half_up(0.6, p.T[0]) else f"ours-{tag}-d{d}"
+        return Segment(f"{name}/v{i}", "branch", i, ("main", a), a, b, path(p, a, b, 0, D))
 
     if paradigm == "ptfs":
-        return [ptfs(i) for i in versions]
+        return [ptfs(i) for i in range(1, N + 1)]
 
-    if paradigm == "cpt":
-        # Version 1 is PTFS's version 1: trained once, under PTFS's name. `cycle` is that first stage's (Figure 4).
+    if paradigm == "cpt":  # version 1 is PTFS's version 1: trained once, under PTFS's name
         segments = [ptfs(1)]
-        name = f"cpt-{tag}" if p.cpt_variant == "reset_max" else f"cpt-{tag}-{p.cpt_variant}"
-        for i in versions[1:]:
-            a, b = p.end(i - 1), p.end(i)
-            if p.cpt_variant == "reset_max":
-                lr = path(p, a, b, 0, decay(b - a, 0))
-            elif p.cpt_variant == "rewarm_max":
-                lr = path(p, a, b, p.warmup, decay(b - a, p.warmup), warm_from=p.lo)
-            else:
-                lr = lambda s: p.lo  # noqa: E731  keep_min
-            segments.append(Segment(f"{name}/v{i}", i, (segments[-1].name, a), a, b, lr))
+        for i in range(2, N + 1):
+            segments.append(cpt(i, segments[-1].name))
         return segments
 
-    # Ours: the main path at max LR ends where the last branch leaves it, at N*T - d; every branch decays over its d steps.
-    fork = {i: p.end(i) - p.d for i in versions}
-    N = versions[-1]
-    main = Segment("main", N, None, 0, fork[N], path(p, 0, fork[N], p.warmup, 0))
-    D = p.d if p.cycle is None else p.cycle  # a cycle longer than the branch is cut at its end (Figure 5)
-    name = f"ours-{tag}" if p.d == whole(0.6, p.increments[0]) else f"ours-{tag}-d{p.d}"
-    return [main] + [
-        Segment(f"{name}/v{i}", i, ("main", fork[i]), fork[i], p.end(i), path(p, fork[i], p.end(i), 0, D))
-        for i in versions
+    # Ours: the main path at max LR ends where the last branch leaves it, at N*T - d
+    end = p.end(N) - d
+    main = Segment("main", "main", N, None, 0, end, path(p, 0, end, W, 0))
+    return [main, *(branch(i) for i in range(1, N + 1))]
+
+
+def round_half_up(part: float, steps: int) -> int:
+    """`part` of `steps`, rounded half up; 1e-9 keeps 0.2 * 2 * T and 0.4 * T equal in floating point."""
+    return int(part * steps + 0.5 + 1e-9)
+
+
+# ---- Checks ----------------------------------------------------------------------------------------------------------
+
+
+def problems(p: Plan, paradigm: str) -> list[str]:
+    """What is wrong with a plan, one line each: key, value, what is expected."""
+    W, most = p.warmup, MOST_VERSIONS
+    checks = [  # key, value, expected, is it so?
+        ("paradigm", paradigm, f"one of {', '.join(PARADIGMS)}", paradigm in PARADIGMS),
+        ("schedule", p.schedule, f"one of {', '.join(SCHEDULES)}", p.schedule in SCHEDULES),
+        ("cpt_variant", p.cpt_variant, f"one of {', '.join(CPT_VARIANTS)}", p.cpt_variant in CPT_VARIANTS),
+        ("versions", p.versions, f"1 to {most}", 1 <= p.versions <= most),
+        ("steps", p.steps, "1 or more", p.steps >= 1),
+        ("increments", p.increments, "1 step or more each", min(p.increments, default=1) > 0),
+        ("max_lr", p.max_lr, "a finite number above 0", 0 < p.max_lr < math.inf),
+        ("min_lr", p.min_lr, f"above 0 and at most max_lr = {p.max_lr}", 0 < p.lowest_lr <= p.max_lr),
+        ("warmup", W, "0 or more, for inverse_sqrt 1 or more", W >= (p.schedule == "inverse_sqrt")),
+        ("alpha", p.alpha, "above 0 and at most 1", p.alpha is None or 0 < p.alpha <= 1),
+        ("decay_steps", p.decay_steps, "1 or more", p.decay_steps is None or p.decay_steps >= 1),
+        ("decay_steps", p.decay_steps, f"none beside alpha = {p.alpha}", p.decay_steps is None or p.alpha is None),
     ]
+    if found := [f"{name}: got {got!r}, expected {expected}" for name, got, expected, fine in checks if not fine]:
+        return found
+    T, d = p.T[0], p.d
+    if W >= T:
+        found.append(f"warmup: got {W} steps, expected fewer than the first increment's {T}")
+    elif paradigm == "cpt" and p.cpt_variant == "rewarm_max" and W >= min(p.T):
+        found.append(f"warmup: got {W} steps, expected fewer than the shortest increment's {min(p.T)} with rewarm_max")
+    elif paradigm == "ours" and d < 1:
+        found.append(f"alpha: got {p.alpha}, not one step of the first increment's {T}; expected at least {1 / T:.3g}")
+    elif paradigm == "ours" and T - d < W:
+        found.append(
+            f"alpha / decay_steps: a branch of {d} steps would leave the main path at step {T - d}, inside the warm-up "
+            f"of {W}; expected at most {T - W} steps (alpha {(T - W) / T:.3g})"
+        )
+    if p.cycle is not None:
+        decays = {"ptfs": sum(p.T), "cpt": T, "ours": d}[paradigm]
+        if p.schedule != "cosine":
+            found.append(f"cycle: goes with the cosine schedule, got {p.schedule}")
+        if not p.cycle >= decays:  # "not >=" refuses nan as well
+            found.append(f"cycle: got {p.cycle} steps, expected at least the {decays} that it is cut at, or inf")
+    return found
 
 
-# ----------------------------------------------------------------------------------------------------------
-# As a script: print the segments, list every LR, draw the paths
+# ---- Values of a config, as TOML or a command line has them ----------------------------------------------------------
+
+
+def type_name(kind: Any) -> str:
+    """A type in words, such as "a number or none"."""
+    if isinstance(kind, types.UnionType):
+        return f"{type_name(typing.get_args(kind)[0])} or none"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return names.get(kind, "a list of whole numbers")
+
+
+def typed(kind: Any, value: Any) -> Any:
+    """`value` as `kind`; ValueError if it is not one. True is no number, 1 is no truth value, 1 is a float."""
+    if isinstance(kind, types.UnionType):
+        return None if value is None else typed(typing.get_args(kind)[0], value)
+    if typing.get_origin(kind) is list and isinstance(value, list):
+        return [typed(int, v) for v in value]
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (kind is int and abs(value) >= 2**63):
+        raise ValueError
+    if kind is str:
+        value.encode()  # ValueError: bytes that are not UTF-8 could not be written to config.toml
+    return value
+
+
+def parse(kind: Any, text: str) -> Any:
+    """A word of the command line as `kind`: a number, a text, true, none, inf or 700,500,900. ValueError if not."""
+    if kind is str:
+        return typed(str, text)
+    words = {"none": None, "true": True, "false": False, "inf": math.inf, "nan": math.nan}
+    try:
+        value = words[text] if text in words else ast.literal_eval(text)
+    except (SyntaxError, MemoryError, RecursionError):
+        raise ValueError from None
+    if typing.get_origin(kind) is list:
+        value = list(value) if isinstance(value, (list, tuple)) else [value]
+    return typed(kind, value)
+
+
+# ---- As a script: print the segments, list every LR, draw the paths --------------------------------------------------
 
 
 def draw(plans: dict[str, list[Segment]], file: str) -> None:
-    """Figure 1 for any plans: a row of axes, one a paradigm, each segment in its version's colour, the main path dark."""
+    """Figure 1 for any plans: axes for each paradigm, a colour for each version, the main path dark."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    colours = [
-        "#0072B2",
-        "#D55E00",
-        "#009E73",
-        "#CC79A7",
-        "#E69F00",
-        "#56B4E9",
-    ]  # Okabe and Ito: told apart by the colour-blind
-    titles = {
-        "ptfs": "Pre-training from scratch (PTFS)",
-        "cpt": "Continual pre-training (CPT)",
-        "ours": "Path switching (ours)",
-    }
+    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito: for the colour-blind
+    titles = {"ptfs": "Pre-training from scratch (PTFS)", "cpt": "Continual pre-training (CPT)"}
+    titles["ours"] = "Path switching (ours)"
     fig, axes = plt.subplots(1, len(plans), figsize=(5 * len(plans), 3.4), sharey=True, squeeze=False)
     for ax, (paradigm, segments) in zip(axes[0], plans.items(), strict=True):
         # the longest first, so that the shorter runs of PTFS, equal to it in the warm-up, stay visible
         for g in sorted(segments, key=lambda g: g.start - g.end):
-            steps = range(g.start, g.end, max(1, (g.end - g.start) // 2000))
-            s = [*steps, max(g.start, g.end - 1)]
-            main = g.name == "main"
-            ax.plot(
-                s,
-                [g.lr(i) for i in s],
-                color="#333333" if main else colours[(g.version - 1) % len(colours)],
-                linewidth=2.6 if main else 1.8,
-                label="main path" if main else f"V{g.version}",
-            )
-        ax.set_title(f"{titles.get(paradigm, paradigm)}: {sum(g.end - g.start for g in segments):,} steps", fontsize=10)
+            steps = [*range(g.start, g.end, max(1, (g.end - g.start) // 2000)), max(g.start, g.end - 1)]
+            main = g.paradigm == "main"
+            colour, width = ("#333333", 2.6) if main else (colours[(g.version - 1) % len(colours)], 1.8)
+            label = "main path" if main else f"V{g.version}"
+            ax.plot(steps, [g.lr(s) for s in steps], color=colour, linewidth=width, label=label)
+        total = sum(g.end - g.start for g in segments)
+        ax.set_title(f"{titles.get(paradigm, paradigm)}: {total:,} steps", fontsize=10)
         ax.set_xlabel("step")
         ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.set_ylim(bottom=0)
         ax.grid(alpha=0.25)
     axes[0][0].set_ylabel("learning rate")
-    key = {label: line for ax in axes[0] for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    fig.legend(
-        [key[k] for k in sorted(key)], sorted(key), loc="lower center", ncols=len(key), fontsize=9, frameon=False
-    )
+    lines = {label: line for ax in axes[0] for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    labels = sorted(lines)
+    fig.legend([lines[k] for k in labels], labels, loc="lower center", ncols=len(labels), fontsize=9, frameon=False)
     fig.tight_layout(rect=(0, 0.07, 1, 1))
     fig.savefig(file, dpi=150)
     plt.close(fig)
 
 
+def read_plan(config: str, words: dict[str, str]) -> Plan:
+    """The plan of a config file, with words of the command line on top. ValueError names the key."""
+    file = Path(config) if config.endswith(".toml") else Path(__file__).parent / "configs" / f"{config}.toml"
+    values = tomllib.loads(file.read_text()).get("plan", {})
+    for f in fields(Plan):
+        try:
+            if f.name in words:
+                values[f.name] = parse(f.type, words[f.name])
+            elif f.name in values:
+                values[f.name] = typed(f.type, values[f.name])
+        except ValueError:
+            got = words.get(f.name, values.get(f.name))
+            raise ValueError(f"plan.{f.name}: got {got!r}, expected {type_name(f.type)}") from None
+    return Plan(**values)
+
+
 def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
-    a = argparse.ArgumentParser(
-        description="Print, list or draw the learning-rate paths of a paradigm.", allow_abbrev=False
-    )
-    a.error = lambda message: sys.exit(_refuse(message))  # type: ignore[method-assign]
+    a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    a.add_argument("--config", default="tiny", help="a name in configs/ or a .toml file [tiny]")
     a.add_argument("--paradigm", choices=PARADIGMS, default="ours")
-    a.add_argument("--schedule", default="cosine", help=", ".join(SCHEDULES))
-    a.add_argument("--versions", type=int, default=4)
-    a.add_argument("--steps", type=int, default=10000, help="steps of every increment, T (default %(default)s)")
-    a.add_argument(
-        "--increments",
-        help="steps of each increment where they differ, such as 700,500,900; in place of --versions and --steps",
-    )
-    a.add_argument("--warmup", type=int, default=2000)
-    a.add_argument("--max_lr", type=float, default=3e-4)
-    a.add_argument("--min_lr", type=float, help="default: a tenth of --max_lr")
-    a.add_argument("--alpha", type=float, help="length of a branch as a part of the first increment (default 0.6)")
-    a.add_argument("--decay_steps", type=int, help="the same in steps")
-    a.add_argument("--cpt_variant", default="reset_max", help=", ".join(CPT_VARIANTS))
-    a.add_argument("--cycle", type=float, help="cosine cycle longer than the run, in steps, or inf")
-    a.add_argument("--json", action="store_true", help="the segments as JSON")
     a.add_argument("--csv", action="store_true", help="segment,step,lr of every update")
     a.add_argument("--plot", metavar="FILE", help="draw the paths (needs matplotlib)")
+    for f in fields(Plan):
+        a.add_argument(f"--plan.{f.name}", dest=f.name, metavar="VALUE", help=f.metadata["help"])
     o = a.parse_args()
     try:
-        increments = [int(t) for t in o.increments.split(",")] if o.increments else [o.steps] * o.versions
-    except ValueError:
-        sys.exit(_refuse(f"--increments: got {o.increments!r}, expected whole numbers such as 700,500,900"))
-    p = Plan(increments, o.warmup, o.max_lr, o.schedule, o.min_lr, o.alpha, o.decay_steps, o.cpt_variant, o.cycle)
-    try:
-        segments = plan(o.paradigm, p)
-    except ValueError as e:
-        sys.exit(_refuse(str(e)))
-
-    if o.json:
-        print(json.dumps([{k: v for k, v in vars(g).items() if k != "lr"} for g in segments], indent=1))
-    elif o.csv:
+        words = {f.name: text for f in fields(Plan) if (text := getattr(o, f.name)) is not None}
+        segments = plan(o.paradigm, read_plan(o.config, words))
+        if o.plot:
+            draw({o.paradigm: segments}, o.plot)
+    except (ValueError, TypeError, OSError, ImportError) as e:
+        for line in str(e).splitlines():
+            print(f"schedule.py: error: {line}", file=sys.stderr)
+        sys.exit(2)
+    if o.csv:
         print("segment,step,lr")
         for g in segments:
-            for s in range(g.start, g.end):
-                print(f"{g.name},{s},{g.lr(s)!r}")
-    else:
-        print(
-            f"{'segment':32} {'version':>7} {'parent':>16} {'start':>9} {'end':>9} {'steps':>9}   LR of first .. last update"
-        )
-        for g in segments:
-            parent = f"{g.parent[0]}@{g.parent[1]}" if g.parent else "-"
-            print(
-                f"{g.name:32} {g.version:7} {parent:>16} {g.start:9,} {g.end:9,} {g.end - g.start:9,}   {g.lr(g.start):.6g} .. {g.lr(max(g.start, g.end - 1)):.6g}"
-            )
-        print(f"{'total':32} {'':7} {'':16} {'':9} {'':9} {sum(g.end - g.start for g in segments):9,}")
-    if o.plot:
-        try:
-            draw({o.paradigm: segments}, o.plot)
-        except ImportError:
-            sys.exit(_refuse("--plot needs matplotlib: pip install matplotlib"))
-        except (OSError, ValueError) as e:
-            sys.exit(_refuse(f"--plot {o.plot}: {e}"))
-
-
-def _refuse(message: str) -> int:
-    for line in message.splitlines():
-        print(f"schedule.py: error: {line}", file=sys.stderr)
-    return 2
+            print("\n".join(f"{g.name},{s},{g.lr(s)!r}" for s in range(g.start, g.end)))
+        return
+    print(f"{'segment':32} {'parent':>16} {'start':>9} {'end':>9} {'steps':>9}   LR of first .. last update")
+    for g in segments:
+        parent = f"{g.parent[0]}@{g.parent[1]}" if g.parent else "-"
+        lr = f"{g.lr(g.start):.6g} .. {g.lr(max(g.start, g.end - 1)):.6g}"
+        print(f"{g.name:32} {parent:>16} {g.start:9,} {g.end:9,} {g.end - g.start:9,}   {lr}")
+    print(f"{'total':32} {'':16} {'':9} {'':9} {sum(g.end - g.start for g in segments):9,}")
 
 
 if __name__ == "__main__":

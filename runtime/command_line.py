@@ -2,15 +2,18 @@
 
 import argparse
 import json
+import shlex
+import sys
 import typing
 from typing import Any
 
-from config import Config, flatten, load, type_name
+from config import Config, flatten, load
 from runtime.errors import UserError
+from schedule import type_name
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, whose errors join the other one-line errors."""
+    """argparse whose errors are UserErrors."""
 
     def __init__(self, **kw: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kw)
@@ -24,18 +27,35 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--config", help="a name in configs/ or a .toml file")
         group = self.add_argument_group("keys of the config, each also a flag")
         for k, (f, v) in flatten(Config()).items():
-            choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+            choices = f.metadata.get("choices")
             shown = "none" if v is None else v if isinstance(v, str) else json.dumps(v)
             group.add_argument(
                 f"--{k}",
                 metavar=type_name(f.type).removesuffix(" or none").split()[-1].upper().replace("FALSE", "BOOL"),
-                help=f"{f.metadata['help']}{choices} [{shown}]",
+                help=f.metadata["help"] + (f" ({', '.join(choices)})" if choices else "") + f" [{shown}]",
             )
 
     def parse_config(
         self, argv: list[str] | None = None, default: str = "tiny", modes: dict[str, str] | None = None
     ) -> tuple[argparse.Namespace, Config]:
-        """The script's own arguments and the config that they name, with its overrides. `modes`: other defaults for some --mode."""
+        """The script's own options, and the config with its overrides. `modes`: the default config of some --mode."""
         args, unknown = self.parse_known_args(argv)
-        overrides = {k: getattr(args, k) for k in flatten(Config()) if getattr(args, k) is not None}
-        return args, load(args.config or (modes or {}).get(getattr(args, "mode", ""), default), overrides, unknown)
+        name = args.config or (modes or {}).get(getattr(args, "mode", ""), default)
+        return args, load(name, given(args), unknown)
+
+
+def given(args: argparse.Namespace) -> dict[str, str]:
+    """{key: text} of the config's keys that the command line names."""
+    return {k: text for k in flatten(Config()) if (text := getattr(args, k)) is not None}
+
+
+def this_command(**changes: object) -> str:
+    """The train.py command line of this process with some options changed: for errors that tell what to type."""
+    argv, skip = [], False
+    for a in sys.argv[1:]:
+        if not skip and a.removeprefix("--").partition("=")[0] not in changes:
+            argv.append(a)
+            continue
+        skip = not skip and "=" not in a
+    options = [word for k, v in changes.items() for word in (f"--{k}", str(v))]
+    return shlex.join(["python", "train.py", *argv, *options])

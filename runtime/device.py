@@ -1,4 +1,4 @@
-"""The device of a run: which one, how fast at best, and what a CPU needs to be fast."""
+"""The device of a run: which one, its peak speed, and settings that make a CPU fast."""
 
 import ctypes
 import os
@@ -14,33 +14,32 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s of 
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:
+    """The device of train.device on this rank; "auto" is the first there is."""
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(k for k, there in have.items() if there)
-    if name == "cuda" and have["cuda"] and local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"LOCAL_RANK: got {local_rank} on a machine with {torch.cuda.device_count()} GPUs; lower --nproc_per_node to that"
-        )
+    if name == "cuda" and have["cuda"] and local_rank >= (gpus := torch.cuda.device_count()):
+        raise UserError(f"LOCAL_RANK: got {local_rank} on a machine with {gpus} GPUs; lower --nproc_per_node to that")
     if not have[name]:
-        raise UserError(
-            f"train.device: got {name}, which this machine does not have; expected one of {', '.join(k for k in have if have[k])}"
-        )
+        there = ", ".join(k for k in have if have[k])
+        raise UserError(f"train.device: got {name}, which this machine does not have; expected one of {there}")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {platform.machine()}"
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """FLOP/s that a step could reach at best, and where the number is from: a data sheet, or a matrix product timed here."""
+    """FLOP/s that a step could reach at best, and its source: a data sheet, or a matrix product timed here."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
     for gpu, flops in PEAK.items():
         if gpu in name and dtype == torch.bfloat16:
             return flops, "data sheet"
     n = 1024 if device.type == "cpu" else 4096
-    own = torch.Generator(device).manual_seed(0)  # a run's own random numbers stay as they are
-    a, best, until = (
-        torch.randn(n, n, device=device, dtype=dtype, generator=own),
-        float("inf"),
-        time.perf_counter() + 0.3,
-    )
+    own = torch.Generator(device).manual_seed(0)  # the run's own random numbers stay as they are
+    a = torch.randn(n, n, device=device, dtype=dtype, generator=own)
+    best, until = float("inf"), time.perf_counter() + 0.3
     while time.perf_counter() < until:
         t = time.perf_counter()
         (a @ a)[0, 0].item()  # .item() waits for the device
@@ -49,9 +48,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def steady_malloc(device: torch.device) -> None:
-    """Let glibc keep freed memory for the next tensor: it would give large blocks back, and get them again page by page, which is slow.
+    """On a CPU, let glibc keep freed memory for the next tensor.
 
-    Other C libraries have no mallopt, and go without.
+    By default it returns large blocks to the system and gets them again page by page, which is slow. Other C libraries
+    have no mallopt and stay as they are.
     """
     if device.type == "cpu" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: at its largest, 32 MiB
@@ -59,5 +59,5 @@ def steady_malloc(device: torch.device) -> None:
 
 
 def cpp_compiler() -> bool:
-    """Whether there is one, which torch.compile needs on a CPU."""
+    """Whether there is a C++ compiler, which torch.compile needs on a CPU."""
     return any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++"))))

@@ -1,19 +1,17 @@
-"""Several ranks, one model: DDP, FSDP2, and what the ranks must agree on.
+"""Several ranks, one model: DDP, FSDP2, and agreement between ranks.
 
 DDP keeps a whole copy of the weights on each rank and sums gradients. FSDP2 cuts weights, gradients and moments into
 rows, a part a rank; a block's weights are gathered once a step, and its gradients reduced once. Hybrid sharding
 (`train.shard_ranks`) keeps one such cut copy in every group of ranks, say a node, and sums gradients between groups.
 
-Nothing here makes a schedule or a batch: the same global batch goes through the same update on any number of ranks.
+Schedules and batches do not depend on the number of ranks: the same global batch goes through the same update.
 """
 
 import json
 import os
-import signal
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -25,42 +23,72 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-import model as llama
+from config import Config
+from model import Transformer
 from runtime.errors import UserError, first_line
 
-MIX = 6364136223846793005  # odd, as every factor of the hash; Knuth's
+HASH_FACTOR = 6364136223846793005  # odd, so that a change of one element always changes the hash; Knuth's
 
 
 class RankLost(UserError):
-    """Other ranks are gone or stuck. Nothing that the user wrote is wrong: the same command goes on from the last checkpoint."""
+    """Other ranks are gone or stuck. The user's input is fine: the same command goes on from the last checkpoint."""
 
     code = 124  # as timeout(1) has it
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Which way
+@dataclass(frozen=True)
+class World:
+    """This process among the processes of a run."""
+
+    rank: int = 0
+    local_rank: int = 0
+    ranks: int = 1
+    device: torch.device = torch.device("cpu")
 
 
-def problems(wanted: str, shard_ranks: int | None, ranks: int) -> list[str]:
-    """What is wrong with train.parallel and train.shard_ranks on this many ranks, a line each."""
-    found = []
+def world_from_environment() -> World:
+    """World as torchrun sets it, one rank without torchrun. UserError where the variables contradict each other."""
+    keys = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    given = {k: os.environ[k] for k in keys if k in os.environ}
+    names = keys[:3]
+    if not any(k in given for k in names):
+        return World()
+    needed = names if given.get("WORLD_SIZE") == "1" else keys
+    if missing := [k for k in needed if k not in given]:
+        there = ", ".join(k for k in names if k in given)
+        raise UserError(f"{missing[0]}: not set, but {there} is; start several processes with torchrun, or unset them")
+    for k in names:
+        if not given[k].isdecimal() or len(given[k]) > 6:
+            raise UserError(f"{k}: got {given[k]!r}, expected a whole number; start several processes with torchrun")
+    rank, local_rank, ranks = (int(given[k]) for k in names)
+    if not local_rank <= rank < ranks:
+        raise UserError(
+            f"RANK: got {rank} with LOCAL_RANK {local_rank} and WORLD_SIZE {ranks}, expected LOCAL_RANK <= RANK < "
+            "WORLD_SIZE; torchrun sets them"
+        )
+    return World(rank, local_rank, ranks)
+
+
+# ---- Which way to share the work -------------------------------------------------------------------------------------
+
+
+def problems(c: Config, ranks: int) -> list[str]:
+    """What is wrong with the batch, train.parallel and train.shard_ranks on this many ranks, one line each."""
+    wanted, shard_ranks, found = c.train.parallel, c.train.shard_ranks, batch_problems(c, ranks)
     if wanted == "none" and ranks > 1:
         found.append(
-            f"train.parallel: got none on {ranks} ranks, which would train {ranks} times the same; take auto, ddp or fsdp, or one process"
+            f"train.parallel: got none on {ranks} ranks, which would train {ranks} times the same; take auto, ddp or "
+            "fsdp, or one process"
         )
     if shard_ranks and wanted != "fsdp":
-        found.append(
-            f"train.shard_ranks: got {shard_ranks} with train.parallel {wanted}, expected fsdp; leave one of them out"
-        )
+        found.append(f"train.shard_ranks: got {shard_ranks} with train.parallel {wanted}, expected fsdp; leave one out")
     elif shard_ranks and ranks % shard_ranks:
         near = max(n for n in range(1, min(ranks, shard_ranks) + 1) if ranks % n == 0)
         found.append(
-            f"train.shard_ranks: got {shard_ranks}, expected a divisor of the {ranks} ranks; the nearest below is {near}"
+            f"train.shard_ranks: got {shard_ranks}, expected a divisor of {ranks} ranks; the nearest below is {near}"
         )
-    if (
-        os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-        and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    ):
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # https://github.com/pytorch/pytorch/issues/135712
         found.append(
             "torchrun --max-restarts: ranks that were started again would be given the addresses of the dead ones; "
@@ -69,86 +97,102 @@ def problems(wanted: str, shard_ranks: int | None, ranks: int) -> list[str]:
     return found
 
 
-def choose(wanted: str, ranks: int, parameters: int, device: torch.device) -> tuple[str, str]:
-    """("none", "ddp" or "fsdp", why). auto: DDP while float32 weights, gradients and two moments fit a third of a device,
-    which leaves the rest to activations, the loss and buckets; on a CPU always.
+def batch_problems(c: Config, ranks: int) -> list[str]:
+    """The global batch must be whole micro-batches on every rank, or 1 and 8 GPUs would not run the same updates."""
+    batch, micro, context = c.train.batch_tokens, c.train.micro_batch, c.model.context
+    unit = micro * context * ranks
+    if batch % unit == 0:
+        B, part = c.batch_sequences, c.data.decay_mix
+        if not part or 0 < int(part * B + 0.5) < B:
+            return []
+        return [f"data.decay_mix: got {part:g} of {B} sequences, expected {1 / B:.3g} to {1 - 1 / B:.3g}"]
+    micros = (m for m in range(min(micro, 1 << 16), 0, -1) if batch % (m * context * ranks) == 0)
+    fewer = (n for n in range(min(ranks - 1, 1 << 16), 0, -1) if batch % (micro * context * n) == 0)
+    advice = [f"lower train.micro_batch to {m}, which changes no result; or " for m in micros][:1]
+    advice += [f"run it on {n} ranks; or " for n in fewer][:1]
+    return [
+        f"train.batch_tokens: got {batch}, expected a multiple of micro_batch {micro} x context {context} x {ranks} "
+        f"ranks = {unit}; {''.join(advice)}start another run with the nearest, {max(1, round(batch / unit)) * unit}"
+    ]
+
+
+def choose(wanted: str, parameters: int, world: World) -> tuple[str, str]:
+    """("none", "ddp" or "fsdp", the reason).
+
+    auto: DDP while float32 weights, gradients and two moments fit a third of a device, which leaves the rest to
+    activations, the loss and buckets; on a CPU always DDP.
     """
     state = 16 * parameters  # bytes
-    if ranks == 1:
+    if world.ranks == 1:
         return ("fsdp" if wanted == "fsdp" else "none"), "one rank"
     if wanted != "auto":
         return wanted, "as asked"
-    if device.type != "cuda":
+    if world.device.type != "cuda":
         return "ddp", "on a CPU always"
-    memory = torch.cuda.get_device_properties(device).total_memory
-    kind = "ddp" if 3 * state <= memory else "fsdp"
-    return (
-        kind,
-        f"{state / 1e9:.3g} GB of weights, gradients and moments {'fit' if kind == 'ddp' else 'do not fit'} a third of {memory / 1e9:.3g} GB",
-    )
+    memory = torch.cuda.get_device_properties(world.device).total_memory
+    kind, fit = ("ddp", "fit") if 3 * state <= memory else ("fsdp", "do not fit")
+    return kind, f"{state / 1e9:.3g} GB of weights, gradients and moments {fit} a third of {memory / 1e9:.3g} GB"
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Joining and agreeing
+# ---- Joining and agreeing --------------------------------------------------------------------------------------------
 
 
-def join(device: torch.device, rank: int, ranks: int, timeout: float) -> None:
-    """The process group: gloo for tensors on the CPU, NCCL for those on GPUs. FSDP2 wants one on a single rank, too.
+def join(world: World, timeout: float) -> None:
+    """Make the process group: gloo for tensors on the CPU, NCCL for those on GPUs. FSDP2 needs one on one rank, too.
 
-    Its own timeout, which names no step, is only there should the Watchdog's, `timeout` seconds, not come first.
+    Its own timeout names no step; it acts only if the Watchdog's, `timeout` seconds, does not come first.
     """
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    alone: dict[str, Any] = {"store": dist.HashStore(), "rank": rank, "world_size": ranks} if ranks == 1 else {}
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world.ranks == 1 else {}
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=2 * timeout + 300),
-            **alone,
-        )
-    except (RuntimeError, ValueError) as e:  # the address is taken, or nobody is there
+        dist.init_process_group(backend, timeout=timedelta(seconds=2 * timeout + 300), **alone)
+    except (RuntimeError, ValueError) as e:  # the address is taken, or no rank answers
         raise RankLost(
-            f"rank {rank} could not meet the other {ranks - 1}: {first_line(e)}; MASTER_ADDR and MASTER_PORT must be rank 0's"
+            f"rank {world.rank} could not meet the other {world.ranks - 1}: {first_line(e)}; MASTER_ADDR and "
+            "MASTER_PORT must be rank 0's"
         ) from None
 
 
-def rank0_error(message: str, rank: int) -> UserError:
-    """For what all ranks meet at the same step: rank 0 says it."""
-    return UserError(message if rank == 0 else "")
+def rank0_error(message: str, world: World) -> UserError:
+    """An error that all ranks raise at the same step: only rank 0 prints it."""
+    return UserError(message if world.rank == 0 else "")
 
 
 @contextmanager
-def lost_rank_errors(rank: int, ranks: int) -> Iterator[None]:
-    """Lost, where a collective fails because others are gone."""
+def lost_rank_errors(world: World) -> Iterator[None]:
+    """Raise RankLost where a collective fails because other ranks are gone."""
     try:
         yield
     except RuntimeError as e:
-        if ranks == 1 or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
+        if world.ranks == 1 or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
             raise
         raise RankLost(
-            f"rank {rank} has lost the others ({first_line(e)}); the rank that failed first says why. The same command goes on from the last checkpoint"
+            f"rank {world.rank} has lost the others ({first_line(e)}); the rank that failed first says why. "
+            "The same command goes on from the last checkpoint"
         ) from None
 
 
 @contextmanager
-def raise_on_all_ranks(rank: int, ranks: int) -> Iterator[None]:
-    """What stops one rank stops all. The first one of those says why; the others leave in silence, and wait for nobody."""
+def raise_on_all_ranks(world: World) -> Iterator[None]:
+    """If a rank raises in this block, every rank raises. Only the lowest such rank prints."""
     error: Exception | None = None
     try:
         yield
     except (UserError, OSError) as e:
         error = e
-    if ranks > 1:
-        first = torch.tensor(rank if error else ranks)
+    if world.ranks > 1:
+        first = torch.tensor(world.rank if error else world.ranks)
         dist.all_reduce(first, dist.ReduceOp.MIN)
-        if first < ranks and rank != first:
+        if first < world.ranks and world.rank != first:
             error = UserError()
     if error:
         raise error
 
 
 def broadcast(value: Any, ranks: int, source: int = 0, group: dist.ProcessGroup | None = None) -> Any:
-    """The value that one rank has, which JSON can hold, on all ranks."""
+    """A JSON-serializable value of rank `source`, on all ranks."""
     if ranks == 1:
         return value
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -159,52 +203,54 @@ def broadcast(value: Any, ranks: int, source: int = 0, group: dist.ProcessGroup 
     return json.loads(bytes(text.tolist()))
 
 
-def check_same(values: dict[str, Any], rank: int, ranks: int, remedy: str) -> None:
-    """UserError unless all ranks hold the same values; names the first rank that differs, and the keys."""
-    theirs, here = broadcast(values, ranks), json.loads(json.dumps(values))
-    with raise_on_all_ranks(rank, ranks):
-        if different := [
-            f"{k}: {here.get(k)} here, {theirs.get(k)} there"
-            for k in {**theirs, **here}
-            if here.get(k) != theirs.get(k)
-        ]:
-            raise UserError(f"rank {rank} differs from rank 0 ({', '.join(different)}); {remedy}")
+def mean_over_ranks(values: Tensor, world: World) -> Tensor:
+    """The mean of a tensor over the ranks, in place."""
+    if world.ranks > 1:
+        dist.all_reduce(values)
+    return values / world.ranks
 
 
-def check_replicas(net: torch.nn.Module, shards: int, rank: int, ranks: int, step: int) -> None:
-    """Every copy of the weights must have the same bits, or a device computes wrongly. UserError on all ranks if not.
+def check_same(values: dict[str, Any], world: World, remedy: str) -> None:
+    """UserError unless all ranks hold the same values; it names the first rank that differs, and the keys."""
+    there, here = broadcast(values, world.ranks), json.loads(json.dumps(values))
+    different = [f"{k}: {here.get(k)} here, {there.get(k)} there" for k in there | here if here.get(k) != there.get(k)]
+    with raise_on_all_ranks(world):
+        if different:
+            raise UserError(f"rank {world.rank} differs from rank 0 ({', '.join(different)}); {remedy}")
+
+
+def check_replicas(net: torch.nn.Module, shards: int, world: World, step: int) -> None:
+    """UserError on all ranks unless every copy of the weights has the same bits: else a device computes wrongly.
 
     `shards`: ranks that hold one copy together.
     """
-    if ranks == shards:
+    if world.ranks == shards:
         return
     mine = torch.tensor(fingerprint(net), dtype=torch.int64)
-    every = [torch.empty_like(mine) for _ in range(ranks)]
+    every = [torch.empty_like(mine) for _ in range(world.ranks)]
     dist.all_gather(every, mine)
     copies = torch.stack(every).view(-1, shards)  # (copies, shards)
-    odd = (copies != copies.mode(0).values).flatten().nonzero().flatten().tolist()  # against what most copies have
+    odd = (copies != copies.mode(0).values).flatten().nonzero().flatten().tolist()  # against the majority
     if odd:
         raise rank0_error(
-            f"step {step}: the weights of rank {', '.join(map(str, odd))} differ from those of the other copies; stopped, nothing saved. "
-            "A device may be at fault: start again without it",
-            rank,
+            f"step {step}: the weights of rank {', '.join(map(str, odd))} differ from those of the other copies; "
+            "stopped, nothing saved. A device may be at fault: start again without it",
+            world,
         )
 
 
 def fingerprint(net: torch.nn.Module) -> int:
-    """A 64-bit hash of the bits of this rank's weights. A change of one element always changes it: its factor is odd."""
+    """A 64-bit hash of the bits of this rank's weights."""
     parts = [local_part(p.detach()).reshape(-1).view(torch.int32) for p in net.parameters()]
     total = torch.zeros((), dtype=torch.int64, device=parts[0].device)
     for bits in parts:
-        for some in bits.split(1 << 24):  # int64 copies of a little at a time
-            total = (
-                total * MIX + (some.long() * torch.arange(1, 2 * len(some), 2, device=some.device)).sum()
-            )  # modulo 2^64
+        for piece in bits.split(1 << 24):  # int64 copies of a little at a time
+            odd = torch.arange(1, 2 * len(piece), 2, device=piece.device)
+            total = total * HASH_FACTOR + (piece.long() * odd).sum()  # modulo 2^64
     return int(total)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The model on many ranks
+# ---- The model on many ranks -----------------------------------------------------------------------------------------
 
 
 def local_part(t: Tensor) -> Tensor:
@@ -217,17 +263,18 @@ def full_tensor(t: Tensor) -> Tensor:
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
-def shard(net: llama.Transformer, device: torch.device, ranks: int, shard_ranks: int | None) -> None:
-    """FSDP2, block by block, in place. Weights move to the device a block at a time, so the whole need not fit it.
+def shard(net: Transformer, world: World, shard_ranks: int | None) -> None:
+    """Apply FSDP2 block by block, in place. A block at a time moves to the device, so the whole need not fit it.
 
     Blocks compute from bfloat16 copies where activations are bfloat16; embedding and head stay float32, since their
-    gradients are sums over all tokens of a batch. Gradients are reduced in float32. What was gathered for a forward pass
-    is kept for the backward, and for the next micro-batches: one gathering, one reduction a step.
+    gradients are sums over all tokens of a batch. Gradients are reduced in float32. Weights gathered for a forward pass
+    are kept for the backward and for the next micro-batches: one gathering and one reduction a step.
     """
-    if shard_ranks and shard_ranks < ranks:
-        mesh = init_device_mesh(device.type, (ranks // shard_ranks, shard_ranks), mesh_dim_names=("replicate", "shard"))
+    if shard_ranks and shard_ranks < world.ranks:
+        shape, names = (world.ranks // shard_ranks, shard_ranks), ("replicate", "shard")
+        mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
     else:
-        mesh = init_device_mesh(device.type, (ranks,))
+        mesh = init_device_mesh(world.device.type, (world.ranks,))
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)  # RoPE's tables stay float32
     low = MixedPrecisionPolicy(param_dtype=net.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in net.blocks:
@@ -251,68 +298,10 @@ def sync_gradients(model: torch.nn.Module, last: bool) -> Iterator[None]:
 
 @contextmanager
 def gathered_weights(net: torch.nn.Module) -> Iterator[None]:
-    """All weights on all ranks, so that forward passes need no other rank: ranks may take different numbers of them."""
+    """All weights on all ranks: forward passes need no other rank, so ranks may run different numbers of them."""
     parts = [m for m in net.modules() if isinstance(m, FSDPModule)]
     for m in parts:
         m.unshard()
     yield
     for m in parts:
         m.reshard()
-
-
-# ----------------------------------------------------------------------------------------------------------
-
-
-class SecondSignal(threading.Thread):
-    """Ends the process at the second SIGTERM or SIGINT, also while the main thread is inside a collective, where no handler runs.
-
-    One that comes within a second of the first is the same request: torchrun hands on what its ranks were sent already.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.read, self.write = os.pipe()
-        os.set_blocking(self.write, False)
-        signal.set_wakeup_fd(self.write, warn_on_full_buffer=False)  # a byte for each signal, as soon as it arrives
-
-    def run(self) -> None:
-        first = 0.0
-        while (number := os.read(self.read, 1)) != b"\0":
-            if first and time.monotonic() > first + 1:
-                os._exit(128 + number[0])
-            first = first or time.monotonic()
-
-    def stop(self) -> None:
-        signal.set_wakeup_fd(-1)
-        os.write(self.write, b"\0")
-        self.join()
-        os.close(self.read)
-        os.close(self.write)
-
-
-def world() -> tuple[int, int, int]:
-    """(rank, local rank, ranks) as torchrun sets them; (0, 0, 1) without it. UserError where they contradict each other."""
-    given = {
-        k: os.environ[k] for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if k in os.environ
-    }
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    if not any(k in given for k in names):
-        return 0, 0, 1
-    missing = [k for k in names if k not in given]
-    if given.get("WORLD_SIZE") != "1":
-        missing += [k for k in ("MASTER_ADDR", "MASTER_PORT") if k not in given]
-    if missing:
-        raise UserError(
-            f"{missing[0]}: not set, but {', '.join(k for k in names if k in given)} is; start several processes with torchrun, or unset them"
-        )
-    for k in names:
-        if not given[k].isdecimal() or len(given[k]) > 6:
-            raise UserError(
-                f"{k}: got {given[k]!r}, expected a whole number; start several processes with torchrun, or unset it"
-            )
-    rank, local_rank, ranks = (int(given[k]) for k in names)
-    if not local_rank <= rank < ranks:
-        raise UserError(
-            f"RANK: got {rank} with LOCAL_RANK {local_rank} and WORLD_SIZE {ranks}, expected LOCAL_RANK <= RANK < WORLD_SIZE; torchrun sets them"
-        )
-    return rank, local_rank, ranks

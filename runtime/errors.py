@@ -8,27 +8,26 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """Something only the user can mend. Its text, a line a problem, is all that is shown."""
+    """An error that the user can repair. Its text, one line a problem, is all that is printed."""
 
     code = 2  # the exit code
 
 
 @contextmanager
 def user_errors(program: str, show: bool = True, at_once: bool = False) -> Iterator[None]:
-    """Turn UserError, and what the disk refuses, into one line and an exit code, 2 if nothing else is said."""
-    code = 2
+    """Turn UserError and OSError into "program: error: .." and an exit code, 2 unless the error has its own.
+
+    `at_once`: end the process without waiting for its threads and destructors, which may hang in a collective.
+    """
     try:
         yield
-    except UserError as e:
-        lines, code = str(e).splitlines(), e.code
+        return
+    except (UserError, OSError) as e:
+        if isinstance(e, BrokenPipeError):  # the reader of our output is gone, as with `| head`
+            os._exit(141)
+        lines, code = describe(e).splitlines(), getattr(e, "code", 2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output went away, as head does
-        os._exit(141)
-    except OSError as e:
-        lines = [f"{e.filename or 'disk'}: {e.strerror or e}"]
-    else:
-        return
     for line in lines if show else []:
         print(f"{program}: error: {line}", file=sys.stderr, flush=True)
     if at_once:
@@ -38,13 +37,13 @@ def user_errors(program: str, show: bool = True, at_once: bool = False) -> Itera
 
 
 def describe(e: BaseException) -> str:
-    """What to tell the user of an error of the disk or of our own."""
+    """An error in words: ours as it is, the disk's with its file, a library's first line."""
     if isinstance(e, OSError):
         return f"{e.filename or 'disk'}: {e.strerror or e}"
     return str(e) if isinstance(e, UserError) else first_line(e)
 
 
 def first_line(e: BaseException) -> str:
-    """What a library says, without where in its source it says so, and its advice."""
+    """The first sentence of a library's error, without its source location and advice."""
     text = (str(e).strip().splitlines() or [type(e).__name__])[0]
     return re.sub(r"^\[[^]]*\] ", "", text).split(". ")[0]

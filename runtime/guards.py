@@ -1,39 +1,194 @@
-"""What ends a run that would otherwise hang."""
+"""Guards of a long run: ranks that hang, signals, steps that are not finite, replicas that differ, loss spikes."""
 
+import gc
 import os
+import signal
+import statistics
 import sys
 import threading
 import time
-from typing import Any
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType, TracebackType
 
-from runtime.distributed import RankLost
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data import Tokens
+from runtime import checkpoint
+from runtime.checkpoint import Saver
+from runtime.distributed import RankLost, World, broadcast, check_replicas, local_part, mean_over_ranks, rank0_error
+from runtime.errors import UserError, describe
+from runtime.logger import Log, read_log, warn
+from runtime.resume import Run
+from text.examples import SFTData
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Watchdog(threading.Thread):
-    """Ends the process when `beat` was not called for so many seconds: a rank that died or hangs would keep the others for ever.
+    """Ends the process if `beat` was not called for `seconds`: a rank that died or hangs would keep the others waiting.
 
-    It is a thread of its own, since the main one is then inside a collective or waits for the device.
+    A thread of its own, since the main one is then inside a collective or waits for the device.
     """
 
-    def __init__(self, seconds: float, rank: int, last_good: Any) -> None:
+    def __init__(self, seconds: float, rank: int, folder: Path) -> None:
         super().__init__(daemon=True)
-        self.seconds, self.rank, self.last_good = seconds, rank, last_good
+        self.seconds, self.rank, self.folder = seconds, rank, folder
         self.done = threading.Event()
         self.beat("the start")
+
+    def __enter__(self) -> "Watchdog":
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.done.set()
 
     def beat(self, what: str) -> None:
         self.what, self.waited = what, 0.0
 
     def run(self) -> None:
-        often, last = min(1.0, self.seconds / 10), time.monotonic()
-        while not self.done.wait(often):
+        interval, last = min(1.0, self.seconds / 10), time.monotonic()
+        while not self.done.wait(interval):
             last, passed = time.monotonic(), time.monotonic() - last
-            self.waited += min(passed, 2 * often)  # a process that was stopped itself (Ctrl-Z) has not waited
+            self.waited += min(passed, 2 * interval)  # while the process itself is stopped (Ctrl-Z), no time counts
             if self.waited > self.seconds:
-                print(
-                    f"train.py: error: {self.what}: rank {self.rank} has waited for {self.seconds:g} s (train.timeout): another rank, a device or "
-                    f"a disk hangs. The same command goes on. {self.last_good()}",
-                    file=sys.stderr,
-                    flush=True,
+                message = (
+                    f"{self.what}: rank {self.rank} has waited for {self.seconds:g} s (train.timeout): another rank, a "
+                    f"device or a disk hangs. The same command goes on. {checkpoint.last(self.folder)}"
                 )
+                print(f"train.py: error: {message}", file=sys.stderr, flush=True)
                 os._exit(RankLost.code)
+
+
+class Guard:
+    """Ends training, on all ranks at the same step, when it cannot go on; every error names the last checkpoint."""
+
+    def __init__(
+        self, run: Run, tokens: Tokens | SFTData, start: int, log: Log, saver: Saver, watchdog: Watchdog, world: World
+    ) -> None:
+        self.run, self.tokens, self.log, self.saver, self.watchdog, self.world = (
+            run,
+            tokens,
+            log,
+            saver,
+            watchdog,
+            world,
+        )
+        self.signal, self.signal_time = 0, 0.0
+        # The host notices a step that is not finite where it waits for the device anyway; until then the device skips
+        # that update and all after it
+        self.never = run.segment.end + 1
+        self.bad = torch.full((), self.never, dtype=torch.int64, device=world.device)  # the first such step
+        self.numbers = self.bad_numbers = torch.zeros(
+            2, device=world.device
+        )  # loss, norm: of the last, of the bad step
+        losses: list[float] = []
+        if run.config.train.spike is not None and world.rank == 0:
+            losses = [r["loss"] for r in read_log(run.folder) if "loss" in r and r["step"] < start]
+        self.recent: deque[float] = deque(broadcast(losses[-20:], world.ranks), maxlen=20)
+
+    def __enter__(self) -> "Guard":
+        self.handlers = {n: signal.signal(n, self.on_signal) for n in SIGNALS}
+        gc.disable()  # a collection in the middle of a step would hold up the device; graphs are freed without one
+        gc.freeze()  # later collections skip the objects that stay
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        if isinstance(e, UserError):
+            self.last_good()  # a save in progress is of an earlier step, and good
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        gc.unfreeze()
+        gc.enable()
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """The first asks for a save; a second one exits. Within a second it is the same: torchrun repeats its own."""
+        if self.signal and time.monotonic() > self.signal_time + 1:
+            os._exit(128 + number)
+        if not self.signal:
+            self.signal, self.signal_time = number, time.monotonic()
+
+    def poll(self, step: int) -> int:
+        """The signal that any rank received, 0: none; the same on all ranks.
+
+        UserError on all if the log cannot be written on one, or the last save failed.
+        """
+        self.watchdog.beat(f"step {step}")
+        news = torch.tensor([self.signal, self.saver.busy(), bool(self.log.error)], dtype=torch.int64)
+        if self.world.ranks > 1:
+            dist.all_reduce(news, dist.ReduceOp.MAX)
+        stop, saving, failed = news.tolist()
+        if failed:
+            raise UserError(f"{self.log.error}. {self.last_good()}" if self.log.error else "")
+        if not saving:
+            self.finish_save(step)
+        return stop
+
+    def finish_save(self, step: int) -> None:
+        """Wait for the running save; stop or warn if it failed."""
+        try:
+            self.saver.wait()
+        except (UserError, OSError) as e:  # the same on all ranks
+            last = checkpoint.last(self.run.folder)
+            message = f"step {step}: a checkpoint could not be saved: {describe(e)}. {last}"
+            if self.run.config.train.on_save_error == "stop":
+                raise rank0_error(message, self.world) from None
+            if self.world.rank == 0:
+                warn(message)
+
+    def last_good(self) -> str:
+        """The last checkpoint in words, after the running save."""
+        with suppress(Exception):
+            self.saver.wait()
+        return checkpoint.last(self.run.folder)
+
+    def skip_bad_step(self, step: int, loss: Tensor, norm: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """Let the device skip this update if loss or norm is not finite, or an earlier one was not."""
+        self.numbers = mean_over_ranks(torch.stack([loss, norm]), self.world)
+        self.bad_numbers = torch.where(self.bad < self.never, self.bad_numbers, self.numbers)
+        self.bad = torch.where(self.numbers.isfinite().all(), self.bad, self.bad.clamp(max=step))
+        optimizer.found_inf = (self.bad < self.never).float()  # type: ignore[attr-defined]  # fused AdamW reads it
+
+    def synchronize(self) -> tuple[float, float]:
+        """Wait for the device: the last step's loss and gradient norm. UserError if a step was not finite."""
+        if (wrong := int(self.bad.item())) < self.never:
+            loss, norm = self.bad_numbers.tolist()
+            raise rank0_error(
+                f"step {wrong}: loss {loss:.6g}, gradient norm {norm:.6g}: stopped before the update. "
+                f"{self.place(wrong)}; lower plan.max_lr or look at that text. {self.last_good()}",
+                self.world,
+            )
+        loss, norm = self.numbers.tolist()
+        return loss, norm
+
+    def check_spike(self, step: int, loss: float) -> None:
+        """UserError if the loss is train.spike above the median of the 20 logged before it (of 5 at the start)."""
+        spike = self.run.config.train.spike
+        if spike is not None and len(self.recent) >= 5 and loss > (usual := statistics.median(self.recent)) + spike:
+            raise rank0_error(
+                f"step {step}: loss {loss:.4g}, more than train.spike = {spike:g} above {usual:.4g}, the median of those"
+                f" before. {self.place(step)}. {self.last_good()}",
+                self.world,
+            )
+        self.recent.append(loss)
+
+    def check_weights(self, net: torch.nn.Module, shards: int, step: int) -> None:
+        """UserError unless all copies of the weights are equal, and finite. `shards`: ranks that hold one copy."""
+        gc.collect()
+        check_replicas(net, shards, self.world, step)
+        finite = torch.stack([local_part(w).isfinite().all() for w in net.parameters()]).all().float()
+        if mean_over_ranks(finite, self.world) < 1:  # a finite gradient, and a step too large
+            raise rank0_error(
+                f"step {step}: weights that are not finite; not saved. Lower plan.max_lr. {self.last_good()}",
+                self.world,
+            )
+
+    def place(self, step: int) -> str:
+        """The batch of a step, in words."""
+        increment, k = self.tokens.place(step)
+        where = self.tokens.folder if self.run.segment.paradigm == "sft" else f"increment v{increment + 1}"
+        return f"It is batch {k} of {where}"

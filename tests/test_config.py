@@ -97,8 +97,8 @@ def test_types_in_the_file(tmp_path):
 
 def test_the_batch_is_whole_micro_batches():
     c = config.load("tiny")
-    assert config.check_batch(c, 1) == []
-    (line,) = config.check_batch(c, 3)
+    assert distributed.batch_problems(c, 1) == []
+    (line,) = distributed.batch_problems(c, 3)
     assert (
         "got 4096" in line
         and "x 3 ranks = 3072; run it on 2 ranks; or make it another run, of batches of the nearest, 3072" in line

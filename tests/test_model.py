@@ -23,7 +23,7 @@ def test_parameters_of_table_9(row):
         row["layers"],
         row["max_lr"],
     )
-    assert model.parameters(c.model) == row["params_derived"]
+    assert c.model.parameters == row["params_derived"]
     with torch.device("meta"):
         net = model.Transformer(c.model)
     assert sum(p.numel() for p in net.parameters()) == row["params_derived"]
@@ -32,9 +32,9 @@ def test_parameters_of_table_9(row):
 
 def test_parameters_of_qwen():
     c, llama = config.load("qwen-1.2b").model, config.load("1.2b").model
-    assert model.parameters(c) == model.parameters(llama) + 24 * 3 * 1536
+    assert c.parameters == llama.parameters + 24 * 3 * 1536
     with torch.device("meta"):
-        assert sum(p.numel() for p in model.Transformer(c).parameters()) == model.parameters(c)
+        assert sum(p.numel() for p in model.Transformer(c).parameters()) == c.parameters
 
 
 @pytest.mark.parametrize(
@@ -44,9 +44,9 @@ def test_parameters_of_qwen():
 def test_flops_per_token(size, gflop):
     c = config.load(size).model
     L, h, V, T, f = c.n_layer, c.hidden, c.vocab_size, c.context, 4 * c.hidden
-    assert model.flops_per_token(c) == 6 * (L * (4 * h * h + 3 * h * f) + V * h) + 6 * L * h * T
-    assert model.flops_per_token(c) / 1e9 == pytest.approx(gflop, rel=5e-4)  # the digits given
-    assert model.flops_per_token(c, causal=False) - model.flops_per_token(c) == 6 * L * h * T
+    assert c.flops_per_token() == 6 * (L * (4 * h * h + 3 * h * f) + V * h) + 6 * L * h * T
+    assert c.flops_per_token() / 1e9 == pytest.approx(gflop, rel=5e-4)  # the digits given
+    assert model.flops_per_token(c, causal=False) - c.flops_per_token() == 6 * L * h * T
 
 
 def small(**kw):

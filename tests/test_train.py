@@ -235,7 +235,7 @@ def test_the_loop_is_adamw_written_out(train_cli, tmp_path, prepared):
     torch.manual_seed(c.train.seed)
     net = model.Transformer(c.model, torch.float64).double()
     tokens = data.Tokens(str(prepared), 32, 8, [4], c.train.seed)
-    lr = resume.make_segments("ptfs", resume.make_plan(c))[0].lr
+    lr = resume.make_segments("ptfs", c.plan)[0].lr
     moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in net.named_parameters()}
     for step in range(4):
         x, y = map(torch.from_numpy, tokens.batch(step))
@@ -815,7 +815,7 @@ def test_dry_run_of_every_config_touches_nothing(name, ranks, monkeypatch, capsy
         train.main()
         out = capsys.readouterr().out
         c = config.load(name)
-        assert f"{model.parameters(c.model):,}" in out and f"x {ranks} rank" in out and "not there yet" in out
+        assert f"{c.model.parameters:,}" in out and f"x {ranks} rank" in out and "not there yet" in out
     assert list(tmp_path.iterdir()) == []
     assert (
         f"{c.train.batch_tokens:,} tokens = micro-batch {c.train.micro_batch} x context {c.model.context} x accumulation"
