@@ -70,8 +70,8 @@ def test_paired_differences_and_their_standard_errors():
 def test_verdicts_are_student_s():
     """2.6 / 0.57735 = 4.50 and 2.3 / 0.57735 = 3.98, on either side of t = 4.303 of two degrees of freedom.
 
-    V3 would be clear to a normal 1.96, to three degrees of freedom (3.182) and to a population's spread (4.88); V2 would
-    be open to one degree (12.706).
+    V3 would be clear to a normal 1.96, to three degrees of freedom (3.182) and to a population's spread (4.88).
+    V2 would be open to one degree (12.706).
     """
     claims = record(OURS, CPT)["claims"]
     assert [c["text"][-2:] for c in claims] == ["V2", "V3", "V4"]
