@@ -142,8 +142,8 @@ def test_slurm_jobs_have_the_seeds_of_their_cells_and_wait_for_their_parents(tol
         there: set[str] = set()
         if before:
             assert before in of  # a line of the shell above this one
-            # afterok: it ended well, and so did what it waited for; afterany: stopped perhaps, and this goes on
-            assert kind == "afterok" or (kind == "afterany" and of[before][0] == line), line
+            # afterok: it ended well, as did what it waited for; afterany: stopped perhaps, and the same line goes on
+            assert kind == ("afterany" if of[before][0] == line else "afterok"), line
             there = of[before][1] if kind == "afterok" else of[before][2]
         if segment.parent:
             parent = o.parent or f"{c.out}/{segment.parent[0]}/step-{segment.parent[1]:06d}"
@@ -152,6 +152,11 @@ def test_slurm_jobs_have_the_seeds_of_their_cells_and_wait_for_their_parents(tol
             assert f"{c.out}/main/step-{segment_of_version(c, int(o.version) - 1):06d}" in there, line
         saves = {f"{c.out}/{segment.name}/step-{at:06d}" for at in [segment.end, *c.train.save_at] if at <= segment.end}
         of[job] = (line, there | saves, there)
+    # 8 GPUs at 0.4 of 989e12 FLOP/s: 40,000 steps of 2^20 tokens of 6.813e9 FLOPs take 25.1 hours, 30,000 take 18.8,
+    # and a job is of 20; a version of the main path, 10,000 steps, takes 6.3
+    named = [name for _, name, *_ in jobs]
+    for name, times in (("ptfs-cosine/v3", 1), ("ptfs-cosine/v4", 2), ("cpt-cosine/v4", 1), ("main", 4)):
+        assert [named.count(f"base-s{seed}/{name}") for seed in (1, 2, 3)] == [times] * 3
     made = set().union(*(after for _, after, _ in of.values()))
     assert {f"{tmp_path / 'out'}/{n}/step-{at:06d}" for n, cell in cells.items() for at in cell.required} <= made
 
@@ -176,13 +181,14 @@ def test_launched_commands_have_the_seeds_of_their_cells(prepared, parse, monkey
             if segment.parent:
                 parent = Path(o.parent or f"{c.out}/{segment.parent[0]}/step-{segment.parent[1]:06d}")
                 assert (parent / "meta.json").exists(), words
-            for step in {segment.end, *c.train.save_at}:
-                folder = Path(c.out) / segment.name / f"step-{step:06d}"
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / "meta.json").touch(exist_ok=False)  # no segment is trained twice, none in another's folder
+            self.saves = [Path(c.out) / segment.name / f"step-{at:06d}" for at in {segment.end, *c.train.save_at}]
             launched.append(words)
 
-        def poll(self):
+        def poll(self):  # once: then it is over
+            for folder in self.saves:
+                folder.mkdir(parents=True, exist_ok=True)
+                # no segment is trained twice, none in another's folder
+                (folder / "meta.json").touch(exist_ok=False)
             return 0
 
     class Trained(Exception):
