@@ -314,3 +314,15 @@ def test_fine_tunings_of_two_seeds_have_a_folder_and_a_parent_each(two_seeds, pa
         run, _, segment = at[path].partition("/")
         assert Path(c.out).name.startswith(f"{run}-sft-") and name == f"{Path(c.out).name}/sft/{segment}"
         assert results[path].parent == tmp_path / "tuned" / name
+
+
+def test_a_seed_begins_with_weights_of_its_own(train_cli, tmp_path):
+    """A learning rate of 1e-12 leaves the weights where they begin: ten updates of Adam move each by 1e-11 or so."""
+    nets = []
+    for seed in ("1", "2"):
+        words = ("--mode", "ptfs", "--version", "1", "--plan.max_lr", "1e-12", "--train.seed", seed)
+        assert train_cli(*words, out=seed) == 0
+        net, _ = evaluation.load_model(tmp_path / seed / "ptfs-cosine" / "v1" / "step-000010", torch.device("cpu"))
+        nets.append([w for w in net.parameters() if w.dim() == 2])
+    # an entry of the same weights would be equal to 1e-10; of two draws hardly one in a hundred is as near as 1e-4
+    assert all(((a - b).abs() > 1e-4).float().mean() > 0.9 for a, b in zip(*nets, strict=True))
