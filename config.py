@@ -206,6 +206,9 @@ def check(c: Config) -> list[str]:
     if found:
         return found
     D = m.hidden // m.n_head
+    fits = m.hidden % m.n_head == 0 and D % 2 == 0  # RoPE turns pairs
+    others = [n for n in range(1, min(m.hidden, 4096) + 1) if m.hidden % n == 0 and m.hidden // n % 2 == 0]
+    near = f"; the nearest is {min(others, key=lambda n: abs(n - m.n_head))}" if others else "; make model.hidden even"
     stretched, kv = m.rope_scaling in ("llama3", "yarn"), m.n_kv_head or m.n_head
     checks = [  # key, value, expected, is it so?
         ("train.beta1", t.beta1, "below 1", t.beta1 < 1),
@@ -213,17 +216,12 @@ def check(c: Config) -> list[str]:
         ("data.increments", c.data.increments, "steps of 1 or more each", min(c.data.increments, default=1) > 0),
         ("data.epochs", c.data.epochs, "at most 10000", c.data.epochs <= 10_000),
         ("data.decay_mix", c.data.decay_mix, "below 1", c.data.decay_mix < 1),
-        (
-            "model.n_head",
-            m.n_head,
-            f"a divisor of model.hidden = {m.hidden} with heads of an even size (RoPE turns pairs)",
-            m.hidden % m.n_head == 0 and D % 2 == 0,
-        ),
+        ("model.n_head", m.n_head, f"a divisor of model.hidden = {m.hidden} with heads of an even size{near}", fits),
         (
             "model.context",
             m.context,
             f"at most {MOST_ANGLES // max(D, 1):,} with heads of {D}",
-            m.context * D <= MOST_ANGLES,
+            not fits or m.context * D <= MOST_ANGLES,
         ),
         ("model.n_kv_head", m.n_kv_head, f"a divisor of model.n_head = {m.n_head}", m.n_head % kv == 0),
         (

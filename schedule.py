@@ -12,6 +12,7 @@ that starts at step 14,000 reads on where its parent stopped.
 
 import argparse
 import ast
+import difflib
 import math
 import signal
 import sys
@@ -234,11 +235,11 @@ def problems(p: Plan, paradigm: str) -> list[str]:
         ("steps", p.steps, "1 or more", p.steps >= 1),
         ("increments", p.increments, "1 step or more each", min(p.increments, default=1) > 0),
         ("max_lr", p.max_lr, "a finite number above 0", 0 < p.max_lr < math.inf),
-        ("min_lr", p.min_lr, f"above 0 and at most max_lr = {p.max_lr}", 0 < p.lowest_lr <= p.max_lr),
+        ("min_lr", p.min_lr, f"above 0 and at most max_lr = {p.max_lr}", p.min_lr is None or 0 < p.min_lr <= p.max_lr),
         ("warmup", W, "0 or more, for inverse_sqrt 1 or more", W >= (p.schedule == "inverse_sqrt")),
         ("alpha", p.alpha, "above 0 and at most 1", p.alpha is None or 0 < p.alpha <= 1),
         ("decay_steps", p.decay_steps, "1 or more", p.decay_steps is None or p.decay_steps >= 1),
-        ("decay_steps", p.decay_steps, f"none beside alpha = {p.alpha}", p.decay_steps is None or p.alpha is None),
+        ("decay_steps", p.decay_steps, f"none beside alpha = {p.alpha}", not p.decay_steps or p.alpha is None),
     ]
     if found := [f"{name}: got {got!r}, expected {expected}" for name, got, expected, fine in checks if not fine]:
         return found
@@ -359,21 +360,26 @@ def read_plan(config: str, words: dict[str, str]) -> Plan:
 
 def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
-    a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    a = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     a.add_argument("--config", default="tiny", help="a name in configs/ or a .toml file [tiny]")
     a.add_argument("--paradigm", choices=PARADIGMS, default="ours")
     a.add_argument("--csv", action="store_true", help="segment,step,lr of every update")
     a.add_argument("--plot", metavar="FILE", help="draw the paths (needs matplotlib)")
     for f in fields(Plan):
         a.add_argument(f"--plan.{f.name}", dest=f.name, metavar="VALUE", help=f.metadata["help"])
-    o = a.parse_args()
+    o, unknown = a.parse_known_args()
     try:
+        for word in unknown:
+            near = difflib.get_close_matches(f"plan.{word.lstrip('-')}", [f"plan.{f.name}" for f in fields(Plan)], 1)
+            raise ValueError(f"unknown argument {word}" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
         words = {f.name: text for f in fields(Plan) if (text := getattr(o, f.name)) is not None}
         segments = plan(o.paradigm, read_plan(o.config, words))
         if o.plot:
             draw({o.paradigm: segments}, o.plot)
     except (ValueError, TypeError, OSError, ImportError) as e:
-        for line in str(e).splitlines():
+        text = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e)
+        for line in text.splitlines():
             print(f"schedule.py: error: {line}", file=sys.stderr)
         sys.exit(2)
     if o.csv:

@@ -206,12 +206,10 @@ def check_lineage(where: Path, c: Config, s: Segment, tokens: data.Tokens | SFTD
     if different:
         was = ", ".join(f"{k}: {str(a)[:60]} there, {str(b)[:60]} here" for k, (a, b) in different.items())
         raise UserError(f"{where}: was made with another config ({was}); go back to it, or choose another --out")
-    for key in ("tokenizer", "increments"):
+    for key, other in (("tokenizer", "with another tokenizer"), ("increments", "on other increments")):
         if seen.get(key) != own[key]:
-            raise UserError(
-                f"{where}: was trained with another {key} than data.path {tokens.folder} has; choose the data it was "
-                "trained on"
-            )
+            fix = "choose the data it was trained on"
+            raise UserError(f"{where}: was trained {other} than those of data.path {tokens.folder}; {fix}")
     return meta
 
 

@@ -4,6 +4,7 @@ import pytest
 from conftest import ROOT
 
 import config
+from runtime import distributed
 from runtime.command_line import Parser
 from runtime.errors import UserError
 
@@ -39,7 +40,7 @@ def test_overrides_are_typed():
             "plan.max_lr": "1",
         },
     )
-    assert (c.plan.alpha, c.plan.decay_steps, c.increments, c.data.repeat, c.plan.cycle) == (
+    assert (c.plan.alpha, c.plan.decay_steps, c.plan.T, c.data.repeat, c.plan.cycle) == (
         None,
         7,
         [700, 500],
@@ -66,7 +67,7 @@ def test_overrides_are_typed():
         (("train.device", "tpu"), "train.device: got 'tpu', expected one of auto, cuda, mps, cpu"),
         (
             ("model.n_head", "3"),
-            "model.n_head: got 3, expected a divisor of model.hidden = 64 with heads of an even size (RoPE turns pairs); the nearest is 2",
+            "model.n_head: got 3, expected a divisor of model.hidden = 64 with heads of an even size; the nearest is 2",
         ),
         (("model.n_kv_head", "3"), "model.n_kv_head: got 3, expected a divisor of model.n_head = 2"),
     ],
@@ -101,7 +102,7 @@ def test_the_batch_is_whole_micro_batches():
     (line,) = distributed.batch_problems(c, 3)
     assert (
         "got 4096" in line
-        and "x 3 ranks = 3072; run it on 2 ranks; or make it another run, of batches of the nearest, 3072" in line
+        and "x 3 ranks = 3072; run it on 2 ranks; or start another run with the nearest, 3072" in line
     )
 
 

@@ -46,7 +46,7 @@ def test_flops_per_token(size, gflop):
     L, h, V, T, f = c.n_layer, c.hidden, c.vocab_size, c.context, 4 * c.hidden
     assert c.flops_per_token() == 6 * (L * (4 * h * h + 3 * h * f) + V * h) + 6 * L * h * T
     assert c.flops_per_token() / 1e9 == pytest.approx(gflop, rel=5e-4)  # the digits given
-    assert model.flops_per_token(c, causal=False) - c.flops_per_token() == 6 * L * h * T
+    assert c.flops_per_token(causal=False) - c.flops_per_token() == 6 * L * h * T
 
 
 def small(**kw):

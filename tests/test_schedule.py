@@ -15,7 +15,7 @@ import cost
 from schedule import SCHEDULES, Plan, plan
 
 PAPER = json.loads((ROOT / "results" / "paper.json").read_text())
-BASE = Plan([10000] * 4, 2000, 3e-4, alpha=0.6)
+BASE = Plan(steps=10000, warmup=2000, max_lr=3e-4, alpha=0.6)
 
 
 def script(*args):
@@ -53,7 +53,7 @@ def test_relative_costs_of_tables_1_and_3(row):
 
 def test_costs_of_unequal_increments_are_the_formulas():
     T, d = [700, 500, 900], 300
-    p = Plan(T, 100, 1e-3, decay_steps=d)
+    p = Plan(increments=T, warmup=100, max_lr=1e-3, decay_steps=d)
     assert total("ptfs", p) == sum(sum(T[:i]) for i in (1, 2, 3))
     assert total("cpt", p) == sum(T)
     assert total("ours", p) == sum(T) + 2 * d
@@ -88,7 +88,7 @@ def test_multistep_ptfs_is_ours_update_by_update(version, alpha):
 @pytest.mark.parametrize("T", [7, 10, 15, 35, 105])
 def test_the_identity_holds_where_the_parts_are_not_whole_steps(T):
     for version, alpha in ((2, 0.4), (3, 0.6), (4, 0.8)):
-        p = Plan([T] * 4, 1, 1e-3, "multistep", alpha=alpha)
+        p = Plan(steps=T, warmup=1, max_lr=1e-3, schedule="multistep", alpha=alpha)
         ptfs, ours = plan("ptfs", p)[version - 1], plan("ours", p)
         assert [ptfs.lr(s) for s in range(ours[version].start, ptfs.end)] == [
             ours[version].lr(s) for s in range(ours[version].start, ptfs.end)
@@ -101,12 +101,12 @@ COMPLETE = [s for s in SCHEDULES if s not in ("constant", "inverse_sqrt")]
 @pytest.mark.parametrize("schedule", COMPLETE)
 @pytest.mark.parametrize("increments", [[10000] * 4, [700, 500, 903]])
 def test_a_complete_decay_ends_at_exactly_min_lr_and_never_starts_at_0(schedule, increments):
-    p = Plan(increments, 101, 3e-4, schedule, alpha=0.37)
-    assert p.lo == 3e-5
+    p = Plan(increments=increments, warmup=101, max_lr=3e-4, schedule=schedule, alpha=0.37)
+    assert p.lowest_lr == 3e-5
     for paradigm in ("ptfs", "cpt", "ours"):
         for s in plan(paradigm, p):
             assert s.lr(s.start) > 0
-            if s.name != "main":
+            if s.paradigm != "main":
                 assert s.lr(s.end - 1) == 3e-5
                 assert s.lr(s.end - 2) >= 3e-5
                 rates = [s.lr(i) for i in range(s.start, s.end)]
@@ -178,7 +178,7 @@ def test_cycles_longer_than_the_run():
     whole = plan("ptfs", variant(increments=[20000]))[0]
     assert [two.lr(s) for s in range(10000)] == [whole.lr(s) for s in range(10000)]
     # second stage: from 10K at max LR, a cycle of 20K cut after 10K stands half-way
-    second = plan("ours", Plan([20000], 2000, 3e-4, decay_steps=10000, cycle=20000))[1]
+    second = plan("ours", Plan(increments=[20000], warmup=2000, max_lr=3e-4, decay_steps=10000, cycle=20000))[1]
     assert (second.start, second.end) == (10000, 20000) and second.lr(19999) == pytest.approx((3e-4 + 3e-5) / 2)
     assert len({s.name for s in (one, two, inf, ordinary)}) == 4
 
@@ -186,72 +186,58 @@ def test_cycles_longer_than_the_run():
 @pytest.mark.parametrize(
     "args, words",
     [
-        ("--schedule sine", "schedule: got 'sine'"),
-        ("--alpha 0", "alpha: got 0.0"),
-        ("--alpha 1.2", "alpha: got 1.2"),
-        ("--alpha nan", "alpha: got nan"),
-        ("--alpha 0.9", "inside the warm-up of 2000; expected at most 8000 steps (alpha 0.8)"),
-        ("--alpha 0.5 --decay_steps 10", "alpha and decay_steps"),
-        ("--decay_steps 0", "decay_steps: got 0"),
-        ("--max_lr 0", "max_lr: got 0.0"),
-        ("--max_lr inf", "max_lr: got inf"),
-        ("--min_lr 1", "min_lr: got 1.0"),
-        ("--warmup 10000", "warmup: got 10000"),
-        ("--warmup -1", "warmup: got -1"),
-        ("--versions 0", "increments: got []"),
-        ("--increments 5,x", "--increments: got '5,x'"),
-        ("--increments 5000,0", "increments: got [5000, 0]"),
-        ("--cycle 100 --paradigm ptfs", "cycle: got 100.0"),
-        ("--cycle inf --schedule knee", "cycle: goes with the cosine schedule"),
-        ("--paradigm cpt --cpt_variant up", "cpt_variant: got 'up'"),
-        ("--schedule inverse_sqrt --warmup 0", "warmup: got 0"),
+        ("--plan.schedule sine", "schedule: got 'sine'"),
+        ("--plan.alpha 0", "alpha: got 0.0"),
+        ("--plan.alpha 1.2", "alpha: got 1.2"),
+        ("--plan.alpha nan", "alpha: got nan"),
+        ("--plan.alpha x", "plan.alpha: got 'x', expected a number or none"),
+        ("--plan.alpha 0.9", "inside the warm-up of 2000; expected at most 8000 steps (alpha 0.8)"),
+        ("--plan.alpha 0.5 --plan.decay_steps 10", "decay_steps: got 10, expected none beside alpha = 0.5"),
+        ("--plan.decay_steps 0", "decay_steps: got 0"),
+        ("--plan.max_lr 0", "max_lr: got 0.0"),
+        ("--plan.max_lr inf", "max_lr: got inf"),
+        ("--plan.min_lr 1", "min_lr: got 1.0"),
+        ("--plan.warmup 10000", "warmup: got 10000"),
+        ("--plan.warmup -1", "warmup: got -1"),
+        ("--plan.versions 0", "versions: got 0"),
+        ("--plan.increments 5,x", "plan.increments: got '5,x', expected a list of whole numbers"),
+        ("--plan.increments 5000,0", "increments: got [5000, 0]"),
+        ("--plan.cycle 100 --paradigm ptfs", "cycle: got 100.0"),
+        ("--plan.cycle inf --plan.schedule knee", "cycle: goes with the cosine schedule"),
+        ("--paradigm cpt --plan.cpt_variant up", "cpt_variant: got 'up'"),
+        ("--plan.schedule inverse_sqrt --plan.warmup 0", "warmup: got 0"),
+        ("--alpha 0.4", "unknown argument --alpha; did you mean --plan.alpha?"),
+        ("--config nothing", "configs/nothing.toml: No such file or directory"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(args, words):
-    r = script(*args.split())
+    r = script("--config", "1.2b", *args.split())
     assert r.returncode == 2 and r.stdout == "" and len(r.stderr.splitlines()) == 1 and words in r.stderr
 
 
 def test_several_problems_are_reported_at_once():
-    assert len(script("--alpha", "2", "--max_lr", "-1", "--schedule", "x").stderr.splitlines()) == 3
+    assert len(script("--plan.alpha", "2", "--plan.max_lr", "-1", "--plan.schedule", "x").stderr.splitlines()) == 3
 
 
 def test_the_script_lists_segments_and_every_update(tmp_path):
-    args = [
-        "--paradigm",
-        "ours",
-        "--schedule",
-        "cosine",
-        "--increments",
-        "700,500,900",
-        "--warmup",
-        "20",
-        "--alpha",
-        "0.3",
-        "--max_lr",
-        "3e-4",
-    ]
-    segments = json.loads(script(*args, "--json").stdout)
-    assert [s["name"] for s in segments] == [
-        "main",
-        "ours-cosine-d210/v1",
-        "ours-cosine-d210/v2",
-        "ours-cosine-d210/v3",
-    ]
-    assert segments[2] == {
-        "name": "ours-cosine-d210/v2",
-        "version": 2,
-        "parent": ["main", 990],
-        "start": 990,
-        "end": 1200,
-    }
+    args = "--plan.increments 700,500,900 --plan.warmup 20 --plan.alpha 0.3 --plan.max_lr 3e-4".split()
     rows = list(csv.DictReader(io.StringIO(script(*args, "--csv").stdout)))
-    by_name = {s.name: s for s in plan("ours", Plan([700, 500, 900], 20, 3e-4, alpha=0.3))}
-    assert len(rows) == sum(s["end"] - s["start"] for s in segments)
-    assert all(float(r["lr"]) == by_name[r["segment"]].lr(int(r["step"])) for r in rows)
-    assert "2,520" in script(*args).stdout.splitlines()[-1]  # 2,100 of the increments and 2 x 210
+    segments = {s.name: s for s in plan("ours", Plan(increments=[700, 500, 900], warmup=20, max_lr=3e-4, alpha=0.3))}
+    assert list(segments) == ["main", "ours-cosine-d210/v1", "ours-cosine-d210/v2", "ours-cosine-d210/v3"]
+    assert len(rows) == 2_520  # 2,100 of the increments and 2 x 210
+    assert all(float(r["lr"]) == segments[r["segment"]].lr(int(r["step"])) for r in rows)
+    table = script(*args).stdout.splitlines()
+    assert table[3].split()[:5] == ["ours-cosine-d210/v2", "main@990", "990", "1,200", "210"] and "2,520" in table[-1]
     assert script(*args, "--plot", str(tmp_path / "p.png")).returncode == 0
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_one_spelling_of_the_plan_in_every_script():
+    """The paper's setting with a shorter branch, in schedule.py and in cost.py."""
+    args = ["--config", "1.2b", "--plan.alpha", ".4", "--plan.versions", "3"]
+    total = script(*args).stdout.splitlines()[-1].split()[-1]
+    costs = subprocess.run([sys.executable, "cost.py", *args], cwd=ROOT, capture_output=True, text=True).stdout
+    assert total == "38,000" and costs.splitlines()[-2].split()[:2] == ["ours", "38,000"]
 
 
 def test_the_schedule_that_the_readme_adds(monkeypatch):
@@ -267,7 +253,7 @@ def test_the_schedule_that_the_readme_adds(monkeypatch):
     monkeypatch.setitem(SCHEDULES, name, entry)
     for paradigm in ("ptfs", "cpt", "ours"):
         for s in plan(paradigm, variant(schedule=name)):
-            assert s.name == "main" or s.lr(s.end - 1) == 3e-5
+            assert s.paradigm == "main" or s.lr(s.end - 1) == 3e-5
     assert plan("ours", variant(schedule=name))[1].lr(4000 + 3600 - 1) == pytest.approx(
         3e-5 + 2.7e-4 * 0.8
     )  # 3-4-5: half-way and a bit down
