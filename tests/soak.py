@@ -41,11 +41,11 @@ from tqdm import tqdm
 import data
 import model as llama
 import train
-from runtime import checkpoint, distributed
+from runtime import checkpoint, distributed, logger
 from runtime.files import write_text
 from text import prepare
 
-train.peak_flops = lambda *_: (1e12, "not timed")  # a third of a second each time
+logger.peak_flops = lambda *_: (1e12, "not timed")  # a third of a second each time
 STEPS = 12  # of an increment; checkpoints each 3: at most that many may be lost
 EVERY = 3
 ARGUMENTS = [
@@ -673,7 +673,7 @@ def main() -> int:
             "torch": torch.__version__,
             "machine": platform.machine(),
             "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
-            "commit": train.git_commit(),
+            "commit": logger.git_commit(),
             "seed": seed,
             "seconds": seconds,
             "checkpoint_every": EVERY,

@@ -19,6 +19,7 @@ from conftest import BASE, ROOT
 import config
 import train
 from runtime import checkpoint, distributed
+from runtime.distributed import World
 
 # A process that has imported all and computed nothing, of which a test takes a copy: there one may fork
 CLEAN = multiprocessing.get_context("forkserver")
@@ -256,16 +257,12 @@ def test_the_hash_of_the_weights_sees_one_bit(monkeypatch):
     ],
 )
 def test_auto_is_ddp_while_it_fits(monkeypatch, memory, kind):
-    import model
-
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: type("P", (), {"total_memory": memory}))
     names = ["203m", "406m", "608m", "1.2b", "2.1b", "3.1b"]
-    found = [
-        distributed.choose("auto", 8, model.parameters(config.load(n).model), torch.device("cuda"))[0] for n in names
-    ]
-    assert found == kind
-    assert distributed.choose("auto", 1, 10**12, torch.device("cuda"))[0] == "none"
-    assert distributed.choose("auto", 8, 10**12, torch.device("cpu"))[0] == "ddp"
+    eight = World(ranks=8, device=torch.device("cuda"))
+    assert [distributed.choose("auto", config.load(n).model.parameters, eight)[0] for n in names] == kind
+    assert distributed.choose("auto", 10**12, World(device=torch.device("cuda")))[0] == "none"
+    assert distributed.choose("auto", 10**12, World(ranks=8))[0] == "ddp"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -485,14 +482,14 @@ def test_a_loss_that_jumps_stops_if_asked_to(train_cli, tmp_path, monkeypatch, c
         "--train.spike",
         "1.0",
     )
-    original, calls = train.llama.Transformer.forward, []
+    original, calls = train.Transformer.forward, []
 
     def forward(self, *a, **kw):
         out = original(self, *a, **kw)
         calls.append(1)
         return out * 3 if len(calls) in (2 * 9 + 1, 2 * 9 + 2) else out  # both micro-batches of update 9
 
-    monkeypatch.setattr(train.llama.Transformer, "forward", forward)
+    monkeypatch.setattr(train.Transformer, "forward", forward)
     assert train_cli(*args) == 2
     err = capsys.readouterr().err
     assert (
@@ -526,7 +523,7 @@ def test_a_save_that_fails_may_be_told_and_passed_over(train_cli, tmp_path, seco
 
 
 def test_a_signal_in_a_validation_saves_and_stops(train_cli, tmp_path, monkeypatch):
-    original = train.reader.Tokens.validation
+    original = train.Tokens.validation
 
     def validation(self, *args):
         for i, batch in enumerate(original(self, *args)):
@@ -537,7 +534,7 @@ def test_a_signal_in_a_validation_saves_and_stops(train_cli, tmp_path, monkeypat
             yield batch
 
     seen = []
-    monkeypatch.setattr(train.reader.Tokens, "validation", validation)
+    monkeypatch.setattr(train.Tokens, "validation", validation)
     args = ("--mode", "ptfs", "--version", "1", "--train.eval_every", "4", "--train.log_every", "1")
     assert train_cli(*args) == 143
     assert seen == [0, "sent", 1] and checkpoint.steps(tmp_path / "run" / "ptfs-cosine" / "v1") == [4]

@@ -657,11 +657,7 @@ def test_a_parent_from_another_folder(train_cli, tmp_path, capsys):
         ("branch", run / "ours-cosine" / "v2" / "step-000020", "expected one of 'main'"),
         ("branch", run / "nowhere", "nowhere: is not there, and ours-cosine/v2 starts from it"),
         ("main", run / "main" / "step-000012", "--parent: main has none; an imported model is --train.base"),
-        (
-            "ptfs",
-            run / "main" / "step-000012",
-            "is no imported model, and ptfs-cosine/v2 starts from one or from random weights",
-        ),
+        ("ptfs", run / "main" / "step-000012", "--parent: ptfs-cosine/v2 has none; an imported model is --train.base"),
     ):
         assert train_cli("--mode", mode, "--version", "2", "--parent", str(parent), out="refused") == 2
         err = capsys.readouterr().err
