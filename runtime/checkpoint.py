@@ -215,10 +215,7 @@ class Saver:
             if self.rank == 0:
                 for name, shard in files.items():
                     if not (file := partial / name).is_file() or file.stat().st_size != shard["bytes"]:
-                        raise UserError(
-                            f"{file}: rank 0 does not see the {shard['bytes']} bytes that another rank wrote; "
-                            "--out must be on a disk that all machines share"
-                        )
+                        raise UserError(f"{file}: rank 0 does not see it; put --out on a disk that all machines share")
                 write_json(partial / "meta.json", {**meta, "files": files}, UNHASHED)
                 commit_folder(final)
 
