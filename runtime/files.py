@@ -1,22 +1,26 @@
-"""What must not be lost when a machine stops: files flushed to the disk, JSON replaced whole, one process a folder."""
+"""Files that survive a crash: flushed to the disk, replaced in one step, made by one process at a time."""
 
 import fcntl
 import hashlib
 import json
 import os
+import secrets
+import shutil
 import stat
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from runtime.errors import UserError
 
-LIMIT = 1 << 26  # bytes of a JSON or rank file; a larger one is none of ours (Llama 3's tokenizer.json has 17 MB)
+LIMIT = 1 << 26  # bytes of a JSON or rank file; Llama 3's tokenizer.json has 17 MB
+STALE = 3600  # seconds after which a partial file is one that a killed process left
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -24,40 +28,43 @@ def fsync(path: Path) -> None:
         os.close(fd)
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write or replace `file` at once: whoever looks sees the old text or the new, whatever happens."""
-    partial = file.with_name(f".{file.name}.partial")
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Yield a new path that replaces `file` in one step when the block ends: readers see the old file or the new.
+
+    Several processes may replace one file at once, on several machines too; the last one wins.
+    """
+    for left in file.parent.glob(f".{file.name}.*.partial"):
+        with suppress(FileNotFoundError):  # another process has removed it
+            if left.stat().st_mtime < time.time() - STALE:
+                left.unlink()
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(8)}.partial")
     try:
-        partial.unlink(
-            missing_ok=True
-        )  # what a killed write left; or a link that a stranger laid, which "w" would follow
-        with open(partial, "x") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
+        yield partial
+        fsync(partial)
         os.rename(partial, file)
-    except OSError:
+    finally:
         partial.unlink(missing_ok=True)
-        raise
     fsync(file.parent)
 
 
-def open_log(file: Path) -> BinaryIO:
-    """Open a log to add lines to, made if need be. UserError if it is a link or no file; a line that was cut short is ended."""
-    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise UserError(f"{file}: is no file; move it away")
-    f = os.fdopen(fd, "ab+", buffering=0)
-    if f.seek(0, os.SEEK_END) and f.seek(-1, os.SEEK_END) >= 0 and f.read(1) != b"\n":
-        f.write(b"\n")
-    return f
+def write_text(file: Path, text: str) -> None:
+    with replacing(file) as partial:
+        partial.write_text(text)
 
 
 def write_json(file: Path, content: dict[str, Any], unhashed: tuple[str, ...] = ()) -> dict[str, Any]:
-    """`content` and its "hash", as JSON; the keys in `unhashed` may change without it. Returns what was written."""
+    """Write `content` and its "hash" as JSON; returns what was written. The keys in `unhashed` may change later."""
     content = {**content, "hash": content_hash(content, unhashed)}
     write_text(file, json.dumps(content, indent=1))
+    return content
+
+
+def read_json(file: Path, unhashed: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read what `write_json` wrote. ValueError if its hash does not hold; FileNotFoundError if it does not exist."""
+    content = json.loads(read_bytes(file))
+    if not isinstance(content, dict) or content.get("hash") != content_hash(content, unhashed):
+        raise ValueError("its hash does not fit its content")
     return content
 
 
@@ -65,6 +72,11 @@ def content_hash(content: dict[str, Any], unhashed: tuple[str, ...] = ()) -> str
     """SHA-256 over all of `content` but "hash" itself and the keys in `unhashed`."""
     rest = {k: v for k, v in content.items() if k != "hash" and k not in unhashed}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def sha256(file: Path) -> str:
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def read_bytes(file: Path) -> bytes:
@@ -75,33 +87,37 @@ def read_bytes(file: Path) -> bytes:
     return file.read_bytes()
 
 
-def read_json(file: Path, unhashed: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What `write_json` wrote. ValueError if it is anything else; FileNotFoundError if it is not there."""
-    try:
-        content = json.loads(read_bytes(file))
-        fits = isinstance(content, dict) and content.get("hash") == content_hash(content, unhashed)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not fits:
-        raise ValueError("its hash does not fit its content")
-    return content
-
-
-def sha256(file: Path) -> str:
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def open_log(file: Path) -> BinaryIO:
+    """Open a log to append lines to; a last line that a kill cut short is ended. OSError if it is a link."""
+    f = os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "ab+", buffering=0)
+    if f.seek(0, os.SEEK_END) and f.seek(-1, os.SEEK_END) >= 0 and f.read(1) != b"\n":
+        f.write(b"\n")
+    return f
 
 
 @contextmanager
-def lock(file: Path, busy: str) -> Iterator[None]:
-    """Hold `file`, made if need be; UserError `busy` if another process does. The system lets go of it when this process ends."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a") as f:  # not "w", which would empty what a link of a stranger's leads to
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(busy) from None
-        yield
+def lock(file: Path, busy: str, remove: bool = False) -> Iterator[None]:
+    """Hold the lock `file`, created if missing and with `remove` deleted at the end. A crash releases it.
+
+    UserError(busy) if another process holds it.
+    """
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "a") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.samefile(f.fileno(), file):  # between open and flock its holder removed it
+                    continue
+            except BlockingIOError:
+                raise UserError(busy) from None
+            except FileNotFoundError:
+                continue
+            try:
+                yield
+            finally:
+                if remove:
+                    file.unlink(missing_ok=True)
+            return
 
 
 def is_locked(file: Path) -> bool:
@@ -109,8 +125,53 @@ def is_locked(file: Path) -> bool:
     try:
         with open(file) as f:
             fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except (FileNotFoundError, NotADirectoryError):
         return False
     except BlockingIOError:
         return True
-    return False
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def partial_folder(target: Path) -> Path:
+    """The hidden name of `target` while it is made or deleted."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def begin_folder(target: Path) -> Path:
+    """Create the hidden folder of `target`, empty: what a killed process left there is removed."""
+    partial = partial_folder(target)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    return partial
+
+
+def commit_folder(target: Path) -> None:
+    """Rename the hidden folder, whose content is fsynced, to `target`."""
+    os.rename(partial_folder(target), target)
+    fsync(target.parent)
+
+
+@contextmanager
+def make_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty hidden folder that becomes `target` when the block ends; a block that raises leaves nothing.
+
+    UserError if `target` exists or another process is making it.
+    """
+    missing = [p for p in target.parents if not p.exists()]
+    busy = f"{target}: another process is making it; wait for it or choose another --out"
+    try:
+        with lock(target.with_name(f".{target.name}.lock"), busy, remove=True):
+            if os.path.lexists(target):
+                raise UserError(f"{target}: is there already and is never overwritten; choose another --out")
+            partial = begin_folder(target)
+            try:
+                yield partial
+                for path in (partial, *partial.rglob("*")):
+                    fsync(path)
+                commit_folder(target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        with suppress(OSError):  # not empty: made, or another process has begun there
+            for parent in missing:
+                parent.rmdir()

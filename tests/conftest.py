@@ -68,7 +68,7 @@ def second_save_fails(monkeypatch):
 
     from runtime import checkpoint
 
-    original, calls = checkpoint.dcp.save, []
+    original, calls = checkpoint.save_file, []
 
     def full(*args, **kw):
         calls.append(1)
@@ -76,5 +76,5 @@ def second_save_fails(monkeypatch):
             raise OSError(28, "No space left on device", "shard")
         return original(*args, **kw)
 
-    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     return calls

@@ -199,7 +199,6 @@ def nth_call(k: int, then: Callable[[], None]) -> Callable[[int], None]:
             (os, "unlink"),
             (shutil, "rmtree"),
             (Path, "mkdir"),
-            (checkpoint.dcp, "save"),
             (checkpoint, "save_file"),
         )
         for owner, name in calls:

@@ -395,7 +395,7 @@ def fail_alone(work):
     bench = soak.Bench(Path(work))
 
     def fault(rank):
-        original, calls = checkpoint.disk.sync, []
+        original, calls = checkpoint.fsync, []
 
         def sync(path):
             calls.append(1)
@@ -404,7 +404,7 @@ def fail_alone(work):
             return original(path)
 
         if rank == 1:
-            checkpoint.disk.sync = sync
+            checkpoint.fsync = sync
 
     for way in ("ddp", "fsdp"):
         for what, codes in (("stop", [2, 2]), ("continue", [0, 0])):

@@ -707,7 +707,7 @@ def test_a_parent_that_will_not_do(train_cli, tmp_path, capsys):
     forged(parent, lambda t, o: [t.pop(k) for k in [*t] if k.startswith("exp_avg")])
     refused("it holds weights alone, but AdamW's moments are to be kept")
     forged(parent, lambda t, o: t.pop("model.head.weight"))
-    refused("has no model.head.weight")
+    refused("model.head.weight: got shape none")
     (parent / next(parent.glob("*.safetensors")).name).write_bytes(b"")
     refused("got 0 bytes")
     forged(parent, lambda t, o: t["model.embed.weight"][3:4].fill_(torch.nan))  # found when it is read
