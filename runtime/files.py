@@ -34,8 +34,8 @@ def replacing(file: Path) -> Iterator[Path]:
 
     Several processes may replace one file at once, on several machines too; the last one wins.
     """
-    for left in file.parent.glob(f".{file.name}.*.partial"):
-        with suppress(FileNotFoundError):  # another process has removed it
+    for left in file.parent.glob(f".{file.name}.*partial"):
+        with suppress(OSError):  # another process has removed it, or it is another user's
             if left.stat().st_mtime < time.time() - STALE:
                 left.unlink()
     partial = file.with_name(f".{file.name}.{secrets.token_hex(8)}.partial")

@@ -10,11 +10,7 @@ import pytest
 import config
 import cost
 import eval as evaluation
-import lineage
-import measure
-import report
-import scales
-import tables
+from paper import measure, report, scales, tables
 
 # PPL of three seeds. V2, V3 and V4 of CPT have the means 30, 40 and 50
 CPT = {"V2": [27.0, 30.0, 33.0], "V3": [38.0, 40.0, 42.0], "V4": [46.0, 51.0, 53.0]}
@@ -109,7 +105,7 @@ TABLE2 = {  # without PTFS's V1 (10,000) and the branch of ours' V1 (d); CPT's V
 @pytest.mark.parametrize("versions", [4, 10])
 def test_steps_of_a_paradigm_by_either_way_of_counting(convention, steps, versions):
     for alpha in (0.2, 0.4, 0.6, 0.8):
-        p = lineage.make_plan(config.load("1.2b", {"plan.versions": str(versions), "plan.alpha": str(alpha)}))
+        p = config.load("1.2b", {"plan.versions": str(versions), "plan.alpha": str(alpha)}).plan
         assert cost.steps("ptfs", p, convention) == steps[versions]["ptfs"]
         assert cost.steps("cpt", p, convention) == steps[versions]["cpt"]
         assert cost.steps("ours", p, convention) == steps[versions][alpha]

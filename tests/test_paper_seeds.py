@@ -15,15 +15,13 @@ import torch
 from conftest import BASE, ROOT
 
 import config
-import downstream
 import eval as evaluation
-import graph
-import lineage
-import measure
 import paper
-import scales
-import tables
 import train
+from paper import downstream, graph, measure, scales, tables
+from runtime import resume
+from runtime.command_line import Parser
+from runtime.errors import UserError
 
 NAMES = ["table1", "table2", "table3", "table6", "table8", "table10", "table12", "table13", "fig4", "fig5"]
 
@@ -35,14 +33,14 @@ class Parsed(BaseException):
 @pytest.fixture
 def parse(monkeypatch):
     """parse(train.py's arguments) -> its own arguments and the config that it would run with."""
-    original = config.Parser.parse_config
+    original = Parser.parse_config
 
     def stop(*args, **kw):
         raise Parsed(original(*args, **kw))
 
     def run(words):
         with monkeypatch.context() as m, pytest.raises(Parsed) as parsed:
-            m.setattr(config.Parser, "parse_config", stop)
+            m.setattr(Parser, "parse_config", stop)
             m.setattr(sys, "argv", ["train.py", *words])
             train.main()
         return parsed.value.args[0]
@@ -56,7 +54,7 @@ def told(monkeypatch, capsys):
 
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["paper.py", *args, "--run", "no"])
-        with pytest.raises(config.UserError, match="segments are not trained yet"):
+        with pytest.raises(UserError, match="segments are not trained yet"):
             paper.main()
         return capsys.readouterr().out.splitlines()
 
@@ -64,7 +62,7 @@ def told(monkeypatch, capsys):
 
 
 def segment_of(o, c):
-    return lineage.pick(c, o.mode, o.version and int(o.version))[2]
+    return resume.pick(c, o.mode, o.version and int(o.version))[2]
 
 
 def cells_of(s, seeds):
@@ -163,7 +161,7 @@ def test_slurm_jobs_have_the_seeds_of_their_cells_and_wait_for_their_parents(tol
 
 def segment_of_version(c, version):
     """Where the main path's job of a version ends: T * version, without the branch."""
-    p = lineage.make_plan(c)
+    p = c.plan
     return sum(p.increments[:version]) - p.d
 
 

@@ -17,6 +17,7 @@ import torch
 from conftest import BASE, ROOT
 
 import config
+import data
 import train
 from runtime import checkpoint, distributed
 from runtime.distributed import World
@@ -130,7 +131,7 @@ def gradients(work, name, ranks, *extra):
     file = Path(work) / f"{name}.pt"
 
     def fault(rank):
-        original = torch.nn.utils.clip_grad_norm_
+        original = train.clip_grad_norm_
 
         def keep(parameters, *args):
             parameters = list(parameters)
@@ -139,7 +140,7 @@ def gradients(work, name, ranks, *extra):
                 file.write_bytes(b"".join(full))
             return original(parameters, *args)
 
-        torch.nn.utils.clip_grad_norm_ = keep
+        train.clip_grad_norm_ = keep
 
     argv = bench.argv(Path(work) / name, "ptfs", 1, ["--train.batch_tokens", "1024", *extra])
     log = Path(work) / f"{name}.log"
@@ -369,8 +370,8 @@ def refuse(work):
         if rank == 1:
             sys.argv[sys.argv.index("--data.path") + 1] = str(bench.data)
             os.chdir("/")
-            original = train.reader.read_meta
-            train.reader.read_meta = lambda folder: original(Path(work) / "nowhere")
+            original = data.token_files.read_meta
+            data.token_files.read_meta = lambda folder: original(Path(work) / "nowhere")
 
     assert "nowhere: no prepared data" in tried(argv, 2, blind)
     assert "run it on 2 ranks; or" in tried(argv, 3)
