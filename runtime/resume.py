@@ -193,7 +193,10 @@ def check_lineage(where: Path, c: Config, s: Segment, tokens: data.Tokens | SFTD
     if meta["segment"] != s.name:
         raise UserError(f"{where}: is a checkpoint of {meta['segment']!r}, expected one of {s.name!r}; move it back")
     seen, own = meta["data"], tokens.identity(meta["step"])
-    data_keys = {"examples": "data.sft", "epochs": "data.epochs", "mix": "data.decay_mix"}
+    if seen.get("examples") != own.get("examples"):
+        fix = "go back to those, or choose another --out"
+        raise UserError(f"{where}: was trained on other examples than data.sft {c.data.sft or '(none)'}; {fix}")
+    data_keys = {"epochs": "data.epochs", "mix": "data.decay_mix"}
     different = {k: (seen.get(e), own.get(e)) for e, k in data_keys.items() if seen.get(e) != own.get(e)}
 
     now = config.flatten(c)

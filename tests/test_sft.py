@@ -205,7 +205,7 @@ TUNE = ("--mode", "sft", "--data.epochs", "3", "--plan.warmup", "1", "--train.ba
 def test_a_fine_tuning_is_a_segment(train_cli, parent, tmp_path, capsys):
     """Weights of the parent, fresh moments, its own steps; resumed in the same bits; in any micro-batches the same within rounding; two ranks too."""
     file = jsonl(tmp_path / "a.jsonl", sums(200))
-    args = (*TUNE, "--parent", str(parent), "--data", file)
+    args = (*TUNE, "--parent", str(parent), "--data.sft", file)
     assert train_cli(*args, out="whole") == 0
     assert "200 examples" in capsys.readouterr().out
     end = max((tmp_path / "whole/sft/ours-cosine/v1").glob("step-*"))
@@ -252,17 +252,17 @@ def test_a_fine_tuning_is_a_segment(train_cli, parent, tmp_path, capsys):
     # what changes the examples, or starts from elsewhere, is another fine-tuning
     other = jsonl(tmp_path / "b.jsonl", sums(200, 1))
     for changed, words in (
-        ((*TUNE, "--parent", str(parent), "--data", other), "was trained on other examples"),
+        ((*TUNE, "--parent", str(parent), "--data.sft", other), "was trained on other examples"),
         (
-            (*TUNE, "--parent", str(parent), "--data", file, "--data.epochs", "4"),
+            (*TUNE, "--parent", str(parent), "--data.sft", file, "--data.epochs", "4"),
             "another data.epochs (3 there, 4 here)",
         ),
         (
-            (*TUNE[:-1], "512", "--parent", str(parent), "--data", file),
+            (*TUNE[:-1], "512", "--parent", str(parent), "--data.sft", file),
             "train.batch_tokens: 256 there, 512 here",
         ),  # a shorter one
-        ((*TUNE, "--parent", str(parent.parents[2] / "main" / "step-000004"), "--data", file), None),
-        ((*TUNE, "--parent", str(end), "--data", file), None),
+        ((*TUNE, "--parent", str(parent.parents[2] / "main" / "step-000004"), "--data.sft", file), None),
+        ((*TUNE, "--parent", str(end), "--data.sft", file), None),
     ):
         code = train_cli(*changed, out="whole")
         assert code == (2 if words else 0)
@@ -283,7 +283,7 @@ def test_its_place_is_the_parents_run(train_cli, parent, tmp_path, monkeypatch):
             "sft",
             "--parent",
             str(parent),
-            "--data",
+            "--data.sft",
             file,
             "--train.batch_tokens",
             "256",
@@ -323,7 +323,7 @@ def test_a_task_is_learned(train_cli, tmp_path):
             "sft",
             "--parent",
             str(start),
-            "--data",
+            "--data.sft",
             file,
             "--data.epochs",
             "8",
@@ -372,7 +372,7 @@ def test_examples_in_the_decay_of_a_branch(train_cli, tmp_path, capsys):
         ((*mix[:4], "--data.decay_mix", "0.25"), "data.decay_mix: needs examples"),
         (
             (*mix[:6], "--data.decay_mix", "0.01"),
-            "data.decay_mix: got 0.01 of a batch of 8 sequences, expected 0.125 to 0.875",
+            "data.decay_mix: got 0.01 of 8 sequences, expected 0.125 to 0.875",
         ),
         ((*mix[:6], "--data.decay_mix", "1"), "expected below 1"),
         (
@@ -406,7 +406,7 @@ GOOD = json.dumps(MIXED[0]) + "\n"
 def test_lines_that_are_no_examples(train_cli, parent, tmp_path, capsys, text, words):
     (tmp_path / "a.jsonl").write_text(text)
     capsys.readouterr()
-    assert train_cli(*TUNE, "--parent", str(parent), "--data", str(tmp_path / "a.jsonl"), out="bad") == 2
+    assert train_cli(*TUNE, "--parent", str(parent), "--data.sft", str(tmp_path / "a.jsonl"), out="bad") == 2
     err = capsys.readouterr().err
     assert words in err and len(err.splitlines()) == 1, err
     assert (
@@ -449,7 +449,7 @@ def test_a_parent_named_from_inside_its_folder(train_cli, parent, tmp_path, monk
             "sft",
             "--parent",
             parent.name,
-            "--data",
+            "--data.sft",
             file,
             "--train.batch_tokens",
             "256",
@@ -466,22 +466,28 @@ def test_what_is_refused(train_cli, parent, tmp_path, capsys, monkeypatch):
     (tmp_path / "a.txt").write_text("text")
     capsys.readouterr()
     for args, words in [
-        (("--data", file), "--parent: not given"),
-        (("--parent", str(tmp_path)), "is no checkpoint"),
-        (("--parent", str(parent)), "--data: not given"),
-        (("--parent", str(parent), "--data", str(tmp_path / "nowhere.jsonl")), "nowhere.jsonl: does not exist"),
-        (("--parent", str(parent), "--data", str(tmp_path / "a.txt")), "is no file of examples"),
+        (("--data.sft", file), "--parent: not given"),
+        (("--parent", str(tmp_path), "--data.sft", file), "is no checkpoint"),
+        (("--parent", str(parent)), "--data.sft: not given"),
+        (("--parent", str(parent), "--data.sft", str(tmp_path / "nowhere.jsonl")), "nowhere.jsonl: does not exist"),
+        (("--parent", str(parent), "--data.sft", str(tmp_path / "a.txt")), "is no file of examples"),
         (
-            ("--parent", str(parent), "--data", file, "--model.n_layer", "2"),
+            ("--parent", str(parent), "--data.sft", file, "--model.n_layer", "2"),
             "model.n_layer: got 2, but the model is that of",
         ),
         (
-            ("--parent", str(parent), "--data", file, "--model.context", "64"),
+            ("--parent", str(parent), "--data.sft", file, "--model.context", "64"),
             "model.context: got 64, expected at most the 32",
         ),
-        (("--parent", str(parent), "--data", file, "--version", "2"), "--version: got one"),
-        (("--parent", str(parent), "--data", file, "--plan.warmup", "-1"), "plan.warmup: got -1, expected 0 or more"),
-        (("--parent", str(parent), "--data", file, "--data.path", str(tmp_path)), "no prepared data"),
+        (
+            ("--parent", str(parent), "--data.sft", file, "--version", "2"),
+            "--version: got 2, expected 1 to 9999, and none with --mode sft",
+        ),
+        (
+            ("--parent", str(parent), "--data.sft", file, "--plan.warmup", "-1"),
+            "plan.warmup: got -1, expected 0 or more",
+        ),
+        (("--parent", str(parent), "--data.sft", file, "--data.path", str(tmp_path)), "no prepared data"),
     ]:
         assert train_cli(*TUNE, *args, out="bad") == 2
         err = capsys.readouterr().err
@@ -505,6 +511,7 @@ def test_what_is_refused(train_cli, parent, tmp_path, capsys, monkeypatch):
             prepare_examples(file, BYTES, tmp_path, quiet=True)
         (folder / name).write_bytes(whole)
     assert (
-        prepare.TEXT.exists() and train_cli(*TUNE, "--parent", str(parent), "--data", file, "--dry_run", out="dry") == 0
+        prepare.TEXT.exists()
+        and train_cli(*TUNE, "--parent", str(parent), "--data.sft", file, "--dry_run", out="dry") == 0
     )
     assert "40 examples" in capsys.readouterr().out and not (tmp_path / "dry").exists()
