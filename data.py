@@ -127,8 +127,8 @@ class Tokens:
     def batch(self, step: int, rows: slice = slice(None)) -> tuple[np.ndarray, ...]:
         """Rows of global batch `step`: (inputs, targets), each int64 (rows, context).
 
-        An increment is cut into sequences of `context` tokens (and one more, the last target). Update k of the increment
-        reads sequences k*B .. (k+1)*B - 1 of a permutation seeded by (seed, increment, epoch).
+        An increment is cut into sequences of `context` tokens (and one more, the last target). Update k of the
+        increment reads sequences k*B .. (k+1)*B - 1 of a permutation seeded by (seed, increment, epoch).
         """
         increment, k = self.place(step)
         name = f"v{increment + 1}"
@@ -163,6 +163,35 @@ class Tokens:
             yield self.windows("val", np.arange(first, min(first + rows, full)) * T, T)
         if end % T and rank == ranks - 1:
             yield self.windows("val", np.array([full * T]), end % T)
+
+
+class MixedData(Tokens):
+    """The tokens of a branch. After `mix`, the last rows of a batch are examples."""
+
+    def mix(self, examples: Any, part: float, start: int) -> None:
+        """Make a `part` of each batch from step `start` on rows of a text.examples.Examples."""
+        self.examples, self.part, self.m, self.start = examples, part, int(part * self.B + 0.5), start
+
+    def identity(self, step: int) -> dict[str, Any]:
+        mixed = {"examples": self.examples.meta["source_sha256"], "mix": self.part} if step > self.start else {}
+        return {**super().identity(step), **mixed}
+
+    def _row_numbers(self, step: int) -> np.ndarray:
+        return self.examples.order((step - self.start) * self.m + np.arange(self.m))
+
+    def targets(self, step: int) -> int:
+        return (self.B - self.m) * self.context + int(self.examples.targets[self._row_numbers(step)].sum())
+
+    def batch(self, step: int, rows: slice = slice(None)) -> tuple[np.ndarray, ...]:
+        """(inputs, targets, documents), each int64 (rows, context): rows of text first, whose documents are 0."""
+        places = np.arange(self.B)[rows]
+        texts = self.B - self.m
+        numbers = self._row_numbers(step)[places[places >= texts] - texts]
+        n = len(places) - len(numbers)
+        x, y = super().batch(step, rows)
+        text = x[:n], y[:n], np.zeros((n, self.context), np.int64)
+        examples = self.examples.rows([self.examples.train[i] for i in numbers])
+        return tuple(map(np.concatenate, zip(text, examples, strict=True)))
 
 
 if __name__ == "__main__":

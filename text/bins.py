@@ -8,7 +8,8 @@ from tqdm import tqdm
 
 from runtime.errors import UserError
 from runtime.files import make_folder
-from text.prepare import hashes, print_summary
+from text.prepare import print_summary
+from text.sources import hashes, progress_bar
 from text.token_files import Writer, id_dtype, new_path, write_meta
 from text.tokenizer import Tokenizer
 
@@ -21,30 +22,24 @@ def read_bin(file: Path, tok: Tokenizer) -> np.ndarray:
     """The ids of a token file, mapped into memory: nanoGPT's (uint16 alone) or llm.c's (after a header)."""
     if not file.is_file():
         raise UserError(f"{file}: is not there, or no file; expected a .bin of nanoGPT or llm.c")
-    size = file.stat().st_size
-    head = np.fromfile(file, "<i4", 256)
-    magic = int(head[0]) if len(head) == 256 else 0
+    size, head = file.stat().st_size, np.fromfile(file, "<i4", 256)
+    magic, version, count = head[:3].tolist() if len(head) == 256 else (0, 0, 0)
+    start, dtype = 0, "<u2"
     if magic in LLMC:
-        version, dtype = LLMC[magic]
-        if head[1] != version:
-            raise UserError(f"{file}: version {head[1]} of magic number {magic}, expected {version}")
-        got, expected = size - HEADER, np.dtype(dtype).itemsize * int(head[2])
-        if got != expected:
-            problem = f"got {got:,} bytes after its header, expected {expected:,} for {head[2]:,} tokens"
+        start, (expected, dtype) = HEADER, LLMC[magic]
+        need = np.dtype(dtype).itemsize * count
+        if version != expected:
+            raise UserError(f"{file}: version {version} of magic number {magic}, expected {expected}")
+        if size - start != need:
+            problem = f"got {size - start:,} bytes after its header, expected {need:,} for {count:,} tokens"
             raise UserError(f"{file}: {problem}; fetch it again")
-        start = HEADER
-    else:
-        if 20_200_000 < magic < 20_400_000 and not head[3:].any():
-            known = ", ".join(map(str, LLMC))
-            raise UserError(f"{file}: magic number {magic}, expected one of {known} (llm.c), or ids alone (nanoGPT)")
-        if size % 2:
-            raise UserError(f"{file}: got {size:,} bytes, expected an even number: 2 for each id (nanoGPT)")
-        if tok.vocab_size > 1 << 16:
-            raise UserError(
-                f"{file}: ids of 2 bytes, but the {tok.vocab_size:,} of tokenizer {tok.name} need 4; "
-                "expected a file of llm.c with magic number 20240801"
-            )
-        start, dtype = 0, "<u2"
+    elif 20_200_000 < magic < 20_400_000 and not head[3:].any():
+        raise UserError(f"{file}: magic number {magic}, expected one of {', '.join(map(str, LLMC))} (llm.c), or none")
+    elif size % 2:
+        raise UserError(f"{file}: got {size:,} bytes, expected an even number: 2 for each id (nanoGPT)")
+    elif tok.vocab_size > 1 << 16:
+        problem = f"ids of 2 bytes, but the {tok.vocab_size:,} of tokenizer {tok.name} need 4"
+        raise UserError(f"{file}: {problem}; expected a file of llm.c with magic number 20240801")
     if size == start:
         raise UserError(f"{file}: is empty, expected token ids")
     return np.memmap(file, dtype, "r", start)
@@ -59,10 +54,8 @@ def find_documents(file: Path, ids: np.ndarray, tok: Tokenizer, bar: tqdm) -> np
     for low in range(0, len(ids), BLOCK):
         part = np.asarray(ids[low : low + BLOCK])
         if part.max() >= tok.vocab_size:
-            raise UserError(
-                f"{file}: token id {part.max()}, expected below the vocabulary's {tok.vocab_size}; "
-                f"it was made with another tokenizer than {tok.name}"
-            )
+            expected = f"expected below the vocabulary's {tok.vocab_size} of tokenizer {tok.name}, which made the file"
+            raise UserError(f"{file}: token id {part.max()}, {expected}")
         separators.append(low + np.flatnonzero(part == tok.eot))
     edges = np.concatenate(([-1], *separators, [len(ids)]))
     found = []
@@ -74,7 +67,7 @@ def find_documents(file: Path, ids: np.ndarray, tok: Tokenizer, bar: tqdm) -> np
 
 
 def first_copies(docs: list[np.ndarray]) -> tuple[list[np.ndarray], int, int]:
-    """The documents of each file that no earlier place has; how many repeat one of their own file; of an earlier one."""
+    """By file, the documents that no earlier place has; how many repeat one of their own file; one of an earlier."""
     file = np.repeat(np.arange(len(docs)), [len(d) for d in docs])
     _, first, inverse = np.unique(np.concatenate([d[:, 2] for d in docs]), return_index=True, return_inverse=True)
     is_first = first[inverse] == np.arange(len(file))
@@ -93,8 +86,7 @@ def bins(out: str, val: str, files: list[str], tokenizer: str, quiet: bool = Fal
     tok = Tokenizer(tokenizer)
     sources = [Path(f) for f in (val, *files)]
     ids = [read_bin(f, tok) for f in sources]
-    hidden = True if quiet else None  # None: shown on a terminal
-    with tqdm(total=sum(map(len, ids)), unit="token", unit_scale=True, desc="reading", disable=hidden, delay=2) as bar:
+    with progress_bar("reading", sum(map(len, ids)), quiet, unit="token", delay=2) as bar:
         docs = [find_documents(f, i, tok, bar) for f, i in zip(sources, ids, strict=True)]
     kept, duplicates, again = first_copies(docs)
     for file, found, left in zip(sources, docs, kept, strict=True):

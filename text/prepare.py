@@ -6,7 +6,6 @@ memory, is the same on any number of machines and in any order of the input, and
 """
 
 import collections
-import hashlib
 import os
 import shutil
 import signal
@@ -26,38 +25,18 @@ import numpy as np
 import config
 from runtime.errors import UserError
 from runtime.files import begin_folder, fsync, lock, make_folder, write_json
-from text.sources import all_documents, local_files
-from text.token_files import (
-    Writer,
-    between,
-    check_files,
-    id_dtype,
-    new_path,
-    read_meta,
-    tokenizer_of,
-    tokenizer_path,
-    write_meta,
-)
+from text import token_files
+from text.sources import all_documents, hashes, local_files
 from text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 TEXT = ROOT / "corpus" / "embedded.jsonl.xz"  # the text that ships with the project, the default source
 RANKS = ROOT / "corpus" / "bpe-1024.tiktoken"  # and its tokenizer, made by `data.py vocab`
 BUCKETS = 1024  # temporary files; one of them at a time is held in memory
-WAITING = 256 << 20  # bytes of records held in memory before they are appended to the buckets
+WAITING = 1 << 18  # bytes of a bucket held in memory before they are appended to its file
 RECORD = struct.Struct("<QQII")  # hash, draw, source, number of tokens; the tokens follow
 
 _tokenizer: Tokenizer  # of a worker process
-
-
-def hashes(text: str) -> tuple[int, int]:
-    """(h, draw), independent 64-bit numbers: h places a document, draw decides if a weighted source keeps it."""
-    h, draw = struct.unpack("<QQ", hashlib.blake2b(text.encode(errors="replace"), digest_size=16).digest())
-    return h, draw
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Documents -> buckets, tokenized by several processes
 
 
 def _start_worker(tokenizer: str) -> None:
@@ -76,7 +55,7 @@ def _exit_after(parent: int) -> None:
 
 def _encode(batch: list[tuple[int, str]]) -> list[tuple[int, bytes]]:
     """(bucket, record) of each (source, text)."""
-    dtype = id_dtype(_tokenizer.vocab_size)
+    dtype = token_files.id_dtype(_tokenizer.vocab_size)
     out = []
     for (source, text), encoded in zip(batch, _tokenizer.encode_many([text for _, text in batch]), strict=True):
         h, draw = hashes(text)
@@ -98,8 +77,8 @@ def batches(docs: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
         yield batch
 
 
-def encoded(sources: list[str], tokenizer: str, jobs: int, quiet: bool) -> Generator[tuple[int, bytes], None, None]:
-    """(bucket, record) of every document, in the order of the sources; at most 3 batches a process are in progress."""
+def encode_all(sources: list[str], tokenizer: str, jobs: int, quiet: bool) -> Generator[tuple[int, bytes]]:
+    """(bucket, record) of every document in the order of the sources, at most 3 batches a process in progress."""
     pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(tokenizer,))
     in_progress: collections.deque[Future] = collections.deque()
     try:
@@ -116,35 +95,27 @@ def encoded(sources: list[str], tokenizer: str, jobs: int, quiet: bool) -> Gener
 
 
 def scatter(sources: list[str], tokenizer: str, folder: Path, jobs: int, quiet: bool) -> list[Path]:
-    """Tokenize every document into the file of its bucket in `folder`. Returns the files in the order of their hashes."""
+    """Tokenize all documents into the files of their buckets in `folder`. Returns the files, ordered by hash."""
     waiting: dict[int, bytearray] = collections.defaultdict(bytearray)
-
-    def flush() -> None:
-        for bucket, content in waiting.items():
-            with open(folder / str(bucket), "ab") as f:
-                f.write(content)
-        waiting.clear()
-
-    size = 0
-    with closing(encoded(sources, tokenizer, jobs or os.cpu_count() or 1, quiet)) as records:
+    with closing(encode_all(sources, tokenizer, jobs or os.cpu_count() or 1, quiet)) as records:
         for bucket, record in records:
             waiting[bucket] += record
-            size += len(record)
-            if size > WAITING:
-                flush()
-                size = 0
-    flush()
+            if len(waiting[bucket]) > WAITING:
+                _append(folder / str(bucket), waiting.pop(bucket))
+    for bucket, content in waiting.items():
+        _append(folder / str(bucket), content)
     return sorted(folder.iterdir(), key=lambda f: int(f.name))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Buckets -> token files
+def _append(file: Path, content: bytearray) -> None:
+    with open(file, "ab") as f:
+        f.write(content)
 
 
 class Buckets:
-    """Tokenized documents in order of their hashes, each text once and none that is `held`; counts those left out.
+    """Tokenized documents in the order of their hashes, each text once and none whose hash is in `held`, which are sorted.
 
-    held: sorted hashes of documents that other parts of the folder have.
+    Counts those left out: `duplicates`, and documents held, `again`.
     """
 
     def __init__(self, files: list[Path], dtype: str, held: list[np.ndarray]) -> None:
@@ -152,57 +123,59 @@ class Buckets:
         self.duplicates = self.again = 0
 
     def documents(self, remove: bool = False) -> Iterator[tuple[int, int, int, memoryview]]:
-        """(h, draw, source, token ids) of each document. `remove` deletes the files on the way."""
+        """(h, draw, source, token ids) of each document. `remove` deletes each file after its documents."""
         self.duplicates = self.again = 0
         for file in self.files:
-            content, at, records = memoryview(file.read_bytes()), 0, []
-            while at < len(content):
-                h, draw, source, n = RECORD.unpack_from(content, at)
-                start = at + RECORD.size
-                at = start + n * self.itemsize
-                records.append((h, source, draw, start, at))
-            records.sort()
-            held = {int(h) for a in self.held for h in between(a, records[0][0], records[-1][0])}
-            last = -1
-            for h, source, draw, start, end in records:
+            content, end, records = memoryview(file.read_bytes()), 0, []
+            while end < len(content):
+                h, draw, source, n = RECORD.unpack_from(content, end)
+                start = end + RECORD.size
+                end = start + n * self.itemsize
+                records.append((h, source, draw, content[start:end]))
+            records.sort(key=lambda r: r[:3])
+            low, high, last = records[0][0], records[-1][0], -1
+            held = {int(h) for ids in self.held for h in token_files.between(ids, low, high)}
+            for h, source, draw, ids in records:
                 if h in held:
                     self.again += 1
                 elif h == last:
                     self.duplicates += 1
                 else:
-                    yield h, draw, source, content[start:end]
+                    yield h, draw, source, ids
                 last = h
             if remove:
                 file.unlink()
 
+    def kept_shares(self, sources: list[str], weights: list[float] | None) -> list[float]:
+        """The share of each source's documents to keep, so that their tokens are in the ratio of the weights."""
+        if not weights:
+            return [1.0] * len(sources)
+        tokens = [0] * len(sources)
+        for _, _, source, ids in self.documents():
+            tokens[source] += len(ids) // self.itemsize
+        if 0 in tokens:
+            raise UserError(f"--source {sources[tokens.index(0)]}: has no text of its own, so it can have no weight")
+        ratio = [w / n for w, n in zip(weights, tokens, strict=True)]
+        return [r / max(ratio) for r in ratio]
 
-def kept_shares(buckets: Buckets, sources: list[str], weights: list[float] | None) -> list[float]:
-    """The share of each source's documents to keep, so that their tokens are in the ratio of the weights."""
-    if not weights:
-        return [1.0] * len(sources)
-    tokens = [0] * len(sources)
-    for _, _, source, ids in buckets.documents():
-        tokens[source] += len(ids) // buckets.itemsize
-    for s, n in zip(sources, tokens, strict=True):
-        if n == 0:
-            raise UserError(f"--source {s}: has no text of its own, so it can have no weight")
-    ratio = [w / n for w, n in zip(weights, tokens, strict=True)]
-    return [r / max(ratio) for r in ratio]
-
-
-def gather(buckets: Buckets, out: Path, parts: dict[str, float], dtype: str, shares: list[float]) -> list[dict]:
-    """Write the token files of `parts` (name: its proportion of the documents); returns their records."""
-    edges = np.cumsum(list(parts.values())) / sum(parts.values())
-    limits = [int(e * 2**64) for e in edges[:-1]] + [2**64]
-    writers = [Writer(out, name, dtype) for name in parts]
-    for h, draw, source, ids in buckets.documents(remove=True):
-        if draw < shares[source] * 2**64:
-            writers[next(i for i, limit in enumerate(limits) if h < limit)].write(h, ids)
-    return [w.close() for w in writers]
+    def gather(self, out: Path, parts: dict[str, float], dtype: str, shares: list[float]) -> list[dict[str, Any]]:
+        """Write the token files of `parts` (name: its proportion of the documents); returns their records."""
+        edges = np.cumsum(list(parts.values())) / sum(parts.values())
+        limits = [int(e * 2**64) for e in edges[:-1]] + [2**64]
+        writers = [token_files.Writer(out, name, dtype) for name in parts]
+        for h, draw, source, ids in self.documents(remove=True):
+            if draw < shares[source] * 2**64:
+                writers[next(i for i, limit in enumerate(limits) if h < limit)].write(h, ids)
+        return [w.close() for w in writers]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Folders
+def check_arguments(sources: list[str], weights: list[float] | None, jobs: int) -> None:
+    """UserError for what can be refused before anything is written."""
+    local_files(sources)
+    if weights and len(weights) != len(sources):
+        raise UserError(f"--weights: got {len(weights)} for {len(sources)} sources, expected one each")
+    if not 0 <= jobs <= 1024:
+        raise UserError(f"--jobs: got {jobs}, expected 1 to 1024, or 0 for one a core")
 
 
 def prepare(
@@ -221,26 +194,26 @@ def prepare(
     weights: ratio of the sources' tokens; default: all there is. jobs: processes; 0: one a core.
     UserError if `out` exists, a source does not, or a part of the split would be empty.
     """
-    folder = new_path(out)
-    local_files(sources)
+    folder = token_files.new_path(out)
+    check_arguments(sources, weights, jobs)
     tok = Tokenizer(tokenizer)
     increments = increments or [1.0] * 4
     parts = {"val": val, **{f"v{i}": (1 - val) * w / sum(increments) for i, w in enumerate(increments, 1)}}
-    dtype = id_dtype(tok.vocab_size)
+    dtype = token_files.id_dtype(tok.vocab_size)
     with make_folder(folder) as partial:
         work = partial / "buckets"
         work.mkdir()
         buckets = Buckets(scatter(sources, tokenizer, work, jobs, quiet), dtype, [])
         if not buckets.files:
             raise UserError(f"--source {', '.join(sources)}: the text is empty")
-        written = gather(buckets, partial, parts, dtype, kept_shares(buckets, sources, weights))
-        total = sum(p["documents"] for p in written)
+        written = buckets.gather(partial, parts, dtype, buckets.kept_shares(sources, weights))
         for p in written:
             if not p["documents"]:
+                total = sum(p["documents"] for p in written)
                 raise UserError(f"{p['name']}: got none of {total} documents; expected more text or fewer increments")
         work.rmdir()
         source = {"increments": len(increments), "from": sources, "weights": weights}
-        meta = write_meta(partial, tok, source, written)
+        meta = token_files.write_meta(partial, tok, source, written)
     if not quiet:
         print_summary(folder, dtype, written, buckets.duplicates)
     return meta
@@ -256,28 +229,26 @@ def ship(out: str) -> None:
 def add(
     out: str, sources: list[str], weights: list[float] | None = None, jobs: int = 0, quiet: bool = False
 ) -> tuple[dict[str, Any], int]:
-    """Append increment N+1, leaving the others as they are; returns the meta and how many documents they held already."""
+    """Append increment N+1 to a folder; returns the meta and how many documents the other parts held already."""
     folder = Path(out).resolve()  # links to one folder share its lock
-    tokenizer_of(folder)
-    local_files(sources)
+    check_arguments(sources, weights, jobs)
+    token_files.tokenizer_of(folder)
     busy = f"{folder}: another process is preparing it; wait for it"
     with lock(folder.with_name(f".{folder.name}.lock"), busy, remove=True):
         work = begin_folder(folder)
         try:
-            meta = read_meta(folder)  # under the lock: another process may have added an increment before
-            check_files(folder, quiet=quiet)  # a damaged .ids would let documents in again
+            meta = token_files.read_meta(folder)  # under the lock: another process may have added an increment before
+            token_files.check_files(folder, quiet=quiet)  # a damaged .ids would let documents in again
             (work / "buckets").mkdir()
-            files = scatter(sources, tokenizer_path(folder, meta), work / "buckets", jobs, quiet)
+            files = scatter(sources, token_files.tokenizer_path(folder, meta), work / "buckets", jobs, quiet)
             names = [p["name"] for p in (meta["val"], *meta["increments"])]
             held: list[np.ndarray] = [np.memmap(folder / f"{name}.ids", "<u8", "r") for name in names]
             buckets = Buckets(files, meta["dtype"], held)
-            shares = kept_shares(buckets, sources, weights)
-            written = gather(buckets, work, {f"v{len(names)}": 1.0}, meta["dtype"], shares)
+            shares = buckets.kept_shares(sources, weights)
+            written = buckets.gather(work, {f"v{len(names)}": 1.0}, meta["dtype"], shares)
             if not written[0]["documents"]:
-                raise UserError(
-                    f"--source {', '.join(sources)}: has no new document; "
-                    f"{buckets.again:,} are held by an earlier increment or by validation"
-                )
+                held_by = f"{buckets.again:,} are held by an earlier increment or by validation"
+                raise UserError(f"--source {', '.join(sources)}: has no new document; {held_by}")
             for file in work.glob("v*"):
                 fsync(file)
                 os.rename(file, folder / file.name)

@@ -1,11 +1,13 @@
-"""Sources: the documents of files, folders, globs and Hugging Face datasets, streamed."""
+"""Sources: the documents of files, folders, globs and Hugging Face datasets, streamed, and their hashes."""
 
 import glob
 import gzip
+import hashlib
 import io
 import itertools
 import json
 import lzma
+import struct
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +18,12 @@ from tqdm import tqdm
 from runtime.errors import UserError
 
 KINDS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
+OPENERS: dict[str, Callable[[io.BufferedReader], Any]] = {
+    ".gz": gzip.open,
+    ".xz": lzma.open,
+    # the package zstandard would take a truncated file for a complete one
+    ".zst": lambda raw: optional("backports.zstd", "backports.zstd", raw.name).open(raw),
+}
 PIECE = 8000  # characters of a document cut from a .txt or .md file
 BLOCK = 1 << 16  # characters of a text line read at once; bytes between two updates of the progress bar
 
@@ -45,6 +53,11 @@ def local_files(sources: list[str]) -> list[list[Path]]:
     return [[] if s.startswith("hf:") else files_of(s) for s in sources]
 
 
+def progress_bar(desc: str, total: int | None, quiet: bool, unit: str = "B", delay: float = 0) -> tqdm:
+    """A bar on a terminal, unless `quiet`."""
+    return tqdm(total=total, desc=desc, unit=unit, unit_scale=True, delay=delay, disable=True if quiet else None)
+
+
 def optional(module: str, package: str, purpose: str) -> Any:
     """Import an optional package. UserError with its install command if it is missing."""
     try:
@@ -58,15 +71,15 @@ def documents(
 ) -> Iterator[Any]:
     """The documents of one file, streamed.
 
-    progress: called with the number of bytes read since its last call.
-    parse: makes a document of a line of JSONL, given the line, the file and the line number; default: its "text".
+    progress: called with the number of bytes read since its last call. parse: makes a document of a line of JSONL, the
+    file and the line number; default: the line's "text".
     """
     if file.suffix == ".parquet":
         yield from parquet_texts(file, progress)
         return
+    is_jsonl = ".jsonl" in file.name
     with open(file, "rb") as raw:
-        lines = io.TextIOWrapper(decompressed(file, raw), encoding="utf-8-sig", newline="")
-        is_jsonl = ".jsonl" in file.name
+        lines = io.TextIOWrapper(OPENERS.get(file.suffix, lambda raw: raw)(raw), encoding="utf-8-sig", newline="")
         read, number, piece = 0, 0, ""
         try:
             while line := lines.readline(-1 if is_jsonl else BLOCK):
@@ -74,36 +87,24 @@ def documents(
                 if raw.tell() - read > BLOCK:
                     progress(raw.tell() - read)
                     read = raw.tell()
-                if not is_jsonl:
-                    # cut at empty lines, so that a book spreads over the increments as a corpus does
-                    piece += line
-                    if len(piece) >= PIECE and (not line.strip() or len(piece) > 4 * PIECE):
-                        yield piece
-                        piece = ""
-                elif line.strip():
+                if is_jsonl and line.strip():
                     yield (parse or json_text)(line, file, number)
+                if is_jsonl:
+                    continue
+                piece += line
+                # cut at empty lines, so that a book spreads over the increments as a corpus does
+                if len(piece) >= PIECE and (not line.strip() or len(piece) > 4 * PIECE):
+                    yield piece
+                    piece = ""
         except UnicodeDecodeError as e:
             raise UserError(f"{file}: not UTF-8 after line {number}: {e.reason}") from None
-        except (EOFError, OSError, lzma.LZMAError, zlib.error) as e:
-            raise UserError(f"{file}: cannot be read after line {number}: {e}") from None
-        except Exception as e:
-            if type(e).__name__ != "ZstdError":  # of an optional package, so it cannot be named in an except clause
-                raise
-            raise UserError(f"{file}: cannot be read after line {number}: {e}") from None
+        except Exception as e:  # ZstdError, of an optional package, cannot be named
+            if isinstance(e, (EOFError, OSError, lzma.LZMAError, zlib.error)) or type(e).__name__ == "ZstdError":
+                raise UserError(f"{file}: cannot be read after line {number}: {e}") from None
+            raise
         if piece:
             yield piece
         progress(raw.tell() - read)
-
-
-def decompressed(file: Path, raw: io.BufferedReader) -> Any:
-    """The uncompressed bytes of an open file, by its suffix."""
-    if file.suffix == ".gz":
-        return gzip.open(raw)
-    if file.suffix == ".xz":
-        return lzma.open(raw)
-    if file.suffix == ".zst":  # the package zstandard would take a truncated file for a complete one
-        return optional("backports.zstd", "backports.zstd", str(file)).open(raw)
-    return raw
 
 
 def parquet_texts(file: Path, progress: Callable[[int], Any]) -> Iterator[str]:
@@ -116,7 +117,7 @@ def parquet_texts(file: Path, progress: Callable[[int], Any]) -> Iterator[str]:
         if "string" not in (kind := str(f.schema_arrow.field("text").type)):
             raise UserError(f'{file}: its column "text" is {kind}, expected strings')
         for batch in f.iter_batches(columns=["text"], batch_size=1024):
-            yield from (t for t in batch.column(0).to_pylist() if t)
+            yield from filter(None, batch.column(0).to_pylist())
             progress(file.stat().st_size * batch.num_rows // max(1, f.metadata.num_rows))
     except (ValueError, OSError) as e:  # the base classes of pyarrow's errors
         raise UserError(f"{file}: not a readable parquet file: {e}") from None
@@ -154,10 +155,15 @@ def all_documents(sources: list[str], quiet: bool = False) -> Iterator[tuple[int
     """(index of its source, text) of every document that is not blank, under one progress bar."""
     files = local_files(sources)
     total = sum(f.stat().st_size for part in files for f in part) if all(files) else None
-    hidden = True if quiet else None  # None: shown on a terminal
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=hidden) as bar:
+    with progress_bar("tokenizing", total, quiet) as bar:
         for i, source in enumerate(sources):
             local = itertools.chain.from_iterable(documents(f, bar.update) for f in files[i])
             for text in local if files[i] else hub(source):
                 if text and not text.isspace():
                     yield i, text
+
+
+def hashes(text: str) -> tuple[int, int]:
+    """(h, draw), independent 64-bit numbers: h places a document, draw decides if a weighted source keeps it."""
+    h, draw = struct.unpack("<QQ", hashlib.blake2b(text.encode(errors="replace"), digest_size=16).digest())
+    return h, draw

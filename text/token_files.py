@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from runtime.errors import UserError
-from runtime.files import read_json, write_json
+from runtime.files import read_json, sha256, write_json
+from text.sources import progress_bar
 from text.tokenizer import Tokenizer, copy_tokenizer
+
+REPAIR = "restore it or prepare the data again"
 
 
 def id_dtype(vocab_size: int) -> str:
@@ -57,12 +59,10 @@ class Writer:
 
 def write_meta(folder: Path, tok: Tokenizer, source: dict[str, Any], parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Write the tokenizer and meta.json. parts: records of validation and the increments. Returns the meta."""
-    kept = tok.name
+    kept = "tokenizer.tiktoken" if tok.is_file else "tokenizer" if tok.is_folder else tok.name
     if tok.is_file:
-        kept = "tokenizer.tiktoken"
         shutil.copyfile(tok.name, folder / kept)
-    elif tok.is_folder:
-        kept = "tokenizer"
+    if tok.is_folder:
         copy_tokenizer(Path(tok.name), folder / kept)
     meta = {
         "format": 1,
@@ -80,23 +80,17 @@ def write_meta(folder: Path, tok: Tokenizer, source: dict[str, Any], parts: list
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """meta.json of a prepared folder. UserError if there is none, it has changed or is of another version."""
+    """meta.json of a prepared folder. UserError if there is none, or it has changed or is of another version."""
     file = folder / "meta.json"
     try:
         meta = read_json(file)
     except FileNotFoundError:
-        make = f"python data.py prepare --out {folder} --tokenizer NAME --source TEXT"
-        raise UserError(f"{folder}: no prepared data; make it: {make}") from None
+        command = f"python data.py prepare --out {folder} --tokenizer NAME --source TEXT"
+        raise UserError(f"{folder}: no prepared data; make it: {command}") from None
     except ValueError as e:
-        raise UserError(f"{file}: damaged ({e}); restore it or prepare the data again") from None
-    if meta.get("format") != 1:
-        raise UserError(
-            f"{file}: format {meta.get('format')}, expected 1; prepare the data with this version of data.py"
-        )
-    if "increments" not in meta:
-        raise UserError(
-            f"{folder}: no prepared data, but another folder with a meta.json; expected one of data.py prepare"
-        )
+        raise UserError(f"{file}: damaged ({e}); {REPAIR}") from None
+    if meta.get("format") != 1 or "increments" not in meta:  # a checkpoint and an examples folder have a meta.json, too
+        raise UserError(f"{file}: format {meta.get('format')}, expected 1 and increments; prepare the data again")
     return meta
 
 
@@ -117,58 +111,41 @@ def tokenizer_of(folder: Path) -> Tokenizer:
 def check_files(folder: Path, names: list[str] | None = None, checksums: bool = True, quiet: bool = False) -> int:
     """Compare sizes and SHA-256 of token files with meta.json; returns the bytes of the files.
 
-    names: "val", "v1", ..; None: all, with their document hashes, of which increments must not share any.
+    names: "val", "v1", ..; None: all, and their .ids, which must have no document in common.
     """
     meta = read_meta(folder)
-    parts = [p for p in [meta["val"], *meta["increments"]] if names is None or p["name"] in names]
-    itemsize = np.dtype(meta["dtype"]).itemsize
-    wanted = []
-    for p in parts:
-        sizes = {"bin": p["tokens"] * itemsize, "ids": p["documents"] * 8}
-        for kind in ("bin",) if names is not None else ("bin", "ids"):
-            file = folder / f"{p['name']}.{kind}"
-            if not file.is_file():
-                raise UserError(f"{file}: is missing; restore it or prepare the data again")
-            if (size := file.stat().st_size) != sizes[kind]:
-                raise UserError(
-                    f"{file}: got {size} bytes, expected {sizes[kind]}; restore it or prepare the data again"
-                )
-            wanted.append((file, size, p["sha256"][kind]))
+    itemsize, wanted = np.dtype(meta["dtype"]).itemsize, []
+    for p in (meta["val"], *meta["increments"]):
+        if names is None or p["name"] in names:
+            wanted.append((folder / f"{p['name']}.bin", p["tokens"] * itemsize, p["sha256"]["bin"]))
+        if names is None:
+            wanted.append((folder / f"{p['name']}.ids", p["documents"] * 8, p["sha256"]["ids"]))
+    for file, size, _ in wanted:
+        if not file.is_file():
+            raise UserError(f"{file}: is missing; {REPAIR}")
+        if (got := file.stat().st_size) != size:
+            raise UserError(f"{file}: got {got} bytes, expected {size}; {REPAIR}")
     total = sum(size for _, size, _ in wanted)
-    if checksums:
-        check_sums(wanted, total, quiet)
+    with progress_bar("verifying", total, quiet, delay=2) as bar:
+        for file, size, expected in wanted if checksums else []:
+            if (found := sha256(file)) != expected:
+                raise UserError(f"{file}: SHA-256 is {found[:16]}.., expected {expected[:16]}..; {REPAIR}")
+            bar.update(size)
     if names is None:
-        check_overlap(folder, [p["name"] for p in parts])
+        check_overlap([file for file, _, _ in wanted if file.suffix == ".ids"])
     return total
 
 
-def check_sums(wanted: list[tuple[Path, int, str]], total: int, quiet: bool) -> None:
-    """wanted: (file, size, SHA-256), `total` bytes in all. UserError names the file that has changed."""
-    hidden = True if quiet else None  # None: shown on a terminal
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=hidden, delay=2) as bar:
-        for file, _, expected in wanted:
-            digest = hashlib.sha256()
-            with open(file, "rb") as f:
-                while block := f.read(1 << 22):
-                    digest.update(block)
-                    bar.update(len(block))
-            if (found := digest.hexdigest()) != expected:
-                raise UserError(
-                    f"{file}: SHA-256 is {found[:16]}.., expected {expected[:16]}..; "
-                    "its bytes have changed: restore it or prepare the data again"
-                )
-
-
-def check_overlap(folder: Path, names: list[str]) -> None:
-    """UserError if two parts hold the same document."""
-    ids = {name: np.memmap(folder / f"{name}.ids", "<u8", "r") for name in names}
+def check_overlap(files: list[Path]) -> None:
+    """UserError if two files of hashes have one in common."""
+    ids = {file: np.memmap(file, "<u8", "r") for file in files}
     for low in range(0, 2**64, 2**56):  # a range of hashes at a time, so that memory stays small
-        cut = {name: between(a, low, low + 2**56 - 1) for name, a in ids.items()}
+        cut = {file: between(a, low, low + 2**56 - 1) for file, a in ids.items()}
         values, counts = np.unique(np.concatenate(list(cut.values())), return_counts=True)
         if (counts > 1).any():
-            twice = " and ".join(name for name, a in cut.items() if values[counts > 1][0] in a)
-            problem = "hold the same document, but increments must not overlap; prepare the data again"
-            raise UserError(f"{folder}: {twice} {problem}")
+            names = " and ".join(file.stem for file, a in cut.items() if values[counts > 1][0] in a)
+            where = files[0].parent
+            raise UserError(f"{where}: {names} hold the same document, but must not overlap; prepare the data again")
 
 
 def between(ids: np.ndarray, low: int, high: int) -> np.ndarray:

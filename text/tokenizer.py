@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, tiktoken encodings, rank files, and Hugging Face's tokenizer.json."""
+"""Tokenizers: bytes, tiktoken encodings, Hugging Face's tokenizer.json, and rank files, which `vocab` trains."""
 
 import base64
 import contextlib
@@ -12,22 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError
-from runtime.files import read_bytes
-from text.sources import optional
+from runtime.files import read_bytes, write_text
+from text.sources import all_documents, hashes, local_files, optional
 
-# cl100k's pattern without possessive quantifiers, which trainers reject: contractions, words, up to 3 digits, punctuation, spaces
+# cl100k's pattern as trainers accept it, without possessive quantifiers: contractions, words, 1 to 3 digits, ..
 PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # end of a document: GPT-2, Qwen and ours; Llama 3; Llama 2
-HF_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "config.json",  # has the size of the vocabulary
-)
+HF_FILES = "tokenizer.json tokenizer_config.json special_tokens_map.json chat_template.jinja generation_config.json"
 
 
 class Tokenizer:
@@ -61,33 +54,25 @@ class Tokenizer:
             complete = all(bytes([b]) in ranks for b in range(256))
             if not complete or sorted(ranks.values()) != list(range(len(lines))):
                 raise ValueError("ranks must be 0, 1, 2, .., each token there once, all 256 bytes among them")
-            special = {"<|endoftext|>": len(ranks)}
-            self.sha256 = hashlib.sha256(content).hexdigest()
-            return tiktoken.Encoding("ranks", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
-        except OSError as e:
-            raise UserError(
-                f"tokenizer {self.name}: {e.strerror}; expected a rank file, a tiktoken encoding or bytes"
-            ) from None
-        except ValueError as e:
-            raise UserError(
-                f"tokenizer {self.name}: not a rank file: {e}; expected lines of base64 and rank, as tiktoken's"
-            ) from None
+        except (OSError, ValueError) as e:
+            problem = f"not a rank file: {e}; expected lines of base64 and rank, as tiktoken's"
+            raise UserError(f"tokenizer {self.name}: {problem}") from None
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        special = {"<|endoftext|>": len(ranks)}
+        return tiktoken.Encoding("ranks", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
     def _load_encoding(self) -> Any:
         import tiktoken
 
-        known = tiktoken.list_encoding_names()
-        if self.name not in known:
+        if self.name not in (known := tiktoken.list_encoding_names()):
             expected = f"bytes, a .tiktoken rank file or one of {', '.join(known)}"
             raise UserError(f"tokenizer {self.name}: unknown; expected {expected}")
         try:
             return tiktoken.get_encoding(self.name)
         except Exception as e:  # network errors have many types
+            fix = "set TIKTOKEN_CACHE_DIR to a folder that has it, or use bytes or a rank file"
             reason = str(e).splitlines()[0][:120]
-            raise UserError(
-                f"tokenizer {self.name}: tiktoken could not download its file ({reason}); "
-                "set TIKTOKEN_CACHE_DIR to a folder that has it, or use bytes or a rank file"
-            ) from None
+            raise UserError(f"tokenizer {self.name}: tiktoken cannot download its file ({reason}); {fix}") from None
 
     def _load_folder(self, folder: Path) -> None:
         """Released models have rows without a token, so the vocabulary is at least the vocab_size of config.json."""
@@ -96,16 +81,16 @@ class Tokenizer:
             loaded = f"transformers.AutoTokenizer.from_pretrained({str(folder)!r})"
             raise UserError(f"{file}: is not there; make it: {loaded}.save_pretrained({str(folder)!r})")
         library = optional("tokenizers", "tokenizers", str(file))
+        config = json_object(folder / "config.json")
         try:
             content = read_bytes(file)
-            config = json_object(folder / "config.json")
             self.hf = library.Tokenizer.from_str(content.decode())
             known = self.hf.get_vocab(with_added_tokens=True)
             rows = config.get("vocab_size", 0)
             if type(rows) is not int:
                 raise ValueError(f"vocab_size of config.json is {rows!r:.40}")
             self.hf.encode("é 中 \0")  # raises if the vocabulary cannot encode every text
-        except (KeyboardInterrupt, SystemExit, UserError):
+        except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as e:  # the library raises plain Exceptions, and its panics derive from BaseException
             raise UserError(f"{file}: is no tokenizer of Hugging Face: {str(e)[:120]}") from None
@@ -117,10 +102,10 @@ class Tokenizer:
             raise UserError(f"{file}: has no token that ends a document; expected one of {', '.join(ENDS)}")
         self.eot, self.vocab_size = known[end], max(rows, 1 + max(known.values()))
         self.sha256 = hashlib.sha256(content).hexdigest()
-        # `tools.huggingface export` records whose ids this tokenizer.json reproduces: data prepared with that one fits
-        exported = config.get("pathswitch")
-        if isinstance(exported, dict) and exported.get("tokenizer_json") == self.sha256:
-            original = str(exported.get("tokenizer"))
+        # `tools.huggingface export` records which tokenizer this tokenizer.json reproduces: data prepared with it fits
+        made = config.get("pathswitch")
+        if isinstance(made, dict) and made.get("tokenizer_json") == self.sha256:
+            original = str(made.get("tokenizer"))
             self.sha256 = original if re.fullmatch("[0-9a-f]{64}", original) else self.sha256
 
     def encode(self, text: str) -> list[int]:
@@ -141,12 +126,14 @@ class Tokenizer:
         return self.hf.token_to_id(token) if self.hf else None
 
     def decode(self, ids: list[int]) -> str:
-        """The text up to the first <|endoftext|>. Invalid UTF-8 and ids without a token become replacement characters."""
+        """The text up to the first <|endoftext|>. Invalid UTF-8 and ids without a token become U+FFFD."""
         ids = list(itertools.takewhile(lambda i: i != self.eot, ids))
         if self.hf:
             return self.hf.decode(ids, skip_special_tokens=False)
+        if self.name == "bytes":
+            return bytes(ids).decode(errors="replace")
         with contextlib.suppress(KeyError):
-            return (bytes(ids) if self.name == "bytes" else self.encoding.decode_bytes(ids)).decode(errors="replace")
+            return self.encoding.decode_bytes(ids).decode(errors="replace")
         return b"".join(map(self._token_bytes, ids)).decode(errors="replace")
 
     def _token_bytes(self, i: int) -> bytes:
@@ -157,9 +144,9 @@ class Tokenizer:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files out of a Hugging Face folder."""
+    """Copy the tokenizer out of a Hugging Face folder, and config.json, which has the size of its vocabulary."""
     target.mkdir(exist_ok=True)
-    for name in HF_FILES:
+    for name in [*HF_FILES.split(), "config.json"]:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
@@ -175,3 +162,26 @@ def json_object(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{file}: got {str(found)[:40]!r}, expected a JSON object")
     return found
+
+
+def vocab(out: str, sources: list[str], size: int, increments: list[float], val: float) -> None:
+    """Train a rank file of `size` - 1 ranks (<|endoftext|> is the last id) on the first increment of the sources."""
+    file = Path(out)
+    if file.exists():
+        raise UserError(f"{file}: is there already and is never overwritten; choose another --out")
+    if size < 257:
+        raise UserError(f"--vocab_size: got {size}, expected 257 (256 bytes and <|endoftext|>) or more")
+    local_files(sources)
+    parent = next(p for p in file.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):  # before the training, not after it
+        raise UserError(f"--out {file}: cannot be written; choose another one")
+    trainer = optional("rustbpe", "rustbpe", "data.py vocab").Tokenizer()
+    low, high = val * 2**64, (val + (1 - val) * increments[0] / sum(increments)) * 2**64
+    texts = (text for _, text in all_documents(sources) if low <= hashes(text)[0] < high)
+    trainer.train_from_iterator(texts, size - 1, pattern=PATTERN)
+    ranks = sorted(trainer.get_mergeable_ranks(), key=lambda r: r[1])
+    if len(ranks) < size - 1:
+        raise UserError(f"--vocab_size: got {size}, expected at most {len(ranks) + 1} for the first increment's text")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, "".join(f"{base64.b64encode(bytes(token)).decode()} {rank}\n" for token, rank in ranks))
+    print(f"{out}: {len(ranks):,} ranks, a vocabulary of {size:,} with <|endoftext|>")
