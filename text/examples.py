@@ -228,7 +228,7 @@ class Examples:
 
 
 class SFTData:
-    """The data of `--mode sft`, read as data.Tokens: each row `epochs` times, in batches of B; empty rows fill the last."""
+    """The data of `--mode sft`, read as data.Tokens: each row `epochs` times in batches of B, the last filled up."""
 
     def __init__(self, examples: Examples, parent: dict[str, Any], B: int, epochs: int) -> None:
         self.examples, self.parent, self.B, self.epochs, self.folder = examples, parent, B, epochs, examples.folder

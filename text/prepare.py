@@ -39,10 +39,10 @@ RECORD = struct.Struct("<QQII")  # hash, draw, source, number of tokens; the tok
 _tokenizer: Tokenizer  # of a worker process
 
 
-def _start_worker(tokenizer: str) -> None:
+def _start_worker(tokenizer: str, parent: int) -> None:
     global _tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    threading.Thread(target=_exit_after, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
     _tokenizer = Tokenizer(tokenizer)
 
 
@@ -79,7 +79,9 @@ def batches(docs: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
 
 def encode_all(sources: list[str], tokenizer: str, jobs: int, quiet: bool) -> Generator[tuple[int, bytes]]:
     """(bucket, record) of every document in the order of the sources, at most 3 batches a process in progress."""
-    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(tokenizer,))
+    pool = ProcessPoolExecutor(
+        jobs, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(tokenizer, os.getpid())
+    )
     in_progress: collections.deque[Future] = collections.deque()
     try:
         for batch in batches(all_documents(sources, quiet)):
@@ -95,7 +97,7 @@ def encode_all(sources: list[str], tokenizer: str, jobs: int, quiet: bool) -> Ge
 
 
 def scatter(sources: list[str], tokenizer: str, folder: Path, jobs: int, quiet: bool) -> list[Path]:
-    """Tokenize all documents into the files of their buckets in `folder`. Returns the files, ordered by hash."""
+    """Tokenize all documents into the files of their buckets in `folder`. Returns those, ordered by hash."""
     waiting: dict[int, bytearray] = collections.defaultdict(bytearray)
     with closing(encode_all(sources, tokenizer, jobs or os.cpu_count() or 1, quiet)) as records:
         for bucket, record in records:
