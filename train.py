@@ -46,7 +46,7 @@ from runtime.files import lock, open_log, write_text
 from runtime.guards import Watchdog
 from runtime.logger import read_log
 from text import prepare, token_files
-from text.examples import Examples, MixedData, SFTData, prepare_examples
+from text.examples import Examples, SFTData, prepare_examples
 from text.tokenizer import Tokenizer
 
 
@@ -209,7 +209,7 @@ def main() -> None:
         prepared, tokens = "", cast(Any, None)
         with distributed.raise_on_all_ranks(rank, ranks):
             if mode != "sft":
-                tokens = resume.open_tokens(c, p, MixedData if examples_file else data.Tokens)
+                tokens = resume.open_tokens(c, p, data.MixedData if examples_file else data.Tokens)
                 if tokens.meta["vocab_size"] != c.model.vocab_size:
                     raise UserError(
                         f"model.vocab_size: got {c.model.vocab_size}, expected {tokens.meta['vocab_size']}, the vocabulary of data.path {c.data.path}"
