@@ -236,7 +236,7 @@ def test_permute_is_a_permutation(n):
 
 
 def test_permute_looks_random():
-    """Uniform: the chi-squared of (index, image) on a 16 x 16 grid, mean of 20 seeds; 225 degrees of freedom, standard error 4.7."""
+    """Chi-squared of (index, image) on a 16 x 16 grid, mean of 20 seeds: 225 degrees of freedom, standard error 4.7."""
     n, x = 4096, []
     for seed in range(20):
         counts, _, _ = np.histogram2d(np.arange(n), data.permute(np.arange(n), n, (seed,)), bins=16)
@@ -284,7 +284,7 @@ def test_validation_covers_every_token_once_on_any_number_of_ranks(prepared):
 
 
 def test_a_part_of_an_increment_read_again_and_again(prepared):
-    """data.unique: 3 steps' worth of v1, each sequence once an epoch, in another order each time; and data.increments: one file for all versions."""
+    """data.unique: 3 steps' worth of v1, each sequence once an epoch, in another order each time."""
     t = data.Tokens(str(prepared), 32, 4, [12], seed=1, unique=3)
     ids = np.asarray(t.tokens("v1"))[: 12 * 32].reshape(12, 32)  # the first 12 sequences
     epochs = [np.concatenate([t.batch(s)[0] for s in range(e, e + 3)]) for e in (0, 3, 6)]

@@ -59,7 +59,10 @@ def mixed(tmp_path):
 
 def test_loss_is_on_responses_and_nothing_else(mixed):
     """Against the text that transformers' ChatML template would write, here spelled out."""
-    chat = "<|im_start|>system\nSums.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n[4<|im_end|>]\n<|im_start|>user\n<|im_end|><|im_end|>\n<|im_start|>assistant\n[饿<|im_end|>"
+    chat = (
+        "<|im_start|>system\nSums.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n[4<|im_end|>]\n"
+        "<|im_start|>user\n<|im_end|><|im_end|>\n<|im_start|>assistant\n[饿<|im_end|>"
+    )
     expected = ["2 + 2 =[ 4", chat, "[by itself"]
     for i, text in enumerate(expected):
         a, b = mixed.starts[i], mixed.ends[i]
@@ -104,7 +107,10 @@ def test_markers_are_tokens_where_the_tokenizer_has_them(tmp_path):
     tok.save(str(tmp_path / "tok" / "tokenizer.json"))
     ours = Tokenizer(str(tmp_path / "tok"))
     e = Examples(prepare_examples(jsonl(tmp_path / "a.jsonl", [MIXED[1]]), ours, tmp_path, quiet=True), 256, 1)
-    rendered = "<|im_start|>system\nSums.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n<|im_start|>user\n"
+    rendered = (
+        "<|im_start|>system\nSums.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"
+        "<|im_start|>user\n"
+    )
     before = tok.encode(rendered, add_special_tokens=False).ids  # special tokens in text are special here
     assert e.ids[: len(before)].tolist() == before and before.count(257) == 4
     assert e.ids[len(before)] != 258  # what a user wrote is text
@@ -122,7 +128,7 @@ def test_packing(room, longest, n):
 
 
 def test_packed_is_unpacked(tmp_path):
-    """Loss and gradients of packed rows are those of the examples one by one: no example sees another, wherever it stands."""
+    """Loss and gradients of packed rows are those of the examples one by one: no example sees another."""
     r = np.random.default_rng(0)
     records = [
         {
@@ -347,7 +353,7 @@ def test_a_task_is_learned(train_cli, tmp_path):
 
 
 def test_examples_in_the_decay_of_a_branch(train_cli, tmp_path, capsys):
-    """data.decay_mix: the last rows of a batch are examples, the others the text that the plain branch reads; it stands beside that branch."""
+    """data.decay_mix: the last rows of a batch are examples, the others the text that the plain branch reads."""
     assert train_cli("--mode", "main", "--version", "1") == 0
     file = jsonl(tmp_path / "a.jsonl", sums(100))
     mix = ("--mode", "branch", "--version", "1", "--data.sft", file, "--data.decay_mix", "0.25")
@@ -416,7 +422,7 @@ def test_lines_that_are_no_examples(tmp_path, text, words):
 
 
 def test_odd_examples(tmp_path):
-    """Half a surrogate pair is a question mark. So few that all would be held out are not. Too long ones are refused."""
+    """Half a surrogate pair is a question mark. So few that all would be held out are not. Too long is refused."""
 
     def examples(record, context=32):
         return Examples(

@@ -97,7 +97,7 @@ def encode_all(sources: list[str], tokenizer: str, jobs: int, quiet: bool) -> Ge
 
 
 def scatter(sources: list[str], tokenizer: str, folder: Path, jobs: int, quiet: bool) -> list[Path]:
-    """Tokenize all documents into the files of their buckets in `folder`. Returns those, ordered by hash."""
+    """Tokenize all documents into the files of their buckets in `folder`; returns them, ordered by hash."""
     waiting: dict[int, bytearray] = collections.defaultdict(bytearray)
     with closing(encode_all(sources, tokenizer, jobs or os.cpu_count() or 1, quiet)) as records:
         for bucket, record in records:
@@ -115,9 +115,9 @@ def _append(file: Path, content: bytearray) -> None:
 
 
 class Buckets:
-    """Tokenized documents in the order of their hashes, each text once and none whose hash is in `held`, which are sorted.
+    """Tokenized documents in the order of their hashes, each text once and none whose hash is in `held` (sorted).
 
-    Counts those left out: `duplicates`, and documents held, `again`.
+    Counts those left out: `duplicates` of a text, and `again` in `held`.
     """
 
     def __init__(self, files: list[Path], dtype: str, held: list[np.ndarray]) -> None:
