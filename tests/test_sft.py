@@ -17,7 +17,7 @@ import sample
 from kernels.cross_entropy import IGNORE
 from runtime import checkpoint
 from runtime.errors import UserError
-from text import prepare
+from text import examples, prepare
 from text.examples import Examples, SFTData, pack, prepare_examples
 from text.tokenizer import Tokenizer
 
@@ -60,8 +60,8 @@ def mixed(tmp_path):
 def test_loss_is_on_responses_and_nothing_else(mixed):
     """Against the text that transformers' ChatML template would write, here spelled out."""
     chat = (
-        "<|im_start|>system\nSums.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n[4<|im_end|>]\n"
-        "<|im_start|>user\n<|im_end|><|im_end|>\n<|im_start|>assistant\n[饿<|im_end|>"
+        "<|im_start|>system\nSums.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+        "[4<|im_end|>]\n<|im_start|>user\n<|im_end|><|im_end|>\n<|im_start|>assistant\n[饿<|im_end|>"
     )
     expected = ["2 + 2 =[ 4", chat, "[by itself"]
     for i, text in enumerate(expected):
@@ -210,7 +210,7 @@ TUNE = ("--mode", "sft", "--data.epochs", "3", "--plan.warmup", "1", "--train.ba
 
 
 def test_a_fine_tuning_is_a_segment(train_cli, parent, tmp_path, capsys):
-    """Weights of the parent, fresh moments, its own steps; resumed in the same bits; in any micro-batches the same within rounding; two ranks too."""
+    """Fresh moments, its own steps; resumed in the same bits; in any micro-batches and on two ranks within rounding."""
     file = jsonl(tmp_path / "a.jsonl", sums(200))
     args = (*TUNE, "--parent", str(parent), "--data", file)
     assert train_cli(*args, out="whole") == 0
@@ -421,21 +421,35 @@ def test_lines_that_are_no_examples(tmp_path, text, words):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_examples_that_another_process_has_just_prepared_are_taken(tmp_path, monkeypatch):
+    """Between the look for the folder and the lock another process finishes it."""
+    file, real = jsonl(tmp_path / "a.jsonl", MIXED), examples.make_folder
+
+    def late(folder):
+        monkeypatch.setattr(examples, "make_folder", real)
+        prepare_examples(file, BYTES, tmp_path / "run", quiet=True)
+        return real(folder)
+
+    monkeypatch.setattr(examples, "make_folder", late)
+    folder = prepare_examples(file, BYTES, tmp_path / "run", quiet=True)
+    assert Examples(folder, 256, 1).meta["examples"] == 3
+
+
 def test_odd_examples(tmp_path):
     """Half a surrogate pair is a question mark. So few that all would be held out are not. Too long is refused."""
 
-    def examples(record, context=32):
+    def packed(record, context=32):
         return Examples(
             prepare_examples(jsonl(tmp_path / "a.jsonl", [record]), BYTES, tmp_path, quiet=True), context, 1
         )
 
-    e = examples({"prompt": "a", "response": "\ud800"})
+    e = packed({"prompt": "a", "response": "\ud800"})
     assert bytes(e.ids[:-1].tolist()) == b"a?" and e.targets.tolist() == [2]
     numbers = (i for i in range(999) if prepare.hashes(f"{i}x")[0] < 2**64 / 50)
-    e = examples({"prompt": str(next(numbers)), "response": "x"})
+    e = packed({"prompt": str(next(numbers)), "response": "x"})
     assert np.fromfile(e.folder / "held.bin", "u1").tolist() == [1] and len(e.train) == 1 and not e.val
     with pytest.raises(UserError, match="none of its 1 examples fits a sequence of model.context = 32"):
-        examples({"prompt": "2" * 40, "response": "x"})
+        packed({"prompt": "2" * 40, "response": "x"})
 
 
 def test_a_parent_named_from_inside_its_folder(train_cli, parent, tmp_path, monkeypatch):

@@ -81,16 +81,19 @@ def prepare_examples(source: str, tok: Tokenizer, run: Path, quiet: bool = False
         raise UserError(f"--data {wrong[0]}: is no file of examples, expected .jsonl, which may be compressed")
     sha = hashlib.sha256("".join(sha256(f) for f in files).encode()).hexdigest()
     folder = run / f"examples-{hashlib.sha256(f'1 {sha} {tok.sha256}'.encode()).hexdigest()[:12]}"
-    if folder.exists():
-        check(folder)
-        return folder
-    with make_folder(folder) as partial:
-        counts = write_examples(files, tok, partial, quiet)
-        if not counts["examples"]:
-            raise UserError(f"--data {source}: holds no example")
-        sums = {name: sha256(partial / f"{name}.bin") for name in FILES}
-        meta = {"format": 1, "source": source, "source_sha256": sha, "tokenizer": tok.sha256, "sha256": sums, **counts}
-        write_json(partial / "meta.json", meta)
+    try:
+        if not folder.exists():
+            with make_folder(folder) as partial:
+                counts = write_examples(files, tok, partial, quiet)
+                if not counts["examples"]:
+                    raise UserError(f"--data {source}: holds no example")
+                meta = {"format": 1, "source": source, "source_sha256": sha, "tokenizer": tok.sha256}
+                sums = {name: sha256(partial / f"{name}.bin") for name in FILES}
+                write_json(partial / "meta.json", {**meta, "sha256": sums, **counts})
+    except UserError:
+        if not folder.exists():  # else another process has just made it
+            raise
+    check(folder)
     return folder
 
 
