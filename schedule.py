@@ -236,7 +236,7 @@ def problems(p: Plan, paradigm: str) -> list[str]:
         ("increments", p.increments, "1 step or more each", min(p.increments, default=1) > 0),
         ("max_lr", p.max_lr, "a finite number above 0", 0 < p.max_lr < math.inf),
         ("min_lr", p.min_lr, f"above 0 and at most max_lr = {p.max_lr}", p.min_lr is None or 0 < p.min_lr <= p.max_lr),
-        ("warmup", W, "0 or more, for inverse_sqrt 1 or more", W >= (p.schedule == "inverse_sqrt")),
+        ("warmup", W, "0 or more, for inverse_sqrt 1 or more", (p.schedule == "inverse_sqrt") <= W),
         ("alpha", p.alpha, "above 0 and at most 1", p.alpha is None or 0 < p.alpha <= 1),
         ("decay_steps", p.decay_steps, "1 or more", p.decay_steps is None or p.decay_steps >= 1),
         ("decay_steps", p.decay_steps, f"none beside alpha = {p.alpha}", not p.decay_steps or p.alpha is None),
@@ -246,7 +246,7 @@ def problems(p: Plan, paradigm: str) -> list[str]:
     T, d = p.T[0], p.d
     if W >= T:
         found.append(f"warmup: got {W} steps, expected fewer than the first increment's {T}")
-    elif paradigm == "cpt" and p.cpt_variant == "rewarm_max" and W >= min(p.T):
+    elif paradigm == "cpt" and p.cpt_variant == "rewarm_max" and min(p.T) <= W:
         found.append(f"warmup: got {W} steps, expected fewer than the shortest increment's {min(p.T)} with rewarm_max")
     elif paradigm == "ours" and d < 1:
         found.append(f"alpha: got {p.alpha}, not one step of the first increment's {T}; expected at least {1 / T:.3g}")
