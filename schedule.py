@@ -88,6 +88,7 @@ class Segment:
     """One training run: updates `start` .. `end - 1`, from `parent` = (segment, step) or from random weights."""
 
     name: str  # also its folder below the run's
+    paradigm: str  # "ptfs" or "cpt"; "main" and "branch" of path switching; "sft"
     version: int
     parent: tuple[str, int] | None
     start: int
@@ -221,7 +222,7 @@ def plan(paradigm: str, p: Plan) -> list[Segment]:
     def ptfs(i: int) -> Segment:
         S = p.end(i)
         D = decay(S, p.warmup) if p.cycle is None else p.cycle - p.warmup
-        return Segment(f"ptfs-{tag}/v{i}", i, None, 0, S, path(p, 0, S, p.warmup, D))
+        return Segment(f"ptfs-{tag}/v{i}", "ptfs", i, None, 0, S, path(p, 0, S, p.warmup, D))
 
     if paradigm == "ptfs":
         return [ptfs(i) for i in versions]
@@ -238,17 +239,17 @@ def plan(paradigm: str, p: Plan) -> list[Segment]:
                 lr = path(p, a, b, p.warmup, decay(b - a, p.warmup), warm_from=p.lo)
             else:
                 lr = lambda s: p.lo  # noqa: E731  keep_min
-            segments.append(Segment(f"{name}/v{i}", i, (segments[-1].name, a), a, b, lr))
+            segments.append(Segment(f"{name}/v{i}", "cpt", i, (segments[-1].name, a), a, b, lr))
         return segments
 
     # Ours: the main path at max LR ends where the last branch leaves it, at N*T - d; every branch decays over its d steps.
     fork = {i: p.end(i) - p.d for i in versions}
     N = versions[-1]
-    main = Segment("main", N, None, 0, fork[N], path(p, 0, fork[N], p.warmup, 0))
+    main = Segment("main", "main", N, None, 0, fork[N], path(p, 0, fork[N], p.warmup, 0))
     D = p.d if p.cycle is None else p.cycle  # a cycle longer than the branch is cut at its end (Figure 5)
     name = f"ours-{tag}" if p.d == whole(0.6, p.increments[0]) else f"ours-{tag}-d{p.d}"
     return [main] + [
-        Segment(f"{name}/v{i}", i, ("main", fork[i]), fork[i], p.end(i), path(p, fork[i], p.end(i), 0, D))
+        Segment(f"{name}/v{i}", "branch", i, ("main", fork[i]), fork[i], p.end(i), path(p, fork[i], p.end(i), 0, D))
         for i in versions
     ]
 

@@ -122,7 +122,11 @@ def sft_segment(c: config.Config, meta: dict[str, Any], steps: int) -> tuple[sch
     p = replace(make_plan(c), increments=[steps], warmup=min(c.plan.warmup, steps // 10))
     whole = make_segments("ptfs", p)[0]
     return p, replace(
-        whole, name=f"{SFT}/{meta['segment']}", version=meta["version"], parent=(meta["segment"], meta["step"])
+        whole,
+        name=f"{SFT}/{meta['segment']}",
+        paradigm="sft",
+        version=meta["version"],
+        parent=(meta["segment"], meta["step"]),
     )
 
 
