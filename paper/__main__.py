@@ -34,6 +34,7 @@ from text.sources import optional
 # The table that a figure is drawn from; fig1, fig3 and fig6 are drawn from plans alone
 FIGURES = {"fig1": "", "fig2": "table3", "fig3": "", "fig6": "", "loss": "table3"}
 
+NINE = ",".join(downstream.NINE)
 OPTIONS: dict[str, dict[str, Any]] = {
     "what": {"nargs": "+", "help": f"status, report, or some of {', '.join(ORDER)}"},
     "--scale": {"default": "tiny", "help": "a name in configs/scales/ or a .toml file [tiny]"},
@@ -43,7 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--ranks": {"type": int, "help": "processes of a segment [the scale's]"},
     "--run": {"choices": ("yes", "no"), "help": "train what is missing, or print its plan and cost [the scale's]"},
     "--sft": {"metavar": "FILE", "help": "table4, table11: fine-tune each version on these examples first [do not]"},
-    "--tasks": {"help": f"table4, table11: tasks of the harness [{','.join(downstream.NINE)}]"},
+    "--tasks": {"default": NINE, "help": f"table4, table11: tasks of the harness [{NINE}]"},
     "--data_dir": {"help": "table4, table11: folder of local copies of the tasks' data [the hub]"},
     "--limit": {"type": int, "help": "table4, table11: so many examples of each task [all]"},
     "--num_fewshot": {"type": int, "help": "table4, table11: examples in the prompt [as each task says]"},
@@ -76,8 +77,9 @@ def main() -> None:
     state.check_lineage(request.nodes, root)
     todo = state.left(request.nodes, root)[0]
     may_train = s.scale.train if o.run is None else o.run == "yes"
-    tasks = downstream.Tasks(task_names(o), o.data_dir, o.limit, o.num_fewshot)
-    if asks_tasks(names) and (may_train or not todo):
+    task_names = list(dict.fromkeys(filter(None, o.tasks.split(","))))
+    tasks = downstream.Tasks(task_names, o.data_dir, o.limit, o.num_fewshot)
+    if request.downstream and (may_train or not todo):
         downstream.check(tasks, o.sft)
     if todo and not may_train:
         plan(o, request, names, machine)
@@ -93,7 +95,7 @@ def main() -> None:
         if todo:
             workers.run(request.nodes, root, machine)
         made = score(request, machine)
-        for name in asks_tasks(list(request.tables)):
+        for name in request.downstream:
             made[name] = downstream.make(request, name, tasks, o.sft, machine, may_train)
         if request.nodes:
             state.save_logs(request)
@@ -105,8 +107,7 @@ def main() -> None:
     print(f"{page}: all of it; {plans.duration(time.perf_counter() - began)}, {machine.jobs} side by side")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The command line
+# ---- The command line ------------------------------------------------------------------------------------------------
 
 
 def parse() -> tuple[argparse.Namespace, scales.Setup]:
@@ -135,14 +136,6 @@ def parse() -> tuple[argparse.Namespace, scales.Setup]:
     return o, scales.Setup(scale, overrides, schedules)
 
 
-def task_names(o: argparse.Namespace) -> list[str]:
-    return list(dict.fromkeys(n for n in o.tasks.split(",") if n)) if o.tasks else list(downstream.NINE)
-
-
-def asks_tasks(names: list[str]) -> list[str]:
-    return [n for n in names if n in tables.DOWNSTREAM]
-
-
 def find_machine(o: argparse.Namespace, s: scales.Setup) -> workers.Machine:
     ranks = o.ranks or s.scale.ranks
     gpus = torch.cuda.device_count() if s.base.train.device in ("auto", "cuda") else 0
@@ -150,8 +143,8 @@ def find_machine(o: argparse.Namespace, s: scales.Setup) -> workers.Machine:
     return workers.Machine(jobs, gpus, ranks)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Refusals, before anything is trained
+# ---- Refusals, before anything is trained ----------------------------------------------------------------------------
+
 
 # The keys that tables vary themselves, or that a later call may raise
 VARIED = ("plan.schedule", "plan.alpha", "plan.decay_steps", "plan.cpt_variant", "plan.versions", "train.seed")
@@ -179,11 +172,9 @@ def check_base_setting(s: scales.Setup, root: Path) -> None:
 def plan(o: argparse.Namespace, request: graph.Request, names: list[str], machine: workers.Machine) -> NoReturn:
     """Print the plan in place of training, and end with UserError."""
     plans.print_plan(request, machine.ranks, o.mfu, o.slurm)
-    if o.sft and (downstream_tables := asks_tasks(names)):
-        print(
-            f"Then this command with --run no prints the fine-tunings of {' and '.join(downstream_tables)}; "
-            "--run yes trains them, too."
-        )
+    if o.sft and request.downstream:
+        named = " and ".join(request.downstream)
+        print(f"Then this command with --run no prints the fine-tunings of {named}; --run yes trains them, too.")
     todo = state.left(request.nodes, request.root)[0]
     raise UserError(
         f"{', '.join(names)}: {len(todo)} of {len(request.nodes)} segments are not trained yet; "
@@ -194,22 +185,18 @@ def plan(o: argparse.Namespace, request: graph.Request, names: list[str], machin
 def check_training(request: graph.Request, machine: workers.Machine) -> None:
     """Are there the GPUs and the data for all segments?"""
     if 0 < machine.gpus < machine.ranks:
-        raise UserError(
-            f"--ranks: got {machine.ranks} processes a segment, but this machine has {machine.gpus} GPUs; "
-            "lower it to that"
-        )
+        raise UserError(f"--ranks: got {machine.ranks}, expected at most the {machine.gpus} GPUs of this machine")
     prepare.ship(request.setup.base.data.path)
     nodes = request.nodes.values()
     refuse(line for node in nodes for line in node.tokens.problems(node.segment.start, node.segment.end))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Results
+# ---- Results ---------------------------------------------------------------------------------------------------------
 
 
 def score(request: graph.Request, machine: workers.Machine) -> dict[str, dict[str, Any]]:
     """The records of all tables of perplexities."""
-    asked = {n: t for n, t in request.tables.items() if n not in tables.DOWNSTREAM}
+    asked = {n: t for n, t in request.tables.items() if n not in request.downstream}
     if not asked:
         return {}
     device = request.setup.base.train.device

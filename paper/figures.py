@@ -47,8 +47,7 @@ def legend(fig: Any, axes: Any, columns: int = 6) -> float:
     return 0.07 * math.ceil(len(key) / columns)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Learning rates
+# ---- Learning rates --------------------------------------------------------------------------------------------------
 
 
 def paradigms(s: Setup, file: str) -> None:
@@ -108,8 +107,7 @@ def stages(record: dict[str, Any], rates: dict[str, list[float]], file: str) -> 
     finish(fig, file)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Perplexities
+# ---- Perplexities ----------------------------------------------------------------------------------------------------
 
 
 def table(record: dict[str, Any], file: str) -> None:
@@ -187,8 +185,7 @@ def cost_and_quality(record: dict[str, Any], file: str) -> None:
     finish(fig, file, legend(fig, axes[:1], 3))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Losses
+# ---- Losses ----------------------------------------------------------------------------------------------------------
 
 
 def losses(runs: list[tuple[schedule.Segment, list[dict[str, Any]]]], name: str, file: str) -> None:

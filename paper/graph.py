@@ -108,6 +108,7 @@ class Request:
         self.setup, self.seeds, self.root = s, seeds, root
         self.results = root / "results"
         self.tables = {n: tables.TABLES[n](s) for n in names}
+        self.downstream = [n for n in names if n in tables.DOWNSTREAM]
         self.nodes: Graph = {}  # of all tables
         self.nodes_of: dict[str, Graph] = {n: {} for n in names}  # of each
         self.checkpoints: dict[str, dict[Cell, list[Path]]] = {n: {} for n in names}  # of each, one a seed

@@ -27,8 +27,7 @@ def gpu_hours(flops: float, mfu: float) -> str:
     return f"{float(f'{flops / (mfu * cost.PEAK) / 3600:.3g}'):,g} GPU-hours"
 
 
-# ----------------------------------------------------------------------------------------------------------
-# python -m paper status
+# ---- python -m paper status ------------------------------------------------------------------------------------------
 
 
 def print_status(request: Request, machine: Machine, mfu: float) -> None:
@@ -70,8 +69,7 @@ def status_of(nodes: Graph, root: Path, name: str) -> str:
     return f"{label} stopped {steps / node.steps:.0%}" if steps else f"{label} to do"
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The plan of tables that are not trained here
+# ---- The plan of tables that are not trained here --------------------------------------------------------------------
 
 
 def print_plan(request: Request, ranks: int, mfu: float, slurm: bool) -> None:

@@ -114,20 +114,18 @@ def markdown(record: dict[str, Any]) -> str:
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; }
-h2 { font-size: 1.15rem; margin: 3rem 0 .6rem; border-top: 1px solid #ddd; padding-top: 1.2rem; }
-table { border-collapse: collapse; margin: .8rem 0; font-size: .86rem; font-variant-numeric: tabular-nums;
-  display: block; overflow-x: auto; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin: 3rem 0 .6rem; border-top: 1px solid #ddd; padding-top: 1.2rem; }
+table { border-collapse: collapse; margin: .8rem 0; display: block; overflow-x: auto; }
+table { font-size: .86rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .22rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee; }
 th { border-bottom: 1px solid #888; font-weight: 600; }
 td.text, th.text { text-align: left; } tr.group td { border-top: 1px solid #bbb; } .paper { color: #777; }
-img { max-width: 100%; height: auto; margin: .8rem 0; } p.small, footer { color: #666; font-size: .82rem; }
+img { max-width: 100%; height: auto; margin: .8rem 0; } p.small { color: #666; font-size: .82rem; }
 ul { padding-left: 0; list-style: none; } li { margin: .3rem 0; padding-left: 4.6rem; position: relative; }
 li b { position: absolute; left: 0; width: 4rem; text-align: center; border-radius: 3px; font-size: .74rem;
   line-height: 1.45rem; color: #fff; }
 .HOLDS { background: #00795a; } .FAILS { background: #b84a00; } .OPEN { background: #777; }
-nav a { margin-right: .8rem; white-space: nowrap; }
-pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .78rem; }
+nav a { margin-right: .8rem; white-space: nowrap; } pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .78rem; }
 """
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
@@ -145,9 +143,8 @@ def table_html(rows: Matrix) -> str:
     head, *body = rows
     columns = zip(*body, strict=True)
     numeric = [all(cell[:1] in "+-0123456789" for cell in column) for column in columns]
-    kinds = [
-        " ".join(["text"] * (not n) + ["paper"] * h.startswith("paper: ")) for h, n in zip(head, numeric, strict=True)
-    ]
+    of_paper = [cell.startswith("paper: ") for cell in head]
+    kinds = [" ".join(["text"] * (not n) + ["paper"] * p) for n, p in zip(numeric, of_paper, strict=True)]
 
     def line(tag: str, row: list[str], group: bool = False) -> str:
         cells = (f'<{tag} class="{k}">{escape(cell)}</{tag}>' for k, cell in zip(kinds, row, strict=True))
@@ -162,9 +159,7 @@ def section(name: str, title: str, record: dict[str, Any] | None, picture: bytes
     """One table or figure: numbers, claims, picture; below them the differences and how it was made."""
     out = f'<h2 id="{name}">{escape(title)}</h2>\n'
     if record:
-        claims = (
-            f'<li><b class="{verdict}">{verdict}</b>{escape(text)}</li>\n' for verdict, text in statements(record)
-        )
+        claims = (f'<li><b class="{v}">{v}</b>{escape(text)}</li>\n' for v, text in statements(record))
         out += f"{table_html(grid(record))}<ul>{''.join(claims)}</ul>\n"
     if picture:
         width = int.from_bytes(picture[16:20]) * 100 // 150  # drawn at 150 dots an inch; so all letters have one size

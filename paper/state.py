@@ -55,8 +55,7 @@ def check_lineage(nodes: Graph, root: Path) -> None:
                 resume.check_lineage(where, checkpoint.read_meta(where), node.config, node.segment, node.tokens)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Logs
+# ---- Logs ------------------------------------------------------------------------------------------------------------
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -90,12 +89,9 @@ def trained(log: list[dict[str, Any]]) -> tuple[int, float]:
 
 def pace(nodes: Graph, root: Path) -> float | None:
     """Seconds a FLOP in the logs of these nodes; None if they have none."""
-    spent = flops = 0.0
-    for name, node in nodes.items():
-        tokens, seconds = trained(records(root / name))
-        spent += seconds
-        flops += tokens * model.flops_per_token(node.config.model)
-    return spent / flops if flops else None
+    spent = {name: trained(records(root / name)) for name in nodes}
+    flops = sum(tokens * model.flops_per_token(nodes[n].config.model) for n, (tokens, _) in spent.items())
+    return sum(seconds for _, seconds in spent.values()) / flops if flops else None
 
 
 def provenance(request: Request, table: str) -> dict[str, Any]:

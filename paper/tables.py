@@ -98,8 +98,7 @@ def decay(steps: int) -> dict[str, str]:
     return {"plan.decay_steps": str(steps), "plan.alpha": "none"}
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The tables, in the paper's order
+# ---- The tables, in the paper's order --------------------------------------------------------------------------------
 
 
 def table1(s: Setup) -> Table:

@@ -9,8 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,23 +35,17 @@ class Workers:
         self.nodes, self.root, self.machine = nodes, root, machine
         self.output = root / "output"
         self.output.mkdir(parents=True, exist_ok=True)
-        self.waiting = self._longest_chain_first([n for n in nodes if not done(nodes, root, n)])
+        chain = {n: node.steps for n, node in nodes.items()}  # steps of the longest chain that begins with each
+        for name, node in reversed(nodes.items()):  # children before their parents
+            if node.parent:
+                parent = node.parent[0]
+                chain[parent] = max(chain[parent], nodes[parent].steps + chain[name])
+        missing = [n for n in nodes if not done(nodes, root, n)]
+        self.waiting = sorted(missing, key=lambda n: chain[n], reverse=True)
         self.running: dict[str, tuple[subprocess.Popen, int]] = {}  # with its slot
         self.failed: dict[str, str] = {}  # the last error that it printed
         self.free = list(range(machine.jobs))  # slots
         self.finished = sum(c.steps for n, c in nodes.items() if n not in self.waiting)  # steps
-
-    def _longest_chain_first(self, names: list[str]) -> list[str]:
-        children: dict[str, list[str]] = {n: [] for n in self.nodes}
-        for n, node in self.nodes.items():
-            if node.parent:
-                children[node.parent[0]].append(n)
-
-        def chain(name: str) -> int:
-            """Steps of the longest chain of segments that begins with this one."""
-            return self.nodes[name].steps + max(map(chain, children[name]), default=0)
-
-        return sorted(names, key=chain, reverse=True)
 
     def _ready(self, name: str) -> bool:
         parent = self.nodes[name].parent
@@ -133,20 +125,6 @@ class Workers:
             time.sleep(0.1)
 
 
-@contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """The SIGTERM and SIGINT that arrive in this block, in place of their effects."""
-    caught: list[int] = []
-    before = {
-        number: signal.signal(number, lambda n, frame: caught.append(n)) for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def run(nodes: graph.Graph, root: Path, machine: Machine) -> None:
     """Train what is missing. UserError at the end if a segment failed. SIGTERM and Ctrl-C stop all, which save."""
     workers = Workers(nodes, root, machine)
@@ -157,17 +135,21 @@ def run(nodes: graph.Graph, root: Path, machine: Machine) -> None:
         desc=f"{len(nodes)} segments",
         mininterval=0.5 if sys.stderr.isatty() else 30,
     )
-    with caught_signals() as caught, bar:
-        try:
-            while (workers.waiting or workers.running) and not caught:
-                workers.start()
-                workers.collect()
-                if workers.stuck():
-                    break
-                workers.show(bar)
-                time.sleep(0.2)
-        finally:
-            workers.stop(caught)
+    caught: list[int] = []
+    handlers = {n: signal.signal(n, lambda n, frame: caught.append(n)) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        while (workers.waiting or workers.running) and not caught:
+            workers.start()
+            workers.collect()
+            if workers.stuck():
+                break
+            workers.show(bar)
+            time.sleep(0.2)
+    finally:
+        workers.stop(caught)
+        bar.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if caught:
         print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(128 + caught[0])
