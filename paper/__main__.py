@@ -31,8 +31,7 @@ from runtime.files import lock, write_text
 from text import prepare
 from text.sources import optional
 
-# The table that a figure is drawn from; fig1, fig3 and fig6 are drawn from plans alone
-FIGURES = {"fig1": "", "fig2": "table3", "fig3": "", "fig6": "", "loss": "table3"}
+FIGURES = {"fig2": "table3", "loss": "table3"}  # drawn from a table; fig1, fig3 and fig6 need plans alone
 
 NINE = ",".join(downstream.NINE)
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -88,8 +87,7 @@ def main() -> None:
         check_training(request, machine)
 
     request.results.mkdir(parents=True, exist_ok=True)
-    busy = f"{root}: another python -m paper is at work here; wait for it or choose another --out"
-    with lock(root / ".lock", busy):
+    with lock(root / ".lock", f"{root}: another python -m paper is at work here; wait or choose another --out"):
         if not (root / "config.toml").exists():
             write_text(root / "config.toml", config.to_toml(s.base))
         if todo:
@@ -144,7 +142,6 @@ def find_machine(o: argparse.Namespace, s: scales.Setup) -> workers.Machine:
 
 
 # ---- Refusals, before anything is trained ----------------------------------------------------------------------------
-
 
 # The keys that tables vary themselves, or that a later call may raise
 VARIED = ("plan.schedule", "plan.alpha", "plan.decay_steps", "plan.cpt_variant", "plan.versions", "train.seed")

@@ -22,18 +22,9 @@ from runtime.errors import UserError
 from runtime.files import read_json, sha256, write_json
 from text.examples import Examples, SFTData, prepare_examples
 
-# The paper's tasks, by their names in the harness
-NINE = {
-    "c3": "C3",
-    "gsm8k": "GSM8K",
-    "mmlu": "MMLU",
-    "csl": "CSL",
-    "ceval-valid": "C-EVAL",
-    "bbh": "BBH",
-    "cmmlu": "CMMLU",
-    "gaokao": "GAOKAO",
-    "agieval": "AGIEval",
-}
+# The paper's tasks: their names in the harness, and in the paper
+IN_HARNESS = "c3 gsm8k mmlu csl ceval-valid bbh cmmlu gaokao agieval".split()
+NINE = dict(zip(IN_HARNESS, "C3 GSM8K MMLU CSL C-EVAL BBH CMMLU GAOKAO AGIEval".split(), strict=True))
 Scores = dict[str, dict[str, Any]]  # {name as asked for: {task (its own name), value, se, metric, n}}
 
 
@@ -57,6 +48,8 @@ def check(tasks: Tasks, sft: str | None) -> None:
 
     if sft and not Path(sft).is_file():
         raise UserError(f"--sft {sft}: is not there; expected a .jsonl file of examples")
+    if not tasks.names:
+        raise UserError("--tasks: got no name, expected some such as gsm8k,mmlu")
     if tasks.limit is not None and tasks.limit < 1:
         raise UserError(f"--limit: got {tasks.limit}, expected 1 or more")
     for name in tasks.names:
@@ -171,6 +164,5 @@ def make(
         how = f"fine-tuned on {Path(sft).name}, epochs {c.data.epochs}, max_lr {c.plan.max_lr:g}"
     known = {p: scores(result, tasks, root / "tasks", s.base.train.device) for p, result in results.items()}
     shown = {cell: [known[p] for p in of_seeds] for cell, of_seeds in where.items()}
-    options = {"limit": tasks.limit, "num_fewshot": tasks.num_fewshot}
-    limits = "".join(f"; {k} {v}" for k, v in options.items() if v is not None)
+    limits = "".join(f"; {k} {v}" for k, v in tasks.options.items() if k != "data_dir" and v is not None)
     return record(request.tables[name], shown, tasks.names, f"Scale {s.scale.name}, versions {how}{limits}.")

@@ -9,7 +9,6 @@ from typing import Any
 import schedule
 from paper import graph, tables
 from paper.scales import Run, Setting, Setup
-from runtime import resume
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito: safe for the colour-blind
 DARK = "#333333"
@@ -47,13 +46,9 @@ def legend(fig: Any, axes: Any, columns: int = 6) -> float:
     return 0.07 * math.ceil(len(key) / columns)
 
 
-# ---- Learning rates --------------------------------------------------------------------------------------------------
-
-
 def paradigms(s: Setup, file: str) -> None:
     """Figure 1: the paths of the three paradigms."""
-    p = resume.make_plan(s.base)
-    schedule.draw({x: resume.make_segments(x, p) for x in schedule.PARADIGMS}, file)
+    schedule.draw({x: s.segments(Run(x), 1) for x in schedule.PARADIGMS}, file)
 
 
 def schedules(s: Setup, file: str) -> None:
@@ -79,8 +74,7 @@ def paths(request: graph.Request, name: str) -> dict[str, list[float]]:
     out = {}
     for row in request.tables[name].rows:
         rates: list[float] = []
-        at: tuple[str, int] | None
-        at = graph.add(request.nodes, request.setup, row.points["updated"], request.seeds[0])
+        at: tuple[str, int] | None = graph.add(request.nodes, request.setup, row.points["updated"], request.seeds[0])
         while at:
             node, step = request.nodes[at[0]], at[1]
             rates = [node.segment.lr(t) for t in range(node.segment.start, step)] + rates
@@ -105,9 +99,6 @@ def stages(record: dict[str, Any], rates: dict[str, list[float]], file: str) -> 
     right.set(xlabel="cosine cycle (steps)", ylabel="PPL")
     right.legend(fontsize=8, frameon=False)
     finish(fig, file)
-
-
-# ---- Perplexities ----------------------------------------------------------------------------------------------------
 
 
 def table(record: dict[str, Any], file: str) -> None:
@@ -183,9 +174,6 @@ def cost_and_quality(record: dict[str, Any], file: str) -> None:
         ax.set_title(title, fontsize=9)
         ax.margins(y=0.2)
     finish(fig, file, legend(fig, axes[:1], 3))
-
-
-# ---- Losses ----------------------------------------------------------------------------------------------------------
 
 
 def losses(runs: list[tuple[schedule.Segment, list[dict[str, Any]]]], name: str, file: str) -> None:

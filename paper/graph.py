@@ -70,10 +70,7 @@ def add(nodes: Graph, s: Setup, point: Point, seed: int) -> tuple[str, int]:
         name = f"{setting}/{segment.name}"
         known, main = nodes.get(name), segment.paradigm == "main"
         if known and not main and (segment.start, segment.end) != (known.segment.start, known.segment.end):
-            raise UserError(
-                f"{name}: two of the tables asked for need different segments of this name, "
-                "as with a plan.alpha of 1; ask for them with an --out each"
-            )
+            raise UserError(f"{name}: two of the tables asked for need different segments here; give each an --out")
         # the main path of several plans is one, as long as the longest of them
         if known is None or segment.end > known.segment.end:
             parent = parent_of(segment)

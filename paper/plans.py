@@ -27,9 +27,6 @@ def gpu_hours(flops: float, mfu: float) -> str:
     return f"{float(f'{flops / (mfu * cost.PEAK) / 3600:.3g}'):,g} GPU-hours"
 
 
-# ---- python -m paper status ------------------------------------------------------------------------------------------
-
-
 def print_status(request: Request, machine: Machine, mfu: float) -> None:
     pace = state.pace(request.nodes, request.root)
 
@@ -69,9 +66,6 @@ def status_of(nodes: Graph, root: Path, name: str) -> str:
     return f"{label} stopped {steps / node.steps:.0%}" if steps else f"{label} to do"
 
 
-# ---- The plan of tables that are not trained here --------------------------------------------------------------------
-
-
 def print_plan(request: Request, ranks: int, mfu: float, slurm: bool) -> None:
     """Steps, tokens and cost of the tables asked for, and the commands that train their segments."""
     nodes, root = request.nodes, request.root
@@ -93,25 +87,16 @@ def print_plan(request: Request, ranks: int, mfu: float, slurm: bool) -> None:
     )
     for path in sorted({node.config.data.path for node in nodes.values()}):
         if not (Path(path) / "meta.json").exists():
+            configs = [node.config for node in nodes.values() if node.config.data.path == path]
+            reads = [(T, c) for c in configs for T in c.data.increments or c.increments]
+            most = max(min(T, c.data.unique or T) * c.train.batch_tokens for T, c in reads)
             print(
-                f"Data: {path} is not there yet, and up to {tables.count(largest_increment(nodes, path))} tokens "
-                f"of an increment are read: python data.py prepare --out {path} --help"
+                f"Data: {path} is not there yet, and up to {tables.count(most)} tokens of an increment are read: "
+                f"python data.py prepare --out {path} --help"
             )
-    print(
-        "Any line can be given again, and goes on. "
-        "When all are done, this command makes the tables; with --run yes it trains what is missing here.\n"
-    )
+    print("Any line can be given again, and goes on. When all are done, this command makes the tables.\n")
     lines = slurm_lines(nodes, todo, root, speed) if slurm else torchrun_lines(nodes, todo, root, ranks)
     print("\n".join(lines))
-
-
-def largest_increment(nodes: Graph, path: str) -> int:
-    """Tokens that are read of the largest increment of a data folder."""
-    return max(
-        min(steps, c.data.unique or steps) * c.train.batch_tokens
-        for c in (node.config for node in nodes.values() if node.config.data.path == path)
-        for steps in c.data.increments or c.increments
-    )
 
 
 def torchrun_lines(nodes: Graph, names: Iterable[str], root: Path, ranks: int) -> list[str]:

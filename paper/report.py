@@ -59,14 +59,10 @@ def words(record: dict[str, Any]) -> list[str]:
     if n > 1:
         spread = f"Mean ± standard deviation over {n} seeds; differences paired by seed (standard error)"
     measured = f"PPL on {record['tokens']:,} tokens of {record['documents']} held-out documents."
-    made = [
-        f"Scale {m['scale']}",
-        f"{m['segments']} segments, {m['steps']:,} steps, {duration(m['seconds'])} of training, summed over segments",
-        *("; ".join(m[k]) for k in ("devices", "versions")),
-        f"commit {', '.join(m['commits']) or 'unknown'}",
-        m["date"],
-    ]
-    return [f"{measured} {spread}. cost: steps relative to PTFS.", *record["notes"], "; ".join(made) + "."]
+    took = f"{m['segments']} segments, {m['steps']:,} steps, {duration(m['seconds'])} of training, summed over segments"
+    commits = f"commit {', '.join(m['commits']) or 'unknown'}"
+    made = "; ".join([f"Scale {m['scale']}", took, *m["devices"], *m["versions"], commits, m["date"]])
+    return [f"{measured} {spread}. cost: steps relative to PTFS.", *record["notes"], f"{made}."]
 
 
 def statements(record: dict[str, Any]) -> list[tuple[str, str]]:
@@ -95,12 +91,9 @@ def markdown(record: dict[str, Any]) -> str:
     """A record as Markdown, to read in a terminal as well."""
 
     def lines(rows: Matrix) -> list[str]:
-        left = next((i for i, cell in enumerate(rows[1]) if cell[:1] in "+-0123456789" and cell != ""), 1)
-        return [
-            "| " + " | ".join(rows[0]) + " |",
-            "|" + " --- |" * left + " ---: |" * (len(rows[0]) - left),
-            *("| " + " | ".join(r) + " |" for r in rows[1:]),
-        ]
+        left = next((i for i, cell in enumerate(rows[1]) if cell and cell[0] in "+-0123456789"), 1)
+        head, *body = ("| " + " | ".join(r) + " |" for r in rows)
+        return [head, "|" + " --- |" * left + " ---: |" * (len(rows[0]) - left), *body]
 
     out = [f"### {record['title']}", "", *lines(grid(record))]
     if rows := gaps(record):
@@ -114,7 +107,8 @@ def markdown(record: dict[str, Any]) -> str:
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin: 3rem 0 .6rem; border-top: 1px solid #ddd; padding-top: 1.2rem; }
+h1 { font-size: 1.6rem; }
+h2 { font-size: 1.15rem; margin: 3rem 0 .6rem; border-top: 1px solid #ddd; padding-top: 1.2rem; }
 table { border-collapse: collapse; margin: .8rem 0; display: block; overflow-x: auto; }
 table { font-size: .86rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .22rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee; }
@@ -125,7 +119,8 @@ ul { padding-left: 0; list-style: none; } li { margin: .3rem 0; padding-left: 4.
 li b { position: absolute; left: 0; width: 4rem; text-align: center; border-radius: 3px; font-size: .74rem;
   line-height: 1.45rem; color: #fff; }
 .HOLDS { background: #00795a; } .FAILS { background: #b84a00; } .OPEN { background: #777; }
-nav a { margin-right: .8rem; white-space: nowrap; } pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .78rem; }
+nav a { margin-right: .8rem; white-space: nowrap; }
+pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .78rem; }
 """
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width">

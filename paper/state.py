@@ -55,9 +55,6 @@ def check_lineage(nodes: Graph, root: Path) -> None:
                 resume.check_lineage(where, checkpoint.read_meta(where), node.config, node.segment, node.tokens)
 
 
-# ---- Logs ------------------------------------------------------------------------------------------------------------
-
-
 def records(folder: Path) -> list[dict[str, Any]]:
     """The log of a segment, empty if there is none yet."""
     return read_log(folder) if (folder / "log.jsonl").is_file() else []

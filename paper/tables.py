@@ -177,7 +177,8 @@ def table3(s: Setup) -> Table:
 
 
 def table4(s: Setup) -> Table:
-    return Table("table4", "Table 4: downstream tasks", s.columns, paradigm_rows(s, {}, Setting(keys=COSINE)), [])
+    rows = paradigm_rows(s, {}, Setting(keys=COSINE))
+    return Table("table4", "Table 4: downstream tasks", s.columns, rows, [])
 
 
 def table5(s: Setup) -> Table:

@@ -74,15 +74,10 @@ class Workers:
         else:
             env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // (jobs * ranks)))
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-        words = graph.command(self.nodes, name, self.root)
-        with open(self.file(name), "a") as output:
-            return subprocess.Popen(
-                [sys.executable, *torchrun, str(TRAIN), *words],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=env,
-                start_new_session=True,  # Ctrl-C reaches this process alone, which hands it on once
-            )
+        command = [sys.executable, *torchrun, str(TRAIN), *graph.command(self.nodes, name, self.root)]
+        with open(self.file(name), "a") as f:
+            # in a session of its own: Ctrl-C reaches this process alone, which hands it on once
+            return subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, env=env, start_new_session=True)
 
     def collect(self) -> None:
         """Take the children that ended out of `running`."""
@@ -128,13 +123,9 @@ class Workers:
 def run(nodes: graph.Graph, root: Path, machine: Machine) -> None:
     """Train what is missing. UserError at the end if a segment failed. SIGTERM and Ctrl-C stop all, which save."""
     workers = Workers(nodes, root, machine)
-    bar = tqdm(
-        total=sum(node.steps for node in nodes.values()),
-        initial=workers.finished,
-        unit="step",
-        desc=f"{len(nodes)} segments",
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-    )
+    total, every = sum(node.steps for node in nodes.values()), 0.5 if sys.stderr.isatty() else 30
+    name = f"{len(nodes)} segments"
+    bar = tqdm(total=total, initial=workers.finished, unit="step", desc=name, mininterval=every)
     caught: list[int] = []
     handlers = {n: signal.signal(n, lambda n, frame: caught.append(n)) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
