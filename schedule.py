@@ -344,7 +344,9 @@ def main() -> None:
         sys.exit(_refuse(str(e)))
 
     if o.json:
-        print(json.dumps([{k: v for k, v in vars(g).items() if k != "lr"} for g in segments], indent=1))
+        print(
+            json.dumps([{k: v for k, v in vars(g).items() if k not in ("lr", "paradigm")} for g in segments], indent=1)
+        )
     elif o.csv:
         print("segment,step,lr")
         for g in segments:
