@@ -82,7 +82,7 @@ def load_model(path: Path, device: torch.device) -> tuple[llama.Transformer, dic
             f"{path}: its model of {c.n_layer:,} blocks of width {c.hidden:,} takes {need:,} bytes, got files of {there:,}; restore it"
         )
     net = llama.Transformer(
-        c, torch.bfloat16 if device.type == "cuda" else torch.float32, kernels.choose("auto", device, c)
+        c, torch.bfloat16 if device.type == "cuda" else torch.float32, kernels.choose("auto", device)
     )
     checkpoint.load(path, checkpoint.state(net))
     for w in net.parameters():

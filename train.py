@@ -414,7 +414,7 @@ def train(
 
     # -- Model and optimizer: fp32 weights, activations in `dtype`, decay on matrices only. The initial weights are drawn on the CPU, the same everywhere.
     torch.manual_seed(t.seed)
-    use = kernels.choose(t.kernels, device, c.model)
+    use = kernels.choose(t.kernels, device)
     net = llama.Transformer(c.model, dtype, use, t.recompute)
     compiled = t.compile == "on" or (t.compile == "auto" and device.type == "cuda")
     if kind == "fsdp":

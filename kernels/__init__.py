@@ -7,9 +7,7 @@ needs a CUDA GPU, or, to play with it, TRITON_INTERPRET=1 in the environment: th
 """
 
 import functools
-import json
 import os
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,22 +26,15 @@ except ImportError:  # macOS, Windows: the files below can be imported, and "tor
     triton: Any = SimpleNamespace(jit=lambda f: f)  # type: ignore[no-redef]
     tl: Any = SimpleNamespace(constexpr=None)  # type: ignore[no-redef]
 
-NAMES = ("rms_norm", "rope", "attention", "swiglu", "cross_entropy")
-MEASURED = Path(__file__).parent / "measured.json"  # written by bench kernels --save
+AUTO = {  # the choices of "auto" on a CUDA GPU, each with its reason
+    "rms_norm": "torch",  # not measured yet
+    "rope": "torch",  # not measured yet
+    "attention": "torch",  # not measured yet
+    "swiglu": "torch",  # not measured yet
+    "cross_entropy": "torch",  # not measured yet
+}
+NAMES = tuple(AUTO)
 HEAD_DIMS = (16, 32, 64, 96, 128)  # what attention.py serves
-
-
-def shape_key(name: str, c: config.Model) -> str:
-    """What the speed of an operation depends on: the key of a measurement."""
-    H, D = c.n_head, c.hidden // c.n_head
-    K, f = c.n_kv_head or H, c.ffn or 4 * c.hidden
-    return {
-        "rms_norm": f"rms_norm C={c.hidden}",
-        "rope": f"rope H={H} K={K} D={D}",
-        "attention": f"attention T={c.context} H={H} K={K} D={D}",
-        "swiglu": f"swiglu f={f}",
-        "cross_entropy": f"cross_entropy C={c.hidden} V={c.vocab_size}",
-    }[name]
 
 
 def parse(text: str) -> dict[str, str]:
@@ -61,7 +52,6 @@ def parse(text: str) -> dict[str, str]:
 
 def problems(text: str, cuda: bool, c: config.Model) -> list[str]:
     """Why the kernels that `text` asks for by name cannot run: here, or at this shape."""
-    measured("")  # a damaged file is said before anything is touched
     asked = [name for name, wish in parse(text).items() if wish == "triton"]
     if not asked:
         return []
@@ -81,25 +71,10 @@ def problems(text: str, cuda: bool, c: config.Model) -> list[str]:
     return []
 
 
-def choose(text: str, device: torch.device, c: config.Model) -> dict[str, str]:
-    """The choice for every operation. auto: the fastest that bench measured on this device at this shape, PyTorch's own where nothing was."""
-    best = measured(torch.cuda.get_device_name(device)) if device.type == "cuda" else {}
-    return {
-        name: best.get(shape_key(name, c), "torch") if wish == "auto" else wish for name, wish in parse(text).items()
-    }
-
-
-def measured(device: str) -> dict[str, str]:
-    """{shape key: the faster of triton and torch} as measured on a device of this name; empty if none was. UserError if the file is damaged."""
-    try:
-        best = {name: dict(found["best"]) for name, found in json.loads(MEASURED.read_text()).items()}
-        if not all(choice in ("triton", "torch") for choices in best.values() for choice in choices.values()):
-            raise ValueError("a choice that is neither triton nor torch")
-        return best.get(device, {})
-    except FileNotFoundError:
-        return {}
-    except (ValueError, AttributeError, KeyError, TypeError) as e:
-        raise UserError(f"{MEASURED}: damaged ({e}); restore it, or delete it and run bench kernels --save") from None
+def choose(text: str, device: torch.device) -> dict[str, str]:
+    """The choice for every operation; "auto" is AUTO's on a CUDA GPU and PyTorch's own elsewhere."""
+    auto = AUTO if device.type == "cuda" else dict.fromkeys(NAMES, "torch")
+    return {name: auto[name] if wish == "auto" else wish for name, wish in parse(text).items()}
 
 
 def interpreted() -> bool:
