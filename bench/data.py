@@ -51,7 +51,7 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
     ]
     where = c.data.path if prepared else "the same"
     print(f"{len(docs):,} documents, {count:,} tokens by {Path(o.tokenizer).name}; the reader on {where}")
-    table(rows)
+    table(rows, "row tokens_per_second ratio to bar")
     return {"documents": len(docs), "tokens": count, "jobs": o.jobs, "rows": rows, "bars": bars}
 
 
@@ -62,7 +62,7 @@ def corpus() -> str:
 
 
 def documents(megabytes: float) -> list[str]:
-    """Documents of 8,000 characters. Each further pass over the text is cut elsewhere, since the writer drops equal documents."""
+    """Documents of 8,000 characters; every pass over the text is cut elsewhere, since the writer drops equal ones."""
     text = corpus()
     starts = itertools.chain.from_iterable(range(97 * i, len(text), 8000) for i in range(80))
     return [text[k : k + 8000] for k in itertools.islice(starts, round(megabytes * 125))]

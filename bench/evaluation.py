@@ -1,8 +1,8 @@
 """Downstream tasks: our adapter of the harness beside transformers, with the same weights on the same batch, in turn.
 
-A question and each of its four answers fill the context. Answers take an eighth of it, or one token, where the question is read once for
-all four. Written answers are half a context after a quarter. transformers is called as the harness's own adapter calls it, which
-also reads such a question once: all logits of a row, and `generate`.
+A question and each of its four answers fill the context. Answers take an eighth of it, or one token, where the question
+is read once for all four. Written answers are half a context after a quarter. transformers is called as the harness's
+own adapter calls it, which also reads such a question once: all logits of a row, and `generate`.
 """
 
 import statistics
@@ -28,7 +28,7 @@ from text.tokenizer import Tokenizer
 from tools import harness
 
 BATCH = 16
-WRITTEN = "written answers"
+SIDES = ("ours", "transformers")
 
 Request = tuple[list[int], list[int]]  # ids of a question and of an answer
 
@@ -37,54 +37,46 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
     optional("transformers", "transformers", "bench eval")
     tokenizer, T, rounds = Tokenizer(str(prepare.RANKS)), c.model.context, o.rounds or 5
     if c.model.vocab_size < tokenizer.vocab_size or T < 32:
-        raise UserError(
-            f"model.vocab_size, model.context: got {c.model.vocab_size} and {T}, expected {tokenizer.vocab_size} or more, "
-            f"the ids of {prepare.RANKS.name}, and 32 or more"
-        )
+        got, least = f"got {c.model.vocab_size} and {T}", f"expected {tokenizer.vocab_size} or more"
+        raise UserError(f"model.vocab_size, model.context: {got}, {least}, the ids of the tokenizer, and 32 or more")
     with device:
         net = llama.Transformer(c.model, dtype, kernels.choose(c.train.kernels, device)).eval()
         peer = peers.hugging_face(c.model, net).to(device, dtype).eval()
-    asked, prompts = questions(tokenizer.encode(data.corpus()[: 20 * BATCH * T]), T)
+    ids = tokenizer.encode(data.corpus()[: 20 * BATCH * T])
+    questions, a = [ids[i * T : (i + 1) * T] for i in range(BATCH)], T // 8
+    asked = {
+        "four answers each": [(q[:-a], ids[k : k + a]) for q in questions for k in range(0, 4 * a, a)],
+        "four answers of a token": [(q[:-1], [k]) for q in questions for k in range(4)],
+    }
+    prompts, new = [q[: T // 4] for q in questions], T // 2
     lm = harness.LM(net, tokenizer, BATCH)
-
-    def ours(requests: list[Request]) -> list[float]:
-        return [nats for nats, _ in lm._loglikelihood_tokens([(None, *request) for request in requests])]
-
-    calls: dict[str, dict[str, Callable[[], list]]] = {
-        name: {"ours": partial(ours, x), "transformers": partial(log_likelihoods, peer, x, device)}
-        for name, x in asked.items()
+    calls: dict[str, tuple[Callable[[], list], ...]] = {
+        name: (partial(our_nats, lm, x), partial(their_nats, peer, x, device)) for name, x in asked.items()
     }
-    calls[WRITTEN] = {
-        "ours": partial(generate, net, prompts, T // 2, set()),
-        "transformers": partial(write, peer, torch.tensor(prompts, device=device), T // 2),
+    ours, theirs = partial(generate, net, prompts, new, set()), partial(written, peer, prompts, new, device)
+    calls["written answers"] = (ours, theirs)
+    tokens = {name: sum(len(q) + len(a) - 1 for q, a in x) for name, x in asked.items()} | {
+        "written answers": BATCH * new
     }
-    tokens = {name: sum(len(q) + len(a) - 1 for q, a in x) for name, x in asked.items()} | {WRITTEN: BATCH * (T // 2)}
-    seconds = measure(calls, rounds, tolerance=1e-3 if dtype == torch.float32 else 0.05)
-    rows, bars = [], []
-    for name in calls:
-        speed = {who: tokens[name] / statistics.median(seconds[name, who]) for who in calls[name]}
-        ratio = speed["ours"] / speed["transformers"]
-        bar = verdict(name, ratio, 1.0)
-        beside = {"ours": {"ratio": ratio, "to": "transformers", "bar": show(bar)}, "transformers": {}}
-        rows += [{"row": f"{name}: {who}", "tokens_per_second": v} | beside[who] for who, v in speed.items()]
-        bars += bar
+    rows: list[Row] = []
+    bars: list[Row] = []
+    for name, seconds in measure(calls, rounds, 1e-3 if dtype == torch.float32 else 0.05).items():
+        speeds = [tokens[name] / statistics.median(s) for s in seconds]
+        bar = verdict(name, speeds[0] / speeds[1], 1.0)
+        pair = [Row(row=f"{name}: {who}", tokens_per_second=v) for who, v in zip(SIDES, speeds, strict=True)]
+        pair[0] |= {"ratio": speeds[0] / speeds[1], "to": "transformers", "bar": show(bar)}
+        rows, bars = rows + pair, bars + bar
     print(f"{BATCH} rows of {T}; tokens are counted once an answer, of written answers the new ones")
-    table(rows)
+    table(rows, "row tokens_per_second ratio to bar")
     return {"batch": BATCH, "rounds": rounds, "rows": rows, "bars": bars}
 
 
-def questions(ids: list[int], T: int) -> tuple[dict[str, list[Request]], list[list[int]]]:
-    """{kind: a batch of questions with four answers each}, and prompts to be continued."""
-    a, rows = T // 8, [ids[i * T : (i + 1) * T] for i in range(BATCH)]
-    asked = {
-        "four answers each": [(row[:-a], ids[k : k + a]) for row in rows for k in range(0, 4 * a, a)],
-        "four answers of a token": [(row[:-1], [k]) for row in rows for k in range(4)],
-    }
-    return asked, [row[: T // 4] for row in rows]
+def our_nats(lm: harness.LM, requests: list[Request]) -> list[float]:
+    return [nats for nats, _ in lm._loglikelihood_tokens([(None, *request) for request in requests])]
 
 
 @torch.no_grad()
-def log_likelihoods(peer: Any, requests: list[Request], device: torch.device) -> list[float]:
+def their_nats(peer: Any, requests: list[Request], device: torch.device) -> list[float]:
     """Nats of each answer by transformers. Answers of one token to the same question share a row."""
     out = [0.0] * len(requests)
     read: dict[tuple[int, ...], list[int]] = {}  # {row: requests}
@@ -100,25 +92,24 @@ def log_likelihoods(peer: Any, requests: list[Request], device: torch.device) ->
     return out
 
 
-def write(peer: Any, prompts: torch.Tensor, new: int) -> list[list[int]]:
-    """`new` ids after each prompt by transformers."""
-    lengths = {"max_new_tokens": new, "min_new_tokens": new}
-    made = peer.generate(prompts, **lengths, do_sample=False, use_cache=True, pad_token_id=0)
-    return made[:, prompts.shape[1] :].tolist()
+def written(peer: Any, prompts: list[list[int]], new: int, device: torch.device) -> list[list[int]]:
+    """`new` ids after each prompt, by transformers."""
+    how = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+    return peer.generate(torch.tensor(prompts, device=device), **how)[:, len(prompts[0]) :].tolist()
 
 
 def measure(
-    calls: dict[str, dict[str, Callable[[], list]]], rounds: int, tolerance: float
-) -> dict[tuple[str, str], list[float]]:
-    """{(kind, side): seconds of each round}, after one round that warms up. UserError if the two sides disagree."""
-    seconds: dict[tuple[str, str], list[float]] = {(name, who): [] for name, sides in calls.items() for who in sides}
+    calls: dict[str, tuple[Callable[[], list], ...]], rounds: int, rtol: float
+) -> dict[str, tuple[list[float], list[float]]]:
+    """{name: seconds of each round, ours and theirs}, after one to warm up. UserError if the sides disagree."""
+    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
     for i in tqdm(range(rounds + 1), desc="eval", disable=None):
         for name, sides in calls.items():
-            found = {}
-            for who, call in sides.items():
+            found = []
+            for call, times in zip(sides, seconds[name], strict=True):
                 began = time.perf_counter()
-                found[who] = np.array(call(), dtype=np.float64)  # made of a list, so a device has ended its work
-                seconds[name, who] += [time.perf_counter() - began] if i else []
-            if not np.allclose(found["ours"], found["transformers"], rtol=tolerance):
+                found.append(np.array(call(), dtype=np.float64))  # made of a list, so a device has ended its work
+                times += [time.perf_counter() - began] if i else []
+            if not np.allclose(found[0], found[1], rtol):
                 raise UserError(f"bench eval: {name}: ours and transformers disagree, so there is nothing to compare")
     return seconds

@@ -1,4 +1,4 @@
-"""Each kernel beside PyTorch, torch.compile, Liger and its bar, as a part of the copy or the matrix product of the same run."""
+"""Each kernel beside PyTorch, torch.compile, Liger and its bar, as a part of the same run's copy or matrix product."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,11 +20,12 @@ Call = tuple[Callable[..., Any], list[Tensor]]  # a function and its inputs
 
 CASES = ("rms_norm", "add_rms_norm", "rope", "attention", "swiglu", "cross_entropy")
 MATMULS = ("attention", "cross_entropy")  # their roof is the matrix product; the others' is the copy
+COLUMNS = "size kernel row forward backward both forward_of_copy backward_of_copy forward_tflops both_tflops extra_bytes note bar"
 DIRECTIONS = ("forward", "backward", "both")
 EXTRA_BYTES_BAR = 1e9  # of cross_entropy, beside its gradients
 
-# (cases, directions, measure, bar): a part of the copy, TFLOP/s of an H100, or speed relative to another row. A bar may depend on
-# the width; attention's on the size of a head.
+# (cases, directions, measure, bar): a part of the copy, TFLOP/s of an H100, or speed relative to another row. {width: bar}
+# where it depends on the width, for attention on the size of a head.
 NORM_FORWARD = {512: 0.75, 1024: 0.85, 1536: 0.89, 2048: 0.91}
 NORM_BACKWARD = {512: 0.70, 1024: 0.78, 1536: 0.82, 2048: 0.85}
 BARS: tuple[tuple[str, str, str, float | dict[int, float]], ...] = (
@@ -53,45 +54,41 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
         m = replace(config.load(size, o.overrides).model, n_layer=1)
         if m not in sizes.values():  # the operations of a shape do not depend on its layers
             sizes[size] = m
-    floors = roofs(device, dtype, {})
+    floors = roofs(device, dtype)
     rows: list[Row] = []
     for size, m in tqdm(sizes.items(), desc="kernels", disable=None):
         for case in o.only or CASES:
-            found = measure_case(case, m, sequences, device, dtype)
-            for name, row in found.items():
-                row |= {"size": size, "kernel": case, "row": name}
-                rates(row, cost(case, m, sequences, dtype.itemsize), floors["copy_bytes_per_second"])
+            torch._dynamo.reset()  # or its limit of recompilations would end in eager rows
+            torch.manual_seed(0)
+            found: dict[str, Row] = {}
+            for name, (call, inputs) in candidates(case, m, sequences, device, dtype).items():
+                found[name] = Row(size=size, kernel=case, row=name) | measure(name, call, inputs, device)
+                rates(found[name], cost(case, m, sequences, dtype.itemsize), floors["copy_bytes_per_second"])
             bars = kernel_bars(case, m, found)
             found["triton"] |= {"bars": bars, "bar": show(bars) or None}
             rows += found.values()
-    table(rows)
+    table(rows, COLUMNS)
     return {"floors": floors, "sequences": sequences, "rows": rows}
 
 
-def measure_case(case: str, m: config.Model, B: int, device: torch.device, dtype: torch.dtype) -> dict[str, Row]:
-    """{row: its seconds and bytes, or a note of why there are none}."""
-    torch._dynamo.reset()  # or its limit of recompilations would end in eager rows
-    torch.manual_seed(0)
-    rows: dict[str, Row] = {}
-    for name, (call, inputs) in candidates(case, m, B, device, dtype).items():
-        rows[name] = row = Row(note=missing(name, device.type == "cuda"))
-        if not row["note"]:
-            try:
-                row |= measure(call, inputs, device)
-            except Exception as e:  # this device or shape cannot run it; the other rows go on
-                row["note"] = f"failed: {(str(e).strip().splitlines() or [type(e).__name__])[0][:120]}"
-    return rows
+def measure(name: str, call: Callable[..., Any], inputs: list[Tensor], device: torch.device) -> Row:
+    """Seconds and bytes of a row, or a note of why there are none."""
+    if note := missing(name, device.type == "cuda"):
+        return {"note": note}
+    try:
+        return {"note": None} | times(call, inputs, device)
+    except Exception as e:  # this device or shape cannot run it; the other rows go on
+        return {"note": f"failed: {(str(e).strip().splitlines() or [type(e).__name__])[0][:120]}"}
 
 
-def measure(call: Callable[..., Any], inputs: list[Tensor], device: torch.device) -> Row:
+def times(call: Callable[..., Any], inputs: list[Tensor], device: torch.device) -> Row:
     """Seconds forward, backward and both; on CUDA the peak bytes of both, beside inputs and gradients."""
 
     def forward() -> list[Tensor]:
         y = call(*inputs)
         return [t for t in (y if isinstance(y, tuple) else (y,)) if t.requires_grad]
 
-    ys = forward()
-    grads = [torch.randn_like(y) for y in ys]
+    grads = [torch.randn_like(y) for y in forward()]
     with torch._functorch.config.patch(donated_buffer=False):  # compiled backwards are called more than once
         ys = forward()
         out: Row = {
@@ -147,7 +144,7 @@ def candidates(case: str, m: config.Model, B: int, device: torch.device, dtype: 
 
 
 def loss_candidates(x: Tensor, m: config.Model, device: torch.device) -> dict[str, Call]:
-    """The candidates for cross_entropy, for x (B, T, C). torch.compile sees it as one operation, so it compiles all logits."""
+    """Those of cross_entropy, for x (B, T, C). Ours is one operation to torch.compile, so it compiles all logits instead."""
     y = torch.randint(0, m.vocab_size, x.shape[:2], device=device)
     inputs = [x, (0.02 * torch.randn(m.vocab_size, m.hidden, device=device)).requires_grad_()]
 
@@ -170,9 +167,9 @@ def loss_candidates(x: Tensor, m: config.Model, device: torch.device) -> dict[st
 def cost(case: str, m: config.Model, B: int, item: int) -> dict[str, tuple[float, float]]:
     """{direction: (FLOPs, bytes)}.
 
-    FLOPs: attention's with its causal half and 2.5 forwards as backward; the elementwise operations of the others. Bytes: every input
-    read once and every output written once, activations of `item` bytes, weights and tables in fp32. cross_entropy computes its
-    gradients in the forward pass.
+    FLOPs: attention's with its causal half and 2.5 forwards as backward; the elementwise operations of the others. Bytes:
+    every input read and every output written once, activations of `item` bytes, weights and tables in fp32. cross_entropy
+    computes its gradients in the forward pass.
     """
     h, f, T, V, M = m.hidden, m.ffn or 4 * m.hidden, m.context, m.vocab_size, B * m.context
     D = h // m.n_head
@@ -191,7 +188,7 @@ def cost(case: str, m: config.Model, B: int, item: int) -> dict[str, tuple[float
 
 
 def rates(row: Row, costs: dict[str, tuple[float, float]], copy: float) -> None:
-    """Add to a measured row its bytes/s and part of the copy (bytes/s), or its TFLOP/s, and its point of the roofline."""
+    """Add to a measured row its bytes/s and part of the copy, or its TFLOP/s, and its point of the roofline."""
     for direction in DIRECTIONS if "both" in row else ():
         flops, moved = costs[direction]
         if row["kernel"] not in MATMULS:

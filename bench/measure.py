@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,35 +43,31 @@ def square_product(device: torch.device, dtype: torch.dtype) -> tuple[str, Calla
     return f"{n}^3 in {str(dtype).removeprefix('torch.')}", lambda: a @ b, 2.0 * n**3
 
 
-def roofs(device: torch.device, dtype: torch.dtype, shapes: dict[str, tuple[int, int, int]]) -> Row:
-    """Bytes/s of a large copy, FLOP/s of a large product, and of each (M, N, K) the forward product and its two gradients."""
-    source = torch.zeros(int(4e9 if device.type == "cuda" else 2.5e8), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
+def roofs(device: torch.device, dtype: torch.dtype, c: config.Model | None = None) -> Row:
+    """Bytes/s of a large copy, FLOP/s of a large product; with a model, FLOP/s of its products for 8 sequences as well."""
+    a = torch.zeros(int(4e9 if device.type == "cuda" else 2.5e8), dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
+    copy = 2 * len(a) / timed(lambda: b.copy_(a), device)
     name, product, flops = square_product(device, dtype)
-    copied, reached = 2 * len(source) / timed(lambda: target.copy_(source), device), flops / timed(product, device)
-    print(f"copy {copied / 1e9:,.4g} GB/s, read and written; matmul {name} {reached / 1e12:,.4g} TFLOP/s")
-    gemms: Row = {}
-    for name_of, (M, N, K) in shapes.items():
+    matmul = flops / timed(product, device)
+    print(f"copy {copy / 1e9:,.4g} GB/s, read and written; matmul {name} {matmul / 1e12:,.4g} TFLOP/s")
+    gemms = {}
+    for layer, (M, N, K) in (gemm_shapes(c, 8) if c else {}).items():
         x, w, dy = (torch.randn(s, device=device, dtype=dtype) for s in ((M, K), (N, K), (M, N)))
-        pairs = {"forward": (x, w.T), "dx": (dy, w), "dw": (dy.T, x)}
-        rates = {k: 2 * M * N * K / timed(lambda a=a, b=b: a @ b, device) for k, (a, b) in pairs.items()}
-        gemms[name_of] = {"M": M, "N": N, "K": K, **rates}
+        factors = {"forward": (x, w.T), "dx": (dy, w), "dw": (dy.T, x)}
+        rates = {k: 2 * M * N * K / timed(partial(torch.matmul, *f), device) for k, f in factors.items()}
+        gemms[layer] = {"M": M, "N": N, "K": K, **rates}
         said = ", ".join(f"{k} {rate / 1e12:,.4g}" for k, rate in rates.items())
-        print(f"  {name_of:9}{f'{M} x {N} x {K}':22}{said} TFLOP/s")
-    return {"copy_bytes_per_second": copied, "matmul": name, "matmul_flops": reached, "gemms": gemms}
+        print(f"  {layer:9}{f'{M} x {N} x {K}':22}{said} TFLOP/s")
+    return {"copy_bytes_per_second": copy, "matmul": name, "matmul_flops": matmul, "gemms": gemms}
 
 
 def gemm_shapes(m: config.Model, sequences: int) -> dict[str, tuple[int, int, int]]:
     """(M, N, K) of the matrix products of a forward pass."""
     h, f, M = m.hidden, m.ffn or 4 * m.hidden, sequences * m.context
     qkv = h + 2 * (m.n_kv_head or m.n_head) * (h // m.n_head)
-    return {
-        "qkv": (M, qkv, h),
-        "attn_out": (M, h, h),
-        "gate_up": (M, 2 * f, h),
-        "ffn_out": (M, h, f),
-        "head": (M, m.vocab_size, h),
-    }
+    block = {"qkv": (M, qkv, h), "attn_out": (M, h, h), "gate_up": (M, 2 * f, h), "ffn_out": (M, h, f)}
+    return block | {"head": (M, m.vocab_size, h)}
 
 
 def child(*arguments: str) -> tuple[bool, str]:

@@ -18,15 +18,17 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
     h, V = c.model.hidden, c.model.vocab_size
     need = 4.0 * (2 * V * h + 2 * TOKENS * h + 4 * TOKENS * V)
     require("--memory: the loss with all logits", need, total_memory(device), "lower model.vocab_size")
-    if device.type == "cpu":
-        resident("VmRSS")  # a system without it is refused here
+    if device.type == "cpu" and not Path("/proc/self/status").exists():
+        raise UserError("--memory: on a CPU it reads /proc/self/status, which this system lacks; run it on Linux")
     rows = [Row(row=name) | fresh_row("--row", name) for name in ("chunked", "all logits")]
-    for row in rows:
-        both = "peak_bytes" in row and "peak_bytes" in rows[0]
-        row["memory_ratio"] = rows[0]["peak_bytes"] / row["peak_bytes"] if both else None
-    print(f"cross-entropy of {TOKENS:,} tokens, hidden {h:,}, vocabulary {V:,}, {dtype}")
-    print("peak memory beside the inputs, gradients included; ratio: chunked/row")
-    table(rows)
+    peaks = [row.get("peak_bytes") for row in rows]
+    for row, peak in zip(rows, peaks, strict=True):
+        row["memory_ratio"] = peaks[0] / peak if peaks[0] and peak else None
+    print(
+        f"cross-entropy of {TOKENS:,} tokens, hidden {h:,}, vocabulary {V:,}, {dtype}: peak memory beside the inputs,"
+    )
+    print("gradients included; memory_ratio: chunked/row")
+    table(rows, "row peak_bytes memory_ratio note")
     return {"tokens": TOKENS, "hidden": h, "vocab_size": V, "rows": rows}
 
 
@@ -46,7 +48,6 @@ def row(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
 
 
 def resident(field: str) -> int:
-    """Bytes of this process, now (VmRSS) or at most (VmHWM). getrusage would include the parent's memory at the fork."""
-    if not (status := Path("/proc/self/status")).exists():
-        raise UserError("--memory: on a CPU it reads /proc/self/status, which this system lacks; run it on Linux")
-    return int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1]) * 1024
+    """Bytes of this process, now (VmRSS) or at most (VmHWM). getrusage would include that of the parent."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024

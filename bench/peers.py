@@ -1,4 +1,4 @@
-"""The peers, at our shapes: nanoGPT's model, transformers' Llama with or without Liger's kernels, single functions of both."""
+"""The peers, at our shapes: nanoGPT's model, transformers' Llama with or without Liger's kernels, functions of both."""
 
 import functools
 import importlib
@@ -50,7 +50,7 @@ class NanoBlock(nn.Module):
 
 
 class NanoGPT(nn.Module):
-    """nanoGPT's shape at our FLOPs a token: LayerNorm, learned positions, tied embeddings, GELU of width 6h for our SwiGLU of 4h."""
+    """nanoGPT's shape at our FLOPs a token: LayerNorm, learned positions, tied embeddings, GELU of 6h for our SwiGLU of 4h."""
 
     def __init__(self, c: config.Model) -> None:
         super().__init__()

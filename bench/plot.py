@@ -7,7 +7,6 @@ import numpy as np
 from bench.kernels import CASES
 from bench.report import Row
 
-OURS, PEER = "#0072B2", "#E69F00"
 COLORS = ("#E69F00", "#D55E00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2")
 
 
@@ -18,24 +17,21 @@ def plot(verb: str, result: Row, file: str) -> None:
     import matplotlib.pyplot as plt
 
     figure, ax = plt.subplots(figsize=(8, 5), layout="constrained")
-    if verb == "step":
-        draw_speeds(ax, result)
-    else:
-        draw_roofline(ax, result)
+    (speeds if verb == "step" else roofline)(ax, result)
     ax.set_title(result["device"])
     figure.savefig(file, dpi=150)
 
 
-def draw_speeds(ax: Any, result: Row) -> None:
+def speeds(ax: Any, result: Row) -> None:
     rows = [r for r in result["rows"] if r.get("tokens_per_second")][::-1]
-    colors = [OURS if r["row"].startswith("ours") else PEER for r in rows]
+    colors = [COLORS[-1] if r["row"].startswith("ours") else COLORS[0] for r in rows]
     bars = ax.barh([r["row"] for r in rows], [r["tokens_per_second"] for r in rows], color=colors)
     ax.bar_label(bars, fmt="{:,.0f}", padding=3)
     ax.margins(x=0.15)
     ax.set(xlabel="tokens/s")
 
 
-def draw_roofline(ax: Any, result: Row) -> None:
+def roofline(ax: Any, result: Row) -> None:
     copy, roof = result["floors"]["copy_bytes_per_second"] / 1e12, result["floors"]["matmul_flops"] / 1e12
     x = np.geomspace(0.1, 1e5, 200)
     ax.plot(x, np.minimum(copy * x, roof), color="black", label=f"copy {copy:.3g} TB/s, matmul {roof:.3g} TFLOP/s")

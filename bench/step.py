@@ -1,5 +1,6 @@
-"""A training step beside its peers: tokens/s, MFU, peak memory and loss. Each row in a fresh process, rounds in turn (A B A B)."""
+"""A training step beside its peers: tokens/s, MFU, peak memory, loss. Rows in fresh processes, rounds in turn (A B A B)."""
 
+import gc
 import statistics
 import time
 from typing import Any
@@ -9,7 +10,7 @@ from tqdm import tqdm
 
 import config
 import model as llama
-from bench.measure import fresh_row, gemm_shapes, require, roofs, square_product, timed, total_memory
+from bench.measure import fresh_row, require, roofs, square_product, timed, total_memory
 from bench.peers import PEERS, missing
 from bench.report import Row, show, table, verdict
 from bench.trainer import Trainer
@@ -25,6 +26,10 @@ BARS = {
     (48, 1536): (39.9e3, 1.14, 0.75),
     (40, 2048): (29.7e3, 1.14, 0.85),
 }
+COLUMNS = (
+    "row micro tokens_per_second ours_ratio mfu mfu_published peak_bytes memory_ratio compile_seconds loss loss_difference "
+    "left_out note"
+)
 CPU_BARS = (0.50, 1.1)  # MFU of the matrix product, speed relative to nanoGPT's shape
 
 
@@ -37,27 +42,20 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
     names = ["ours", "ours-torch"] if cuda else ["ours", "ours-compile"]
     names += [p for p in PEERS if p in o.peers or ("all" in o.peers and (cuda or p in ("hf", "nanogpt")))]
     rows = {name: Row(row=name, note=missing(name, cuda)) for name in names}
-    floors = roofs(device, dtype, gemm_shapes(c.model, 8))
+    floors = roofs(device, dtype, c.model)
     peak, source = 0.0, "the 1024^3 product before and after the row, one thread"
     if cuda:
         torch.cuda.empty_cache()
         peak, source = peak_flops(device, dtype)
     measure_rounds(o, rows)
     compare(rows, c, peak)
-    bars = gpu_bars(rows, c) if cuda else cpu_bars(rows)
-    table(list(rows.values()))
-    print(
-        f"MFU of {f'{peak / 1e12:,.4g} TFLOP/s, ' if peak else ''}{source}, with the causal half of attention's FLOPs;"
-    )
-    print(f"published: with all of them. Memory ratio: ours/row. Loss of update {o.updates}.")
+    bars = bars_of(rows, c, cuda)
+    table(list(rows.values()), COLUMNS)
+    what = f"{peak / 1e12:,.4g} TFLOP/s, {source}" if peak else source
+    print(f"MFU of {what}, attention with its causal half; mfu_published: with all of it. loss: of update {o.updates}.")
     print(show(bars))
-    return {
-        "floors": floors,
-        "peak_flops": peak or None,
-        "peak_from": source,
-        "rows": list(rows.values()),
-        "bars": bars,
-    }
+    result = {"floors": floors, "peak_flops": peak or None, "peak_from": source}
+    return result | {"rows": list(rows.values()), "bars": bars}
 
 
 def check(micros: list[int], c: config.Config, device: torch.device, dtype: torch.dtype) -> None:
@@ -71,8 +69,8 @@ def check(micros: list[int], c: config.Config, device: torch.device, dtype: torc
 
 
 def estimate(c: config.Config, micro: int, item: int) -> float:
-    """Bytes that a plain PyTorch peer needs: fp32 weights, gradients and moments; activations of `item` bytes; logits, their fp32
-    copy and gradients in 12 bytes each."""
+    """Bytes of a plain PyTorch peer: fp32 weights, gradients and moments; activations of `item` bytes; logits with their fp32
+    copy and gradients, 12 bytes each."""
     m = c.model
     activations = m.n_layer * (16 * m.hidden + 4 * (m.ffn or 4 * m.hidden)) * item
     return 16.0 * llama.parameters(m) + micro * m.context * (activations + 12.0 * m.vocab_size)
@@ -97,7 +95,7 @@ def measure_rounds(o: Any, rows: dict[str, Row]) -> None:
 
 
 def row(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
-    """One row, in this process: the loss after --updates and the fastest micro-batch (0 updates: the first), then the speed."""
+    """One row, in this process: its loss and fastest micro-batch (with --updates 0 the first one), then its speed."""
     cuda = device.type == "cuda"
     if not cuda:
         torch.set_num_threads(1)
@@ -109,7 +107,7 @@ def row(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
     found = fastest_micro(o, trainer, sequences) if o.updates else Row(micro=o.micro[0])
     _, product, flops = square_product(device, dtype)
     roof = [] if cuda else [timed(product, device)]
-    speed = trainer.tokens_per_second(sequences or found["micro"], found["micro"], o.warmup, o.steps)
+    speed = trainer.speed(sequences or found["micro"], found["micro"], o.warmup, o.steps)
     roof += [] if cuda else [timed(product, device)]
     return found | {"tokens_per_second": speed, "roof": flops / statistics.mean(roof) if roof else None}
 
@@ -120,21 +118,32 @@ def fastest_micro(o: Any, trainer: Trainer, sequences: int) -> Row:
     for micro in o.micro:
         if micro > min(out["no_memory"], default=micro):
             out["no_memory"].append(micro)
-            continue
-        if out["tried"] and time.perf_counter() > until:
+        elif out["tried"] and time.perf_counter() > until:
             out["no_time"].append(micro)
-            continue
-        try:
-            if "loss" not in out:
-                out |= trainer.losses(o.micro[0], micro, o.updates)
-            out["tried"].append(trainer.attempt(sequences or micro, micro))
-        except torch.OutOfMemoryError:
-            out["no_memory"].append(micro)
-        if micro in out["no_memory"]:  # outside of the handler, whose exception holds the tensors
-            trainer.free()
+        else:
+            try:
+                if "loss" not in out:
+                    out |= trainer.losses(o.micro[0], micro, o.updates)
+                out["tried"].append(attempt(trainer, sequences or micro, micro))
+                continue
+            except torch.OutOfMemoryError:
+                out["no_memory"].append(micro)
+            # outside of the handler, whose exception holds the tensors
+            trainer.optimizer.zero_grad(set_to_none=True)
+            gc.collect()
+            torch.cuda.empty_cache()
     if not out["tried"]:
         raise RuntimeError("no micro-batch fits")
     return out | {"micro": max(out["tried"], key=lambda t: t["tokens_per_second"])["micro"]}
+
+
+def attempt(trainer: Trainer, sequences: int, micro: int) -> Row:
+    trainer.speed(sequences, micro, 2, 1)
+    if trainer.cuda:
+        torch.cuda.reset_peak_memory_stats()
+    rate = trainer.speed(sequences, micro, 1, 5)
+    peak = torch.cuda.max_memory_allocated() if trainer.cuda else None
+    return {"micro": micro, "tokens_per_second": rate, "peak_bytes": peak}
 
 
 def speeds(row: Row) -> list[float]:
@@ -172,17 +181,13 @@ def compare(rows: dict[str, Row], c: config.Config, peak: float) -> None:
         row["left_out"] = "; ".join(f"{why} for {','.join(map(str, micros))}" for why, micros in gaps if micros) or None
 
 
-def gpu_bars(rows: dict[str, Row], c: config.Config) -> list[Row]:
-    speed, ratio, memory = BARS.get((c.model.n_layer, c.model.hidden), (None, None, None))
-    hf = rows.get("hf-compile", {})
-    return [
-        *verdict("tokens/s (an H100's)", rows["ours"].get("tokens_per_second"), speed),
-        *verdict("to hf-compile", hf.get("ours_ratio"), ratio),
-        *verdict("memory to hf-compile", hf.get("memory_ratio"), memory, at_most=True),
-    ]
-
-
-def cpu_bars(rows: dict[str, Row]) -> list[Row]:
+def bars_of(rows: dict[str, Row], c: config.Config, cuda: bool) -> list[Row]:
+    if cuda:
+        speed, ratio, memory = BARS.get((c.model.n_layer, c.model.hidden), (None, None, None))
+        hf = rows.get("hf-compile", {})
+        bars = verdict("tokens/s (an H100's)", rows["ours"].get("tokens_per_second"), speed)
+        bars += verdict("to hf-compile", hf.get("ours_ratio"), ratio)
+        return bars + verdict("memory to hf-compile", hf.get("memory_ratio"), memory, at_most=True)
     bars = []
     for name in ("ours", "ours-compile"):
         bars += verdict(f"{name}: part of the matmul", rows[name].get("mfu"), CPU_BARS[0])

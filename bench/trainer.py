@@ -19,17 +19,17 @@ from bench.report import Row
 
 class Trainer:
     def __init__(self, row: str, c: config.Config, device: torch.device, dtype: torch.dtype) -> None:
-        self.c, self.device, t = c, device, c.train
-        self.cuda = device.type == "cuda"
+        self.c, self.device, self.cuda, t = c, device, device.type == "cuda", c.train
         torch.set_float32_matmul_precision("high" if dtype == torch.bfloat16 else "highest")  # as train.py
         torch.manual_seed(t.seed)
         use = kernels.choose("torch" if row == "ours-torch" else t.kernels, device)
         with device:
-            self.net: nn.Module = llama.Transformer(c.model, dtype, use, t.recompute)
+            ours = llama.Transformer(c.model, dtype, use, t.recompute)
+            self.net: nn.Module = ours
             if row == "nanogpt":
                 self.net = peers.NanoGPT(c.model)
             elif row.startswith("hf"):
-                self.net = peers.hugging_face(c.model, self.net, "liger" in row)
+                self.net = peers.hugging_face(c.model, ours, "liger" in row)
         self.hf = row.startswith("hf")
         self.autocast = dtype == torch.bfloat16 and not row.startswith("ours")
         self.compiled = row.endswith("compile") or (self.cuda and row in ("ours", "ours-torch", "nanogpt"))
@@ -40,7 +40,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(t.beta1, t.beta2), fused=True)
 
     def ids(self, sequences: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (sequences, context), the same for every row. Frequencies of 1/rank can be learned in a few updates."""
+        """Inputs and targets (sequences, context), the same for every row. Frequencies of 1/rank are soon learned."""
         generator, V = torch.Generator().manual_seed(seed), self.c.model.vocab_size
         uniform = torch.rand(sequences, self.c.model.context + 1, generator=generator, dtype=torch.float64)
         ids = ((V**uniform).long() - 1).clamp_(0, V - 1).to(self.device)
@@ -63,7 +63,7 @@ class Trainer:
         return total
 
     def losses(self, sequences: int, micro: int, updates: int) -> Row:
-        """The last loss of some updates under a warm-up; compiling: how much longer the first update took than the median."""
+        """The last loss of some updates under a warm-up; compiling is how much longer than the median the first took."""
         losses, seconds = [], []
         for i in range(updates):
             began = time.perf_counter()
@@ -72,42 +72,27 @@ class Trainer:
         compiling = seconds[0] - statistics.median(seconds) if self.compiled else None
         return {"loss": losses[-1], "compile_seconds": compiling}
 
-    def tokens_per_second(self, sequences: int, micro: int, warmup: int, steps: int) -> float:
-        """The median of `steps` updates after `warmup` others; on a GPU by device events."""
+    def speed(self, sequences: int, micro: int, warmup: int, steps: int) -> float:
+        """Tokens/s of the median of `steps` updates after `warmup` others; on a GPU by device events."""
+
+        def mark() -> Any:
+            if not self.cuda:
+                return time.perf_counter()
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+
         x, y = self.ids(sequences, 0)
         marks = []
         gc.collect()
         gc.disable()
-        for i in range(warmup + steps):
-            if i >= warmup:
-                marks.append(self.mark())
+        for _ in range(warmup + steps):
+            marks.append(mark())
             self.step(x, y, micro, self.c.plan.max_lr)
-        marks.append(self.mark())
+        marks.append(mark())
         gc.enable()
         if self.cuda:
             torch.cuda.synchronize()
-        seconds = [a.elapsed_time(b) / 1e3 if self.cuda else b - a for a, b in itertools.pairwise(marks)]
+        timed = itertools.pairwise(marks[warmup:])
+        seconds = [a.elapsed_time(b) / 1e3 if self.cuda else b - a for a, b in timed]
         return sequences * self.c.model.context / statistics.median(seconds)
-
-    def mark(self) -> Any:
-        """Now: a recorded event on a GPU, otherwise seconds."""
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def attempt(self, sequences: int, micro: int) -> Row:
-        """Speed and peak memory of a few updates at a micro-batch."""
-        self.tokens_per_second(sequences, micro, 2, 1)
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        rate = self.tokens_per_second(sequences, micro, 1, 5)
-        peak = torch.cuda.max_memory_allocated() if self.cuda else None
-        return {"micro": micro, "tokens_per_second": rate, "peak_bytes": peak}
-
-    def free(self) -> None:
-        """Release the memory of an update that ran out of it."""
-        self.optimizer.zero_grad(set_to_none=True)
-        gc.collect()
-        torch.cuda.empty_cache()

@@ -1,9 +1,10 @@
-"""The operations that decide the speed of a step, each in a file of its own: formula, gradient, PyTorch reference, Triton kernels.
+"""The operations that decide the speed of a step, one a file: formula, gradient, PyTorch reference, Triton kernels.
 
     rms_norm.py  rope.py  attention.py  swiglu.py  cross_entropy.py
 
-Every public function takes `use`: "torch" is PyTorch's own operations and runs everywhere, "triton" is the kernel and
-needs a CUDA GPU, or, to play with it, TRITON_INTERPRET=1 in the environment: then it runs on the CPU, in float32, slowly. `choose` turns the key train.kernels into one choice an operation.
+Every public function takes `use`: "torch" is PyTorch's own operations and runs everywhere, "triton" is the kernel and needs a
+CUDA GPU. With TRITON_INTERPRET=1 in the environment the kernels run on the CPU too, in float32, slowly. `choose` turns the
+key train.kernels into one choice an operation.
 """
 
 import functools
@@ -43,9 +44,8 @@ def parse(text: str) -> dict[str, str]:
     for part in text.replace(" ", "").split(","):
         name, eq, wish = part.rpartition("=")
         if wish not in ("auto", "triton", "torch") or (eq and name not in NAMES):
-            raise UserError(
-                f"train.kernels: got {text!r}, expected auto, triton or torch, and after it exceptions such as ,attention=torch; the kernels are {', '.join(NAMES)}"
-            )
+            expected = "auto, triton or torch, and after it exceptions such as ,attention=torch"
+            raise UserError(f"train.kernels: got {text!r}, expected {expected}; the kernels are {', '.join(NAMES)}")
         wishes.update({name: wish} if eq else dict.fromkeys(NAMES, wish))
     return wishes
 
@@ -56,18 +56,14 @@ def problems(text: str, cuda: bool, c: config.Model) -> list[str]:
     if not asked:
         return []
     if not HAVE_TRITON:
-        return [
-            f"train.kernels: got {text!r}, but Triton is not installed: pip install triton (Linux), or take --train.kernels torch"
-        ]
+        return [f"train.kernels: got {text!r}, but Triton is not installed: pip install triton (Linux), or take torch"]
     if not cuda and not interpreted():
-        return [
-            f"train.kernels: got {text!r}, but the device is no CUDA GPU, and Triton's kernels need one; take --train.kernels torch or auto"
-        ]
+        return [f"train.kernels: got {text!r}, which needs a CUDA GPU; the device is no CUDA GPU: take torch or auto"]
     D = c.hidden // c.n_head
     if "attention" in asked and D not in HEAD_DIMS:
-        return [
-            f"train.kernels: attention serves the head dims {', '.join(map(str, HEAD_DIMS))}, got model.hidden / model.n_head = {D}; take --train.kernels {text},attention=torch"
-        ]
+        served = ", ".join(map(str, HEAD_DIMS))
+        got = f"got model.hidden / model.n_head = {D}"
+        return [f"train.kernels: attention serves the head dims {served}, {got}; take {text},attention=torch"]
     return []
 
 
@@ -83,16 +79,14 @@ def interpreted() -> bool:
 
 
 def served(name: str, x: torch.Tensor) -> None:
-    """TypeError if the dtype of x is one that the kernels would quietly round; RuntimeError if x is where they cannot run."""
+    """TypeError if the kernels would silently round x; RuntimeError if they cannot run on its device."""
     if not (x.is_cuda or interpreted()):
-        raise RuntimeError(
-            f"{name}: got a tensor on {x.device}; the Triton kernels need a CUDA GPU, or TRITON_INTERPRET=1 set before they are imported"
-        )
+        raise RuntimeError(f"{name}: got a tensor on {x.device}; expected CUDA, or TRITON_INTERPRET=1 at import")
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise TypeError(f"{name}: got {x.dtype}; the Triton kernels serve bfloat16, float16 and float32: use 'torch'")
 
 
 @functools.cache
 def programs(device: torch.device) -> int:
-    """How many programs of a reduction run at once: some for each multiprocessor. Fixed for a device, so that its sums are, too."""
+    """Programs of a reduction: some for each multiprocessor. Fixed for a device, and so are the bits of its sums."""
     return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
