@@ -8,8 +8,8 @@
     python -m bench eval                 log-likelihoods and answers of downstream tasks beside transformers
 
 A step is bf16 over fp32 weights on a GPU, and fp32 on one thread on a CPU. Each row runs in a fresh process, in turn
-with the others. `--json FILE` keeps everything, `--plot FILE.png` draws it. A peer that is not installed is named with the
-command that installs it. A bar is the goal that we set for a number.
+with the others. `--json FILE` keeps everything, `--plot FILE.png` draws it. A peer that is not installed is named with
+the command that installs it. A bar is the goal that we set for a number.
 """
 
 import argparse
@@ -38,13 +38,7 @@ from runtime.files import write_text
 from text import prepare
 from text.sources import optional
 
-VERBS: dict[str, Any] = {
-    "step": step,
-    "kernels": kernel_rows,
-    "data": data,
-    "checkpoint": checkpoint,
-    "eval": evaluation,
-}
+VERBS: Any = {"step": step, "kernels": kernel_rows, "data": data, "checkpoint": checkpoint, "eval": evaluation}
 FIGURES = (".png", ".pdf", ".svg")
 GPU_SIZES = ["203m", "608m", "1.2b", "3.1b"]
 
@@ -95,7 +89,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
         command.add_config()
     if not argv:
         top.print_help()
-        sys.exit()
+        sys.exit(0)
     cuda = torch.cuda.is_available()
     default = {"checkpoint": "small", "step": "203m" if cuda else "tiny"}.get(argv[0], "tiny")
     o, c = top.parse_config(argv, default=default)
@@ -117,8 +111,8 @@ def check(o: argparse.Namespace, c: config.Config) -> None:
         for name in getattr(o, key, None) or ():
             if name not in known:
                 raise UserError(f"--{key}: got {name!r}, expected {', '.join(known)}")
-    for key, file in (("json", o.json), ("plot", o.plot)):
-        if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
+    for key in ("json", "plot"):
+        if (file := getattr(o, key)) and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
             raise UserError(f"--{key}: got {file}, expected a file in a folder that exists")
     if o.dir and not Path(o.dir).is_dir():
         raise UserError(f"--dir: got {o.dir}, which is no folder; make it")

@@ -34,7 +34,11 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
             began = time.perf_counter()
             count = sum(map(len, tokenizer.encoding.encode_ordinary_batch(docs, num_threads=o.jobs)))
             middle = time.perf_counter()
-            prepare_shards(o, folder / "text.jsonl", folder / str(i))
+            where = ["--source", f"{folder}/text.jsonl", "--out", f"{folder}/{i}"]
+            how = ["--tokenizer", o.tokenizer, "--jobs", str(o.jobs)]
+            succeeded, said = child("data.py", "prepare", *where, *how)
+            if not succeeded:
+                raise UserError(f"--megabytes {o.megabytes:g}: data.py could not prepare that text: {said}")
             alone.append(count / (middle - began))
             ours.append(count / (time.perf_counter() - middle))
         prepared = (Path(c.data.path) / "meta.json").exists()
@@ -49,8 +53,8 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
         {"row": f"data.py prepare, {o.jobs} processes", "tokens_per_second": statistics.median(ours)} | beside,
         {"row": f"reader, {shape} a batch", "tokens_per_second": reader, "bar": show(bars[1:])},
     ]
-    where = c.data.path if prepared else "the same"
-    print(f"{len(docs):,} documents, {count:,} tokens by {Path(o.tokenizer).name}; the reader on {where}")
+    read_from = c.data.path if prepared else "the same"
+    print(f"{len(docs):,} documents, {count:,} tokens by {Path(o.tokenizer).name}; the reader on {read_from}")
     table(rows, "row tokens_per_second ratio to bar")
     return {"documents": len(docs), "tokens": count, "jobs": o.jobs, "rows": rows, "bars": bars}
 
@@ -66,13 +70,6 @@ def documents(megabytes: float) -> list[str]:
     text = corpus()
     starts = itertools.chain.from_iterable(range(97 * i, len(text), 8000) for i in range(80))
     return [text[k : k + 8000] for k in itertools.islice(starts, round(megabytes * 125))]
-
-
-def prepare_shards(o: Any, source: Path, out: Path) -> None:
-    options = {"--out": out, "--source": source, "--tokenizer": o.tokenizer, "--jobs": o.jobs}
-    succeeded, said = child("data.py", "prepare", *(str(x) for pair in options.items() for x in pair))
-    if not succeeded:
-        raise UserError(f"--megabytes {o.megabytes:g}: data.py could not prepare that text: {said}")
 
 
 def read(c: config.Config, folder: str, rounds: int) -> list[float]:

@@ -31,6 +31,7 @@ BATCH = 16
 SIDES = ("ours", "transformers")
 
 Request = tuple[list[int], list[int]]  # ids of a question and of an answer
+Calls = dict[str, tuple[Callable[[], list], Callable[[], list]]]  # {name: (ours, theirs)}
 
 
 def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
@@ -50,9 +51,7 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
     }
     prompts, new = [q[: T // 4] for q in questions], T // 2
     lm = harness.LM(net, tokenizer, BATCH)
-    calls: dict[str, tuple[Callable[[], list], ...]] = {
-        name: (partial(our_nats, lm, x), partial(their_nats, peer, x, device)) for name, x in asked.items()
-    }
+    calls: Calls = {name: (partial(our_nats, lm, x), partial(their_nats, peer, x, device)) for name, x in asked.items()}
     ours, theirs = partial(generate, net, prompts, new, set()), partial(written, peer, prompts, new, device)
     calls["written answers"] = (ours, theirs)
     tokens = {name: sum(len(q) + len(a) - 1 for q, a in x) for name, x in asked.items()} | {
@@ -98,9 +97,7 @@ def written(peer: Any, prompts: list[list[int]], new: int, device: torch.device)
     return peer.generate(torch.tensor(prompts, device=device), **how)[:, len(prompts[0]) :].tolist()
 
 
-def measure(
-    calls: dict[str, tuple[Callable[[], list], ...]], rounds: int, rtol: float
-) -> dict[str, tuple[list[float], list[float]]]:
+def measure(calls: Calls, rounds: int, rtol: float) -> dict[str, tuple[list[float], list[float]]]:
     """{name: seconds of each round, ours and theirs}, after one to warm up. UserError if the sides disagree."""
     seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
     for i in tqdm(range(rounds + 1), desc="eval", disable=None):

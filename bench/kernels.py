@@ -20,12 +20,14 @@ Call = tuple[Callable[..., Any], list[Tensor]]  # a function and its inputs
 
 CASES = ("rms_norm", "add_rms_norm", "rope", "attention", "swiglu", "cross_entropy")
 MATMULS = ("attention", "cross_entropy")  # their roof is the matrix product; the others' is the copy
-COLUMNS = "size kernel row forward backward both forward_of_copy backward_of_copy forward_tflops both_tflops extra_bytes note bar"
-DIRECTIONS = ("forward", "backward", "both")
+COLUMNS = (
+    "size kernel row forward backward both forward_of_copy backward_of_copy forward_tflops both_tflops "
+    "extra_bytes note bar"
+)
 EXTRA_BYTES_BAR = 1e9  # of cross_entropy, beside its gradients
 
-# (cases, directions, measure, bar): a part of the copy, TFLOP/s of an H100, or speed relative to another row. {width: bar}
-# where it depends on the width, for attention on the size of a head.
+# (cases, directions, measure, bar): a part of the copy, TFLOP/s of an H100, or speed relative to another row.
+# {width: bar} where it depends on the width, for attention on the size of a head.
 NORM_FORWARD = {512: 0.75, 1024: 0.85, 1536: 0.89, 2048: 0.91}
 NORM_BACKWARD = {512: 0.70, 1024: 0.78, 1536: 0.82, 2048: 0.85}
 BARS: tuple[tuple[str, str, str, float | dict[int, float]], ...] = (
@@ -144,7 +146,7 @@ def candidates(case: str, m: config.Model, B: int, device: torch.device, dtype: 
 
 
 def loss_candidates(x: Tensor, m: config.Model, device: torch.device) -> dict[str, Call]:
-    """Those of cross_entropy, for x (B, T, C). Ours is one operation to torch.compile, so it compiles all logits instead."""
+    """Those of cross_entropy, for x (B, T, C). torch.compile sees ours as one operation: it gets all logits."""
     y = torch.randint(0, m.vocab_size, x.shape[:2], device=device)
     inputs = [x, (0.02 * torch.randn(m.vocab_size, m.hidden, device=device)).requires_grad_()]
 
@@ -167,9 +169,9 @@ def loss_candidates(x: Tensor, m: config.Model, device: torch.device) -> dict[st
 def cost(case: str, m: config.Model, B: int, item: int) -> dict[str, tuple[float, float]]:
     """{direction: (FLOPs, bytes)}.
 
-    FLOPs: attention's with its causal half and 2.5 forwards as backward; the elementwise operations of the others. Bytes:
-    every input read and every output written once, activations of `item` bytes, weights and tables in fp32. cross_entropy
-    computes its gradients in the forward pass.
+    FLOPs: attention's with its causal half and 2.5 forwards as backward; the elementwise operations of the others.
+    Bytes: every input read and every output written once, activations of `item` bytes, weights and tables in fp32.
+    cross_entropy computes its gradients in the forward pass.
     """
     h, f, T, V, M = m.hidden, m.ffn or 4 * m.hidden, m.context, m.vocab_size, B * m.context
     D = h // m.n_head
@@ -189,15 +191,15 @@ def cost(case: str, m: config.Model, B: int, item: int) -> dict[str, tuple[float
 
 def rates(row: Row, costs: dict[str, tuple[float, float]], copy: float) -> None:
     """Add to a measured row its bytes/s and part of the copy, or its TFLOP/s, and its point of the roofline."""
-    for direction in DIRECTIONS if "both" in row else ():
-        flops, moved = costs[direction]
+    for direction, (flops, moved) in costs.items() if "both" in row else ():
+        seconds = row[direction]
         if row["kernel"] not in MATMULS:
-            row[f"{direction}_bytes_per_second"] = moved / row[direction]
-            row[f"{direction}_of_copy"] = moved / row[direction] / copy
+            row[f"{direction}_bytes_per_second"] = moved / seconds
+            row[f"{direction}_of_copy"] = moved / seconds / copy
         elif direction == "both" or row["kernel"] == "attention":
-            row[f"{direction}_tflops"] = flops / row[direction] / 1e12
+            row[f"{direction}_tflops"] = flops / seconds / 1e12
         if direction == "both":
-            row["roofline"] = (flops / moved, flops / row["both"] / 1e12)
+            row["roofline"] = (flops / moved, flops / seconds / 1e12)
 
 
 def kernel_bars(case: str, m: config.Model, rows: dict[str, Row]) -> list[Row]:

@@ -44,7 +44,7 @@ def square_product(device: torch.device, dtype: torch.dtype) -> tuple[str, Calla
 
 
 def roofs(device: torch.device, dtype: torch.dtype, c: config.Model | None = None) -> Row:
-    """Bytes/s of a large copy, FLOP/s of a large product; with a model, FLOP/s of its products for 8 sequences as well."""
+    """Bytes/s of a large copy, FLOP/s of a large product; with a model, those of its products for 8 sequences."""
     a = torch.zeros(int(4e9 if device.type == "cuda" else 2.5e8), dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
     copy = 2 * len(a) / timed(lambda: b.copy_(a), device)

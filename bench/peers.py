@@ -50,7 +50,7 @@ class NanoBlock(nn.Module):
 
 
 class NanoGPT(nn.Module):
-    """nanoGPT's shape at our FLOPs a token: LayerNorm, learned positions, tied embeddings, GELU of 6h for our SwiGLU of 4h."""
+    """nanoGPT's shape at our FLOPs a token: LayerNorm, learned positions, tied head, GELU of 6h for SwiGLU of 4h."""
 
     def __init__(self, c: config.Model) -> None:
         super().__init__()

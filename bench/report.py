@@ -23,9 +23,9 @@ def table(rows: list[Row], columns: str) -> None:
 
 
 def text(value: Any) -> str:
-    if isinstance(value, float):
+    if isinstance(value, (int, float)):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return "" if value is None else str(value)
+    return value or ""
 
 
 def verdict(what: str, got: float | None, bar: float | None, at_most: bool = False) -> list[Row]:

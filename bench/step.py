@@ -1,4 +1,4 @@
-"""A training step beside its peers: tokens/s, MFU, peak memory, loss. Rows in fresh processes, rounds in turn (A B A B)."""
+"""A training step beside its peers: tokens/s, MFU, peak memory, loss. Fresh processes, rounds in turn (A B A B)."""
 
 import gc
 import statistics
@@ -27,8 +27,8 @@ BARS = {
     (40, 2048): (29.7e3, 1.14, 0.85),
 }
 COLUMNS = (
-    "row micro tokens_per_second ours_ratio mfu mfu_published peak_bytes memory_ratio compile_seconds loss loss_difference "
-    "left_out note"
+    "row micro tokens_per_second ours_ratio mfu mfu_published peak_bytes memory_ratio compile_seconds loss "
+    "loss_difference left_out note"
 )
 CPU_BARS = (0.50, 1.1)  # MFU of the matrix product, speed relative to nanoGPT's shape
 
@@ -69,8 +69,8 @@ def check(micros: list[int], c: config.Config, device: torch.device, dtype: torc
 
 
 def estimate(c: config.Config, micro: int, item: int) -> float:
-    """Bytes of a plain PyTorch peer: fp32 weights, gradients and moments; activations of `item` bytes; logits with their fp32
-    copy and gradients, 12 bytes each."""
+    """Bytes of a plain PyTorch peer: fp32 weights, gradients and moments; activations of `item` bytes; logits, their
+    fp32 copy and gradients in 12 bytes each."""
     m = c.model
     activations = m.n_layer * (16 * m.hidden + 4 * (m.ffn or 4 * m.hidden)) * item
     return 16.0 * llama.parameters(m) + micro * m.context * (activations + 12.0 * m.vocab_size)

@@ -63,7 +63,7 @@ class Trainer:
         return total
 
     def losses(self, sequences: int, micro: int, updates: int) -> Row:
-        """The last loss of some updates under a warm-up; compiling is how much longer than the median the first took."""
+        """The last loss of some updates under a warm-up; compiling: what the first took beyond the median."""
         losses, seconds = [], []
         for i in range(updates):
             began = time.perf_counter()

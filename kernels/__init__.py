@@ -2,9 +2,9 @@
 
     rms_norm.py  rope.py  attention.py  swiglu.py  cross_entropy.py
 
-Every public function takes `use`: "torch" is PyTorch's own operations and runs everywhere, "triton" is the kernel and needs a
-CUDA GPU. With TRITON_INTERPRET=1 in the environment the kernels run on the CPU too, in float32, slowly. `choose` turns the
-key train.kernels into one choice an operation.
+Every public function takes `use`: "torch" is PyTorch's own operations and runs everywhere, "triton" is the kernel and
+needs a CUDA GPU. With TRITON_INTERPRET=1 in the environment the kernels run on the CPU too, in float32, slowly.
+`choose` turns the key train.kernels into one choice an operation.
 """
 
 import functools
@@ -58,7 +58,7 @@ def problems(text: str, cuda: bool, c: config.Model) -> list[str]:
     if not HAVE_TRITON:
         return [f"train.kernels: got {text!r}, but Triton is not installed: pip install triton (Linux), or take torch"]
     if not cuda and not interpreted():
-        return [f"train.kernels: got {text!r}, which needs a CUDA GPU; the device is no CUDA GPU: take torch or auto"]
+        return [f"train.kernels: got {text!r}, but the device is no CUDA GPU; take --train.kernels torch or auto"]
     D = c.hidden // c.n_head
     if "attention" in asked and D not in HEAD_DIMS:
         served = ", ".join(map(str, HEAD_DIMS))
