@@ -207,7 +207,7 @@ def test_checkpoint(run, tmp_path, monkeypatch):
         "save to plain write": (save_to_write, 0.85, save_to_write >= 0.85),
         "stall by copy": (stall, 1.5, stall <= 1.5),
     }
-    # the first allocates; then in turn one with buffers and a synchronous one; none waits for another or finds its work done
+    # the first allocates; then in turn one with buffers and a synchronous one; none waits or finds its work done
     assert saves == [(False, True, False), *[(True, True, False), (False, True, False)] * 2]
     c = config.Model(1, 2, None, 16, None, 64, 16)
     assert result["bytes"] >= 12 * model.parameters(c)
