@@ -31,8 +31,8 @@ EPS = 2.0**-24  # of fp32: the largest relative error of one rounding
 
 
 def rounding(terms, operations=8):
-    """How far fp32 may be off, as |got - exact| / |exact|: sums of `terms` random products lose eps * sqrt(terms), and each
-    of a few operations before and after them loses eps once. Twice that, because a test must not fail by luck."""
+    """How far fp32 may be off, as |got - exact| / |exact|: sums of `terms` random products lose eps * sqrt(terms), and
+    each of a few operations before and after them loses eps once. Twice that, because a test must not fail by luck."""
     return 2 * EPS * (math.sqrt(terms) + operations)
 
 
