@@ -140,7 +140,7 @@ def build(c: Config, start: Start, kind: str, world: World) -> tuple[Transformer
     steady_malloc(device)
     torch.manual_seed(t.seed)  # the initial weights are drawn on the CPU, the same everywhere
     dtype = torch.bfloat16 if bf16 else torch.float32
-    net = Transformer(c.model, dtype, kernels.choose(t.kernels, device, c.model), t.recompute)
+    net = Transformer(c.model, dtype, kernels.choose(t.kernels, device), t.recompute)
     if kind == "fsdp":
         for block in net.blocks if compiles(c, world) else []:
             block.compile()  # FSDP2's work between blocks stays outside the graphs
