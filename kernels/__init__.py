@@ -36,6 +36,7 @@ AUTO = {  # the choices of "auto" on a CUDA GPU, each with its reason
 }
 NAMES = tuple(AUTO)
 HEAD_DIMS = (16, 32, 64, 96, 128)  # what attention.py serves
+MOST_ANGLES = 1 << 27  # context x head size: cosines and sines in memory; a million tokens at the usual 128
 
 
 def parse(text: str) -> dict[str, str]:
@@ -52,19 +53,28 @@ def parse(text: str) -> dict[str, str]:
 
 def problems(text: str, cuda: bool, c: config.Model) -> list[str]:
     """Why the kernels that `text` asks for by name cannot run: here, or at this shape."""
+    found, D = rope_problems(c), c.hidden // c.n_head
     asked = [name for name, wish in parse(text).items() if wish == "triton"]
-    if not asked:
-        return []
-    if not HAVE_TRITON:
-        return [f"train.kernels: got {text!r}, but Triton is not installed: pip install triton (Linux), or take torch"]
-    if not cuda and not interpreted():
-        return [f"train.kernels: got {text!r}, but the device is no CUDA GPU; take --train.kernels torch or auto"]
-    D = c.hidden // c.n_head
-    if "attention" in asked and D not in HEAD_DIMS:
-        served = ", ".join(map(str, HEAD_DIMS))
-        got = f"got model.hidden / model.n_head = {D}"
-        return [f"train.kernels: attention serves the head dims {served}, {got}; take {text},attention=torch"]
-    return []
+    if asked and not HAVE_TRITON:
+        found.append(f"train.kernels: got {text!r}, but Triton is not installed: pip install triton, or take torch")
+    elif asked and not cuda and not interpreted():
+        found.append(f"train.kernels: got {text!r}, but the device is no CUDA GPU; take --train.kernels torch or auto")
+    elif "attention" in asked and D not in HEAD_DIMS:
+        served, got = ", ".join(map(str, HEAD_DIMS)), f"got model.hidden / model.n_head = {D}"
+        found.append(f"train.kernels: attention serves the head dims {served}, {got}; take {text},attention=torch")
+    return found
+
+
+def rope_problems(c: config.Model) -> list[str]:
+    """What is wrong with the rotary angles that a model asks for, one line each."""
+    D, stretched, yarn = c.hidden // c.n_head, c.rope_scaling in ("llama3", "yarn"), c.rope_scaling == "yarn"
+    checks = [  # key, value, expected, is it so?
+        ("context", c.context, f"at most {MOST_ANGLES // D:,} with heads of {D}", c.context * D <= MOST_ANGLES),
+        ("rope_low", c.rope_low, f"below rope_high = {c.rope_high:g}", not stretched or c.rope_low < c.rope_high),
+        ("rope_theta", c.rope_theta, "above 1 for yarn", not yarn or c.rope_theta > 1),
+        ("rope_high", c.rope_high, "at most 1e9 for yarn", not yarn or c.rope_high <= 1e9),
+    ]
+    return [f"model.{name}: got {got}, expected {expected}" for name, got, expected, fine in checks if not fine]
 
 
 def choose(text: str, device: torch.device) -> dict[str, str]:
