@@ -8,6 +8,10 @@ demo: .venv/demo
 test: .venv/dev
 	$(PY) -m pytest -q -n 2 tests
 
+# A minute: the unit tests and the linters
+check: lint
+	$(PY) -m pytest -q -n 2 tests/unit
+
 # What results/tiny holds, anew: two CPU cores, an hour or two; goes on where it was
 results-tiny: .venv/demo
 	$(PY) -m paper fig1 fig2 fig3 table1 fig4 fig5 table2 table3 table9 fig6 table10 table13 loss --scale tiny --seeds 3
@@ -27,7 +31,7 @@ results-small: $(if $(filter .venv/%,$(PY)),.venv/dev)
 SIZES = 203m 1.2b 3.1b
 bench: $(if $(filter .venv/%,$(PY)),.venv/dev)
 	@$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make bench: needs a CUDA GPU')"
-	$(PY) -m pytest -q tests/test_kernels.py tests/test_parallel.py
+	$(PY) -m pytest -q tests -k 'test_kernels or test_parallel'
 	mkdir -p results/gpu
 	$(PY) -m bench kernels --json results/gpu/kernels.json --plot results/gpu/roofline.png
 	for size in $(SIZES); do $(PY) -m bench step --size $$size --json results/gpu/step-$$size.json --plot results/gpu/step-$$size.png || exit; done
@@ -43,7 +47,7 @@ soak: .venv/dev
 lint: .venv/dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy *.py
+	.venv/bin/mypy *.py kernels runtime text tools paper bench
 
 .venv/demo: requirements.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
@@ -55,4 +59,4 @@ lint: .venv/dev
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@ .venv/demo
 
-.PHONY: demo test results-tiny results-small bench soak lint
+.PHONY: demo test results-tiny results-small check bench soak lint
