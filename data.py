@@ -1,7 +1,7 @@
 """Token files -> batches: `Tokens.batch(step)` is a pure function of (seed, increments, step).
 
-Nothing of it is saved in a checkpoint, a seek costs nothing, and the world size does not matter: each rank asks for its
-rows of the same global batch. The files are those of data.py; `check_files` compares them with their checksums.
+So no checkpoint stores a data position, seeking is free, and the world size does not matter: each rank reads its rows
+of the same global batch. `python data.py prepare|add|verify|bins|vocab` makes and checks the token files (text/).
 """
 
 import itertools
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from runtime.errors import UserError, user_errors
-from text import prepare, token_files
+from text import command_line, token_files
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
@@ -26,9 +26,10 @@ def mix64(x: np.ndarray) -> np.ndarray:
 
 
 def permute(i: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
-    """Where a seeded permutation of 0..n-1 sends the indices i, with no memory of size n.
+    """The images of the indices i under a seeded permutation of 0..n-1, in memory that does not depend on n.
 
-    A Feistel network of four rounds permutes the least 4^k that holds n; an image outside 0..n-1 is sent on until it is inside.
+    A Feistel network of four rounds permutes 0..4^k-1, 4^k >= n; it is applied again to images of n or more (cycle
+    walking).
     """
     half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
@@ -48,7 +49,11 @@ def permute(i: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
 
 
 class Tokens:
-    """The prepared data as one run reads it: global batch `step` of B sequences, for every step of every increment."""
+    """A prepared folder as one run reads it: global batch `step` of B sequences, for every step of every increment.
+
+    increments: steps of each. repeat: read an increment again once it is used up. unique: read only the first `unique`
+    steps' worth of each increment, again and again.
+    """
 
     def __init__(
         self,
@@ -60,14 +65,8 @@ class Tokens:
         repeat: bool = False,
         unique: int | None = None,
     ) -> None:
-        self.folder, self.context, self.B, self.seed, self.repeat, self.unique = (
-            Path(folder),
-            context,
-            B,
-            seed,
-            repeat,
-            unique,
-        )
+        self.folder, self.context, self.B, self.seed = Path(folder), context, B, seed
+        self.repeat, self.unique = repeat, unique
         self.meta = token_files.read_meta(self.folder)
         self.ends = list(itertools.accumulate(increments))  # increment i covers steps ends[i-1] .. ends[i] - 1
         self.files: dict[str, np.ndarray] = {}
@@ -85,41 +84,32 @@ class Tokens:
 
     def needs(self, start: int, end: float) -> list[tuple[str, int, int]]:
         """(increment, tokens needed, tokens there) of every increment that steps start .. end - 1 read."""
-        out = []
+        found = []
         for i, stop in enumerate(self.ends):
             first = self.ends[i - 1] if i else 0
             if first < end and stop > start:
                 there = self.meta["increments"][i]["tokens"] if i < len(self.meta["increments"]) else 0
-                out.append(
-                    (
-                        f"v{i + 1}",
-                        int(min(stop - first, end - first, self.unique or math.inf)) * self.B * self.context + 1,
-                        there,
-                    )
-                )
-        return out
+                steps = int(min(stop - first, end - first, self.unique or math.inf))
+                found.append((f"v{i + 1}", steps * self.B * self.context + 1, there))
+        return found
 
     def problems(self, start: int, end: float) -> list[str]:
         """Increments that steps start .. end - 1 need and that are missing or too short, a line each."""
-        found = []
-        if end < math.inf and end > self.ends[-1]:
-            found.append(
-                f"data.increments: {self.ends[-1]:,} steps in all, expected at least the {int(end):,} that are trained; add to them"
-            )
+        found, where = [], f"data.path {self.folder}"
+        if self.ends[-1] < end < math.inf:
+            total = f"{self.ends[-1]:,} steps in all, expected at least the {int(end):,} that are trained"
+            found.append(f"data.increments: {total}; add to them")
         for name, need, there in self.needs(start, end):
+            got = f"{name} has {there:,} tokens"
             if there == 0:
-                found.append(
-                    f"data.path {self.folder}: has no increment {name}; append it: python data.py add --out {self.folder} --source ..."
-                )
+                command = f"python data.py add --out {self.folder} --source ..."
+                found.append(f"{where}: has no increment {name}; append it: {command}")
             elif there <= self.context:
-                found.append(
-                    f"data.path {self.folder}: {name} has {there:,} tokens, not one sequence of {self.context}"
-                )
+                found.append(f"{where}: {got}, not one sequence of {self.context}")
             elif there < need and not self.repeat:
                 steps = (there - 1) // (self.B * self.context)
-                found.append(
-                    f"data.path {self.folder}: {name} has {there:,} tokens and {need:,} are needed; give it more text, at most {steps} steps, or --data.repeat true"
-                )
+                fix = f"give it more text, at most {steps} steps, or --data.repeat true"
+                found.append(f"{where}: {got} and {need:,} are needed; {fix}")
         return found
 
     def identity(self, step: int) -> dict[str, Any]:
@@ -137,51 +127,74 @@ class Tokens:
     def batch(self, step: int, rows: slice = slice(None)) -> tuple[np.ndarray, ...]:
         """Rows of global batch `step`: (inputs, targets), each int64 (rows, context).
 
-        An increment is cut into sequences of `context` tokens (and one more, the last target); update k of the increment reads
-        sequences k*B .. of a permutation seeded by (seed, increment, epoch). With `unique` only that many steps' worth of them are there.
+        An increment is cut into sequences of `context` tokens (and one more, the last target). Update k of the
+        increment reads sequences k*B .. (k+1)*B - 1 of a permutation seeded by (seed, increment, epoch).
         """
         increment, k = self.place(step)
-        name, T = f"v{increment + 1}", self.context
-        tokens = self.tokens(name)
-        n = (len(tokens) - 1) // T
+        name = f"v{increment + 1}"
+        n = (len(self.tokens(name)) - 1) // self.context
         n = min(n, (self.unique or n) * self.B)
         index = np.arange(self.B)[rows] + k * self.B
         epoch = index // n
-        where = np.empty_like(index)
+        sequences = np.empty_like(index)
         for e in np.unique(epoch):
-            where[epoch == e] = permute(index[epoch == e] % n, n, (self.seed, increment, int(e)))
-        window = tokens[where[:, None] * T + np.arange(T + 1)].astype(np.int64)  # (rows, T + 1)
-        self.check(window, name)
-        return window[:, :-1], window[:, 1:]
+            sequences[epoch == e] = permute(index[epoch == e] % n, n, (self.seed, increment, int(e)))
+        return self.windows(name, sequences * self.context, self.context)
 
-    def check(self, ids: np.ndarray, name: str) -> None:
+    def windows(self, name: str, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """(inputs, targets), each int64 (starts, length), of the sequences that begin at `starts` in a token file."""
+        ids = self.tokens(name)[starts[:, None] + np.arange(length + 1)].astype(np.int64)
         if ids.max() >= self.meta["vocab_size"]:
-            raise UserError(
-                f"{self.folder / name}.bin: token id {ids.max()}, expected below the vocabulary's {self.meta['vocab_size']}; prepare the data again"
-            )
+            problem = f"token id {ids.max()}, expected below the vocabulary's {self.meta['vocab_size']}"
+            raise UserError(f"{self.folder / name}.bin: {problem}; prepare the data again")
+        return ids[:, :-1], ids[:, 1:]
 
     def validation(
         self, rows: int, limit: int = 0, rank: int = 0, ranks: int = 1
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The validation set in order, `rows` sequences at a time, this rank's share of them; its last sequence may be shorter.
+        """The validation set in order, `rows` sequences at a time, this rank's share of them; the last may be shorter.
 
         `limit` tokens, 0: all. Every token but the very first is a target once.
         """
-        tokens, T = self.tokens("val"), self.context
-        end = min(len(tokens) - 1, limit or len(tokens))
-        whole = end // T
-        for first in range(rank * rows, whole, ranks * rows):
-            n = min(rows, whole - first)
-            window = tokens[(first + np.arange(n))[:, None] * T + np.arange(T + 1)].astype(np.int64)
-            self.check(window, "val")
-            yield window[:, :-1], window[:, 1:]
+        T, total = self.context, len(self.tokens("val"))
+        end = min(total - 1, limit or total)
+        full = end // T
+        for first in range(rank * rows, full, ranks * rows):
+            yield self.windows("val", np.arange(first, min(first + rows, full)) * T, T)
         if end % T and rank == ranks - 1:
-            window = tokens[whole * T : end + 1].astype(np.int64)[None]
-            self.check(window, "val")
-            yield window[:, :-1], window[:, 1:]
+            yield self.windows("val", np.array([full * T]), end % T)
+
+
+class MixedData(Tokens):
+    """The tokens of a branch. After `mix`, the last rows of a batch are examples."""
+
+    def mix(self, examples: Any, part: float, start: int) -> None:
+        """Make a `part` of each batch from step `start` on rows of a text.examples.Examples."""
+        self.examples, self.part, self.m, self.start = examples, part, int(part * self.B + 0.5), start
+
+    def identity(self, step: int) -> dict[str, Any]:
+        mixed = {"examples": self.examples.meta["source_sha256"], "mix": self.part} if step > self.start else {}
+        return {**super().identity(step), **mixed}
+
+    def _row_numbers(self, step: int) -> np.ndarray:
+        return self.examples.order((step - self.start) * self.m + np.arange(self.m))
+
+    def targets(self, step: int) -> int:
+        return (self.B - self.m) * self.context + int(self.examples.targets[self._row_numbers(step)].sum())
+
+    def batch(self, step: int, rows: slice = slice(None)) -> tuple[np.ndarray, ...]:
+        """(inputs, targets, documents), each int64 (rows, context): rows of text first, whose documents are 0."""
+        places = np.arange(self.B)[rows]
+        texts = self.B - self.m
+        numbers = self._row_numbers(step)[places[places >= texts] - texts]
+        n = len(places) - len(numbers)
+        x, y = super().batch(step, rows)
+        text = x[:n], y[:n], np.zeros((n, self.context), np.int64)
+        examples = self.examples.rows([self.examples.train[i] for i in numbers])
+        return tuple(map(np.concatenate, zip(text, examples, strict=True)))
 
 
 if __name__ == "__main__":
     with user_errors("data.py"):
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # tidies up as Ctrl-C does
-        prepare.main()
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # clean up, as after Ctrl-C
+        command_line.main()

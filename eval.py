@@ -73,16 +73,16 @@ def common(runs: Iterable[dict[int, Any]]) -> list[int]:
 def load_model(path: Path, device: torch.device) -> tuple[llama.Transformer, dict[str, Any]]:
     """The model of a checkpoint and its meta."""
     meta = checkpoint.read_meta(path)
-    c = config.model_of(meta["config"], f"{path / 'meta.json'}")
+    c = config.model_of(meta["config"])
     checkpoint.verify(path)
     # a shape is only a claim: nothing is built that the files, float32, could not hold
-    need, there = 4 * llama.parameters(c), sum(f.stat().st_size for f in path.glob("*.safetensors"))
+    need, there = 4 * c.parameters, sum(f.stat().st_size for f in path.glob("*.safetensors"))
     if there < need:
         raise UserError(
             f"{path}: its model of {c.n_layer:,} blocks of width {c.hidden:,} takes {need:,} bytes, got files of {there:,}; restore it"
         )
     net = llama.Transformer(
-        c, torch.bfloat16 if device.type == "cuda" else torch.float32, kernels.choose("auto", device, c)
+        c, torch.bfloat16 if device.type == "cuda" else torch.float32, kernels.choose("auto", device)
     )
     checkpoint.load(path, checkpoint.state(net))
     for w in net.parameters():
@@ -93,7 +93,7 @@ def load_model(path: Path, device: torch.device) -> tuple[llama.Transformer, dic
 
 def open_data(path: Path, meta: dict[str, Any], folder: str | None, context: int | None = None) -> data.Tokens:
     """The data of a checkpoint, or another folder made with the same tokenizer, in sequences as long as the model's, or shorter."""
-    c = config.model_of(meta["config"], f"{path / 'meta.json'}")
+    c = config.model_of(meta["config"])
     if context and context > c.context:
         raise UserError(f"--context: got {context}, expected at most the {c.context} of {path}")
     tokens = data.Tokens(folder or str(meta["config"].get("data.path")), context or c.context, 1, [1], 0)

@@ -12,7 +12,6 @@ that starts at step 14,000 reads on where its parent stopped.
 
 import argparse
 import ast
-import difflib
 import math
 import signal
 import sys
@@ -24,7 +23,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-PARADIGMS = ("ptfs", "cpt", "ours")
+TITLES = {
+    "ptfs": "Pre-training from scratch (PTFS)",
+    "cpt": "Continual pre-training (CPT)",
+    "ours": "Path switching (ours)",
+}
+PARADIGMS = tuple(TITLES)
 CPT_VARIANTS = ("reset_max", "rewarm_max", "keep_min")  # Appendix B
 MOST_VERSIONS = 10_000  # more is a typing error
 
@@ -236,7 +240,7 @@ def problems(p: Plan, paradigm: str) -> list[str]:
         ("increments", p.increments, "1 step or more each", min(p.increments, default=1) > 0),
         ("max_lr", p.max_lr, "a finite number above 0", 0 < p.max_lr < math.inf),
         ("min_lr", p.min_lr, f"above 0 and at most max_lr = {p.max_lr}", p.min_lr is None or 0 < p.min_lr <= p.max_lr),
-        ("warmup", W, "0 or more, for inverse_sqrt 1 or more", W >= (p.schedule == "inverse_sqrt")),
+        ("warmup", W, "0 or more, for inverse_sqrt 1 or more", (p.schedule == "inverse_sqrt") <= W),
         ("alpha", p.alpha, "above 0 and at most 1", p.alpha is None or 0 < p.alpha <= 1),
         ("decay_steps", p.decay_steps, "1 or more", p.decay_steps is None or p.decay_steps >= 1),
         ("decay_steps", p.decay_steps, f"none beside alpha = {p.alpha}", not p.decay_steps or p.alpha is None),
@@ -246,7 +250,7 @@ def problems(p: Plan, paradigm: str) -> list[str]:
     T, d = p.T[0], p.d
     if W >= T:
         found.append(f"warmup: got {W} steps, expected fewer than the first increment's {T}")
-    elif paradigm == "cpt" and p.cpt_variant == "rewarm_max" and W >= min(p.T):
+    elif paradigm == "cpt" and p.cpt_variant == "rewarm_max" and min(p.T) <= W:
         found.append(f"warmup: got {W} steps, expected fewer than the shortest increment's {min(p.T)} with rewarm_max")
     elif paradigm == "ours" and d < 1:
         found.append(f"alpha: got {p.alpha}, not one step of the first increment's {T}; expected at least {1 / T:.3g}")
@@ -313,25 +317,20 @@ def draw(plans: dict[str, list[Segment]], file: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import MaxNLocator
 
     colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito: for the colour-blind
-    titles = {"ptfs": "Pre-training from scratch (PTFS)", "cpt": "Continual pre-training (CPT)"}
-    titles["ours"] = "Path switching (ours)"
     fig, axes = plt.subplots(1, len(plans), figsize=(5 * len(plans), 3.4), sharey=True, squeeze=False)
     for ax, (paradigm, segments) in zip(axes[0], plans.items(), strict=True):
         # the longest first, so that the shorter runs of PTFS, equal to it in the warm-up, stay visible
         for g in sorted(segments, key=lambda g: g.start - g.end):
             steps = [*range(g.start, g.end, max(1, (g.end - g.start) // 2000)), max(g.start, g.end - 1)]
-            main = g.paradigm == "main"
-            colour, width = ("#333333", 2.6) if main else (colours[(g.version - 1) % len(colours)], 1.8)
-            label = "main path" if main else f"V{g.version}"
+            label, colour, width = f"V{g.version}", colours[(g.version - 1) % len(colours)], 1.8
+            if g.paradigm == "main":
+                label, colour, width = "main path", "#333333", 2.6
             ax.plot(steps, [g.lr(s) for s in steps], color=colour, linewidth=width, label=label)
-        total = sum(g.end - g.start for g in segments)
-        ax.set_title(f"{titles.get(paradigm, paradigm)}: {total:,} steps", fontsize=10)
-        ax.set_xlabel("step")
-        ax.xaxis.set_major_locator(MaxNLocator(5))
-        ax.set_ylim(bottom=0)
+        ax.set_title(f"{TITLES.get(paradigm, paradigm)}: {sum(g.end - g.start for g in segments):,} steps", fontsize=10)
+        ax.set(xlabel="step", ylim=(0, None))
+        ax.xaxis.set_major_locator(plt.MaxNLocator(5))
         ax.grid(alpha=0.25)
     axes[0][0].set_ylabel("learning rate")
     lines = {label: line for ax in axes[0] for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
@@ -342,26 +341,22 @@ def draw(plans: dict[str, list[Segment]], file: str) -> None:
     plt.close(fig)
 
 
-def read_plan(config: str, words: dict[str, str]) -> Plan:
+def read_plan(config: str, words: dict[str, str | None]) -> Plan:
     """The plan of a config file, with words of the command line on top. ValueError names the key."""
     file = Path(config) if config.endswith(".toml") else Path(__file__).parent / "configs" / f"{config}.toml"
     values = tomllib.loads(file.read_text()).get("plan", {})
     for f in fields(Plan):
-        try:
-            if f.name in words:
-                values[f.name] = parse(f.type, words[f.name])
-            elif f.name in values:
-                values[f.name] = typed(f.type, values[f.name])
-        except ValueError:
-            got = words.get(f.name, values.get(f.name))
-            raise ValueError(f"plan.{f.name}: got {got!r}, expected {type_name(f.type)}") from None
+        if (text := words[f.name]) is not None:
+            try:
+                values[f.name] = parse(f.type, text)
+            except ValueError:
+                raise ValueError(f"plan.{f.name}: got {text!r}, expected {type_name(f.type)}") from None
     return Plan(**values)
 
 
 def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
-    form = argparse.RawDescriptionHelpFormatter
-    a = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    a = argparse.ArgumentParser(description="Print, list or draw the paths of a paradigm.", allow_abbrev=False)
     a.add_argument("--config", default="tiny", help="a name in configs/ or a .toml file [tiny]")
     a.add_argument("--paradigm", choices=PARADIGMS, default="ours")
     a.add_argument("--csv", action="store_true", help="segment,step,lr of every update")
@@ -370,11 +365,9 @@ def main() -> None:
         a.add_argument(f"--plan.{f.name}", dest=f.name, metavar="VALUE", help=f.metadata["help"])
     o, unknown = a.parse_known_args()
     try:
-        for word in unknown:
-            near = difflib.get_close_matches(f"plan.{word.lstrip('-')}", [f"plan.{f.name}" for f in fields(Plan)], 1)
-            raise ValueError(f"unknown argument {word}" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
-        words = {f.name: text for f in fields(Plan) if (text := getattr(o, f.name)) is not None}
-        segments = plan(o.paradigm, read_plan(o.config, words))
+        if unknown:
+            raise ValueError(f"unknown argument {unknown[0]}; the plan's keys are --plan.KEY, see --help")
+        segments = plan(o.paradigm, read_plan(o.config, vars(o)))
         if o.plot:
             draw({o.paradigm: segments}, o.plot)
     except (ValueError, TypeError, OSError, ImportError) as e:

@@ -26,7 +26,6 @@ from torch.nn.utils import clip_grad_norm_
 import config
 import kernels
 from config import Config
-from data import Tokens
 from kernels.cross_entropy import IGNORE
 from model import Transformer
 from runtime import checkpoint, distributed, resume
@@ -38,9 +37,7 @@ from runtime.guards import Guard, Watchdog
 from runtime.logger import Log
 from runtime.preview import preview
 from runtime.resume import Run
-from runtime.start import Start, agree_on_start, claim
-from text import prepare
-from text.examples import Examples, MixedData, SFTData, prepare_examples
+from runtime.start import Start, agree_on_start, claim, open_data
 
 # ---- What to train: wrong input is refused here, before a device or the disk is touched ------------------------------
 
@@ -88,47 +85,6 @@ def pick(o: Namespace, c: Config, world: World) -> Run:
     return run
 
 
-# ---- Data, and the place where training begins -----------------------------------------------------------------------
-
-
-def open_data(run: Run, world: World, watchdog: Watchdog) -> tuple[Run, Tokens | SFTData]:
-    """The data that the segment reads: enough of it, and of this vocabulary. Fine-tuning gets its number of steps."""
-    c, segment = run.config, run.segment
-    sft = segment.paradigm == "sft"
-    tokens: Any = None
-    if not sft:
-        watchdog.beat("checking data")
-        with raise_on_all_ranks(world):
-            if world.rank == 0:
-                prepare.ship(c.data.path)
-        with raise_on_all_ranks(world):
-            tokens = resume.open_tokens(c, run.plan, MixedData if run.reads_examples else Tokens)
-            found = tokens.problems(segment.start, segment.end)
-            if tokens.meta["vocab_size"] != c.model.vocab_size:
-                expected = f"expected {tokens.meta['vocab_size']}, the vocabulary of data.path {c.data.path}"
-                found = [f"model.vocab_size: got {c.model.vocab_size}, {expected}"]
-            if found:
-                raise UserError("\n".join(found))
-    if run.reads_examples:
-        watchdog.beat("preparing examples")
-        folder = ""
-        with raise_on_all_ranks(world):
-            if world.rank == 0:
-                folder = str(prepare_examples(c.data.sft, resume.examples_tokenizer(run), Path(c.out)))
-        folder = distributed.broadcast(folder, world.ranks)
-        with raise_on_all_ranks(world):
-            examples = Examples(Path(folder), c.model.context, c.train.seed)
-        if world.rank == 0:
-            print(examples)
-        if sft:
-            tokens = SFTData(examples, run.meta["data"], c.batch_sequences, c.data.epochs)
-            run = resume.sft_run(c, run.meta, str(run.parent), tokens.steps)
-        else:
-            tokens.mix(examples, c.data.decay_mix, segment.start)
-    distributed.check_same({"data": tokens.meta["hash"]}, world, f"{tokens.folder} must be the same on all machines")
-    return run, tokens
-
-
 # ---- The model and the optimizer -------------------------------------------------------------------------------------
 
 
@@ -140,7 +96,7 @@ def build(c: Config, start: Start, kind: str, world: World) -> tuple[Transformer
     steady_malloc(device)
     torch.manual_seed(t.seed)  # the initial weights are drawn on the CPU, the same everywhere
     dtype = torch.bfloat16 if bf16 else torch.float32
-    net = Transformer(c.model, dtype, kernels.choose(t.kernels, device, c.model), t.recompute)
+    net = Transformer(c.model, dtype, kernels.choose(t.kernels, device), t.recompute)
     if kind == "fsdp":
         for block in net.blocks if compiles(c, world) else []:
             block.compile()  # FSDP2's work between blocks stays outside the graphs
@@ -302,7 +258,7 @@ def main() -> None:
             distributed.join(world, c.train.timeout)
         asked = {"mode": o.mode, "version": o.version, "torch": torch.__version__, "ranks": world.ranks}
         distributed.check_same(asked | config.values(c), world, "start all with the same command, files and packages")
-        run, tokens = open_data(run, world, watchdog)
+        run, tokens = open_data(run, world, watchdog.beat)
         start = agree_on_start(run, tokens, world)
         if start.done == run.required:
             for step in start.done if world.rank == 0 else []:

@@ -1,6 +1,10 @@
-"""What people would use instead, at our shapes: nanoGPT's model, and transformers' Llama with or without Liger's kernels."""
+"""The peers, at our shapes: nanoGPT's model, transformers' Llama with or without Liger's kernels, functions of both."""
 
+import functools
 import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import torch.nn as nn
 import torch.nn.functional as F
@@ -8,41 +12,52 @@ from torch import Tensor
 
 import config
 import model as llama
+from runtime.device import cpp_compiler
 from tools import huggingface
+
+PEERS = ("hf", "hf-compile", "hf-liger", "hf-liger-compile", "nanogpt")
+
+
+def missing(row: str, cuda: bool) -> str | None:
+    """Why a row cannot run on this machine, or None."""
+    for part, module, package in (("hf", "transformers", "transformers"), ("liger", "liger_kernel", "liger-kernel")):
+        if part in row and not importlib.util.find_spec(module):
+            return f"skipped: pip install {package}"
+    if cuda:
+        return None
+    if row == "ours-compile" and not cpp_compiler():
+        return "skipped: needs a C++ compiler, such as g++"
+    return "skipped: needs CUDA" if "liger" in row or row.startswith(("triton", "sdpa")) else None
 
 
 class NanoBlock(nn.Module):
     def __init__(self, h: int, H: int, width: int) -> None:
         super().__init__()
         self.H = H
-        self.ln_1, self.c_attn, self.attn_proj = (
-            nn.LayerNorm(h, bias=False),
-            nn.Linear(h, 3 * h, bias=False),
-            nn.Linear(h, h, bias=False),
-        )
-        self.ln_2, self.c_fc, self.mlp_proj = (
-            nn.LayerNorm(h, bias=False),
-            nn.Linear(h, width, bias=False),
-            nn.Linear(width, h, bias=False),
-        )
+        self.ln_1 = nn.LayerNorm(h, bias=False)
+        self.c_attn = nn.Linear(h, 3 * h, bias=False)
+        self.attn_proj = nn.Linear(h, h, bias=False)
+        self.ln_2 = nn.LayerNorm(h, bias=False)
+        self.c_fc = nn.Linear(h, width, bias=False)
+        self.mlp_proj = nn.Linear(width, h, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (
-            t.view(B, T, self.H, -1).transpose(1, 2) for t in self.c_attn(self.ln_1(x)).split(C, dim=2)
-        )  # (B, H, T, D)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        q, k, v = (t.view(B, T, self.H, -1).transpose(1, 2) for t in self.c_attn(self.ln_1(x)).split(C, dim=2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
         x = x + self.attn_proj(y.transpose(1, 2).reshape(B, T, C))
         return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x))))
 
 
 class NanoGPT(nn.Module):
-    """nanoGPT's shape at our FLOPs a token: LayerNorm, learned positions, tied embeddings, GELU of width 6h where our SwiGLU has 4h."""
+    """nanoGPT's shape at our FLOPs a token: LayerNorm, learned positions, tied head, GELU of 6h for SwiGLU of 4h."""
 
     def __init__(self, c: config.Model) -> None:
         super().__init__()
         h, f = c.hidden, c.ffn or 4 * c.hidden
-        saved = h - (c.n_kv_head or c.n_head) * (h // c.n_head)  # what our grouped queries save is taken off its MLP
+        saved = h - (c.n_kv_head or c.n_head) * (
+            h // c.n_head
+        )  # its MLP is narrower by the width our grouped queries save
         self.wte, self.wpe = nn.Embedding(c.vocab_size, h), nn.Embedding(c.context, h)
         self.blocks = nn.Sequential(*(NanoBlock(h, c.n_head, 3 * f // 2 - saved) for _ in range(c.n_layer)))
         self.ln_f, self.lm_head = nn.LayerNorm(h, bias=False), nn.Linear(h, c.vocab_size, bias=False)
@@ -63,10 +78,19 @@ def hugging_face(c: config.Model, ours: llama.Transformer, liger: bool = False) 
     kind = "Qwen2" if c.qkv_bias else "Llama"
     if liger:
         getattr(importlib.import_module("liger_kernel.transformers"), f"apply_liger_kernel_to_{kind.lower()}")()
-    settings = getattr(transformers, f"{kind}Config")(
-        **huggingface.to_config(c), use_cache=False, attn_implementation="sdpa"
-    )
-    net = getattr(transformers, f"{kind}ForCausalLM")(settings)
+    settings = huggingface.to_config(c) | {"use_cache": False, "attn_implementation": "sdpa"}
+    net = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**settings))
     weights = huggingface.to_hf(c, dict(ours.named_parameters()))
-    net.load_state_dict({"lm_head.weight": ours.head.weight, **weights})  # a tied head, too, has its name there
+    net.load_state_dict({"lm_head.weight": ours.head.weight, **weights})  # a tied head has its name there too
     return net.train()
+
+
+@functools.cache
+def liger(name: str) -> Callable[..., Any]:
+    """One of Liger's functions, such as rms_norm."""
+    return getattr(importlib.import_module("liger_kernel.transformers.functional"), f"liger_{name}")
+
+
+@functools.cache
+def hf_rope() -> Callable[..., Any]:
+    return importlib.import_module("transformers.models.llama.modeling_llama").apply_rotary_pos_emb

@@ -1,15 +1,14 @@
-"""The operations that decide the speed of a step, each in a file of its own: formula, gradient, PyTorch reference, Triton kernels.
+"""The operations that decide the speed of a step, one a file: formula, gradient, PyTorch reference, Triton kernels.
 
     rms_norm.py  rope.py  attention.py  swiglu.py  cross_entropy.py
 
 Every public function takes `use`: "torch" is PyTorch's own operations and runs everywhere, "triton" is the kernel and
-needs a CUDA GPU, or, to play with it, TRITON_INTERPRET=1 in the environment: then it runs on the CPU, in float32, slowly. `choose` turns the key train.kernels into one choice an operation.
+needs a CUDA GPU. With TRITON_INTERPRET=1 in the environment the kernels run on the CPU too, in float32, slowly.
+`choose` turns the key train.kernels into one choice an operation.
 """
 
 import functools
-import json
 import os
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,22 +27,16 @@ except ImportError:  # macOS, Windows: the files below can be imported, and "tor
     triton: Any = SimpleNamespace(jit=lambda f: f)  # type: ignore[no-redef]
     tl: Any = SimpleNamespace(constexpr=None)  # type: ignore[no-redef]
 
-NAMES = ("rms_norm", "rope", "attention", "swiglu", "cross_entropy")
-MEASURED = Path(__file__).parent / "measured.json"  # written by bench kernels --save
+AUTO = {  # the choices of "auto" on a CUDA GPU, each with its reason
+    "rms_norm": "torch",  # not measured yet
+    "rope": "torch",  # not measured yet
+    "attention": "torch",  # not measured yet
+    "swiglu": "torch",  # not measured yet
+    "cross_entropy": "torch",  # not measured yet
+}
+NAMES = tuple(AUTO)
 HEAD_DIMS = (16, 32, 64, 96, 128)  # what attention.py serves
-
-
-def shape_key(name: str, c: config.Model) -> str:
-    """What the speed of an operation depends on: the key of a measurement."""
-    H, D = c.n_head, c.hidden // c.n_head
-    K, f = c.n_kv_head or H, c.ffn or 4 * c.hidden
-    return {
-        "rms_norm": f"rms_norm C={c.hidden}",
-        "rope": f"rope H={H} K={K} D={D}",
-        "attention": f"attention T={c.context} H={H} K={K} D={D}",
-        "swiglu": f"swiglu f={f}",
-        "cross_entropy": f"cross_entropy C={c.hidden} V={c.vocab_size}",
-    }[name]
+MOST_ANGLES = 1 << 27  # context x head size: cosines and sines in memory; a million tokens at the usual 128
 
 
 def parse(text: str) -> dict[str, str]:
@@ -52,54 +45,42 @@ def parse(text: str) -> dict[str, str]:
     for part in text.replace(" ", "").split(","):
         name, eq, wish = part.rpartition("=")
         if wish not in ("auto", "triton", "torch") or (eq and name not in NAMES):
-            raise UserError(
-                f"train.kernels: got {text!r}, expected auto, triton or torch, and after it exceptions such as ,attention=torch; the kernels are {', '.join(NAMES)}"
-            )
+            expected = "auto, triton or torch, and after it exceptions such as ,attention=torch"
+            raise UserError(f"train.kernels: got {text!r}, expected {expected}; the kernels are {', '.join(NAMES)}")
         wishes.update({name: wish} if eq else dict.fromkeys(NAMES, wish))
     return wishes
 
 
 def problems(text: str, cuda: bool, c: config.Model) -> list[str]:
     """Why the kernels that `text` asks for by name cannot run: here, or at this shape."""
-    measured("")  # a damaged file is said before anything is touched
+    found, D = rope_problems(c), c.hidden // c.n_head
     asked = [name for name, wish in parse(text).items() if wish == "triton"]
-    if not asked:
-        return []
-    if not HAVE_TRITON:
-        return [
-            f"train.kernels: got {text!r}, but Triton is not installed: pip install triton (Linux), or take --train.kernels torch"
-        ]
-    if not cuda and not interpreted():
-        return [
-            f"train.kernels: got {text!r}, but the device is no CUDA GPU, and Triton's kernels need one; take --train.kernels torch or auto"
-        ]
-    D = c.hidden // c.n_head
-    if "attention" in asked and D not in HEAD_DIMS:
-        return [
-            f"train.kernels: attention serves the head dims {', '.join(map(str, HEAD_DIMS))}, got model.hidden / model.n_head = {D}; take --train.kernels {text},attention=torch"
-        ]
-    return []
+    if asked and not HAVE_TRITON:
+        found.append(f"train.kernels: got {text!r}, but Triton is not installed: pip install triton, or take torch")
+    elif asked and not cuda and not interpreted():
+        found.append(f"train.kernels: got {text!r}, but the device is no CUDA GPU; take --train.kernels torch or auto")
+    elif "attention" in asked and D not in HEAD_DIMS:
+        served, got = ", ".join(map(str, HEAD_DIMS)), f"got model.hidden / model.n_head = {D}"
+        found.append(f"train.kernels: attention serves the head dims {served}, {got}; take {text},attention=torch")
+    return found
 
 
-def choose(text: str, device: torch.device, c: config.Model) -> dict[str, str]:
-    """The choice for every operation. auto: the fastest that bench measured on this device at this shape, PyTorch's own where nothing was."""
-    best = measured(torch.cuda.get_device_name(device)) if device.type == "cuda" else {}
-    return {
-        name: best.get(shape_key(name, c), "torch") if wish == "auto" else wish for name, wish in parse(text).items()
-    }
+def rope_problems(c: config.Model) -> list[str]:
+    """What is wrong with the rotary angles that a model asks for, one line each."""
+    D, stretched, yarn = c.hidden // c.n_head, c.rope_scaling in ("llama3", "yarn"), c.rope_scaling == "yarn"
+    checks = [  # key, value, expected, is it so?
+        ("context", c.context, f"at most {MOST_ANGLES // D:,} with heads of {D}", c.context * D <= MOST_ANGLES),
+        ("rope_low", c.rope_low, f"below rope_high = {c.rope_high:g}", not stretched or c.rope_low < c.rope_high),
+        ("rope_theta", c.rope_theta, "above 1 for yarn", not yarn or c.rope_theta > 1),
+        ("rope_high", c.rope_high, "at most 1e9 for yarn", not yarn or c.rope_high <= 1e9),
+    ]
+    return [f"model.{name}: got {got}, expected {expected}" for name, got, expected, fine in checks if not fine]
 
 
-def measured(device: str) -> dict[str, str]:
-    """{shape key: the faster of triton and torch} as measured on a device of this name; empty if none was. UserError if the file is damaged."""
-    try:
-        best = {name: dict(found["best"]) for name, found in json.loads(MEASURED.read_text()).items()}
-        if not all(choice in ("triton", "torch") for choices in best.values() for choice in choices.values()):
-            raise ValueError("a choice that is neither triton nor torch")
-        return best.get(device, {})
-    except FileNotFoundError:
-        return {}
-    except (ValueError, AttributeError, KeyError, TypeError) as e:
-        raise UserError(f"{MEASURED}: damaged ({e}); restore it, or delete it and run bench kernels --save") from None
+def choose(text: str, device: torch.device) -> dict[str, str]:
+    """The choice for every operation; "auto" is AUTO's on a CUDA GPU and PyTorch's own elsewhere."""
+    auto = AUTO if device.type == "cuda" else dict.fromkeys(NAMES, "torch")
+    return {name: auto[name] if wish == "auto" else wish for name, wish in parse(text).items()}
 
 
 def interpreted() -> bool:
@@ -108,16 +89,14 @@ def interpreted() -> bool:
 
 
 def served(name: str, x: torch.Tensor) -> None:
-    """TypeError if the dtype of x is one that the kernels would quietly round; RuntimeError if x is where they cannot run."""
+    """TypeError if the kernels would silently round x; RuntimeError if they cannot run on its device."""
     if not (x.is_cuda or interpreted()):
-        raise RuntimeError(
-            f"{name}: got a tensor on {x.device}; the Triton kernels need a CUDA GPU, or TRITON_INTERPRET=1 set before they are imported"
-        )
+        raise RuntimeError(f"{name}: got a tensor on {x.device}; expected CUDA, or TRITON_INTERPRET=1 at import")
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise TypeError(f"{name}: got {x.dtype}; the Triton kernels serve bfloat16, float16 and float32: use 'torch'")
 
 
 @functools.cache
 def programs(device: torch.device) -> int:
-    """How many programs of a reduction run at once: some for each multiprocessor. Fixed for a device, so that its sums are, too."""
+    """Programs of a reduction: some for each multiprocessor. Fixed for a device, and so are the bits of its sums."""
     return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

@@ -1,139 +1,137 @@
 """Tables 4 and 11: fine-tune each version of each paradigm on the same examples, and compare them on downstream tasks.
 
-The versions are cells of the graph that the other tables share; the fine-tunings are a second graph, once those are there. Scores of
-a checkpoint on tasks are kept in <root>/tasks, so a table goes on where it was.
+The versions are nodes of the graph that the other tables share. Once those are trained, the fine-tunings are a second
+graph. The scores of a checkpoint on tasks are kept in <root>/tasks, so a table goes on where it stopped.
 """
 
 import hashlib
 import itertools
 import json
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import config
-from paper import graph, tables
+from paper import graph, plans, state, tables, workers
+from paper.claims import Cell
 from paper.scales import Setup
-from runtime import checkpoint, resume
+from runtime import checkpoint, distributed, resume
 from runtime.device import pick_device
 from runtime.errors import UserError
 from runtime.files import read_json, sha256, write_json
 from text.examples import Examples, SFTData, prepare_examples
 
-NINE = {
-    "c3": "C3",
-    "gsm8k": "GSM8K",
-    "mmlu": "MMLU",
-    "csl": "CSL",
-    "ceval-valid": "C-EVAL",
-    "bbh": "BBH",
-    "cmmlu": "CMMLU",
-    "gaokao": "GAOKAO",
-    "agieval": "AGIEval",
-}
-Scores = dict[str, dict[str, Any]]  # task as it was asked for: task (its own name), value, se, metric, n
+# The paper's tasks: their names in the harness, and in the paper
+IN_HARNESS = "c3 gsm8k mmlu csl ceval-valid bbh cmmlu gaokao agieval".split()
+NINE = dict(zip(IN_HARNESS, "C3 GSM8K MMLU CSL C-EVAL BBH CMMLU GAOKAO AGIEval".split(), strict=True))
+Scores = dict[str, dict[str, Any]]  # {name as asked for: {task (its own name), value, se, metric, n}}
 
 
-def check(names: list[str], file: str | None, options: dict[str, Any]) -> None:
-    """What can be wrong with the tasks and their data, before anything is trained."""
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks of the harness and how to ask them. None: all examples, the prompts of each task, data from the hub."""
+
+    names: list[str]
+    data_dir: str | None
+    limit: int | None
+    num_fewshot: int | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"data_dir": self.data_dir, "limit": self.limit, "num_fewshot": self.num_fewshot}
+
+
+def check(tasks: Tasks, sft: str | None) -> None:
+    """Refuse wrong tasks, data and examples before anything is trained."""
     from tools import harness  # needs a package that the rest does not
 
-    if file and not Path(file).is_file():
-        raise UserError(f"--sft {file}: is not there; expected a .jsonl file of examples")
-    if options["limit"] is not None and options["limit"] < 1:
-        raise UserError(f"--limit: got {options['limit']}, expected 1 or more")
-    for name in names:
-        harness.load((name,), options["data_dir"], options["num_fewshot"])
+    if sft and not Path(sft).is_file():
+        raise UserError(f"--sft {sft}: is not there; expected a .jsonl file of examples")
+    if not tasks.names:
+        raise UserError("--tasks: got no name, expected some such as gsm8k,mmlu")
+    if tasks.limit is not None and tasks.limit < 1:
+        raise UserError(f"--limit: got {tasks.limit}, expected 1 or more")
+    for name in tasks.names:
+        harness.load((name,), tasks.data_dir, tasks.num_fewshot)
 
 
-def tunings(s: Setup, at: dict[Path, str], root: Path, file: str, ranks: int) -> tuple[graph.Graph, dict[Path, Path]]:
-    """The fine-tunings of checkpoints that are there, {checkpoint: its cell}; and where the result of each will be."""
+def tunings(
+    s: Setup, settings: dict[Path, str], root: Path, sft: str, ranks: int
+) -> tuple[graph.Graph, dict[Path, Path]]:
+    """The fine-tunings of checkpoints: their graph, and the checkpoint that each will end in.
+
+    `settings`: the folder of each checkpoint's setting; `sft`: the file of examples.
+    """
     found: graph.Graph = {}
     results = {}
-    known: dict[tuple[str, int], Examples] = {}  # one for the versions of a setting
-    keys = {**s.scale.sft, "data.sft": file, "train.device": s.base.train.device}
+    examples: dict[tuple[str, int], Examples] = {}  # shared by the versions of a setting
+    keys = {**s.scale.sft, "data.sft": sft, "train.device": s.base.train.device}
+    words = [word for k, v in keys.items() for word in (f"--{k}", v)]
     plain = config.load("sft", keys)
-    settled = {k: v for k, (f, v) in config.flatten(plain).items() if not f.metadata["free"]}
-    key = hashlib.sha256(
-        json.dumps([sha256(Path(file)), plain.data.epochs, settled], sort_keys=True).encode()
-    ).hexdigest()[:8]
-    for path, cell in at.items():
-        setting = f"{cell.partition('/')[0]}-sft-{key}"  # a folder for each set of examples and keys
-        arguments = [
-            "--config",
-            "sft",
-            "--mode",
-            "sft",
-            "--parent",
-            str(path),
-            *(w for k, v in keys.items() for w in (f"--{k}", v)),
-        ]
+    settled = {k: v for k, (f, v) in config.flatten(plain).items() if not f.metadata.get("free")}
+    key = digest([sha256(Path(sft)), plain.data.epochs, settled])[:8]
+    for path, trained in settings.items():
+        setting = f"{trained}-sft-{key}"  # a folder for each set of examples and keys
         c, meta = resume.sft_config(plain, str(path), {"out"})
-        if problems := config.check_batch(c, ranks):
+        if problems := distributed.batch_problems(c, ranks):
             raise UserError("\n".join(problems))
-        if (setting, c.model.context) not in known:
-            prepared = prepare_examples(file, resume.open_tokenizer(path, meta), root / setting)
-            known[setting, c.model.context] = Examples(prepared, c.model.context, c.train.seed)
-        data = SFTData(known[setting, c.model.context], meta["data"], c.batch_sequences, c.data.epochs)
-        _, segment = resume.sft_segment(c, meta, data.steps)
-        found[name := f"{setting}/{segment.name}"] = graph.Node(setting, segment, c, arguments, None, {segment.end})
+        if (setting, c.model.context) not in examples:
+            prepared = prepare_examples(sft, resume.open_tokenizer(path, meta), root / setting)
+            examples[setting, c.model.context] = Examples(prepared, c.model.context, c.train.seed)
+        data = SFTData(examples[setting, c.model.context], meta["data"], c.batch_sequences, c.data.epochs)
+        segment = resume.sft_run(c, meta, str(path), data.steps).segment
+        name = f"{setting}/{segment.name}"
+        arguments = ["--config", "sft", "--mode", segment.paradigm, "--parent", str(path), *words]
+        found[name] = graph.Node(setting, segment, c, arguments, None, {segment.end})
         results[path] = checkpoint.path(root / name, segment.end)
     return found, results
 
 
-def scores(path: Path, names: list[str], root: Path, s: Setup, options: dict[str, Any]) -> Scores:
-    """Of a checkpoint on tasks; those that are known are not asked again."""
+def digest(content: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def scores(path: Path, tasks: Tasks, kept: Path, device: str) -> Scores:
+    """Scores of a checkpoint on tasks, those in the folder `kept` read from there."""
     from tools import harness  # needs a package that the rest does not
 
-    folder = root / "tasks"
-    folder.mkdir(parents=True, exist_ok=True)
+    kept.mkdir(parents=True, exist_ok=True)
     known: Scores = {}
-    for name in names:
-        # a task of one's own is another one when its folder, or the data's, has changed
-        near = [Path(name).parent, Path(options["data_dir"] or ".")] if name.endswith(".yaml") else []
-        stamps = sorted(
-            (str(f), f.stat().st_size, f.stat().st_mtime_ns) for d in near for f in d.iterdir() if f.is_file()
-        )
-        key = hashlib.sha256(
-            json.dumps([checkpoint.read_meta(path)["hash"], name, options, stamps], sort_keys=True).encode()
-        ).hexdigest()[:16]
-        file = folder / f"{key}.json"
+    for name in tasks.names:
+        # a task file is another task if its folder, or the folder of the data, has changed
+        near = [Path(name).parent, Path(tasks.data_dir or ".")] if name.endswith(".yaml") else []
+        files = [(str(f), f.stat()) for folder in near for f in folder.iterdir() if f.is_file()]
+        stamps = sorted((f, stat.st_size, stat.st_mtime_ns) for f, stat in files)
+        file = kept / f"{digest([checkpoint.read_meta(path)['hash'], name, tasks.options, stamps])[:16]}.json"
         try:
             known[name] = read_json(file)["score"]
-        except (FileNotFoundError, ValueError, KeyError):
-            device = pick_device(s.base.train.device, 0)
-            ((own, score),) = harness.evaluate(path, [name], device, **options).items()
+        except (FileNotFoundError, ValueError):  # not asked yet, or its hash does not fit
+            ((own, score),) = harness.evaluate(path, [name], pick_device(device, 0), **tasks.options).items()
             known[name] = {"task": own, **score}
-            write_json(file, {"checkpoint": str(path), "task": name, "options": options, "score": known[name]})
+            write_json(file, {"checkpoint": str(path), "task": name, "options": tasks.options, "score": known[name]})
     return known
 
 
-def record(
-    of: tables.Table, found: dict[tuple[str, str, str], list[Scores]], names: list[str], notes: list[str]
-) -> dict[str, Any]:
-    """A table of versions x tasks x paradigms, means over seeds; the paper's numbers below ours."""
+def record(of: tables.Table, found: dict[Cell, list[Scores]], names: list[str], note: str) -> dict[str, Any]:
+    """The record of a table: versions and paradigms x tasks, means over seeds; the paper's numbers below ours."""
     from tools import harness  # needs a package that the rest does not
 
-    groups = list(dict.fromkeys(r.group for r in of.rows))
+    groups = tables.groups(of.rows)
     several = len(groups) > 1
+    where = [(r.group, c, r.name) for g, c in itertools.product(groups, of.columns) for r in of.rows if r.group == g]
     lines = []
-    for group, column in itertools.product(groups, of.columns):
-        for row in (r for r in of.rows if r.group == group):
-            seeds = found[row.group, row.name, column]
-            mean = {
-                NINE.get(n) or seeds[0][n]["task"]: {
-                    **seeds[0][n],
-                    "value": statistics.fmean(known[n]["value"] for known in seeds),
-                }
-                for n in names
-            }
-            lines.append(((row.group, column, row.name), mean))
-    made = harness.table(
-        of.title, [*["scale"] * several, "Ver.", "TP"], [([*where][not several :], mean) for where, mean in lines]
-    )
+    for group, version, name in where:
+        seeds = found[group, name, version]
+        mean = {
+            NINE.get(n) or seeds[0][n]["task"]: {**seeds[0][n], "value": statistics.fmean(k[n]["value"] for k in seeds)}
+            for n in names
+        }
+        lines.append(([*[group] * several, version, name], mean))
+    made = harness.table(of.title, [*["scale"] * several, "Ver.", "TP"], lines)
     means = [
         {"group": g, "version": v, "name": n, "value": None if row[-1] == "-" else float(row[-1])}
-        for ((g, v, n), _), row in zip(lines, made["rows"], strict=True)
+        for (g, v, n), row in zip(where, made["rows"], strict=True)
     ]
     for p in tables.PAPER["table4_downstream"] if set(names) & set(NINE) else []:
         if several or p["scale"] == "1.2B-42B":
@@ -141,38 +139,30 @@ def record(
             average = f"{p['AVG']:.2f}" if set(names) == set(NINE) else "-"
             made["rows"].append([*[p["scale"]] * several, p["version"], f"{p['paradigm']} (paper)", *shown, average])
     scores = [{"of": list(k), "seeds": v} for k, v in found.items()]
-    return {**made, "name": of.name, "notes": [*made["notes"], *notes], "means": means, "scores": scores}
+    return {**made, "name": of.name, "notes": [*made["notes"], note], "means": means, "scores": scores}
 
 
 def make(
-    t: tables.Table,
-    s: Setup,
-    cell: dict[Path, str],
-    where: dict[tuple[str, str, str], list[Path]],
-    root: Path,
-    file: str | None,
-    names: list[str],
-    may_train: bool,
-    jobs: int,
-    gpus: int,
-    ranks: int,
-    options: dict[str, Any],
+    request: graph.Request, name: str, tasks: Tasks, sft: str | None, machine: workers.Machine, may_train: bool
 ) -> dict[str, Any]:
-    """Fine-tune versions, which are trained, on the examples of `file` (none: take them as they are), evaluate them, and return the table's record."""
-    at = {p: cell[p] for ps in where.values() for p in ps}
-    results, tuned = {p: p for p in at}, "not fine-tuned"
-    if file:
-        found, results = tunings(s, at, root, file, ranks)
-        if (todo := graph.left(found, root)[0]) and not may_train:
-            print("\n".join(graph.launch_lines(found, todo, root, ranks, False, 1.0)))
+    """The record of a table: fine-tune its trained versions on the examples of `sft`, if any, and ask them."""
+    s, root, where = request.setup, request.root, request.checkpoints[name]
+    paths = list(dict.fromkeys(p for of_seeds in where.values() for p in of_seeds))
+    results, how = {p: p for p in paths}, "not fine-tuned"
+    if sft:
+        found, results = tunings(s, {p: request.settings[p] for p in paths}, root, sft, machine.ranks)
+        todo = state.left(found, root)[0]
+        if todo and not may_train:
+            print("\n".join(plans.torchrun_lines(found, todo, root, machine.ranks)))
             raise UserError(
-                f"{t.name}: {len(todo)} of {len(found)} fine-tunings are not trained yet; train them as printed above, or here with --run yes"
+                f"{name}: {len(todo)} of {len(found)} fine-tunings are not trained yet; "
+                "train them as printed above, or here with --run yes"
             )
         if todo:
-            graph.run(found, root, jobs, gpus, ranks)
+            workers.run(found, root, machine)
         c = next(iter(found.values())).config
-        tuned = f"fine-tuned on {Path(file).name}, epochs {c.data.epochs}, max_lr {c.plan.max_lr:g}"
-    known = {p: scores(r, names, root, s, options) for p, r in results.items()}
-    shown = {k: [known[p] for p in ps] for k, ps in where.items()}
-    limits = "".join(f"; {k} {options[k]}" for k in ("limit", "num_fewshot") if options[k] is not None)
-    return record(t, shown, names, [f"Scale {s.scale.name}, versions {tuned}{limits}."])
+        how = f"fine-tuned on {Path(sft).name}, epochs {c.data.epochs}, max_lr {c.plan.max_lr:g}"
+    known = {p: scores(result, tasks, root / "tasks", s.base.train.device) for p, result in results.items()}
+    shown = {cell: [known[p] for p in of_seeds] for cell, of_seeds in where.items()}
+    limits = "".join(f"; {k} {v}" for k, v in tasks.options.items() if k != "data_dir" and v is not None)
+    return record(request.tables[name], shown, tasks.names, f"Scale {s.scale.name}, versions {how}{limits}.")

@@ -1,9 +1,9 @@
-"""From checkpoints to a table's numbers: PPL of each, means and spreads over seeds, paired differences, and which statements hold."""
+"""From checkpoints to a table's numbers: PPL, means and spreads over seeds, paired differences, verdicts."""
 
+import itertools
 import math
 import os
 import statistics
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,93 +14,72 @@ from tqdm import tqdm
 
 import eval as evaluation
 from paper import tables
+from paper.claims import Cell, Claim, Factors, minus
 from runtime import checkpoint
 from runtime.device import pick_device
 
-T975 = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-)  # Student's t, 97.5 %, for 1, 2, .. degrees of freedom
+# Student's t, 97.5 %, for 1, 2, .. degrees of freedom
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+Scores = dict[Cell, list[evaluation.Score]]  # one a seed
 
 
 def scores(checkpoints: list[Path], kept: Path, jobs: int, device: str) -> dict[Path, evaluation.Score]:
-    """Score checkpoints on the whole validation set; kept in the folder `kept` under the hashes of weights and text."""
+    """Scores of checkpoints on the whole validation set, kept in `kept` under the hashes of weights and text."""
     kept.mkdir(exist_ok=True)
 
     def one(path: Path) -> evaluation.Score:
         meta = checkpoint.read_meta(path)
         tokens = evaluation.open_data(path, meta, None)
         file = kept / f"{meta['hash'][:24]}-{tokens.meta['val']['sha256']['bin'][:8]}.npz"
-        try:
+        if file.exists():
             with np.load(file) as stored:
                 return evaluation.Score(stored["nats"], stored["tokens"])
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):  # not there, or not whole
-            s = evaluation.score(path, pick_device(device, 0), quiet=True)
-            with open(file.with_suffix(".partial"), "wb") as f:
-                np.savez(f, nats=s.nats, tokens=s.tokens)
-                f.flush()
-                os.fsync(f.fileno())
-            file.with_suffix(".partial").rename(file)
-            return s
+        s = evaluation.score(path, pick_device(device, 0), quiet=True)
+        with open(file.with_suffix(".partial"), "wb") as f:
+            np.savez(f, nats=s.nats, tokens=s.tokens)
+            f.flush()
+            os.fsync(f.fileno())
+        file.with_suffix(".partial").rename(file)
+        return s
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
     with ThreadPoolExecutor(jobs) as pool:
-        return dict(
-            zip(
-                checkpoints,
-                tqdm(pool.map(one, checkpoints), total=len(checkpoints), desc="evaluating", unit="checkpoint"),
-                strict=True,
-            )
-        )
+        found = tqdm(pool.map(one, checkpoints), total=len(checkpoints), desc="evaluating", unit="checkpoint")
+        return dict(zip(checkpoints, found, strict=True))
 
 
-Scores = dict[tuple[str, str, str], list[evaluation.Score]]  # {(group, name, column): one a seed}
+def combine(found: Scores, factors: Factors) -> tuple[float, float]:
+    """A sum of PPLs times factors, and its standard error.
 
-
-def combine(found: Scores, factors: dict[tuple[str, str, str], float]) -> tuple[float, float]:
-    """A sum of PPLs times factors, and its standard error: over seeds, the terms of one seed paired; of one seed, over documents."""
-    values = [sum(f * found[k][i].ppl for k, f in factors.items()) for i in range(len(next(iter(found.values()))))]
+    Over seeds, with the terms of one seed paired; with one seed, over documents.
+    """
+    seeds = range(len(next(iter(found.values()))))
+    values = [sum(f * found[k][i].ppl for k, f in factors.items()) for i in seeds]
     if len(values) > 1:
         return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
     influence = sum(f * found[k][0].influence for k, f in factors.items())
     return values[0], float(np.sqrt(np.sum(influence**2)))
 
 
-def judge(found: Scores, claim: tables.Claim, seeds: int, paper: dict[tuple[str, str, str], float]) -> dict[str, Any]:
-    """Does a statement hold? Each of its differences is clear if it is further from zero than 95 % of chance would take it.
+def judge(found: Scores, claim: Claim, seeds: int, paper: dict[Cell, float]) -> dict[str, Any]:
+    """Does a claim hold? A difference is clear if it is further from zero than 95 % of chance would take it.
 
-    `paper`: what the paper prints in the same places, whose differences are given beside ours.
+    `paper`: the paper's own numbers, whose differences are given beside ours.
     """
     times = 1.96 if seeds == 1 else T975[min(seeds - 2, len(T975) - 1)]
     parts = []
     for where, factors in claim.below_zero.items():
         value, se = combine(found, factors)
         printed = sum(f * paper[k] for k, f in factors.items()) if factors.keys() <= paper.keys() else None
-        parts.append(
-            {
-                "where": where,
-                "value": value,
-                "se": se,
-                "holds": value < 0,
-                "clear": abs(value) > times * se,
-                "paper": printed,
-            }
-        )
+        verdict = {"holds": value < 0, "clear": abs(value) > times * se}
+        parts.append({"where": where, "value": value, "se": se, **verdict, "paper": printed})
     contradicted = any(p["clear"] and not p["holds"] for p in parts)
     holds = all(p["clear"] and p["holds"] for p in parts)
     return {"text": claim.text, "verdict": "FAILS" if contradicted else "HOLDS" if holds else "OPEN", "parts": parts}
 
 
 def measure(t: tables.Table, found: Scores, seeds: list[int], columns: list[str]) -> dict[str, Any]:
-    """The record of a table: means and spreads over seeds, paired differences, and which statements hold."""
+    """The record of a table. `columns`: those of all versions, whose mean is APPL."""
     rows = []
     for r in t.rows:
         ppl = {c: [s.ppl for s in found[r.group, r.name, c]] for c in t.columns}
@@ -109,7 +88,7 @@ def measure(t: tables.Table, found: Scores, seeds: list[int], columns: list[str]
             "name": r.name,
             "labels": r.labels,
             "costs": r.costs,
-            "paper": {c: v for c, v in r.paper.items() if not math.isnan(v)},
+            "paper": r.paper,
             "ppl": {c: statistics.fmean(v) for c, v in ppl.items()},
             "seeds": ppl,
             "sd": {c: statistics.stdev(v) for c, v in ppl.items() if len(v) > 1},
@@ -118,13 +97,12 @@ def measure(t: tables.Table, found: Scores, seeds: list[int], columns: list[str]
             row["appl"] = statistics.fmean(row["ppl"].values())
         rows.append(row)
     differences = []
-    for group in dict.fromkeys(r.group for r in t.rows):
-        for a, b in t.pairs:
-            d: dict[str, Any] = {"group": group, "minus": [a, b], "value": {}, "se": {}, "relative": {}}
-            for c in t.columns:
-                d["value"][c], d["se"][c] = combine(found, {(group, a, c): 1.0, (group, b, c): -1.0})
-                d["relative"][c] = d["value"][c] / statistics.fmean(s.ppl for s in found[group, b, c])
-            differences.append(d)
+    for group, (a, b) in itertools.product(tables.groups(t.rows), t.pairs):
+        d: dict[str, Any] = {"group": group, "minus": [a, b], "value": {}, "se": {}, "relative": {}}
+        for c in t.columns:
+            d["value"][c], d["se"][c] = combine(found, minus(group, a, b, c))
+            d["relative"][c] = d["value"][c] / statistics.fmean(s.ppl for s in found[group, b, c])
+        differences.append(d)
     paper = {(r["group"], r["name"], c): v for r in rows for c, v in r["paper"].items()}
     some = next(iter(found.values()))[0]
     return {

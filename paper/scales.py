@@ -1,12 +1,13 @@
-"""Scales: the same tables for a laptop, a GPU or the paper's cluster; and runs, what a row of a table names under one.
+"""Scales: the same tables for a laptop, a GPU or the paper's cluster. Runs: the models that the rows of a table name.
 
-A *run* is a paradigm under a setting, a *point* one of its checkpoints. A scale is a file of configs/scales/; the command line may
-change any key on top of it, and a run does on top of both.
+A scale is a file of configs/scales/. The command line may change any key of its config, and a setting changes keys on
+top of both. A *run* is a paradigm under a setting; a *point* is one of its checkpoints.
 """
 
 import json
 import tomllib
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,26 @@ from runtime.errors import UserError
 
 
 @dataclass(frozen=True)
+class Setting:
+    """Keys on top of the scale's, or another config. Runs of one setting share a folder."""
+
+    name: str = "base"
+    keys: Mapping[str, str] = field(default_factory=dict)
+    config: str = ""  # empty: the scale's
+
+
+@dataclass(frozen=True)
 class Run:
-    """A paradigm under a setting. Runs of one setting share a folder: there the segments' names tell apart what they differ in."""
+    """A paradigm under a setting."""
 
     paradigm: str
-    setting: str = "base"
-    keys: tuple[tuple[str, str], ...] = ()  # of the config, on top of the scale's
-    config: str = ""  # another config than the scale's
-    parent: "Run | None" = None  # CPT: the run of another folder whose version 1 it starts from
+    setting: Setting = Setting()
+    parent: "Run | None" = None  # CPT from the version 1 of a run in another folder
 
 
 @dataclass(frozen=True)
 class Point:
-    """A checkpoint of a run: where a version ends, or the main path at step `at`."""
+    """A checkpoint of a run: the end of a version, or the main path at step `at`."""
 
     run: Run
     version: int
@@ -43,12 +51,17 @@ class Scale:
 
     name: str
     config: str
-    train: bool
-    ranks: int
-    per_gpu: int
-    sizes: dict[str, dict[str, str]]
-    long: dict[str, str]
-    sft: dict[str, str]
+    train: bool  # a table trains what is missing; otherwise only with --run yes
+    ranks: int  # processes of a segment
+    per_gpu: int  # segments side by side on a GPU
+    sizes: dict[str, Setting]  # Tables 6 and 9
+    long: dict[str, str]  # keys of the runs with increments of 4T
+    sft: dict[str, str]  # keys on top of configs/sft.toml
+
+
+TYPES = {"config": str, "train": bool, "ranks": int, "per_gpu": int, "sizes": dict, "long": dict, "sft": dict}
+# Keys that a scale may change beside those of model and train
+FREE = ("data.path", "data.repeat", "data.epochs", "plan.max_lr", "plan.min_lr", "plan.warmup")
 
 
 def load_scale(name: str) -> Scale:
@@ -56,108 +69,91 @@ def load_scale(name: str) -> Scale:
     folder = Path(__file__).parent.parent / "configs" / "scales"
     file = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
     if not file.is_file():
-        raise UserError(
-            f"--scale {name}: there is no {file}; expected a .toml file or one of {', '.join(sorted(f.stem for f in folder.glob('*.toml')))}"
-        )
+        known = ", ".join(sorted(f.stem for f in folder.glob("*.toml")))
+        raise UserError(f"--scale {name}: there is no {file}; expected a .toml file or one of {known}")
     try:
-        tree = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
+        tree = {"sft": {}, **tomllib.loads(file.read_text(encoding="utf-8"))}
+    except ValueError as e:
         raise UserError(f"{file}: not TOML: {e}") from None
-    tree = {"sft": {}, **tree}
-    wanted = {"config": str, "train": bool, "ranks": int, "per_gpu": int, "sizes": dict, "long": dict, "sft": dict}
-    for key in [*wanted, *tree]:
-        if key not in wanted or type(tree.get(key)) is not wanted[key]:
-            raise UserError(
-                f"{file}: {key}: got {tree.get(key, 'nothing')!r:.60}, expected {', '.join(f'{k} ({t.__name__})' for k, t in wanted.items())}"
-            )
+    for key in [*TYPES, *tree]:
+        if type(tree.get(key)) is not TYPES.get(key):
+            expected = ", ".join(f"{k} ({t.__name__})" for k, t in TYPES.items())
+            raise UserError(f"{file}: {key}: got {tree.get(key, 'nothing')!r:.60}, expected {expected}")
     for key in ("ranks", "per_gpu"):
         if tree[key] < 1:
             raise UserError(f"{file}: {key}: got {tree[key]}, expected 1 or more")
     if not tree["sizes"] or not all(isinstance(keys, dict) for keys in tree["sizes"].values()):
         raise UserError(f"{file}: sizes: got {tree['sizes']!r:.60}, expected at least one NAME = {{ keys }}")
-    free = ("config", "data.path", "data.repeat", "data.epochs", "plan.max_lr", "plan.min_lr", "plan.warmup")
 
-    def checked(where: str, keys: dict[str, Any]) -> dict[str, str]:
-        """{"model": {"hidden": 32}} as on a command line."""
-        flat = {
-            f"{k}.{k2}".rstrip("."): v2
-            for k, v in keys.items()
-            for k2, v2 in (v.items() if isinstance(v, dict) else [("", v)])
-        }
-        for k, v in flat.items():
-            if not (k in free or k.startswith(("model.", "train."))) or k in ("train.seed", "train.save_at"):
-                raise UserError(
-                    f"{file}: {where}: {k} is not for a scale to change; expected keys of model and train, {', '.join(free)}"
-                )
-            if not isinstance(v, (str, int, float, bool)):
-                raise UserError(f"{file}: {where}: {k}: got {v!r:.60}, expected a number, a text or true or false")
-        texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in flat.items()}
-        try:
-            config.load(texts.get("config", tree["config"]), {k: v for k, v in texts.items() if k != "config"})
-        except UserError as e:
-            raise UserError(
-                "\n".join(
-                    f"{file}: {where}: {line.removeprefix('command line: ').removeprefix('--')}"
-                    for line in str(e).splitlines()
-                )
-            ) from None
-        return texts
+    base = tree["config"]
+    flag_keys(f"{file}: config", base, {})
+    sizes = {}
+    for size, keys in tree["sizes"].items():
+        named = str(keys.pop("config", base))
+        flags = flag_keys(f"{file}: sizes.{size}", named, keys)
+        sizes[size] = Setting(f"size-{size}", flags, named) if flags or named != base else Setting()
+    long, sft = (flag_keys(f"{file}: {k}", base, tree[k]) for k in ("long", "sft"))
+    return Scale(file.stem, base, tree["train"], tree["ranks"], tree["per_gpu"], sizes, long, sft)
 
-    checked("config", {})
-    sizes = {n: checked(f"sizes.{n}", k) for n, k in tree["sizes"].items()}
-    return Scale(
-        file.stem,
-        tree["config"],
-        tree["train"],
-        tree["ranks"],
-        tree["per_gpu"],
-        sizes,
-        checked("long", tree["long"]),
-        checked("sft", tree["sft"]),
-    )
+
+def flag_keys(where: str, base: str, keys: dict[str, Any]) -> dict[str, str]:
+    """{"model": {"hidden": 32}} as {"model.hidden": "32"}, checked against the config `base`."""
+    flat: dict[str, Any] = {}
+    for k, v in keys.items():
+        flat |= {f"{k}.{leaf}": value for leaf, value in v.items()} if isinstance(v, dict) else {k: v}
+    for k in flat:
+        if not (k in FREE or k.startswith(("model.", "train."))) or k in ("train.seed", "train.save_at"):
+            expected = f"keys of model and train, {', '.join(FREE)}"
+            raise UserError(f"{where}: {k} is not for a scale to change; expected {expected}")
+    flags = {k: v if isinstance(v, str) else json.dumps(v, default=str) for k, v in flat.items()}
+    try:
+        config.load(base, flags)
+    except UserError as e:
+        lines = (line.removeprefix("command line: ").removeprefix("--") for line in str(e).splitlines())
+        raise UserError("\n".join(f"{where}: {line}" for line in lines)) from None
+    return flags
 
 
 class Setup:
-    """A scale and what the command line changes in it: the ground on which tables are built."""
+    """A scale, the keys that the command line changes in it, and the schedules to compare: tables are built from it."""
 
     def __init__(self, scale: Scale, overrides: dict[str, str], schedules: list[str]) -> None:
         self.scale, self.overrides, self.schedules = scale, overrides, schedules
-        self.base = config.load(scale.config, overrides)
-        c = self.base
-        if c.plan.increments or c.data.increments:
-            raise UserError(
-                "plan.increments, data.increments: the paper's tables take increments of plan.steps each; leave them out"
-            )
-        if c.train.save_at:
-            raise UserError("train.save_at: is set by the tables, to the fork points that they need; leave it out")
-        if c.data.sft or c.data.decay_mix:
-            raise UserError(
-                "data.sft, data.decay_mix: the paper's tables take branches of text alone; leave them out, or train with train.py"
-            )
+        self.base = c = config.load(scale.config, overrides)
+        unwanted = {
+            "plan.increments, data.increments": c.plan.increments or c.data.increments,
+            "data.sft, data.decay_mix": c.data.sft or c.data.decay_mix,
+            "train.save_at": c.train.save_at,
+        }
+        for keys, given in unwanted.items():
+            if given:
+                raise UserError(f"{keys}: got {given}, but the tables choose their own; leave it out, or use train.py")
         if not 2 <= c.plan.versions <= 100:
             raise UserError(f"plan.versions: got {c.plan.versions}, expected 2 to 100: the tables start at version 2")
+        for name in {*schedules, c.plan.schedule}:  # refuse an impossible plan before anything is trained
+            for paradigm in schedule.PARADIGMS:
+                resume.make_segments(paradigm, replace(c.plan, schedule=name))
         self.T, self.N = c.plan.steps, c.plan.versions
         self.columns = [f"V{v}" for v in range(2, self.N + 1)]
-        self._configs: dict[Run, config.Config] = {}
-        for name in {*schedules, c.plan.schedule}:
-            for paradigm in schedule.PARADIGMS:
-                resume.make_segments(
-                    paradigm, replace(resume.make_plan(c), schedule=name)
-                )  # its complaints come before anything is done
+        self._configs: dict[tuple[str, ...], config.Config] = {}
 
     def keys(self, run: Run, seed: int) -> dict[str, str]:
-        """All keys of a run, as flags of train.py."""
-        return {**self.overrides, **dict(run.keys), "train.seed": str(seed)}
+        """All keys of a run on top of its config, as flags of train.py."""
+        return {**self.overrides, **run.setting.keys, "train.seed": str(seed)}
 
     def config(self, run: Run, seed: int) -> config.Config:
-        if run not in self._configs:
-            self._configs[run] = config.load(run.config or self.scale.config, self.keys(run, self.base.train.seed))
-        c = self._configs[run]
-        return replace(c, train=replace(c.train, seed=seed))
+        name, keys = run.setting.config or self.scale.config, self.keys(run, seed)
+        known = (name, *(word for pair in keys.items() for word in pair))
+        if known not in self._configs:
+            self._configs[known] = config.load(name, keys)
+        return self._configs[known]
+
+    def segments(self, run: Run, seed: int) -> list[schedule.Segment]:
+        return resume.make_segments(run.paradigm, self.config(run, seed).plan)
 
     def cost(self, run: Run, convention: str = "section3.2") -> float:
         """Steps of a run relative to PTFS under the same setting."""
-        p = resume.make_plan(self.config(run, self.base.train.seed))
+        p = self.config(run, self.base.train.seed).plan
         return cost.steps(run.paradigm, p, convention) / cost.steps("ptfs", p, convention)
 
     def versions(self, run: Run) -> dict[str, Point]:

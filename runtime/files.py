@@ -172,6 +172,6 @@ def make_folder(target: Path) -> Iterator[Path]:
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     finally:
-        with suppress(OSError):  # not empty: made, or another process has begun there
-            for parent in missing:
+        for parent in missing:
+            with suppress(OSError):  # not empty: made, or another process has begun there
                 parent.rmdir()

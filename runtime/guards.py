@@ -170,8 +170,8 @@ class Guard:
         spike = self.run.config.train.spike
         if spike is not None and len(self.recent) >= 5 and loss > (usual := statistics.median(self.recent)) + spike:
             raise rank0_error(
-                f"step {step}: loss {loss:.4g}, more than train.spike = {spike:g} above {usual:.4g}, the median of those"
-                f" before. {self.place(step)}. {self.last_good()}",
+                f"step {step}: loss {loss:.4g}, more than train.spike = {spike:g} above {usual:.4g}, the median before. "
+                f"{self.place(step)}. {self.last_good()}",
                 self.world,
             )
         self.recent.append(loss)

@@ -193,18 +193,21 @@ def check_lineage(where: Path, c: Config, s: Segment, tokens: data.Tokens | SFTD
     if meta["segment"] != s.name:
         raise UserError(f"{where}: is a checkpoint of {meta['segment']!r}, expected one of {s.name!r}; move it back")
     seen, own = meta["data"], tokens.identity(meta["step"])
-    data_keys = {"examples": "data.sft", "epochs": "data.epochs", "mix": "data.decay_mix"}
-    different = {k: (seen.get(e), own.get(e)) for e, k in data_keys.items() if seen.get(e) != own.get(e)}
+    if seen.get("examples") != own.get("examples"):
+        fix = "go back to those, or choose another --out"
+        raise UserError(f"{where}: was trained on other examples than data.sft {c.data.sft or '(none)'}; {fix}")
+    data_keys = {"epochs": "data.epochs", "mix": "data.decay_mix"}
+    different = [(k, seen.get(e), own.get(e)) for e, k in data_keys.items() if seen.get(e) != own.get(e)]
 
     now = config.flatten(c)
     then = config.values(Config()) | meta["config"]  # a key that came later had its default
-    changed = [k for k, (_, v) in now.items() if then[k] != v]
-    different |= {k: (then[k], now[k][1]) for k in changed if k[:5] != "plan." and not now[k][0].metadata.get("free")}
+    changed = [(k, then[k], v, f) for k, (f, v) in now.items() if then[k] != v]
+    different += [(k, a, b) for k, a, b, f in changed if not k.startswith("plan.") and not f.metadata.get("free")]
     if meta["path"] != fingerprint(s, tokens.ends, meta["step"]):
-        plan = {k: (then[k], now[k][1]) for k in changed if k[:5] == "plan."}
-        different |= plan or {"plan": ("other lengths or learning rates", "")}
+        plan = [(k, a, b) for k, a, b, _ in changed if k.startswith("plan.")]
+        different += plan or [("lengths or learning rates", "others", "these")]
     if different:
-        was = ", ".join(f"{k}: {str(a)[:60]} there, {str(b)[:60]} here" for k, (a, b) in different.items())
+        was = ", ".join(f"{k}: {str(a)[:60]} there, {str(b)[:60]} here" for k, a, b in different)
         raise UserError(f"{where}: was made with another config ({was}); go back to it, or choose another --out")
     for key, other in (("tokenizer", "with another tokenizer"), ("increments", "on other increments")):
         if seen.get(key) != own[key]:

@@ -1,6 +1,6 @@
-"""The start of a segment: find the checkpoint that it goes on from, check what is read, take the segment's folder."""
+"""The start of a segment: open its data, find the checkpoint that it goes on from, take its folder."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +9,54 @@ from typing import Any, BinaryIO
 import torch
 
 import config
-from data import Tokens
+from data import MixedData, Tokens
 from model import Transformer
 from runtime import checkpoint, resume
 from runtime.command_line import this_command
-from runtime.distributed import World, broadcast, raise_on_all_ranks
+from runtime.distributed import World, broadcast, check_same, raise_on_all_ranks
 from runtime.errors import UserError
 from runtime.files import lock, open_log, write_text
 from runtime.resume import Run
-from text import token_files
-from text.examples import SFTData
+from text import prepare, token_files
+from text.examples import Examples, SFTData, prepare_examples
+
+
+def open_data(run: Run, world: World, beat: Callable[[str], None]) -> tuple[Run, Tokens | SFTData]:
+    """The data that the segment reads: enough of it, and of this vocabulary. Fine-tuning gets its number of steps."""
+    c, segment = run.config, run.segment
+    sft = segment.paradigm == "sft"
+    tokens: Any = None
+    if not sft:
+        beat("checking data")
+        with raise_on_all_ranks(world):
+            if world.rank == 0:
+                prepare.ship(c.data.path)
+        with raise_on_all_ranks(world):
+            tokens = resume.open_tokens(c, run.plan, MixedData if run.reads_examples else Tokens)
+            found = tokens.problems(segment.start, segment.end)
+            if tokens.meta["vocab_size"] != c.model.vocab_size:
+                expected = f"expected {tokens.meta['vocab_size']}, the vocabulary of data.path {c.data.path}"
+                found = [f"model.vocab_size: got {c.model.vocab_size}, {expected}"]
+            if found:
+                raise UserError("\n".join(found))
+    if run.reads_examples:
+        beat("preparing examples")
+        folder = ""
+        with raise_on_all_ranks(world):
+            if world.rank == 0:
+                folder = str(prepare_examples(c.data.sft, resume.examples_tokenizer(run), Path(c.out)))
+        folder = broadcast(folder, world.ranks)
+        with raise_on_all_ranks(world):
+            examples = Examples(Path(folder), c.model.context, c.train.seed)
+        if world.rank == 0:
+            print(examples)
+        if sft:
+            tokens = SFTData(examples, run.meta["data"], c.batch_sequences, c.data.epochs)
+            run = resume.sft_run(c, run.meta, str(run.parent), tokens.steps)
+        else:
+            tokens.mix(examples, c.data.decay_mix, segment.start)
+    check_same({"data": tokens.meta["hash"]}, world, f"{tokens.folder} must be the same on all machines")
+    return run, tokens
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""bench on the CPU: every subcommand, its formulas against numbers made by hand, its peers against our model. Nothing of speed."""
+"""bench on the CPU: every subcommand, its formulas against numbers made by hand, its peers against our model."""
 
 import importlib.util
 import json
@@ -10,41 +10,16 @@ import torch
 import torch.nn as nn
 
 import config
-import kernels
 import model
 from bench import __main__ as bench
-from bench import peers
+from bench import kernels, measure, peers, step
 from runtime import checkpoint
 from runtime.errors import UserError, user_errors
 
-TINY = [
-    "--model.n_layer",
-    "1",
-    "--model.n_head",
-    "2",
-    "--model.hidden",
-    "16",
-    "--model.vocab_size",
-    "64",
-    "--model.context",
-    "16",
-    "--train.device",
-    "cpu",
-]
-QUICK = [
-    "--rounds",
-    "1",
-    "--steps",
-    "2",
-    "--warmup",
-    "1",
-    "--updates",
-    "3",
-    "--micro",
-    "4,2",
-    "--train.batch_tokens",
-    "64",
-]
+TINY = (
+    "--model.n_layer 1 --model.n_head 2 --model.hidden 16 --model.vocab_size 64 --model.context 16 --train.device cpu"
+).split()
+QUICK = "--rounds 1 --steps 2 --warmup 1 --updates 3 --micro 4,2 --train.batch_tokens 64".split()
 
 
 @pytest.fixture
@@ -115,7 +90,7 @@ def test_step(run, monkeypatch, tmp_path):
         assert rows[r]["note"] is None and rows[r]["micro"] in (4, 2) and len(rows[r]["rounds"]) == 1, rows[r]
         rate, roof = rows[r]["tokens_per_second"], rows[r]["rounds"][0]["roof"]
         assert rows[r]["mfu"] == pytest.approx(
-            rate * model.flops_per_token(config.Model(1, 2, None, 16, None, 64, 16)) / roof
+            rate * config.Model(1, 2, None, 16, None, 64, 16).flops_per_token() / roof
         )
     assert (
         abs(rows["hf"]["loss_difference"]) < 1e-5 and abs(rows["ours-compile"].get("loss_difference", 0)) < 1e-5
@@ -127,9 +102,9 @@ def test_step(run, monkeypatch, tmp_path):
 
 
 def test_a_row_whose_process_dies_says_why_and_the_others_go_on(run, monkeypatch):
-    real = bench.child
-    monkeypatch.setattr(bench, "missing", lambda row, cuda: "not here" if row == "ours-compile" else None)
-    monkeypatch.setattr(bench, "child", lambda *a: real(*a, *(["--train.seed", "x"] if "nanogpt" in a else [])))
+    real = measure.fresh_row
+    monkeypatch.setattr(step, "missing", lambda row, cuda: "not here" if row == "ours-compile" else None)
+    monkeypatch.setattr(step, "fresh_row", lambda *a: real(*a, *(["--train.seed", "x"] if "nanogpt" in a else [])))
     code, result, _ = run("step", *TINY, *QUICK, "--peers", "nanogpt", "--rounds", "2", "--micro", "4")
     rows = by_row(result)
     assert code == 0 and "train.seed: got 'x'" in rows["nanogpt"]["note"]
@@ -137,7 +112,7 @@ def test_a_row_whose_process_dies_says_why_and_the_others_go_on(run, monkeypatch
 
 
 def test_step_without_a_loss(run, monkeypatch):
-    monkeypatch.setattr(bench, "missing", lambda row, cuda: "not here" if row == "ours-compile" else None)
+    monkeypatch.setattr(step, "missing", lambda row, cuda: "not here" if row == "ours-compile" else None)
     code, result, _ = run("step", *TINY, *QUICK, "--peers", "none", "--updates", "0")
     assert code == 0 and by_row(result)["ours"]["micro"] == 4 and "loss" not in by_row(result)["ours"]
 
@@ -156,8 +131,8 @@ def test_kernels(run, monkeypatch, tmp_path):
     code, result, _ = run("kernels", *TINY, "--plot", "roof.png")
     by_row(result)
     rows = {(r["kernel"], r["row"]): r for r in result["rows"]}
-    assert code == 0 and {k for k, _ in rows} == set(bench.CASES) and (tmp_path / "roof.png").stat().st_size > 0
-    for case in bench.CASES:
+    assert code == 0 and {k for k, _ in rows} == set(kernels.CASES) and (tmp_path / "roof.png").stat().st_size > 0
+    for case in kernels.CASES:
         assert (
             rows[case, "triton"]["note"] == "skipped: needs CUDA"
             and min(rows[case, "torch"][d] for d in ("forward", "backward", "both")) > 0
@@ -191,7 +166,7 @@ def test_eval(run):
     assert (
         code == 0
         and list(rows) == [f"{n}: {who}" for n in names for who in ("ours", "transformers")]
-        and "tokens/s" in text
+        and "tokens_per_second" in text
     )
     for n, b in zip(names, result["bars"], strict=True):
         ours, theirs = (rows[f"{n}: {who}"]["tokens_per_second"] for who in ("ours", "transformers"))
@@ -232,51 +207,52 @@ def test_checkpoint(run, tmp_path, monkeypatch):
         "save to plain write": (save_to_write, 0.85, save_to_write >= 0.85),
         "stall by copy": (stall, 1.5, stall <= 1.5),
     }
-    # the first allocates; then in turn one with buffers and a synchronous one; none waits for the one before or finds its work done
+    # the first allocates; then in turn one with buffers and a synchronous one; none waits or finds its work done
     assert saves == [(False, True, False), *[(True, True, False), (False, True, False)] * 2]
     c = config.Model(1, 2, None, 16, None, 64, 16)
-    assert result["bytes"] >= 12 * model.parameters(c)
+    assert result["bytes"] >= 12 * c.parameters
     assert [f.name for f in tmp_path.iterdir()] == ["out.json"]  # nothing is left
 
 
 @pytest.mark.parametrize(
     "args, said",
     [
-        (["step", "--size", "3.1b", "--model.n_layer", "100000"], "GB at a micro-batch of 4"),
+        (["step", "--size", "3.1b", "--model.n_layer", "100000"], "at a micro-batch of 4 needs about"),
         (["step", "--memory", "--model.vocab_size", "1000000000"], "lower model.vocab_size"),
-        (["checkpoint", "--size", "3.1b", "--model.n_layer", "1000000"], "are needed and"),
+        (["checkpoint", "--size", "3.1b", "--model.n_layer", "1000000"], "take a smaller --size or another --dir"),
         (["step", "--peers", "jax"], "got 'jax', expected all, none, hf"),
         (["step", "--micro", "8,3"], "expected divisors of the batch of 32 sequences"),
-        (["step", "--steps", "0"], "got '0', expected a whole number of 1 or more"),
+        (["step", "--steps", "0"], "--steps: got 0, expected 1 or more"),
+        (["step", "--micro", "a"], "--micro"),
         (["step", "--train.kernels", "triton"], "train.kernels"),
         (["kernels", "--only", "gelu"], "expected rms_norm"),
-        (["kernels", "--save"], "it is for CUDA"),
         (["data", "--tokenizer", "bytes"], "expected a tiktoken encoding"),
-        (["checkpoint", "--dir", "nowhere"], "is no folder"),
-        (["kernels", "--json", "."], "--json: got ., which is a folder"),
-        (["kernels", "--plot", "roof.foo"], "--plot: got roof.foo, expected a name that ends in .png"),
-        (["step", "--memory", "--plot", "m.png"], "draws nothing"),
+        (["checkpoint", "--dir", "nowhere"], "which is no folder"),
+        (["kernels", "--json", "."], "--json: got ., expected a file in a folder that exists"),
+        (["kernels", "--plot", "roof.foo"], "--plot: got roof.foo, expected one of .png"),
+        (["step", "--memory", "--plot", "m.png"], "no --memory"),
         (["stride"], "invalid choice"),
     ],
     ids=str,
 )
 def test_what_cannot_run_is_refused_before_it_begins(run, monkeypatch, args, said):
-    monkeypatch.setattr(bench, "timed", lambda *a: pytest.fail("it ran"))
+    for module in (measure, step, kernels):
+        monkeypatch.setattr(module, "timed", lambda *a: pytest.fail("it ran"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     code, result, text = run(*args, *([] if args == ["stride"] else ["--train.device", "cpu"]))
     errors = [line for line in text.splitlines() if line.startswith("bench: error")]
     assert code == 2 and result is None and len(errors) == 1 and said in errors[0]
 
 
-def test_the_estimate_says_which_micro_batch_fits(monkeypatch):
-    c = config.load("203m")
+def test_what_a_peer_needs_by_hand(monkeypatch):
+    c, cpu = config.load("203m"), torch.device("cpu")
     p, T, V = 203_372_032, 2048, 100277
     activations = 24 * (16 * 512 + 4 * 2048) * 2
-    assert bench.estimate(c, 4, 2) == 16 * p + 4 * T * (activations + 12 * V)
-    monkeypatch.setattr(bench, "total_memory", lambda device: 16 * p + 2 * T * (activations + 12 * V))
-    with pytest.raises(UserError, match="take --micro 2"):
-        bench.check_size(c, torch.device("cpu"), 4, 2)
-    bench.check_size(c, torch.device("cpu"), 2, 2)
+    assert step.estimate(c, 4, 2) == 16 * p + 4 * T * (activations + 12 * V)
+    monkeypatch.setattr(step, "total_memory", lambda device: 16 * p + 2 * T * (activations + 12 * V))
+    with pytest.raises(UserError, match="take a smaller --size, --micro"):
+        step.check([4], c, cpu, torch.bfloat16)
+    step.check([2], c, cpu, torch.bfloat16)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -296,7 +272,7 @@ def test_nanogpt_has_our_flops(kw):
     c = small(**kw)
     net = peers.NanoGPT(c)
     products = sum(m.weight.numel() for m in net.modules() if isinstance(m, nn.Linear))
-    assert 6 * products + 6 * c.n_layer * c.hidden * c.context == model.flops_per_token(c)
+    assert 6 * products + 6 * c.n_layer * c.hidden * c.context == c.flops_per_token()
     assert kw or net.blocks[0].c_fc.weight.shape == (6 * 32, 32)
     x, y = torch.randint(0, 61, (2, 2, 24))
     assert abs(net(x, y).item() - math.log(61)) < 0.1  # a uniform guess
@@ -318,34 +294,35 @@ def test_hugging_face_with_our_weights_has_our_loss(kw):
 def test_bytes_and_flops_by_hand():
     c = config.Model(n_layer=1, n_head=4, n_kv_head=2, hidden=32, ffn=80, vocab_size=100, context=16)  # D = 8
     M, item = 3 * 16, 2
-    expected = {  # bytes forward and backward, FLOPs of both
-        "rms_norm": (2 * 48 * 32 * 2 + 32 * 4, 3 * 48 * 32 * 2 + 2 * 32 * 4, 12 * 48 * 32),
-        "add_rms_norm": (4 * 48 * 32 * 2 + 32 * 4, 4 * 48 * 32 * 2 + 2 * 32 * 4, 14 * 48 * 32),
-        "rope": (2 * 48 * 8 * 8 * 2 + 2 * 16 * 4 * 4, 2 * 48 * 8 * 8 * 2 + 2 * 16 * 4 * 4, 2 * 3 * 48 * 6 * 8),
+    expected = {  # bytes forward and backward, FLOPs forward and backward
+        "rms_norm": (2 * 48 * 32 * 2 + 32 * 4, 3 * 48 * 32 * 2 + 2 * 32 * 4, (4 * 48 * 32, 8 * 48 * 32)),
+        "add_rms_norm": (4 * 48 * 32 * 2 + 32 * 4, 4 * 48 * 32 * 2 + 2 * 32 * 4, (5 * 48 * 32, 9 * 48 * 32)),
+        "rope": (2 * 48 * 8 * 8 * 2 + 2 * 16 * 4 * 4, 2 * 48 * 8 * 8 * 2 + 2 * 16 * 4 * 4, (3 * 48 * 6 * 8,) * 2),
         "attention": (
             48 * (32 + 16 + 16 + 32) * 2,
             48 * (3 * 32 + 2 * 16 + 32 + 2 * 16) * 2,
-            3.5 * 3 * 4 * 16 * 16 * 8 * 2,
+            (3 * 4 * 16 * 16 * 8 * 2, 2.5 * 3 * 4 * 16 * 16 * 8 * 2),
         ),
-        "swiglu": (48 * 3 * 80 * 2, 48 * 5 * 80 * 2, 15 * 48 * 80),
-        "cross_entropy": (2 * 48 * 32 * 2 + 2 * 100 * 32 * 4 + 48 * 8, 0, 6 * 48 * 100 * 32),
+        "swiglu": (48 * 3 * 80 * 2, 48 * 5 * 80 * 2, (5 * 48 * 80, 10 * 48 * 80)),
+        "cross_entropy": (2 * 48 * 32 * 2 + 2 * 100 * 32 * 4 + 48 * 8, 0, (6 * 48 * 100 * 32, 0)),
     }
     assert M == 48
     for case, (forward, backward, flops) in expected.items():
-        assert bench.traffic(case, c, 3, item) == {
-            "forward": forward,
-            "backward": backward,
-            "both": forward + backward,
+        assert kernels.cost(case, c, 3, item) == {
+            "forward": (flops[0], forward),
+            "backward": (flops[1], backward),
+            "both": (sum(flops), forward + backward),
         }, case
-        assert bench.work(case, c, 3)["both"] == flops, case
-    shapes = bench.gemm_shapes(c, 3)
-    assert 3 * sum(2 * m * n * k for m, n, k in shapes.values()) + 6 * 32 * 16 * M == M * model.flops_per_token(c)
+    shapes = measure.gemm_shapes(c, 3)
+    assert 3 * sum(2 * m * n * k for m, n, k in shapes.values()) + 6 * 32 * 16 * M == M * c.flops_per_token()
 
 
 def test_bars_of_a_kernel():
     c = config.load("203m").model
     ours = {"forward": 1.0, "backward": 1.0, "forward_of_copy": 0.8, "backward_of_copy": 0.5}
-    bars = bench.kernel_bars("rms_norm", c, {"triton": ours, "compile": {"forward": 1.5, "backward": 1.5}, "liger": {}})
+    bars = kernels.kernel_bars(
+        "rms_norm", c, {"triton": ours, "compile": {"forward": 1.5, "backward": 1.5}, "liger": {}}
+    )
     assert [(b["what"], b["bar"], b["reached"]) for b in bars] == [
         ("forward of_copy", 0.75, True),
         ("forward compile/triton", 1.25, True),
@@ -353,7 +330,7 @@ def test_bars_of_a_kernel():
         ("backward compile/triton", 1.6, False),
     ]
     ours = {"both": 1.0, "both_tflops": 400.0, "extra_bytes": 2_000_000_000}
-    bars = bench.kernel_bars("cross_entropy", c, {"triton": ours, "liger": {"both": 1.5}})
+    bars = kernels.kernel_bars("cross_entropy", c, {"triton": ours, "liger": {"both": 1.5}})
     assert [(b["bar"], b["reached"]) for b in bars] == [(380, True), (2.0, False), (1e9, False)]
 
 
@@ -375,7 +352,8 @@ def test_step_is_compared_with_the_bars_of_its_size():
         for r, t in gb.items()
     }
     rows["ours"]["rounds"] = [{"tokens_per_second": s} for s in (3e5, 4e5, 3e5)]
-    bars = bench.compare(rows, c, 989e12)
+    step.compare(rows, c, 989e12)
+    bars = step.bars_of(rows, c, cuda=True)
     assert (
         rows["ours"]["tokens_per_second"] == 3e5 and rows["hf-compile"]["ours_ratio"] == 2.0
     )  # the median of 3, 2 and 1: round by round
@@ -387,31 +365,3 @@ def test_step_is_compared_with_the_bars_of_its_size():
         and rows["ours"]["mfu_published"] > rows["ours"]["mfu"]
     )
     assert [b["reached"] for b in bars] == [False, True, True]
-
-
-def test_the_best_is_merged_into_what_was_measured(monkeypatch, tmp_path):
-    monkeypatch.setattr(kernels, "MEASURED", tmp_path / "measured.json")
-    kernels.MEASURED.write_text(
-        json.dumps({"old": {"best": {"a": "torch"}}, "new": {"best": {"a": "torch", "b": "triton"}}})
-    )
-    rows = [
-        {"kernel": "rope", "key": "b", "row": r, "both": s}
-        for r, s in (("triton", 2.0), ("torch", 3.0), ("compile", 1.0))
-    ]
-    rows += [
-        {"kernel": "swiglu", "key": "c", "row": r, "both": s}
-        for r, s in (("triton", 2.0), ("torch", 3.0), ("liger", 1.0))
-    ]
-    rows += [
-        {"kernel": "add_rms_norm", "key": "d", "row": r, "both": s} for r, s in (("triton", 2.0), ("torch", 1.0))
-    ]  # nearly all norms of the model
-    rows += [{"kernel": "rms_norm", "key": "d", "row": r, "both": s} for r, s in (("triton", 1.0), ("torch", 2.0))]
-    bench.save_best(rows, "new")
-    known = json.loads(kernels.MEASURED.read_text())
-    assert known["old"] == {"best": {"a": "torch"}} and known["new"]["best"] == {
-        "a": "torch",
-        "b": "torch",
-        "c": "triton",
-        "d": "torch",
-    }
-    assert known["new"]["torch"] == torch.__version__ and kernels.measured("new") == known["new"]["best"]

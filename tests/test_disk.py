@@ -7,8 +7,6 @@ from pathlib import Path
 
 from runtime import files
 from runtime.files import write_text
-from text.examples import prepare_examples
-from text.tokenizer import Tokenizer
 
 SPAWN = multiprocessing.get_context("spawn")  # a fork of a process that has threads may hang
 
@@ -69,19 +67,3 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         except kind:
             pass
         assert list(tmp_path.iterdir()) == [file] and file.read_text() == "old"
-
-
-def test_examples_that_another_process_has_just_prepared_are_taken(tmp_path, monkeypatch):
-    """Between the look for the folder and the lock another process finishes it."""
-    source = tmp_path / "a.jsonl"
-    source.write_text('{"prompt": "a", "response": "b"}\n')
-    original, made = files.lock, []
-
-    def lock(*args):
-        if not made:
-            made.append(1)
-            made[0] = prepare_examples(str(source), Tokenizer("bytes"), tmp_path / "run", quiet=True)
-        return original(*args)
-
-    monkeypatch.setattr(files, "lock", lock)
-    assert prepare_examples(str(source), Tokenizer("bytes"), tmp_path / "run", quiet=True) == made[0]

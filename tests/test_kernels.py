@@ -578,14 +578,17 @@ def test_the_kernels_compile_for_gpus_that_are_not_here():
 # Which is chosen
 
 
-def test_choice():
-    c = config.load("203m").model
-    every = dict.fromkeys(kernels.NAMES, "triton")
-    assert kernels.choose("auto", torch.device("cpu"), c) == dict.fromkeys(kernels.NAMES, "torch")
-    assert kernels.choose("triton, attention=torch", torch.device("cpu"), c) == every | {"attention": "torch"}
+def test_choice(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    torchs, tritons = (dict.fromkeys(kernels.NAMES, use) for use in ("torch", "triton"))
+    assert kernels.choose("auto", cpu) == kernels.choose("torch", gpu) == torchs
+    assert kernels.choose("triton, attention=torch", cpu) == tritons | {"attention": "torch"}
     for bad in ("cuda", "triton=attention", "softmax=triton", "auto,", ""):
         with pytest.raises(UserError, match="train.kernels"):
             kernels.parse(bad)
+    monkeypatch.setitem(kernels.AUTO, "rms_norm", "triton")  # on a GPU auto takes what the table says
+    assert kernels.choose("auto", gpu) == torchs | {"rms_norm": "triton"} and kernels.choose("auto", cpu) == torchs
+    assert kernels.choose("auto,rms_norm=torch,swiglu=triton", gpu) == torchs | {"swiglu": "triton"}
 
 
 def test_what_cannot_be_served_is_said(monkeypatch):

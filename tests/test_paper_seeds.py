@@ -1,4 +1,4 @@
-"""Seeds: each command that paper.py launches or prints is its own cell's, each number its own checkpoint's."""
+"""Seeds: each command that python -m paper launches or prints is its own cell's, each number its own checkpoint's."""
 
 import json
 import math
@@ -16,9 +16,9 @@ from conftest import BASE, ROOT
 
 import config
 import eval as evaluation
-import paper
 import train
-from paper import downstream, graph, measure, scales, tables
+from paper import __main__ as paper
+from paper import downstream, graph, measure, scales, tables, workers
 from runtime import resume
 from runtime.command_line import Parser
 from runtime.errors import UserError
@@ -50,10 +50,10 @@ def parse(monkeypatch):
 
 @pytest.fixture
 def told(monkeypatch, capsys):
-    """told(paper.py's arguments) -> the lines that it prints in place of training."""
+    """told(python -m paper's arguments) -> the lines that it prints in place of training."""
 
     def run(*args):
-        monkeypatch.setattr(sys, "argv", ["paper.py", *args, "--run", "no"])
+        monkeypatch.setattr(sys, "argv", ["paper", *args, "--run", "no"])
         with pytest.raises(UserError, match="segments are not trained yet"):
             paper.main()
         return capsys.readouterr().out.splitlines()
@@ -62,7 +62,7 @@ def told(monkeypatch, capsys):
 
 
 def segment_of(o, c):
-    return resume.pick(c, o.mode, o.version and int(o.version))[2]
+    return resume.pick(c, o.mode, o.version).segment
 
 
 def cells_of(s, seeds):
@@ -124,7 +124,7 @@ def test_printed_commands_have_the_seeds_of_their_cells(told, parse, tmp_path):
 def test_slurm_jobs_have_the_seeds_of_their_cells_and_wait_for_their_parents(told, parse, tmp_path):
     args = ["--scale", "paper", "--seeds", "3", "--schedules", "cosine,knee", "--out", str(tmp_path / "out"), "--slurm"]
     lines = [line for line in told(*NAMES, *args) if "sbatch" in line]
-    form = r"(\w+)=\$\(sbatch --parsable --job-name=(\S+?)(?: --dependency=(\w+):\$(\w+))? configs/slurm.sh (.*)\)"
+    form = r"(\w+)=\$\(sbatch --parsable --job-name=(\S+?)(?: --dependency=(\w+):\$(\w+))? tools/slurm.sh (.*)\)"
     jobs = [re.fullmatch(form, line).groups() for line in lines]
     commands = [shlex.split(words) for *_, words in jobs]
     s = scales.Setup(scales.load_scale("paper"), {}, ["cosine", "knee"])
@@ -196,9 +196,9 @@ def test_launched_commands_have_the_seeds_of_their_cells(prepared, parse, monkey
         raise Trained
 
     own = [*BASE, "--data.path", str(prepared), "--plan.versions", "2"]
-    monkeypatch.setattr(graph, "subprocess", SimpleNamespace(Popen=Process, STDOUT=None))
+    monkeypatch.setattr(workers, "subprocess", SimpleNamespace(Popen=Process, STDOUT=None))
     monkeypatch.setattr(paper.measure, "scores", trained)
-    argv = ["paper.py", *NAMES, *own, "--seeds", "3", "--train.seed", "5", "--schedules", "cosine", "--jobs", "500"]
+    argv = ["paper", *NAMES, *own, "--seeds", "3", "--train.seed", "5", "--schedules", "cosine", "--jobs", "500"]
     monkeypatch.setattr(sys, "argv", [*argv, "--out", str(root), "--run", "yes"])
     with pytest.raises(Trained):
         paper.main()
@@ -214,7 +214,7 @@ def test_launched_commands_have_the_seeds_of_their_cells(prepared, parse, monkey
 
 @pytest.fixture(scope="module")
 def two_seeds(prepared, tmp_path_factory):
-    """The folder of `paper.py table1 --seeds 2`: two versions, one schedule, train.py in this process."""
+    """The folder of `python -m paper table1 --seeds 2`: two versions, one schedule, train.py in this process."""
 
     class Process:
         returncode = 0
@@ -228,9 +228,9 @@ def two_seeds(prepared, tmp_path_factory):
             return 0
 
     root = tmp_path_factory.mktemp("seeds") / "out"
-    argv = ["paper.py", "table1", "--schedules", "cosine", "--seeds", "2", *BASE, "--data.path", str(prepared)]
+    argv = ["paper", "table1", "--schedules", "cosine", "--seeds", "2", *BASE, "--data.path", str(prepared)]
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(graph, "subprocess", SimpleNamespace(Popen=Process, STDOUT=None))
+        m.setattr(workers, "subprocess", SimpleNamespace(Popen=Process, STDOUT=None))
         m.setattr(sys, "argv", [*argv, "--plan.versions", "2", "--run", "yes", "--jobs", "64", "--out", str(root)])
         paper.main()
     return root
@@ -303,7 +303,9 @@ def test_fine_tunings_of_two_seeds_have_a_folder_and_a_parent_each(two_seeds, pa
     s = scales.Setup(scales.load_scale("tiny"), {"train.device": "cpu"}, ["cosine"])
     cells = {f"base-s{seed}/{n}": 20 for seed in (1, 2) for n in ("ptfs-cosine/v2", "cpt-cosine/v2")}
     at = {two_seeds / n / f"step-{step:06d}": n for n, step in cells.items()}
-    found, results = downstream.tunings(s, at, tmp_path / "tuned", str(tmp_path / "sft.jsonl"), 1)
+    found, results = downstream.tunings(
+        s, {p: n.partition("/")[0] for p, n in at.items()}, tmp_path / "tuned", str(tmp_path / "sft.jsonl"), 1
+    )
     assert len(found) == 4 and len(set(results.values())) == 4
     for name in found:
         words = graph.command(found, name, tmp_path / "tuned")

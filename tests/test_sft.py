@@ -10,14 +10,15 @@ import torch
 from conftest import BASE, ROOT
 from test_model import small
 
+import data
 import eval as evaluation
 import model
 import sample
 from kernels.cross_entropy import IGNORE
 from runtime import checkpoint
 from runtime.errors import UserError
-from text import prepare
-from text.examples import Examples, MixedData, SFTData, pack, prepare_examples
+from text import examples, prepare
+from text.examples import Examples, SFTData, pack, prepare_examples
 from text.tokenizer import Tokenizer
 
 BYTES = Tokenizer("bytes")
@@ -58,7 +59,10 @@ def mixed(tmp_path):
 
 def test_loss_is_on_responses_and_nothing_else(mixed):
     """Against the text that transformers' ChatML template would write, here spelled out."""
-    chat = "<|im_start|>system\nSums.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n[4<|im_end|>]\n<|im_start|>user\n<|im_end|><|im_end|>\n<|im_start|>assistant\n[饿<|im_end|>"
+    chat = (
+        "<|im_start|>system\nSums.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+        "[4<|im_end|>]\n<|im_start|>user\n<|im_end|><|im_end|>\n<|im_start|>assistant\n[饿<|im_end|>"
+    )
     expected = ["2 + 2 =[ 4", chat, "[by itself"]
     for i, text in enumerate(expected):
         a, b = mixed.starts[i], mixed.ends[i]
@@ -92,7 +96,7 @@ def test_loss_is_on_responses_and_nothing_else(mixed):
     )
 
 
-def test_marks_are_tokens_where_the_tokenizer_has_them(tmp_path):
+def test_markers_are_tokens_where_the_tokenizer_has_them(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     vocab = {c: i for i, c in enumerate(tokenizers.pre_tokenizers.ByteLevel.alphabet())}
     tok = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
@@ -103,7 +107,10 @@ def test_marks_are_tokens_where_the_tokenizer_has_them(tmp_path):
     tok.save(str(tmp_path / "tok" / "tokenizer.json"))
     ours = Tokenizer(str(tmp_path / "tok"))
     e = Examples(prepare_examples(jsonl(tmp_path / "a.jsonl", [MIXED[1]]), ours, tmp_path, quiet=True), 256, 1)
-    rendered = "<|im_start|>system\nSums.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n<|im_start|>user\n"
+    rendered = (
+        "<|im_start|>system\nSums.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"
+        "<|im_start|>user\n"
+    )
     before = tok.encode(rendered, add_special_tokens=False).ids  # special tokens in text are special here
     assert e.ids[: len(before)].tolist() == before and before.count(257) == 4
     assert e.ids[len(before)] != 258  # what a user wrote is text
@@ -121,7 +128,7 @@ def test_packing(room, longest, n):
 
 
 def test_packed_is_unpacked(tmp_path):
-    """Loss and gradients of packed rows are those of the examples one by one: no example sees another, wherever it stands."""
+    """Loss and gradients of packed rows are those of the examples one by one: no example sees another."""
     r = np.random.default_rng(0)
     records = [
         {
@@ -167,7 +174,7 @@ def test_an_epoch_reads_every_example_once_and_batches_are_a_function_of_the_ste
     e = Examples(prepare_examples(jsonl(tmp_path / "a.jsonl", sums(300)), BYTES, tmp_path, quiet=True), 32, 1)
     t = SFTData(e, {}, 8, 3)
     n = len(e.train)
-    orders = [e.which(np.arange(n) + k * n).tolist() for k in range(3)]
+    orders = [e.order(np.arange(n) + k * n).tolist() for k in range(3)]
     assert all(sorted(o) == list(range(n)) for o in orders) and len({tuple(o) for o in orders}) == 3
     assert sum(len(row) for row in e.train) + sum(len(row) for row in e.val) == 300 and e.val  # a fiftieth, by hash
     counted = [t.batch(s) for s in range(t.steps)]
@@ -203,9 +210,9 @@ TUNE = ("--mode", "sft", "--data.epochs", "3", "--plan.warmup", "1", "--train.ba
 
 
 def test_a_fine_tuning_is_a_segment(train_cli, parent, tmp_path, capsys):
-    """Weights of the parent, fresh moments, its own steps; resumed in the same bits; in any micro-batches the same within rounding; two ranks too."""
+    """Fresh moments, its own steps; resumed in the same bits; in any micro-batches and on two ranks within rounding."""
     file = jsonl(tmp_path / "a.jsonl", sums(200))
-    args = (*TUNE, "--parent", str(parent), "--data", file)
+    args = (*TUNE, "--parent", str(parent), "--data.sft", file)
     assert train_cli(*args, out="whole") == 0
     assert "200 examples" in capsys.readouterr().out
     end = max((tmp_path / "whole/sft/ours-cosine/v1").glob("step-*"))
@@ -252,17 +259,17 @@ def test_a_fine_tuning_is_a_segment(train_cli, parent, tmp_path, capsys):
     # what changes the examples, or starts from elsewhere, is another fine-tuning
     other = jsonl(tmp_path / "b.jsonl", sums(200, 1))
     for changed, words in (
-        ((*TUNE, "--parent", str(parent), "--data", other), "was trained on other examples"),
+        ((*TUNE, "--parent", str(parent), "--data.sft", other), "was trained on other examples"),
         (
-            (*TUNE, "--parent", str(parent), "--data", file, "--data.epochs", "4"),
-            "another data.epochs (3 there, 4 here)",
+            (*TUNE, "--parent", str(parent), "--data.sft", file, "--data.epochs", "4"),
+            "data.epochs: 3 there, 4 here",
         ),
         (
-            (*TUNE[:-1], "512", "--parent", str(parent), "--data", file),
+            (*TUNE[:-1], "512", "--parent", str(parent), "--data.sft", file),
             "train.batch_tokens: 256 there, 512 here",
         ),  # a shorter one
-        ((*TUNE, "--parent", str(parent.parents[2] / "main" / "step-000004"), "--data", file), None),
-        ((*TUNE, "--parent", str(end), "--data", file), None),
+        ((*TUNE, "--parent", str(parent.parents[2] / "main" / "step-000004"), "--data.sft", file), None),
+        ((*TUNE, "--parent", str(end), "--data.sft", file), None),
     ):
         code = train_cli(*changed, out="whole")
         assert code == (2 if words else 0)
@@ -283,7 +290,7 @@ def test_its_place_is_the_parents_run(train_cli, parent, tmp_path, monkeypatch):
             "sft",
             "--parent",
             str(parent),
-            "--data",
+            "--data.sft",
             file,
             "--train.batch_tokens",
             "256",
@@ -323,7 +330,7 @@ def test_a_task_is_learned(train_cli, tmp_path):
             "sft",
             "--parent",
             str(start),
-            "--data",
+            "--data.sft",
             file,
             "--data.epochs",
             "8",
@@ -346,7 +353,7 @@ def test_a_task_is_learned(train_cli, tmp_path):
 
 
 def test_examples_in_the_decay_of_a_branch(train_cli, tmp_path, capsys):
-    """data.decay_mix: the last rows of a batch are examples, the others the text that the plain branch reads; it stands beside that branch."""
+    """data.decay_mix: the last rows of a batch are examples, the others the text that the plain branch reads."""
     assert train_cli("--mode", "main", "--version", "1") == 0
     file = jsonl(tmp_path / "a.jsonl", sums(100))
     mix = ("--mode", "branch", "--version", "1", "--data.sft", file, "--data.decay_mix", "0.25")
@@ -355,14 +362,15 @@ def test_examples_in_the_decay_of_a_branch(train_cli, tmp_path, capsys):
     meta = checkpoint.read_meta(mixed)
     assert meta["parent"] == checkpoint.read_meta(plain)["parent"] and meta["data"]["mix"] == 0.25
     assert not torch.equal(weights(plain)["model.embed.weight"], weights(mixed)["model.embed.weight"])
-    tokens = MixedData(meta["config"]["data.path"], 32, 8, [10] * 4, 1)
-    text = [tokens.__class__.__mro__[1].batch(tokens, s) for s in range(4, 10)]
+    tokens = data.MixedData(meta["config"]["data.path"], 32, 8, [10] * 4, 1)
+    plain = data.Tokens(meta["config"]["data.path"], 32, 8, [10] * 4, 1)
+    text = [plain.batch(s) for s in range(4, 10)]
     e = Examples(next((tmp_path / "run").glob("examples-*")), 32, 1)
     tokens.mix(e, 0.25, 4)
     for s in range(4, 10):
         x, y, documents = tokens.batch(s)
         assert (x[:6] == text[s - 4][0][:6]).all() and (y[:6] == text[s - 4][1][:6]).all() and not documents[:6].any()
-        expected = e.rows([e.train[i] for i in e.which(np.arange(2) + 2 * (s - 4))])
+        expected = e.rows([e.train[i] for i in e.order(np.arange(2) + 2 * (s - 4))])
         assert all((got[6:] == want).all() for got, want in zip((x, y, documents), expected, strict=True))
         assert tokens.targets(s) == 6 * 32 + (expected[1] != IGNORE).sum() == (y != IGNORE).sum()
         halves = [tokens.batch(s, slice(i, i + 4)) for i in (0, 4)]
@@ -372,7 +380,7 @@ def test_examples_in_the_decay_of_a_branch(train_cli, tmp_path, capsys):
         ((*mix[:4], "--data.decay_mix", "0.25"), "data.decay_mix: needs examples"),
         (
             (*mix[:6], "--data.decay_mix", "0.01"),
-            "data.decay_mix: got 0.01 of a batch of 8 sequences, expected 0.125 to 0.875",
+            "data.decay_mix: got 0.01 of 8 sequences, expected 0.125 to 0.875",
         ),
         ((*mix[:6], "--data.decay_mix", "1"), "expected below 1"),
         (
@@ -390,48 +398,58 @@ GOOD = json.dumps(MIXED[0]) + "\n"
 @pytest.mark.parametrize(
     "text, words",
     [
-        (GOOD + "{\n", "a.jsonl:2: got '{\\n', which is not JSON"),
+        (GOOD + "{\n", "a.jsonl:2: got '{' (Expecting property name"),
         (GOOD + "\n" + '{"prompt": "x"}\n', "a.jsonl:3: got"),
         ('{"prompt": "x", "response": ""}\n', "a.jsonl:1: got"),
         ('{"prompt": 1, "response": "a"}\n', "a.jsonl:1: got"),
         ("[]\n", "a.jsonl:1: got"),
+        ("[" * 100_000 + "\n", "a.jsonl:1: got"),
         ('{"messages": []}\n', "a.jsonl:1: got"),
-        ('{"messages": [{"role": "robot", "content": "a"}]}\n', "message 1 has role 'robot'"),
-        ('{"messages": [{"role": "user", "content": ["a"]}]}\n', "message 1 has role 'user' and content ['a']"),
+        ('{"messages": ["hello"]}\n', "a.jsonl:1: got"),
+        ('{"messages": [{"role": "robot", "content": "a"}]}\n', "role 'robot'"),
+        ('{"messages": [{"role": "user", "content": ["a"]}]}\n', "role 'user' and content ['a']"),
         ('{"messages": [{"role": "user", "content": "a"}]}\n', "no message of the assistant"),
         ("\n", "holds no example"),
-        (GOOD.replace("2 + 2", "2" * 40), "none of its 1 examples fits a sequence of model.context = 32"),
     ],
 )
-def test_lines_that_are_no_examples(train_cli, parent, tmp_path, capsys, text, words):
+def test_lines_that_are_no_examples(tmp_path, text, words):
     (tmp_path / "a.jsonl").write_text(text)
-    capsys.readouterr()
-    assert train_cli(*TUNE, "--parent", str(parent), "--data", str(tmp_path / "a.jsonl"), out="bad") == 2
-    err = capsys.readouterr().err
-    assert words in err and len(err.splitlines()) == 1, err
-    assert (
-        not (tmp_path / "bad").exists() or "fits" in words
-    )  # not even a folder; what fits is known once they are tokenized
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError) as e:
+        prepare_examples(str(tmp_path / "a.jsonl"), BYTES, tmp_path / "new" / "run", quiet=True)
+    assert words in str(e.value) and len(str(e.value).splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_examples_that_another_process_has_just_prepared_are_taken(tmp_path, monkeypatch):
+    """Between the look for the folder and the lock another process finishes it."""
+    file, real = jsonl(tmp_path / "a.jsonl", MIXED), examples.make_folder
+
+    def late(folder):
+        monkeypatch.setattr(examples, "make_folder", real)
+        prepare_examples(file, BYTES, tmp_path / "run", quiet=True)
+        return real(folder)
+
+    monkeypatch.setattr(examples, "make_folder", late)
+    folder = prepare_examples(file, BYTES, tmp_path / "run", quiet=True)
+    assert Examples(folder, 256, 1).meta["examples"] == 3
 
 
 def test_odd_examples(tmp_path):
-    """Half a surrogate pair is a question mark; an example that nothing can be learned from is left out; so few that all would be held out are not."""
-    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "response": "\\ud800"}\n')
-    e = Examples(prepare_examples(str(tmp_path / "a.jsonl"), BYTES, tmp_path, quiet=True), 32, 1)
+    """Half a surrogate pair is a question mark. So few that all would be held out are not. Too long is refused."""
+
+    def packed(record, context=32):
+        return Examples(
+            prepare_examples(jsonl(tmp_path / "a.jsonl", [record]), BYTES, tmp_path, quiet=True), context, 1
+        )
+
+    e = packed({"prompt": "a", "response": "\ud800"})
     assert bytes(e.ids[:-1].tolist()) == b"a?" and e.targets.tolist() == [2]
-    i = next(
-        i
-        for i in range(999)
-        if Examples(
-            prepare_examples(
-                jsonl(tmp_path / f"{i}.jsonl", [{"prompt": str(i), "response": "x"}]), BYTES, tmp_path, quiet=True
-            ),
-            32,
-            1,
-        ).meta["examples"]
-        and np.fromfile(max(tmp_path.glob("examples-*/held.bin"), key=lambda f: f.stat().st_mtime_ns), "u1")[0]
-    )
-    assert len(Examples(prepare_examples(str(tmp_path / f"{i}.jsonl"), BYTES, tmp_path, quiet=True), 32, 1).train) == 1
+    numbers = (i for i in range(999) if prepare.hashes(f"{i}x")[0] < 2**64 / 50)
+    e = packed({"prompt": str(next(numbers)), "response": "x"})
+    assert np.fromfile(e.folder / "held.bin", "u1").tolist() == [1] and len(e.train) == 1 and not e.val
+    with pytest.raises(UserError, match="none of its 1 examples fits a sequence of model.context = 32"):
+        packed({"prompt": "2" * 40, "response": "x"})
 
 
 def test_a_parent_named_from_inside_its_folder(train_cli, parent, tmp_path, monkeypatch):
@@ -449,7 +467,7 @@ def test_a_parent_named_from_inside_its_folder(train_cli, parent, tmp_path, monk
             "sft",
             "--parent",
             parent.name,
-            "--data",
+            "--data.sft",
             file,
             "--train.batch_tokens",
             "256",
@@ -466,22 +484,28 @@ def test_what_is_refused(train_cli, parent, tmp_path, capsys, monkeypatch):
     (tmp_path / "a.txt").write_text("text")
     capsys.readouterr()
     for args, words in [
-        (("--data", file), "--parent: not given"),
-        (("--parent", str(tmp_path)), "is no checkpoint"),
-        (("--parent", str(parent)), "--data: not given"),
-        (("--parent", str(parent), "--data", str(tmp_path / "nowhere.jsonl")), "nowhere.jsonl: does not exist"),
-        (("--parent", str(parent), "--data", str(tmp_path / "a.txt")), "is no file of examples"),
+        (("--data.sft", file), "--parent: not given"),
+        (("--parent", str(tmp_path), "--data.sft", file), "is no checkpoint"),
+        (("--parent", str(parent)), "--data.sft: not given"),
+        (("--parent", str(parent), "--data.sft", str(tmp_path / "nowhere.jsonl")), "nowhere.jsonl: does not exist"),
+        (("--parent", str(parent), "--data.sft", str(tmp_path / "a.txt")), "is no file of examples"),
         (
-            ("--parent", str(parent), "--data", file, "--model.n_layer", "2"),
-            "model.n_layer: got 2, but the model is that of",
+            ("--parent", str(parent), "--data.sft", file, "--model.n_layer", "2"),
+            "model.n_layer: got 2, but ",
         ),
         (
-            ("--parent", str(parent), "--data", file, "--model.context", "64"),
+            ("--parent", str(parent), "--data.sft", file, "--model.context", "64"),
             "model.context: got 64, expected at most the 32",
         ),
-        (("--parent", str(parent), "--data", file, "--version", "2"), "--version: got one"),
-        (("--parent", str(parent), "--data", file, "--plan.warmup", "-1"), "plan.warmup: got -1, expected 0 or more"),
-        (("--parent", str(parent), "--data", file, "--data.path", str(tmp_path)), "no prepared data"),
+        (
+            ("--parent", str(parent), "--data.sft", file, "--version", "2"),
+            "--version: got 2, expected 1 to 9999, and none with --mode sft",
+        ),
+        (
+            ("--parent", str(parent), "--data.sft", file, "--plan.warmup", "-1"),
+            "plan.warmup: got -1, expected 0 or more",
+        ),
+        (("--parent", str(parent), "--data.sft", file, "--data.path", str(tmp_path)), "no prepared data"),
     ]:
         assert train_cli(*TUNE, *args, out="bad") == 2
         err = capsys.readouterr().err
@@ -505,6 +529,7 @@ def test_what_is_refused(train_cli, parent, tmp_path, capsys, monkeypatch):
             prepare_examples(file, BYTES, tmp_path, quiet=True)
         (folder / name).write_bytes(whole)
     assert (
-        prepare.TEXT.exists() and train_cli(*TUNE, "--parent", str(parent), "--data", file, "--dry_run", out="dry") == 0
+        prepare.TEXT.exists()
+        and train_cli(*TUNE, "--parent", str(parent), "--data.sft", file, "--dry_run", out="dry") == 0
     )
     assert "40 examples" in capsys.readouterr().out and not (tmp_path / "dry").exists()

@@ -1,11 +1,13 @@
-"""Text: the documents of files, folders, globs and Hugging Face datasets, and the tokenizers."""
+"""Sources: the documents of files, folders, globs and Hugging Face datasets, streamed, and their hashes."""
 
 import glob
 import gzip
+import hashlib
 import io
 import itertools
 import json
 import lzma
+import struct
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,18 +18,18 @@ from tqdm import tqdm
 from runtime.errors import UserError
 
 KINDS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
+OPENERS: dict[str, Callable[[io.BufferedReader], Any]] = {
+    ".gz": gzip.open,
+    ".xz": lzma.open,
+    # the package zstandard would take a truncated file for a complete one
+    ".zst": lambda raw: optional("backports.zstd", "backports.zstd", raw.name).open(raw),
+}
 PIECE = 8000  # characters of a document cut from a .txt or .md file
-
-# ----------------------------------------------------------------------------------------------------------
-# Tokenizers
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Sources: documents of files, folders, globs and Hugging Face datasets
+BLOCK = 1 << 16  # characters of a text line read at once; bytes between two updates of the progress bar
 
 
 def files_of(source: str, flag: str = "--source") -> list[Path]:
-    """The files behind a source, sorted. UserError if there is none or its kind is unknown."""
+    """The files of a source, sorted. UserError if there is none or one has an unknown suffix."""
     p = Path(source)
     if not source:
         raise UserError(f"{flag}: got an empty text, expected a file, a folder, a glob or hf:NAME")
@@ -38,77 +40,87 @@ def files_of(source: str, flag: str = "--source") -> list[Path]:
     else:
         found = sorted(Path(f) for f in glob.glob(source, recursive=True) if Path(f).is_file())
     if not found:
-        what = f"has no {', '.join(KINDS)} in it" if p.is_dir() else "does not exist"
-        raise UserError(f"{flag} {source}: {what}; expected a file, a folder, a glob or hf:NAME")
+        problem = f"has no {', '.join(KINDS)} in it" if p.is_dir() else "does not exist"
+        raise UserError(f"{flag} {source}: {problem}; expected a file, a folder, a glob or hf:NAME")
     for f in found:
         if not f.name.endswith(KINDS):
             raise UserError(f"{flag} {f}: unknown kind; expected one of {', '.join(KINDS)}")
     return found
 
 
-def optional(module: str, package: str, why: str) -> Any:
-    """An optional package, or an error that names its install command."""
+def local_files(sources: list[str]) -> list[list[Path]]:
+    """The files of each source, none for hf:NAME. UserError as for `files_of`."""
+    return [[] if s.startswith("hf:") else files_of(s) for s in sources]
+
+
+def progress_bar(desc: str, total: int | None, quiet: bool, unit: str = "B", delay: float = 0) -> tqdm:
+    """A bar on a terminal, unless `quiet`."""
+    return tqdm(total=total, desc=desc, unit=unit, unit_scale=True, delay=delay, disable=True if quiet else None)
+
+
+def optional(module: str, package: str, purpose: str) -> Any:
+    """Import an optional package. UserError with its install command if it is missing."""
     try:
         return __import__(module, fromlist=["_"])
     except ImportError:
-        raise UserError(f"{why} needs the package {package}: pip install {package}") from None
+        raise UserError(f"{purpose} needs the package {package}: pip install {package}") from None
 
 
 def documents(
     file: Path, progress: Callable[[int], Any], parse: Callable[[str, Path, int], Any] | None = None
 ) -> Iterator[Any]:
-    """The documents of one file, streamed; `progress` is told the bytes read. `parse` makes something else of a line of JSONL, its file and number."""
+    """The documents of one file, streamed.
+
+    progress: called with the number of bytes read since its last call. parse: makes a document of a line of JSONL, the
+    file and the line number; default: the line's "text".
+    """
     if file.suffix == ".parquet":
-        parquet = optional("pyarrow.parquet", "pyarrow", str(file))
-        try:
-            f = parquet.ParquetFile(file)
-            if "text" not in f.schema_arrow.names:
-                raise UserError(f'{file}: has columns {", ".join(f.schema_arrow.names)}; expected one named "text"')
-            if "string" not in (kind := str(f.schema_arrow.field("text").type)):
-                raise UserError(f'{file}: its column "text" is {kind}, expected strings')
-            for batch in f.iter_batches(columns=["text"], batch_size=1024):
-                yield from (t for t in batch.column(0).to_pylist() if t)
-                progress(file.stat().st_size * batch.num_rows // max(1, f.metadata.num_rows))
-        except (ValueError, OSError) as e:  # pyarrow's own errors are these
-            raise UserError(f"{file}: not a readable parquet file: {e}") from None
+        yield from parquet_texts(file, progress)
         return
+    is_jsonl = ".jsonl" in file.name
     with open(file, "rb") as raw:
-        stream: Any = raw
-        if file.suffix == ".gz":
-            stream = gzip.open(raw)
-        elif file.suffix == ".xz":
-            stream = lzma.open(raw)
-        elif file.suffix == ".zst":
-            # not the package zstandard, which takes a file that was cut short for a whole one
-            stream = optional("backports.zstd", "backports.zstd", str(file)).open(raw)
-        lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+        lines = io.TextIOWrapper(OPENERS.get(file.suffix, lambda raw: raw)(raw), encoding="utf-8-sig", newline="")
         read, number, piece = 0, 0, ""
         try:
-            while line := lines.readline(-1 if ".jsonl" in file.name else 1 << 16):
+            while line := lines.readline(-1 if is_jsonl else BLOCK):
                 number += 1
-                if raw.tell() - read > 1 << 16:
+                if raw.tell() - read > BLOCK:
                     progress(raw.tell() - read)
                     read = raw.tell()
-                if ".jsonl" in file.name:
-                    if line.strip():
-                        yield (parse or json_text)(line, file, number)
+                if is_jsonl and line.strip():
+                    yield (parse or json_text)(line, file, number)
+                if is_jsonl:
                     continue
-                # a text file is cut where a line is empty, so that a book spreads over the increments as a corpus does
                 piece += line
+                # cut at empty lines, so that a book spreads over the increments as a corpus does
                 if len(piece) >= PIECE and (not line.strip() or len(piece) > 4 * PIECE):
                     yield piece
                     piece = ""
         except UnicodeDecodeError as e:
             raise UserError(f"{file}: not UTF-8 after line {number}: {e.reason}") from None
-        except (EOFError, OSError, lzma.LZMAError, zlib.error) as e:
-            raise UserError(f"{file}: cannot be read after line {number}: {e}") from None
-        except Exception as e:
-            if type(e).__name__ != "ZstdError":  # of a package that need not be there
-                raise
-            raise UserError(f"{file}: cannot be read after line {number}: {e}") from None
+        except Exception as e:  # ZstdError, of an optional package, cannot be named
+            if isinstance(e, (EOFError, OSError, lzma.LZMAError, zlib.error)) or type(e).__name__ == "ZstdError":
+                raise UserError(f"{file}: cannot be read after line {number}: {e}") from None
+            raise
         if piece:
             yield piece
         progress(raw.tell() - read)
+
+
+def parquet_texts(file: Path, progress: Callable[[int], Any]) -> Iterator[str]:
+    """The column "text" of a parquet file without its empty rows."""
+    parquet = optional("pyarrow.parquet", "pyarrow", str(file))
+    try:
+        f = parquet.ParquetFile(file)
+        if "text" not in f.schema_arrow.names:
+            raise UserError(f'{file}: has columns {", ".join(f.schema_arrow.names)}; expected one named "text"')
+        if "string" not in (kind := str(f.schema_arrow.field("text").type)):
+            raise UserError(f'{file}: its column "text" is {kind}, expected strings')
+        for batch in f.iter_batches(columns=["text"], batch_size=1024):
+            yield from filter(None, batch.column(0).to_pylist())
+            progress(file.stat().st_size * batch.num_rows // max(1, f.metadata.num_rows))
+    except (ValueError, OSError) as e:  # the base classes of pyarrow's errors
+        raise UserError(f"{file}: not a readable parquet file: {e}") from None
 
 
 def json_text(line: str, file: Path, number: int) -> str:
@@ -122,7 +134,7 @@ def json_text(line: str, file: Path, number: int) -> str:
 
 
 def clean(text: str) -> str:
-    """Half of a surrogate pair, which JSON can spell, and bytes of a command line that are no UTF-8, become "?"."""
+    """Replace lone surrogates, which JSON and command lines can contain and UTF-8 cannot, by "?"."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -135,24 +147,23 @@ def hub(source: str) -> Iterator[str]:
             yield row["text"]
     except KeyError as e:
         raise UserError(f'--source {source}: has no {e}, expected rows with a "text"') from None
-    except Exception as e:  # the hub's errors have many types
+    except Exception as e:  # the library's errors have many types
         raise UserError(f"--source {source}: {type(e).__name__}: {str(e).splitlines()[0][:200]}") from None
 
 
 def all_documents(sources: list[str], quiet: bool = False) -> Iterator[tuple[int, str]]:
     """(index of its source, text) of every document that is not blank, under one progress bar."""
-    found = [[] if s.startswith("hf:") else files_of(s) for s in sources]
-    total = sum(f.stat().st_size for files in found for f in files)
-    streamed = any(s.startswith("hf:") for s in sources)
-    with tqdm(
-        total=None if streamed else total, unit="B", unit_scale=True, desc="tokenizing", disable=True if quiet else None
-    ) as bar:
+    files = local_files(sources)
+    total = sum(f.stat().st_size for part in files for f in part) if all(files) else None
+    with progress_bar("tokenizing", total, quiet) as bar:
         for i, source in enumerate(sources):
-            texts = (
-                hub(source)
-                if source.startswith("hf:")
-                else itertools.chain.from_iterable(documents(f, bar.update) for f in found[i])
-            )
-            for text in texts:
+            local = itertools.chain.from_iterable(documents(f, bar.update) for f in files[i])
+            for text in local if files[i] else hub(source):
                 if text and not text.isspace():
                     yield i, text
+
+
+def hashes(text: str) -> tuple[int, int]:
+    """(h, draw), independent 64-bit numbers: h places a document, draw decides if a weighted source keeps it."""
+    h, draw = struct.unpack("<QQ", hashlib.blake2b(text.encode(errors="replace"), digest_size=16).digest())
+    return h, draw

@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, tiktoken encodings, rank files, and Hugging Face's tokenizer.json."""
+"""Tokenizers: bytes, tiktoken encodings, Hugging Face's tokenizer.json, and rank files, which `vocab` trains."""
 
 import base64
 import contextlib
@@ -12,93 +12,87 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError
-from runtime.files import read_bytes
-from text.sources import optional
+from runtime.files import read_bytes, write_text
+from text.sources import all_documents, hashes, local_files, optional
 
-# cl100k's pattern in its plain form, which trainers accept too: contractions, words, numbers of up to 3 digits, punctuation, spaces
+# cl100k's pattern as trainers accept it, without possessive quantifiers: contractions, words, 1 to 3 digits, ..
 PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-
-ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # what ends a document: GPT-2, Qwen and ours; Llama 3; Llama 2
+ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # end of a document: GPT-2, Qwen and ours; Llama 3; Llama 2
+HF_FILES = "tokenizer.json tokenizer_config.json special_tokens_map.json chat_template.jinja generation_config.json"
 
 
 class Tokenizer:
-    """`bytes`, a tiktoken encoding by name, a rank file (lines of base64 and rank, as tiktoken reads them), or a folder with
-    Hugging Face's tokenizer.json. Text that looks like a special token is ordinary text.
+    """Text <-> token ids. Text that looks like a special token is encoded as ordinary text.
+
+    name: `bytes`, a tiktoken encoding, a rank file (lines of base64 and rank, as tiktoken reads them), or a folder with
+    Hugging Face's tokenizer.json.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.hf: Any = None
+        self.hf: Any = None  # a tokenizers.Tokenizer, if `name` is a folder
         self.is_folder = Path(name).is_dir()
         self.is_file = not self.is_folder and (os.sep in name or name.endswith(".tiktoken"))
-        self.sha256 = hashlib.sha256(name.encode()).hexdigest()
+        self.sha256 = hashlib.sha256(name.encode()).hexdigest()  # of the file, if there is one
         if self.is_folder:
-            self._hugging_face(Path(name))
-            return
-        if name == "bytes":
+            self._load_folder(Path(name))
+        elif name == "bytes":
             self.eot, self.vocab_size = 256, 257
-            return
+        else:
+            self.encoding = self._load_ranks() if self.is_file else self._load_encoding()
+            self.eot, self.vocab_size = self.encoding.eot_token, self.encoding.n_vocab
+
+    def _load_ranks(self) -> Any:
         import tiktoken
 
-        if self.is_file:
-            try:
-                text = read_bytes(Path(name))
-                lines = [line.split() for line in text.splitlines() if line]
-                ranks = {base64.b64decode(k, validate=True): int(v) for k, v in lines}
-                if sorted(ranks.values()) != list(range(len(lines))) or any(
-                    bytes([b]) not in ranks for b in range(256)
-                ):
-                    raise ValueError("ranks must be 0, 1, 2, .., each token there once, all 256 bytes among them")
-                self.encoding = tiktoken.Encoding(
-                    "ranks", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}
-                )
-            except OSError as e:
-                raise UserError(
-                    f"tokenizer {name}: {e.strerror}; expected a rank file, a tiktoken encoding or bytes"
-                ) from None
-            except ValueError as e:
-                raise UserError(
-                    f"tokenizer {name}: not a rank file: {e}; expected lines of base64 and rank, as tiktoken's"
-                ) from None
-            self.sha256 = hashlib.sha256(text).hexdigest()
-        else:
-            if name not in tiktoken.list_encoding_names():
-                raise UserError(
-                    f"tokenizer {name}: unknown; expected bytes, a .tiktoken rank file or one of {', '.join(tiktoken.list_encoding_names())}"
-                )
-            try:
-                self.encoding = tiktoken.get_encoding(name)
-            except Exception as e:  # whatever the network does
-                why = str(e).splitlines()[0][:120]
-                raise UserError(
-                    f"tokenizer {name}: tiktoken fetches its file once from the network, and could not ({why}); set TIKTOKEN_CACHE_DIR to a folder that has it, or use bytes or a rank file"
-                ) from None
-        self.eot, self.vocab_size = self.encoding.eot_token, self.encoding.n_vocab
+        try:
+            content = read_bytes(Path(self.name))
+            lines = [line.split() for line in content.splitlines() if line]
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+            complete = all(bytes([b]) in ranks for b in range(256))
+            if not complete or sorted(ranks.values()) != list(range(len(lines))):
+                raise ValueError("ranks must be 0, 1, 2, .., each token there once, all 256 bytes among them")
+        except (OSError, ValueError) as e:
+            problem = f"not a rank file: {e}; expected lines of base64 and rank, as tiktoken's"
+            raise UserError(f"tokenizer {self.name}: {problem}") from None
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        special = {"<|endoftext|>": len(ranks)}
+        return tiktoken.Encoding("ranks", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
-    def _hugging_face(self, folder: Path) -> None:
-        """The vocabulary is as large as config.json beside it says: released models have rows that no token uses."""
+    def _load_encoding(self) -> Any:
+        import tiktoken
+
+        if self.name not in (known := tiktoken.list_encoding_names()):
+            expected = f"bytes, a .tiktoken rank file or one of {', '.join(known)}"
+            raise UserError(f"tokenizer {self.name}: unknown; expected {expected}")
+        try:
+            return tiktoken.get_encoding(self.name)
+        except Exception as e:  # network errors have many types
+            fix = "set TIKTOKEN_CACHE_DIR to a folder that has it, or use bytes or a rank file"
+            reason = str(e).splitlines()[0][:120]
+            raise UserError(f"tokenizer {self.name}: tiktoken cannot download its file ({reason}); {fix}") from None
+
+    def _load_folder(self, folder: Path) -> None:
+        """Released models have rows without a token, so the vocabulary is at least the vocab_size of config.json."""
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise UserError(
-                f"{file}: is not there; make it: transformers.AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
-            )
+            loaded = f"transformers.AutoTokenizer.from_pretrained({str(folder)!r})"
+            raise UserError(f"{file}: is not there; make it: {loaded}.save_pretrained({str(folder)!r})")
         library = optional("tokenizers", "tokenizers", str(file))
+        config = json_object(folder / "config.json")
         try:
-            text = read_bytes(file)
-            self.hf = library.Tokenizer.from_str(text.decode())
-            rows, known = (
-                json_object(folder / "config.json").get("vocab_size", 0),
-                self.hf.get_vocab(with_added_tokens=True),
-            )
+            content = read_bytes(file)
+            self.hf = library.Tokenizer.from_str(content.decode())
+            known = self.hf.get_vocab(with_added_tokens=True)
+            rows = config.get("vocab_size", 0)
             if type(rows) is not int:
                 raise ValueError(f"vocab_size of config.json is {rows!r:.40}")
-            self.hf.encode("é 中 \0")  # one that has no token for some texts says so
-        except (KeyboardInterrupt, SystemExit, UserError):
+            self.hf.encode("é 中 \0")  # raises if the vocabulary cannot encode every text
+        except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as e:  # the library's errors have no type of their own, and its panics are no Exception
+        except BaseException as e:  # the library raises plain Exceptions, and its panics derive from BaseException
             raise UserError(f"{file}: is no tokenizer of Hugging Face: {str(e)[:120]}") from None
         self.hf.encode_special_tokens = True
         self.hf.no_truncation()
@@ -107,16 +101,12 @@ class Tokenizer:
         if end is None:
             raise UserError(f"{file}: has no token that ends a document; expected one of {', '.join(ENDS)}")
         self.eot, self.vocab_size = known[end], max(rows, 1 + max(known.values()))
-        self.sha256 = hashlib.sha256(text).hexdigest()
-        made = json_object(folder / "config.json").get(
-            "pathswitch"
-        )  # huggingface export has written it: the same ids as another tokenizer's
-        if (
-            isinstance(made, dict)
-            and made.get("tokenizer_json") == self.sha256
-            and re.fullmatch("[0-9a-f]{64}", str(made.get("tokenizer")))
-        ):
-            self.sha256 = made["tokenizer"]
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        # `tools.huggingface export` records which tokenizer this tokenizer.json reproduces: data prepared with it fits
+        made = config.get("pathswitch")
+        if isinstance(made, dict) and made.get("tokenizer_json") == self.sha256:
+            original = str(made.get("tokenizer"))
+            self.sha256 = original if re.fullmatch("[0-9a-f]{64}", original) else self.sha256
 
     def encode(self, text: str) -> list[int]:
         return self.encode_many([text])[0]
@@ -127,50 +117,42 @@ class Tokenizer:
             return [e.ids for e in self.hf.encode_batch(texts, add_special_tokens=False)]
         if self.hf:
             return [self.hf.encode(t, add_special_tokens=False).ids for t in texts]
-        return (
-            [list(t.encode()) for t in texts]
-            if self.name == "bytes"
-            else self.encoding.encode_ordinary_batch(texts, num_threads=threads)
-        )
+        if self.name == "bytes":
+            return [list(t.encode()) for t in texts]
+        return self.encoding.encode_ordinary_batch(texts, num_threads=threads)
 
     def special(self, token: str) -> int | None:
-        """The id of a special token; none: it has no such token, and the same characters are text."""
+        """The id of a special token, None if there is no such token."""
         return self.hf.token_to_id(token) if self.hf else None
 
     def decode(self, ids: list[int]) -> str:
-        """The text up to the first <|endoftext|>; bytes that are not UTF-8, and ids without a token, become replacement characters."""
+        """The text up to the first <|endoftext|>. Invalid UTF-8 and ids without a token become U+FFFD."""
         ids = list(itertools.takewhile(lambda i: i != self.eot, ids))
         if self.hf:
             return self.hf.decode(ids, skip_special_tokens=False)
+        if self.name == "bytes":
+            return bytes(ids).decode(errors="replace")
         with contextlib.suppress(KeyError):
-            return (bytes(ids) if self.name == "bytes" else self.encoding.decode_bytes(ids)).decode(errors="replace")
+            return self.encoding.decode_bytes(ids).decode(errors="replace")
+        return b"".join(map(self._token_bytes, ids)).decode(errors="replace")
 
-        def token(i: int) -> bytes:
-            try:
-                return self.encoding.decode_single_token_bytes(i)
-            except KeyError:  # cl100k_base has such ids, and a model may draw one
-                return b"\xff"
-
-        return b"".join(map(token, ids)).decode(errors="replace")
+    def _token_bytes(self, i: int) -> bytes:
+        try:
+            return self.encoding.decode_single_token_bytes(i)
+        except KeyError:  # cl100k_base has ids without a token, and a model can sample one
+            return b"\xff"
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy what a folder of Hugging Face's holds of a tokenizer, and config.json, which says how large its vocabulary is."""
+    """Copy the tokenizer out of a Hugging Face folder, and config.json, which has the size of its vocabulary."""
     target.mkdir(exist_ok=True)
-    for name in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "chat_template.jinja",
-        "generation_config.json",
-        "config.json",
-    ):
+    for name in [*HF_FILES.split(), "config.json"]:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
 
 def json_object(file: Path) -> dict[str, Any]:
-    """What a JSON file holds, an empty object if it is not there. UserError if it is no object."""
+    """The object in a JSON file, an empty one if there is no file. UserError if it is something else."""
     try:
         found = json.loads(read_bytes(file))
     except FileNotFoundError:
@@ -180,3 +162,26 @@ def json_object(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{file}: got {str(found)[:40]!r}, expected a JSON object")
     return found
+
+
+def vocab(out: str, sources: list[str], size: int, increments: list[float], val: float) -> None:
+    """Train a rank file of `size` - 1 ranks (<|endoftext|> is the last id) on the first increment of the sources."""
+    file = Path(out)
+    if file.exists():
+        raise UserError(f"{file}: is there already and is never overwritten; choose another --out")
+    if size < 257:
+        raise UserError(f"--vocab_size: got {size}, expected 257 (256 bytes and <|endoftext|>) or more")
+    local_files(sources)
+    parent = next(p for p in file.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):  # before the training, not after it
+        raise UserError(f"--out {file}: cannot be written; choose another one")
+    trainer = optional("rustbpe", "rustbpe", "data.py vocab").Tokenizer()
+    low, high = val * 2**64, (val + (1 - val) * increments[0] / sum(increments)) * 2**64
+    texts = (text for _, text in all_documents(sources) if low <= hashes(text)[0] < high)
+    trainer.train_from_iterator(texts, size - 1, pattern=PATTERN)
+    ranks = sorted(trainer.get_mergeable_ranks(), key=lambda r: r[1])
+    if len(ranks) < size - 1:
+        raise UserError(f"--vocab_size: got {size}, expected at most {len(ranks) + 1} for the first increment's text")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, "".join(f"{base64.b64encode(bytes(token)).decode()} {rank}\n" for token, rank in ranks))
+    print(f"{out}: {len(ranks):,} ranks, a vocabulary of {size:,} with <|endoftext|>")

@@ -1,0 +1,112 @@
+"""Downstream tasks: our adapter of the harness beside transformers, with the same weights on the same batch, in turn.
+
+A question and each of its four answers fill the context. Answers take an eighth of it, or one token, where the question
+is read once for all four. Written answers are half a context after a quarter. transformers is called as the harness's
+own adapter calls it, which also reads such a question once: all logits of a row, and `generate`.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import config
+import kernels
+import model as llama
+from bench import data, peers
+from bench.report import Row, show, table, verdict
+from runtime.errors import UserError
+from sample import generate
+from text import prepare
+from text.sources import optional
+from text.tokenizer import Tokenizer
+from tools import harness
+
+BATCH = 16
+SIDES = ("ours", "transformers")
+
+Request = tuple[list[int], list[int]]  # ids of a question and of an answer
+Calls = dict[str, tuple[Callable[[], list], Callable[[], list]]]  # {name: (ours, theirs)}
+
+
+def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
+    optional("transformers", "transformers", "bench eval")
+    tokenizer, T, rounds = Tokenizer(str(prepare.RANKS)), c.model.context, o.rounds or 5
+    if c.model.vocab_size < tokenizer.vocab_size or T < 32:
+        got, least = f"got {c.model.vocab_size} and {T}", f"expected {tokenizer.vocab_size} or more"
+        raise UserError(f"model.vocab_size, model.context: {got}, {least}, the ids of the tokenizer, and 32 or more")
+    with device:
+        net = llama.Transformer(c.model, dtype, kernels.choose(c.train.kernels, device)).eval()
+        peer = peers.hugging_face(c.model, net).to(device, dtype).eval()
+    ids = tokenizer.encode(data.corpus()[: 20 * BATCH * T])
+    questions, a = [ids[i * T : (i + 1) * T] for i in range(BATCH)], T // 8
+    asked = {
+        "four answers each": [(q[:-a], ids[k : k + a]) for q in questions for k in range(0, 4 * a, a)],
+        "four answers of a token": [(q[:-1], [k]) for q in questions for k in range(4)],
+    }
+    prompts, new = [q[: T // 4] for q in questions], T // 2
+    lm = harness.LM(net, tokenizer, BATCH)
+    calls: Calls = {name: (partial(our_nats, lm, x), partial(their_nats, peer, x, device)) for name, x in asked.items()}
+    ours, theirs = partial(generate, net, prompts, new, set()), partial(written, peer, prompts, new, device)
+    calls["written answers"] = (ours, theirs)
+    tokens = {name: sum(len(q) + len(a) - 1 for q, a in x) for name, x in asked.items()} | {
+        "written answers": BATCH * new
+    }
+    rows: list[Row] = []
+    bars: list[Row] = []
+    for name, seconds in measure(calls, rounds, 1e-3 if dtype == torch.float32 else 0.05).items():
+        speeds = [tokens[name] / statistics.median(s) for s in seconds]
+        bar = verdict(name, speeds[0] / speeds[1], 1.0)
+        pair = [Row(row=f"{name}: {who}", tokens_per_second=v) for who, v in zip(SIDES, speeds, strict=True)]
+        pair[0] |= {"ratio": speeds[0] / speeds[1], "to": "transformers", "bar": show(bar)}
+        rows, bars = rows + pair, bars + bar
+    print(f"{BATCH} rows of {T}; tokens are counted once an answer, of written answers the new ones")
+    table(rows, "row tokens_per_second ratio to bar")
+    return {"batch": BATCH, "rounds": rounds, "rows": rows, "bars": bars}
+
+
+def our_nats(lm: harness.LM, requests: list[Request]) -> list[float]:
+    return [nats for nats, _ in lm._loglikelihood_tokens([(None, *request) for request in requests])]
+
+
+@torch.no_grad()
+def their_nats(peer: Any, requests: list[Request], device: torch.device) -> list[float]:
+    """Nats of each answer by transformers. Answers of one token to the same question share a row."""
+    out = [0.0] * len(requests)
+    read: dict[tuple[int, ...], list[int]] = {}  # {row: requests}
+    for i, (question, answer) in enumerate(requests):
+        read.setdefault((*question, *answer[:-1]), []).append(i)
+    for k in range(0, len(read), BATCH):
+        part = list(read)[k : k + BATCH]
+        logp = peer(torch.tensor(part, device=device)).logits.log_softmax(-1)
+        for row, key in zip(logp, part, strict=True):
+            for i in read[key]:
+                target = torch.tensor(requests[i][1], device=device)
+                out[i] = row[-len(target) :].gather(1, target[:, None]).sum().item()
+    return out
+
+
+def written(peer: Any, prompts: list[list[int]], new: int, device: torch.device) -> list[list[int]]:
+    """`new` ids after each prompt, by transformers."""
+    how = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+    return peer.generate(torch.tensor(prompts, device=device), **how)[:, len(prompts[0]) :].tolist()
+
+
+def measure(calls: Calls, rounds: int, rtol: float) -> dict[str, tuple[list[float], list[float]]]:
+    """{name: seconds of each round, ours and theirs}, after one to warm up. UserError if the sides disagree."""
+    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
+    for i in tqdm(range(rounds + 1), desc="eval", disable=None):
+        for name, sides in calls.items():
+            found = []
+            for call, times in zip(sides, seconds[name], strict=True):
+                began = time.perf_counter()
+                found.append(np.array(call(), dtype=np.float64))  # made of a list, so a device has ended its work
+                times += [time.perf_counter() - began] if i else []
+            if not np.allclose(found[0], found[1], rtol):
+                raise UserError(f"bench eval: {name}: ours and transformers disagree, so there is nothing to compare")
+    return seconds

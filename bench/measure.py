@@ -1,0 +1,95 @@
+"""How benchmarks measure: timed calls, the roofs of the machine (a copy, matrix products), fresh processes, memory."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import config
+from bench.report import Row
+from runtime.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> float:
+    """Median seconds of a call; on CUDA by device events, with the L2 cache flushed before each call."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        return do_bench(call, return_mode="median") / 1e3
+    call()
+    times: list[float] = []
+    while len(times) < 5 or (sum(times) < 0.1 and len(times) < 500):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def square_product(device: torch.device, dtype: torch.dtype) -> tuple[str, Callable[[], Tensor], float]:
+    """A large matrix product, the roof of the arithmetic: its name, the call, its FLOPs."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return f"{n}^3 in {str(dtype).removeprefix('torch.')}", lambda: a @ b, 2.0 * n**3
+
+
+def roofs(device: torch.device, dtype: torch.dtype, c: config.Model | None = None) -> Row:
+    """Bytes/s of a large copy, FLOP/s of a large product; with a model, those of its products for 8 sequences."""
+    a = torch.zeros(int(4e9 if device.type == "cuda" else 2.5e8), dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
+    copy = 2 * len(a) / timed(lambda: b.copy_(a), device)
+    name, product, flops = square_product(device, dtype)
+    matmul = flops / timed(product, device)
+    print(f"copy {copy / 1e9:,.4g} GB/s, read and written; matmul {name} {matmul / 1e12:,.4g} TFLOP/s")
+    gemms = {}
+    for layer, (M, N, K) in (gemm_shapes(c, 8) if c else {}).items():
+        x, w, dy = (torch.randn(s, device=device, dtype=dtype) for s in ((M, K), (N, K), (M, N)))
+        factors = {"forward": (x, w.T), "dx": (dy, w), "dw": (dy.T, x)}
+        rates = {k: 2 * M * N * K / timed(partial(torch.matmul, *f), device) for k, f in factors.items()}
+        gemms[layer] = {"M": M, "N": N, "K": K, **rates}
+        said = ", ".join(f"{k} {rate / 1e12:,.4g}" for k, rate in rates.items())
+        print(f"  {layer:9}{f'{M} x {N} x {K}':22}{said} TFLOP/s")
+    return {"copy_bytes_per_second": copy, "matmul": name, "matmul_flops": matmul, "gemms": gemms}
+
+
+def gemm_shapes(m: config.Model, sequences: int) -> dict[str, tuple[int, int, int]]:
+    """(M, N, K) of the matrix products of a forward pass."""
+    h, f, M = m.hidden, m.ffn or 4 * m.hidden, sequences * m.context
+    qkv = h + 2 * (m.n_kv_head or m.n_head) * (h // m.n_head)
+    block = {"qkv": (M, qkv, h), "attn_out": (M, h, h), "gate_up": (M, 2 * f, h), "ffn_out": (M, h, f)}
+    return block | {"head": (M, m.vocab_size, h)}
+
+
+def child(*arguments: str) -> tuple[bool, str]:
+    """Run Python in the project's root: (whether it succeeded, the last line of its output or else of its errors)."""
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
+    lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
+    return not done.returncode, (lines or [f"exit code {done.returncode}"])[-1]
+
+
+def fresh_row(*more: str) -> Row:
+    """The row that this command, with `more` options, measures in a fresh process; a note if that fails."""
+    succeeded, said = child("-m", "bench", *sys.argv[1:], *more)
+    return json.loads(said) if succeeded else {"note": f"failed: {said[:160]}"}
+
+
+def total_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def require(what: str, need: float, have: float, fix: str) -> None:
+    """UserError unless `have` bytes are enough."""
+    if need > have:
+        raise UserError(f"{what} needs about {need / 1e9:,.1f} GB, and {have / 1e9:,.1f} GB are there; {fix}")
