@@ -253,11 +253,7 @@ def _op_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, L: Tens
     return dq, dk, dv
 
 
-@_op_backward.register_fake
-def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, L: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
+_op_backward.register_fake(lambda dy, q, k, v, y, L: tuple(t.new_empty(t.shape) for t in (q, k, v)))
 _op.register_autograd(
     lambda ctx, dy, dL: _op_backward(dy, *ctx.saved_tensors),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output),

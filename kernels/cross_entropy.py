@@ -169,8 +169,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Negative log-likelihood in nats of `targets` (..) under the logits x @ weight.T, in float32.
 
-    x (.., C) in the compute dtype, weight (V, C) in it or in float32. reduction: mean, sum, or none, which gives (..)
-    and has no gradient.
+    x is (.., C), weight (V, C) in the dtype of x or in float32. reduction: mean, sum, or none, (..) without gradients.
     """
     if use == "triton":
         served("linear_cross_entropy", x)

@@ -114,9 +114,7 @@ def _op_backward(dy: Tensor, dz: Tensor | None, z: Tensor, weight: Tensor, r: Te
     return dx, dw.sum(0).type_as(weight)
 
 
-@_op_backward.register_fake
-def _(dy: Tensor, dz: Tensor | None, z: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    return z.new_empty(z.shape), torch.empty_like(weight)
+_op_backward.register_fake(lambda dy, dz, z, weight, r: (z.new_empty(z.shape), torch.empty_like(weight)))
 
 
 def _save(ctx, inputs, output):

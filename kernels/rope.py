@@ -130,10 +130,9 @@ def rope_table(T: int, D: int, theta: float, scaling: Scaling | None = None) -> 
 def scaling(kind: str, factor: float, context: int, low: float, high: float, theta: float) -> Scaling | None:
     """How a released model stretches its original `context` (tokens) by `factor`; None for kind "none".
 
-    linear divides all angles by the factor (Chen et al. 2023). llama3 and yarn divide those of slow pairs, which turn
-    fewer than `low` times over the context, keep those of pairs that turn more than `high` times, and interpolate
-    between: llama3 by the number of turns, yarn by the index of the pair (Peng et al. 2023). yarn also sharpens the
-    softmax.
+    linear divides all angles by the factor (Chen et al. 2023). llama3 and yarn divide those of pairs that turn fewer
+    than `low` times over the context, keep those of pairs that turn more than `high` times, and interpolate between:
+    llama3 by the number of turns, yarn by the index of the pair (Peng et al. 2023). yarn also sharpens the softmax.
     """
 
     def llama3(f: Tensor) -> tuple[Tensor, float]:
