@@ -3,19 +3,19 @@
     s = q k' / sqrt(D), -inf above the diagonal      p = softmax(s) by rows      y = p v
 
 Forward, online: a block of queries visits the keys from the left. With the row maximum m and the row sum l so far, a
-new block of s changes them to m' = max(m, max s) and l' = l 2^(m-m') + sum 2^(s-m'), and what is accumulated of y is
-scaled by 2^(m-m'). At the end y / l is written, and L = m + log2(l), the log-sum-exp of each row, is kept. Logarithms
-are to base 2 (s carries the factor log2(e)): the GPU has an instruction for 2^x.
+new block of s changes them to m' = max(m, max s) and l' = l 2^(m-m') + sum 2^(s-m'), and the partial sum of y is scaled
+by 2^(m-m'). At the end y / l is written, and L = m + log2(l), the log-sum-exp of each row, is kept for the backward.
+Logarithms are to base 2 (s carries the factor log2(e)): the GPU has an instruction for 2^x.
 
 Backward. p = 2^(s - L) is computed again from q, k and L; with d = rowsum(dy y):
 
     dv = p' dy        dp = dy v'        ds = p (dp - d)        dq = ds k / sqrt(D)        dk = ds' q / sqrt(D)
 
 One kernel holds a block of keys and visits the queries below it (dk, dv; the H/K query heads of a key head in turn),
-another holds a block of queries and visits the keys left of it (dq): each sum has one owner, so nothing is added
-atomically and every run gives the same bits.
+another holds a block of queries and visits the keys left of it (dq). Each sum belongs to one program: there are no
+atomic additions, and every run gives the same bits.
 
-Head dims are cut into two powers of two, 96 = 64 + 32, so that no product is padded.
+Triton's blocks are powers of two, so a head dim is cut into two of them (96 = 64 + 32) rather than padded.
 """
 
 import math
@@ -30,7 +30,7 @@ LOG2E = math.log2(math.e)
 
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The formula as it stands: q (B, T, H, D), k and v (B, T, K, D) with K dividing H -> (B, T, H, D)."""
+    """The formula above: q (B, T, H, D), k and v (B, T, K, D) with K dividing H -> (B, T, H, D)."""
     T, H, D = q.shape[1:]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     k, v = (t.repeat_interleave(H // t.shape[1], dim=1) for t in (k, v))  # (B, H, T, D)
@@ -41,7 +41,7 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @triton.jit
 def _load(X, rows, T, stride, D0: tl.constexpr, D1: tl.constexpr):
-    """Rows (N,) of a head, cut into D0 and D1 columns; zeros below the last row."""
+    """`rows` of a head as (N, D0) and (N, D1); zeros below the last row."""
     there = (rows < T)[:, None]
     at = X + rows[:, None].to(tl.int64) * stride
     a = tl.load(at + tl.arange(0, D0)[None, :], mask=there, other=0.0)
@@ -62,7 +62,7 @@ def _store(X, rows, T, stride, a, b, D0: tl.constexpr, D1: tl.constexpr):
 
 @triton.jit
 def _dot(a0, a1, b0, b1, D1: tl.constexpr):
-    """a b' over both cuts of the head dim."""
+    """a b', summed over both cuts of the head dim."""
     s = tl.dot(a0, tl.trans(b0), input_precision="ieee")
     if D1:
         s = tl.dot(a1, tl.trans(b1), s, input_precision="ieee")
@@ -70,9 +70,8 @@ def _dot(a0, a1, b0, b1, D1: tl.constexpr):
 
 
 @triton.jit
-def _forward(
-    Q, KEY, V, Y, L, T, H, GROUP, scale, BM: tl.constexpr, BN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr
-):
+def _forward(Q, KEY, V, Y, L, shape, BM: tl.constexpr, BN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    T, H, GROUP, scale = shape
     D: tl.constexpr = D0 + D1
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
@@ -82,14 +81,10 @@ def _forward(
     m = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     y0 = tl.zeros((BM, D0), tl.float32)
-    y1 = tl.zeros((BM, D1 if D1 else D0), tl.float32)  # without a second cut it is never used, and costs nothing
+    y1 = tl.zeros((BM, D1 if D1 else D0), tl.float32)  # not used without a second cut: the compiler removes it
     kv = (b * T * K + h // GROUP) * D
-    for diagonal in tl.static_range(
-        2
-    ):  # first the keys left of the block, which all its queries see, then those beside it
-        first, end = 0, block * BM
-        if diagonal:
-            first, end = block * BM, tl.minimum((block + 1) * BM, T)
+    for diagonal in tl.static_range(2):  # first the keys left of the block, which need no mask, then those beside it
+        first, end = (block * BM, tl.minimum((block + 1) * BM, T)) if diagonal else (0, block * BM)
         for left in range(first, end, BN):
             cols = left + tl.arange(0, BN)
             k0, k1 = _load(KEY + kv, cols, T, K * D, D0, D1)
@@ -126,23 +121,9 @@ def _delta(Y, DY, DELTA, T, H, BM: tl.constexpr, D0: tl.constexpr, D1: tl.conste
 
 @triton.jit
 def _backward_kv(
-    Q,
-    KEY,
-    V,
-    DY,
-    L,
-    DELTA,
-    DK,
-    DV,
-    T,
-    H,
-    GROUP,
-    scale,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
+    Q, KEY, V, DY, L, DELTA, DK, DV, shape, BM: tl.constexpr, BN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr
 ):
+    T, H, GROUP, scale = shape
     D: tl.constexpr = D0 + D1
     K = H // GROUP
     b, h_kv = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
@@ -154,23 +135,20 @@ def _backward_kv(
     dk1 = tl.zeros((BN, D1 if D1 else D0), tl.float32)
     dv0 = tl.zeros((BN, D0), tl.float32)
     dv1 = tl.zeros((BN, D1 if D1 else D0), tl.float32)
-    start = tl.program_id(0) * BN // BM * BM  # queries above this block of keys do not see it,
-    passed = tl.minimum(tl.cdiv((tl.program_id(0) + 1) * BN, BM) * BM, T)  # from here on all see all of it
+    start = tl.program_id(0) * BN // BM * BM  # the queries above see no key of this block
+    passed = tl.minimum(tl.cdiv((tl.program_id(0) + 1) * BN, BM) * BM, T)  # from here on they see all of them
     for h in range(h_kv * GROUP, (h_kv + 1) * GROUP):
         at, row_at = (b * T * H + h) * D, (b * H + h) * T
         for diagonal in tl.static_range(2):
-            first, end = passed, T
-            if diagonal:
-                first, end = start, passed
+            first, end = (start, passed) if diagonal else (passed, T)
             for top in range(first, end, BM):
                 rows = top + tl.arange(0, BM)
                 q0, q1 = _load(Q + at, rows, T, H * D, D0, D1)
                 g0, g1 = _load(DY + at, rows, T, H * D, D0, D1)  # zeros below the last row: it adds nothing
                 lse = tl.load(L + row_at + rows, mask=rows < T, other=0.0)
                 delta = tl.load(DELTA + row_at + rows, mask=rows < T, other=0.0)
-                p = tl.exp2(
-                    _dot(k0, k1, q0, q1, D1) * scale - lse[None, :]
-                )  # (BN, BM): transposed, so that no product needs p or ds turned
+                # p and ds are (BN, BM), so that dv = p' dy and dk = ds' q need no transposition
+                p = tl.exp2(_dot(k0, k1, q0, q1, D1) * scale - lse[None, :])
                 if diagonal:
                     p = tl.where(rows[None, :] >= cols[:, None], p, 0.0)
                 ds = (p * (_dot(v0, v1, g0, g1, D1) - delta[None, :])).to(q0.dtype)
@@ -180,29 +158,16 @@ def _backward_kv(
                 if D1:
                     dv1 = tl.dot(p, g1, dv1, input_precision="ieee")
                     dk1 = tl.dot(ds, q1, dk1, input_precision="ieee")
-    natural = scale * 0.6931471805599453  # ln 2, which turns scale = log2(e) / sqrt(D) into 1 / sqrt(D)
+    natural = scale * 0.6931471805599453  # ln 2 turns scale = log2(e) / sqrt(D) into 1 / sqrt(D)
     _store(DV + kv, cols, T, K * D, dv0, dv1, D0, D1)
     _store(DK + kv, cols, T, K * D, dk0 * natural, dk1 * natural, D0, D1)
 
 
 @triton.jit
 def _backward_q(
-    Q,
-    KEY,
-    V,
-    DY,
-    L,
-    DELTA,
-    DQ,
-    T,
-    H,
-    GROUP,
-    scale,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
+    Q, KEY, V, DY, L, DELTA, DQ, shape, BM: tl.constexpr, BN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr
 ):
+    T, H, GROUP, scale = shape
     D: tl.constexpr = D0 + D1
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
@@ -217,9 +182,7 @@ def _backward_q(
     dq0 = tl.zeros((BM, D0), tl.float32)
     dq1 = tl.zeros((BM, D1 if D1 else D0), tl.float32)
     for diagonal in tl.static_range(2):
-        first, end = 0, block * BM
-        if diagonal:
-            first, end = block * BM, tl.minimum((block + 1) * BM, T)
+        first, end = (block * BM, tl.minimum((block + 1) * BM, T)) if diagonal else (0, block * BM)
         for left in range(first, end, BN):
             cols = left + tl.arange(0, BN)
             k0, k1 = _load(KEY + kv, cols, T, K * D, D0, D1)
@@ -238,55 +201,40 @@ def _backward_q(
 def _cut(D: int) -> tuple[int, int]:
     """The two powers of two whose sum is D (the second may be 0). ValueError if the kernels do not serve D."""
     if D not in HEAD_DIMS:
-        raise ValueError(
-            f"attention: head dim {D}; the Triton kernels serve {', '.join(map(str, HEAD_DIMS))}: use 'torch'"
-        )
+        raise ValueError(f"attention: head dim {D}; Triton serves {', '.join(map(str, HEAD_DIMS))}: use 'torch'")
     first = 1 << (D.bit_length() - 1)
     return first, D - first
 
 
 def _tiles(D: int, backward: bool) -> tuple[int, int, int, int]:
-    """(rows that a program holds, rows that it visits at a time, a divisor of the first; warps; stages).
+    """(rows that a program holds, rows that it visits at a time, warps, stages); the second divides the first.
 
-    As large as the registers hold: on sm_90 nothing spills (tests/compile_kernels.py). Not yet tuned by time.
+    As large as the registers allow: on sm_90 nothing spills (tests/compile_kernels.py). Not yet tuned for speed.
     """
     if backward:
         return (64, 64, 4, 3) if D <= 64 else (64, 64, 8, 2) if D <= 96 else (64, 32, 8, 2)
     return (128, 64, 4, 3) if D <= 64 else (128, 64, 8, 3)
 
 
+def _outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
+
+
 @torch.library.custom_op("pathswitch::attention", mutates_args=())
 def _op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     B, T, H, D = q.shape
+    y, L = _outputs(q, k, v)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    y, L = torch.empty_like(q), torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    BM, BN, warps, stages = _tiles(D, False)
+    held, visited, warps, stages = _tiles(D, False)
     if q.numel():
-        _forward[(triton.cdiv(T, BM), B * H)](
-            q,
-            k,
-            v,
-            y,
-            L,
-            T,
-            H,
-            H // k.shape[2],
-            LOG2E / math.sqrt(D),
-            BM,
-            BN,
-            *_cut(D),
-            num_warps=warps,
-            num_stages=stages,
-        )
+        grid, how = (triton.cdiv(T, held), B * H), {"num_warps": warps, "num_stages": stages}
+        shape = (T, H, H // k.shape[2], LOG2E / math.sqrt(D))
+        _forward[grid](q, k, v, y, L, shape, held, visited, *_cut(D), **how)
     return y, L
 
 
-@_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    B, T, H, D = q.shape
-    return torch.empty(B, T, H, D, dtype=q.dtype, device=q.device), torch.empty(
-        B, H, T, dtype=torch.float32, device=q.device
-    )
+_op.register_fake(_outputs)
 
 
 @torch.library.custom_op("pathswitch::attention_backward", mutates_args=())
@@ -300,17 +248,12 @@ def _op_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, L: Tens
         blocks, how = triton.cdiv(T, held), {"num_warps": warps, "num_stages": stages}
         shape = (T, H, H // K, LOG2E / math.sqrt(D))
         _delta[(blocks, B * H)](y, dy, delta, T, H, held, *_cut(D))
-        _backward_kv[(blocks, B * K)](q, k, v, dy, L, delta, dk, dv, *shape, visited, held, *_cut(D), **how)
-        _backward_q[(blocks, B * H)](q, k, v, dy, L, delta, dq, *shape, held, visited, *_cut(D), **how)
+        _backward_kv[(blocks, B * K)](q, k, v, dy, L, delta, dk, dv, shape, visited, held, *_cut(D), **how)
+        _backward_q[(blocks, B * H)](q, k, v, dy, L, delta, dq, shape, held, visited, *_cut(D), **how)
     return dq, dk, dv
 
 
-@_op_backward.register_fake
-def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, L: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    return dq, dk, dv
-
-
+_op_backward.register_fake(lambda dy, q, k, v, y, L: tuple(t.new_empty(t.shape) for t in (q, k, v)))
 _op.register_autograd(
     lambda ctx, dy, dL: _op_backward(dy, *ctx.saved_tensors),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output),
@@ -331,9 +274,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, use: str = "torch") -> Tensor:
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q k' / sqrt(D)) v where `mask` (B, 1, T, S) is true: for several documents in a row, and with a cache of keys; by PyTorch's own.
+    """softmax(q k' / sqrt(D)) v over the keys where `mask` (B, 1, T, S) is true, by PyTorch's own operation.
 
-    q (B, T, H, D), k and v (B, S, K, D) -> (B, T, H, D).
+    q (B, T, H, D), k and v (B, S, K, D) -> (B, T, H, D). For packed documents, and for decoding with a key cache.
     """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)

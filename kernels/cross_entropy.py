@@ -1,17 +1,17 @@
-"""The last matrix product and the cross-entropy in one: the logits (N, V) never exist as a whole.
+"""The last matrix product and the cross-entropy in one operation: the logits (N, V) are never in memory as a whole.
 
     z = x W'              l_n = log sum_v exp(z_nv) - z_n,t(n)          loss = sum_n l_n c
     dz = c (softmax(z) - onehot(t))        dx = dz W        dW = dz' x
 
-with c = 1 for the sum and c = 1 / (targets that are not ignored) for the mean. Because the loss is the end of the
-graph, dz is known but for a factor as soon as z is. So a chunk of rows is taken through all three products at once: z,
-then in its place dz, then its parts of dx and dW; the backward only multiplies by the factor that arrives. Extra memory is one
-chunk of logits, instead of four tensors N x V (logits and their gradient, in two precisions).
+with c = 1 for the sum and c = 1 / (targets that are not ignored) for the mean. The loss ends the graph, so dz is known
+up to one factor as soon as z is. Each chunk of rows therefore goes through all three products in the forward: z, then
+dz in its place, then its parts of dx and dW; the backward multiplies by the factor. Extra memory is one chunk of logits
+instead of four tensors N x V (logits and their gradient, in two precisions).
 
-W (V, C) is copied if its dtype is not that of x or V is no multiple of 128. The rows of the compute copy from V on are
-padding: no probability, no gradient. A target of -100 is ignored; if all are, loss and gradients are 0. Any other target
-outside the vocabulary is an IndexError on the CPU, and on a GPU, which cannot raise, a loss of nan. Softmax is in float32 (of
-float64, in it), and so is the sum of dW over the chunks if W is float32, as the model's is.
+W (V, C) is copied if its dtype is not that of x or V is no multiple of 128. The copy's rows from V on are padding: no
+probability, no gradient. A target of -100 is ignored; if all are, loss and gradients are 0. Any other target outside
+the vocabulary is an IndexError on the CPU, and a loss of nan on a GPU, whose kernels cannot raise. Softmax is in
+float32 (float64 for float64), and so is the sum of dW over the chunks if W is float32, as the model's is.
 """
 
 import functools
@@ -23,27 +23,21 @@ from torch import Tensor
 from kernels import served, tl, triton
 
 IGNORE = -100
-PAD = 128  # the compute copy's rows come in multiples of this: tensor cores waste no part of a tile, and the kernel loads 16 bytes at a time
-CHUNK_BYTES = {
-    "cuda": 768 << 20,
-    "cpu": 1 << 20,
-}  # of logits, but 128 rows at least; bench kernels --only cross_entropy tries others
+PAD = 128  # the copy's rows are a multiple: tensor cores get whole tiles, and the kernel loads 16 bytes at a time
+# Bytes of a chunk of logits, which has 128 rows at least; `bench kernels --only cross_entropy` tries others
+CHUNK_BYTES = {"cuda": 768 << 20, "cpu": 1 << 20}
 
 
 def linear_cross_entropy_ref(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """What linear_cross_entropy computes, with all logits at once; nan as the mean of nothing."""
+    """The same as linear_cross_entropy with all logits at once, except that the mean of no targets is nan."""
     logits = F.linear(x, weight)  # (.., V)
-    logits = logits.double() if logits.dtype == torch.float64 else logits.float()
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction, ignore_index=IGNORE)
     return loss.view_as(targets) if reduction == "none" else loss
 
 
-# ----------------------------------------------------------------------------------------------------------
-# A chunk of logits (n, padded V): the loss of each row, and the gradient in their place
-
-
 def _rows_ref(z: Tensor, targets: Tensor, c: Tensor, vocab: int, gradient: bool) -> tuple[Tensor, Tensor]:
-    """z (n, padded V), targets (n,), c a scalar -> losses (n,) and dz, which may be z itself."""
+    """A chunk of logits z (n, padded V), targets (n,), c a scalar -> losses (n,) and dz, which may overwrite z."""
     s = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
     if vocab < z.shape[1]:
         s[:, vocab:] = -torch.inf
@@ -60,23 +54,20 @@ def _rows_ref(z: Tensor, targets: Tensor, c: Tensor, vocab: int, gradient: bool)
 
 
 @triton.jit
-def _rows_kernel(
-    Z, TARGET, LOSS, COUNT, vocab, padded, GRADIENT: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr
-):
+def _rows_kernel(Z, TARGET, LOSS, COUNT, vocab, width, GRADIENT: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    z = Z + row * padded
+    z = Z + row * width
     target = tl.load(TARGET + row)
     cols = tl.arange(0, BLOCK)
-    m = tl.full(
-        (BLOCK,), float("-inf"), tl.float32
-    )  # one running maximum and sum a lane: a single reduction at the end
+    # one running maximum and sum for each lane, so that lanes are reduced only once, at the end
+    m = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for left in range(0, vocab, BLOCK):
-        v = left + cols  # loaded up to `padded`, a multiple of 128: 16 bytes at a time
-        s = tl.load(z + v, mask=v < padded, other=0.0).to(tl.float32)
+        v = left + cols  # loaded up to `width`, a multiple of 128: 16 bytes at a time
+        s = tl.load(z + v, mask=v < width, other=0.0).to(tl.float32)
         s = tl.where(v < vocab, s, float("-inf"))
         m_new = tl.maximum(m, s)
-        safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a lane that has seen nothing yet
+        safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # no logit in this lane yet
         total = total * tl.exp(m - safe) + tl.exp(s - safe)
         m = m_new
     top = tl.max(m, axis=0)
@@ -89,20 +80,20 @@ def _rows_kernel(
         c = tl.where(ok, 1.0, 0.0)
         if MEAN:
             c /= tl.load(COUNT)
-        tl.debug_barrier()  # the target's logit has been read by all before it is overwritten
-        for left in range(0, padded, BLOCK):
+        tl.debug_barrier()  # every thread reads the target's logit before it is overwritten
+        for left in range(0, width, BLOCK):
             v = left + cols
-            s = tl.load(z + v, mask=v < padded, other=0.0).to(tl.float32)
+            s = tl.load(z + v, mask=v < width, other=0.0).to(tl.float32)
             p = tl.where(v < vocab, tl.exp(s - top) / total, 0.0)
             d = c * (p - tl.where(v == target, 1.0, 0.0))
-            tl.store(z + v, d.to(Z.dtype.element_ty), mask=v < padded)
+            tl.store(z + v, d.to(Z.dtype.element_ty), mask=v < width)
 
 
 def _rows(
     z: Tensor, targets: Tensor, count: Tensor, vocab: int, mean: bool, gradient: bool, use: str
 ) -> tuple[Tensor, Tensor]:
     if use == "triton":
-        losses = torch.empty(len(z), dtype=torch.float32, device=z.device)
+        losses = z.new_empty(len(z), dtype=torch.float32)
         _rows_kernel[(len(z),)](z, targets, losses, count, vocab, z.shape[1], gradient, mean, 4096, num_warps=8)
         return losses, z
     c = 1 / count if mean else torch.ones_like(count)
@@ -114,12 +105,12 @@ def _compiled():
     return torch.compile(_rows_ref, dynamic=False)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# All chunks
-
-
-def _padded(vocab: int) -> int:
-    return -(-vocab // PAD) * PAD
+def _outputs(x: Tensor, weight: Tensor, reduction: str, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss in float32 (float64 for float64), dx and dW; those are empty if no gradient is asked for."""
+    loss = x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=torch.promote_types(x.dtype, torch.float32))
+    if gradient:
+        return loss, torch.empty_like(x), torch.empty_like(weight)
+    return loss, x.new_empty(0), weight.new_empty(0)
 
 
 @torch.library.custom_op("pathswitch::linear_cross_entropy", mutates_args=())
@@ -129,17 +120,15 @@ def _op(
     vocab = weight.shape[0]
     if targets.device.type == "cpu" and (wrong := ((targets < 0) | (targets >= vocab)) & (targets != IGNORE)).any():
         raise IndexError(f"targets: got {targets[wrong][0].item()}, expected 0 .. {vocab - 1}, or {IGNORE} to ignore")
+    loss, dx, dw = _outputs(x, weight, reduction, gradient)
+    dw.zero_()
     w = weight
     if vocab % PAD or weight.dtype != x.dtype:  # the compute copy
-        w = x.new_empty(_padded(vocab), weight.shape[1])  # (padded V, C)
+        w = x.new_empty(vocab + -vocab % PAD, weight.shape[1])  # (padded V, C)
         w[:vocab], w[vocab:] = weight, 0
-    losses = torch.empty(
-        x.shape[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device
-    )
+    losses = loss.new_empty(len(x))
     count = (targets != IGNORE).sum().clamp(min=1).to(losses.dtype)
-    dx = torch.empty_like(x) if gradient else x.new_empty(0)
-    dw = torch.zeros_like(weight) if gradient else weight.new_empty(0)
-    buffer = torch.empty(min(rows, x.shape[0]), w.shape[0], dtype=x.dtype, device=x.device)
+    buffer = x.new_empty(min(rows, len(x)), len(w))
     for i in range(0, x.shape[0], rows):
         part = x[i : i + rows]  # (n, C)
         z = torch.mm(part, w.t(), out=buffer[: len(part)])  # (n, padded V)
@@ -149,7 +138,7 @@ def _op(
             dz = dz[:, :vocab].t()  # (V, n)
             if x.dtype == weight.dtype:
                 dw.addmm_(dz, part)
-            elif x.is_cuda:  # low precision in, float32 out: cuBLAS adds up in float32 as it goes
+            elif x.is_cuda:  # inputs in low precision, sum and output in float32: cuBLAS does not round between
                 torch.addmm(dw, dz, part, out_dtype=torch.float32, out=dw)
             else:
                 dw += dz @ part
@@ -157,33 +146,17 @@ def _op(
     return loss, dx, dw
 
 
-@_op.register_fake
-def _(
-    x: Tensor, weight: Tensor, targets: Tensor, reduction: str, gradient: bool, rows: int, use: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss = torch.empty(
-        x.shape[:1] if reduction == "none" else (),
-        dtype=torch.float64 if x.dtype == torch.float64 else torch.float32,
-        device=x.device,
-    )
-    return (
-        loss,
-        torch.empty_like(x) if gradient else x.new_empty(0),
-        torch.empty_like(weight) if gradient else weight.new_empty(0),
-    )
+_op.register_fake(lambda x, weight, targets, reduction, gradient, rows, use: _outputs(x, weight, reduction, gradient))
 
 
 def _gradient(ctx, g, *_):
-    if torch.is_grad_enabled():  # create_graph: what is saved is a gradient already, and its own would quietly be 0
+    if torch.is_grad_enabled():  # create_graph: dx and dW are constants to autograd, whose gradient would silently be 0
         raise RuntimeError("linear_cross_entropy: cannot be differentiated twice; use linear_cross_entropy_ref")
     dx, dw = ctx.saved_tensors
     return dx * g, dw * g, *[None] * 5
 
 
-_op.register_autograd(
-    _gradient,
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*output[1:]),
-)
+_op.register_autograd(_gradient, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*output[1:]))
 
 
 def linear_cross_entropy(
@@ -196,24 +169,16 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Negative log-likelihood in nats of `targets` (..) under the logits x @ weight.T, in float32.
 
-    x (.., C) in the compute dtype, weight (V, C) in it or in float32. reduction: mean, sum, or none (.., without gradients).
+    x is (.., C), weight (V, C) in the dtype of x or in float32. reduction: mean, sum, or none, (..) without gradients.
     """
     if use == "triton":
         served("linear_cross_entropy", x)
     gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if gradient and reduction == "none":
         raise ValueError("linear_cross_entropy: reduction none has no gradient; use mean or sum, or torch.no_grad()")
-    row_bytes = _padded(weight.shape[0]) * x.element_size()
-    rows = max(
-        128, (chunk_bytes or CHUNK_BYTES.get(x.device.type, 1 << 28)) // row_bytes // 128 * 128
-    )  # whole tiles of a matrix product
-    loss = _op(
-        x.reshape(-1, x.shape[-1]).contiguous(),
-        weight,
-        targets.reshape(-1).long().contiguous(),
-        reduction,
-        gradient,
-        rows,
-        use,
-    )[0]
+    row_bytes = (weight.shape[0] + -weight.shape[0] % PAD) * x.element_size()
+    chunk_bytes = chunk_bytes or CHUNK_BYTES.get(x.device.type, 1 << 28)
+    rows = max(128, chunk_bytes // row_bytes // 128 * 128)  # whole tiles of a matrix product
+    x, flat = x.reshape(-1, x.shape[-1]).contiguous(), targets.reshape(-1).long().contiguous()
+    loss = _op(x, weight, flat, reduction, gradient, rows, use)[0]
     return loss.view(targets.shape) if reduction == "none" else loss

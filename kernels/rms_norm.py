@@ -1,16 +1,16 @@
-"""RMSNorm (Zhang and Sennrich 2019), with the addition of the residual stream before it in the same pass.
+"""RMSNorm (Zhang and Sennrich 2019), and the residual addition before it, in one pass over memory.
 
     z = x + residual                     r = 1 / sqrt(mean_C(z^2) + eps)
     n = z r                              y = n w
 
-Gradient. With dy given, and dz what reaches z by its other way (the stream goes on past the norm):
+Gradient, given dy and the gradient dz of z as the second output (the residual stream bypasses the norm):
 
     g = dy w                             dw = sum over rows of dy n
     dz += r (g - n mean_C(g n))          dx = dresidual = dz
 
-Reductions are in float32 and results are rounded once, to the dtype of x. z is rounded before it is normed, so that
-the backward, which reads the stored z, differentiates what the forward computed. Forward and backward read and write
-each element once. dw is summed in a fixed order: each program keeps the sum of its rows, and PyTorch adds those up.
+Reductions are in float32 and results are rounded once, to the dtype of x. z is rounded before the norm: the backward
+reads the stored z and so differentiates the function that the forward computed. Forward and backward read and write
+each element once. dw is summed in a fixed order: each program sums its own rows, then PyTorch adds the programs' sums.
 """
 
 import torch
@@ -66,89 +66,55 @@ def _backward(DY, DZ, Z, W, R, DX, DW, M, C, stride_z, ADD: tl.constexpr, ROWS: 
 
 
 def _tile(C: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of a program: 16 elements a thread where the width allows it."""
+    """(rows, columns, warps) of a program, for 16 elements a thread where C allows it."""
     cols = triton.next_power_of_2(C)
     rows = max(1, 2048 // cols)
     return rows, cols, min(16, max(4, rows * cols // 512))
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    """x as (M, C) with its elements side by side in each row; a copy only where the strides demand one."""
+    """x as (M, C) with contiguous rows; rows may lie apart, so that a slice of columns is not copied."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def _outputs(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """y and z like x, contiguous, and r (M,); z is empty without a residual, because it would be x."""
+    z = x.new_empty(0 if residual is None else x.shape)
+    return x.new_empty(x.shape), z, x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+
+
 @torch.library.custom_op("pathswitch::rms_norm", mutates_args=())
 def _op(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    y, z, r = _outputs(x, residual, weight, eps)
     rows, cols, warps = _tile(x.shape[-1])
-    xs = _as_rows(x)
+    xs, add = _as_rows(x), residual is not None
     res = xs if residual is None else _as_rows(residual)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    z = torch.empty_like(y) if residual is not None else x.new_empty(0)
-    r = torch.empty(xs.shape[0], dtype=torch.float32, device=x.device)
+    sizes = (*xs.shape, xs.stride(0), res.stride(0))
     if x.numel():
         grid = (triton.cdiv(xs.shape[0], rows),)
-        _forward[grid](
-            xs,
-            res,
-            weight.contiguous(),
-            z,
-            y,
-            r,
-            *xs.shape,
-            xs.stride(0),
-            res.stride(0),
-            eps,
-            residual is not None,
-            rows,
-            cols,
-            num_warps=warps,
-        )
+        _forward[grid](xs, res, weight.contiguous(), z, y, r, *sizes, eps, add, rows, cols, num_warps=warps)
     return y, z, r
 
 
-@_op.register_fake
-def _(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    M = x.numel() // x.shape[-1]
-    return (
-        y,
-        torch.empty_like(y) if residual is not None else x.new_empty(0),
-        torch.empty(M, dtype=torch.float32, device=x.device),
-    )
+_op.register_fake(_outputs)
 
 
 @torch.library.custom_op("pathswitch::rms_norm_backward", mutates_args=())
 def _op_backward(dy: Tensor, dz: Tensor | None, z: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     rows, cols, warps = _tile(z.shape[-1])
-    zs, dy = _as_rows(z), dy.contiguous()
-    dx = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    zs, dy, w, add = _as_rows(z), dy.contiguous(), weight.contiguous(), dz is not None
+    dz = dy if dz is None else dz.contiguous()
+    dx = z.new_empty(z.shape)
     M, C = zs.shape
     n = min(programs(z.device), triton.cdiv(M, rows))
-    dw = torch.empty(n, C, dtype=torch.float32, device=z.device)
+    dw = z.new_empty(n, C, dtype=torch.float32)
     if z.numel():
-        _backward[(n,)](
-            dy,
-            dy if dz is None else dz.contiguous(),
-            zs,
-            weight.contiguous(),
-            r,
-            dx,
-            dw,
-            M,
-            C,
-            zs.stride(0),
-            dz is not None,
-            rows,
-            cols,
-            num_warps=warps,
-        )
+        _backward[(n,)](dy, dz, zs, w, r, dx, dw, M, C, zs.stride(0), add, rows, cols, num_warps=warps)
     return dx, dw.sum(0).type_as(weight)
 
 
-@_op_backward.register_fake
-def _(dy: Tensor, dz: Tensor | None, z: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty(z.shape, dtype=z.dtype, device=z.device), torch.empty_like(weight)
+_op_backward.register_fake(lambda dy, dz, z, weight, r: (z.new_empty(z.shape), torch.empty_like(weight)))
 
 
 def _save(ctx, inputs, output):
@@ -178,9 +144,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, use: str = "torch") -> Tenso
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, use: str = "torch") -> tuple[Tensor, Tensor]:
     """z = x + residual, both (.., C) -> (RMSNorm of z, z)."""
     if x.shape != residual.shape:
-        raise ValueError(
-            f"add_rms_norm: got x {tuple(x.shape)} and residual {tuple(residual.shape)}, expected one shape"
-        )
+        raise ValueError(f"add_rms_norm: x is {tuple(x.shape)}, residual {tuple(residual.shape)}; expected one shape")
     if use == "triton":
         served("rms_norm", x)
         return _op(x, residual, weight, eps)[:2]

@@ -1,13 +1,12 @@
-"""Rotary positions (Su et al. 2021) on q and k together, and the cut of their common matrix product into q, k and v.
+"""Rotary positions (Su et al. 2021) for q and k, and the split of their common matrix product into q, k and v.
 
-The pair (a, b) = (x[i], x[i + D/2]) of each head turns by the angle t theta^(-2i/D) of its position t:
+The pair (a, b) = (x[i], x[i + D/2]) of each head is rotated by the angle t theta^(-2i/D) of its position t:
 
     y[i] = a cos - b sin         y[i + D/2] = b cos + a sin
 
-The inverse of a rotation is its transpose, so the gradient is the rotation by the negative angle. In one pass each: the
-forward reads q, k and v as the product left them, side by side, and writes three tensors; the backward reads three
-gradients and writes the one that the product's backward wants. v is only copied: it costs less than to put three
-gradients together afterwards.
+The gradient is the transposed rotation, which is the rotation by the negative angle. One pass each: the forward reads
+the product's output, q, k and v side by side, and writes three tensors; the backward reads three gradients and writes
+one tensor for the product's backward. v is copied, not rotated: cheaper than to concatenate three gradients afterwards.
 """
 
 import math
@@ -18,52 +17,14 @@ from torch import Tensor
 
 from kernels import served, tl, triton
 
-
-def rope_table(
-    T: int, D: int, theta: float, scaling: Callable[[Tensor], tuple[Tensor, float]] | None = None
-) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles t * theta^(-2i/D), each (T, D/2) in float32. `scaling`: frequencies -> (others, a factor of cos and sin)."""
-    frequencies, factor = theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D), 1.0
-    if scaling:
-        frequencies, factor = scaling(frequencies)
-    angles = torch.outer(torch.arange(T, dtype=torch.float64), frequencies)
-    return (factor * angles.cos()).float(), (factor * angles.sin()).float()
-
-
-def scaling(
-    kind: str, factor: float, context: int, low: float, high: float, theta: float
-) -> Callable[[Tensor], tuple[Tensor, float]] | None:
-    """How released models stretch a context of so many tokens by `factor`; none: they do not.
-
-    linear: all angles are divided by it (Chen et al. 2023). llama3 and yarn divide only those of slow pairs, which turn
-    fewer than `low` times over the context, keep those that turn more than `high` times, and mix between: llama3 by the
-    number of turns, yarn by the index of the pair (Peng et al. 2023), which also sharpens the softmax.
-    """
-
-    def linear(f: Tensor) -> tuple[Tensor, float]:
-        return f / factor, 1.0
-
-    def llama3(f: Tensor) -> tuple[Tensor, float]:
-        turns = context * f / (2 * math.pi)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        return f * (keep + (1 - keep) / factor), 1.0
-
-    def yarn(f: Tensor) -> tuple[Tensor, float]:
-        D = 2 * len(f)
-
-        def pair(turns: float) -> float:
-            """The index, not rounded, of the pair that turns so many times."""
-            return D * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-        first, last = max(math.floor(pair(high)), 0), min(math.ceil(pair(low)), D - 1)
-        divide = ((torch.arange(D // 2, dtype=f.dtype) - first) / max(last - first, 0.001)).clamp(0, 1)
-        return f * (1 - divide + divide / factor), 0.1 * math.log(factor) + 1
-
-    return {"none": None, "linear": linear, "llama3": llama3, "yarn": yarn}[kind]
+Scaling = Callable[[Tensor], tuple[Tensor, float]]  # frequencies -> (scaled frequencies, a factor of cos and sin)
 
 
 def rope_ref(qkv: Tensor, cos: Tensor, sin: Tensor, H: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv (B, T, H + 2K, D), cos and sin (T, D/2), or (B, T, D/2) where rows are at other positions -> q (B, T, H, D) and k (B, T, K, D) turned, v (B, T, K, D)."""
+    """qkv (B, T, H + 2K, D) -> q (B, T, H, D) and k (B, T, K, D) rotated, v (B, T, K, D) as it is.
+
+    cos and sin are (T, D/2), or (B, T, D/2) if the rows of a batch have positions of their own.
+    """
     qk, v = qkv.split((H + K, K), dim=2)
     x = qk.float() if qk.dtype in (torch.bfloat16, torch.float16) else qk
     cos = torch.cat((cos, cos), dim=-1).unsqueeze(-2)  # (T, 1, D)
@@ -86,15 +47,12 @@ def _turn(QKV, Q, KEY, V, COS, SIN, T, H, K, D, BACKWARD: tl.constexpr, HEADS: t
     at = (token % T) * half + i
     cos = tl.load(COS + at, mask=i < half, other=1.0)
     sin = tl.load(SIN + at, mask=i < half, other=0.0)
-    cos = tl.where(h < H + K, cos, 1.0)  # v turns by nothing
+    cos = tl.where(h < H + K, cos, 1.0)  # v is not rotated
     sin = tl.where(h < H + K, sin, 0.0)
-    if BACKWARD:  # of the three masks one holds at most: the sum picks
+    if BACKWARD:  # at most one of the three masks holds, and a masked load gives 0: the sum selects
         a = tl.load(q, mask=is_q, other=0.0) + tl.load(k, mask=is_k, other=0.0) + tl.load(v, mask=is_v, other=0.0)
-        b = (
-            tl.load(q + half, mask=is_q, other=0.0)
-            + tl.load(k + half, mask=is_k, other=0.0)
-            + tl.load(v + half, mask=is_v, other=0.0)
-        )
+        q, k, v = q + half, k + half, v + half
+        b = tl.load(q, mask=is_q, other=0.0) + tl.load(k, mask=is_k, other=0.0) + tl.load(v, mask=is_v, other=0.0)
         a, b = a.to(tl.float32), b.to(tl.float32)
         tl.store(whole, (a * cos + b * sin).to(QKV.dtype.element_ty), mask=there)
         tl.store(whole + half, (b * cos - a * sin).to(QKV.dtype.element_ty), mask=there)
@@ -111,6 +69,16 @@ def _turn(QKV, Q, KEY, V, COS, SIN, T, H, K, D, BACKWARD: tl.constexpr, HEADS: t
         tl.store(v + half, yb, mask=is_v)
 
 
+def _split(qkv: Tensor, cos: Tensor, sin: Tensor, H: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, _, D = qkv.shape
+    return qkv.new_empty(B, T, H, D), qkv.new_empty(B, T, K, D), qkv.new_empty(B, T, K, D)
+
+
+def _joined(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    B, T, H, D = q.shape
+    return q.new_empty(B, T, H + 2 * k.shape[2], D)
+
+
 def _launch(qkv: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> None:
     B, T, H, D = q.shape
     K = k.shape[2]
@@ -122,39 +90,20 @@ def _launch(qkv: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tens
 
 @torch.library.custom_op("pathswitch::rope", mutates_args=())
 def _op(qkv: Tensor, cos: Tensor, sin: Tensor, H: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
-    out = _empty(qkv, H, K)
+    out = _split(qkv, cos, sin, H, K)
     _launch(qkv.contiguous(), *out, cos.contiguous(), sin.contiguous(), False)
     return out
 
 
-@_op.register_fake
-def _(qkv: Tensor, cos: Tensor, sin: Tensor, H: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(qkv, H, K)
-
-
-def _empty(qkv: Tensor, H: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
-    B, T, _, D = qkv.shape
-    q, k, v = (torch.empty(B, T, n, D, dtype=qkv.dtype, device=qkv.device) for n in (H, K, K))
-    return q, k, v
-
-
 @torch.library.custom_op("pathswitch::rope_backward", mutates_args=())
 def _op_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    out = _empty_like_qkv(dq, dk)
+    out = _joined(dq, dk, dv, cos, sin)
     _launch(out, dq.contiguous(), dk.contiguous(), dv.contiguous(), cos.contiguous(), sin.contiguous(), True)
     return out
 
 
-@_op_backward.register_fake
-def _(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return _empty_like_qkv(dq, dk)
-
-
-def _empty_like_qkv(q: Tensor, k: Tensor) -> Tensor:
-    B, T, H, D = q.shape
-    return torch.empty(B, T, H + 2 * k.shape[2], D, dtype=q.dtype, device=q.device)
-
-
+_op.register_fake(_split)
+_op_backward.register_fake(_joined)
 _op.register_autograd(
     lambda ctx, dq, dk, dv: (_op_backward(dq, dk, dv, *ctx.saved_tensors), None, None, None, None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1], inputs[2]),
@@ -162,8 +111,44 @@ _op.register_autograd(
 
 
 def rope(qkv: Tensor, cos: Tensor, sin: Tensor, H: int, K: int, use: str = "torch") -> tuple[Tensor, Tensor, Tensor]:
-    """qkv (B, T, H + 2K, D), cos and sin (T, D/2) -> q (B, T, H, D) and k (B, T, K, D) turned, v (B, T, K, D)."""
+    """qkv (B, T, H + 2K, D), cos and sin (T, D/2) -> q (B, T, H, D) and k (B, T, K, D) rotated, v (B, T, K, D)."""
     if use == "triton":
         served("rope", qkv)
         return _op(qkv, cos, sin, H, K)
     return rope_ref(qkv, cos, sin, H, K)
+
+
+def rope_table(T: int, D: int, theta: float, scaling: Scaling | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles t theta^(-2i/D), each (T, D/2) in float32."""
+    frequencies, factor = theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D), 1.0
+    if scaling:
+        frequencies, factor = scaling(frequencies)
+    angles = torch.outer(torch.arange(T, dtype=torch.float64), frequencies)
+    return (factor * angles.cos()).float(), (factor * angles.sin()).float()
+
+
+def scaling(kind: str, factor: float, context: int, low: float, high: float, theta: float) -> Scaling | None:
+    """How a released model stretches its original `context` (tokens) by `factor`; None for kind "none".
+
+    linear divides all angles by the factor (Chen et al. 2023). llama3 and yarn divide those of pairs that turn fewer
+    than `low` times over the context, keep those of pairs that turn more than `high` times, and interpolate between:
+    llama3 by the number of turns, yarn by the index of the pair (Peng et al. 2023). yarn also sharpens the softmax.
+    """
+
+    def llama3(f: Tensor) -> tuple[Tensor, float]:
+        turns = context * f / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return f * (keep + (1 - keep) / factor), 1.0
+
+    def yarn(f: Tensor) -> tuple[Tensor, float]:
+        D = 2 * len(f)
+
+        def pair(turns: float) -> float:
+            """The index, not rounded, of the pair that turns this often."""
+            return D * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+        first, last = max(math.floor(pair(high)), 0), min(math.ceil(pair(low)), D - 1)
+        divide = ((torch.arange(D // 2, dtype=f.dtype) - first) / max(last - first, 0.001)).clamp(0, 1)
+        return f * (1 - divide + divide / factor), 0.1 * math.log(factor) + 1
+
+    return {"none": None, "linear": lambda f: (f / factor, 1.0), "llama3": llama3, "yarn": yarn}[kind]

@@ -3,8 +3,8 @@
     s = 1 / (1 + exp(-g))        y = g s u
     du = dy g s                  dg = dy u s (1 + g (1 - s))
 
-In one pass each: the forward reads g and u and writes y; the backward reads dy, g and u and writes both gradients into
-the two halves of one tensor, so that nothing has to be put together afterwards. The arithmetic is float32.
+One pass each: the forward reads g and u and writes y; the backward reads dy, g and u and writes both gradients into the
+two halves of one tensor, so that none is concatenated afterwards. The arithmetic is float32.
 """
 
 import torch
@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import served, tl, triton
+
+BLOCK = 1024  # with 4 warps 8 elements a thread: 16 bytes of bf16, the widest load
 
 
 def swiglu_ref(gate_up: Tensor) -> Tensor:
@@ -41,39 +43,32 @@ def _backward(DY, GU, DGU, f, BLOCK: tl.constexpr):
     tl.store(DGU + row * 2 * f + f + cols, (dy * g * s).to(DGU.dtype.element_ty), mask=cols < f)
 
 
-def _grid(y: Tensor, BLOCK: int) -> tuple[int, int]:
-    return y.numel() // y.shape[-1], triton.cdiv(y.shape[-1], BLOCK)
-
-
-BLOCK = 1024  # with 4 warps 8 elements a thread: 16 bytes of bf16, the widest load
+def _output(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
 @torch.library.custom_op("pathswitch::swiglu", mutates_args=())
 def _op(gate_up: Tensor) -> Tensor:
-    y = torch.empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2, dtype=gate_up.dtype, device=gate_up.device)
+    y = _output(gate_up)
+    f = y.shape[-1]
     if y.numel():
-        _forward[_grid(y, BLOCK)](gate_up.contiguous(), y, y.shape[-1], BLOCK)
+        _forward[(y.numel() // f, triton.cdiv(f, BLOCK))](gate_up.contiguous(), y, f, BLOCK)
     return y
 
 
-@_op.register_fake
-def _(gate_up: Tensor) -> Tensor:
-    return torch.empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2, dtype=gate_up.dtype, device=gate_up.device)
+_op.register_fake(_output)
 
 
 @torch.library.custom_op("pathswitch::swiglu_backward", mutates_args=())
 def _op_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
-    out = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+    out = gate_up.new_empty(gate_up.shape)
+    f = dy.shape[-1]
     if dy.numel():
-        _backward[_grid(dy, BLOCK)](dy.contiguous(), gate_up.contiguous(), out, dy.shape[-1], BLOCK)
+        _backward[(dy.numel() // f, triton.cdiv(f, BLOCK))](dy.contiguous(), gate_up.contiguous(), out, f, BLOCK)
     return out
 
 
-@_op_backward.register_fake
-def _(dy: Tensor, gate_up: Tensor) -> Tensor:
-    return torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
-
-
+_op_backward.register_fake(lambda dy, gate_up: gate_up.new_empty(gate_up.shape))
 _op.register_autograd(
     lambda ctx, dy: _op_backward(dy, *ctx.saved_tensors),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),

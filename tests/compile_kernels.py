@@ -1,7 +1,7 @@
-"""Compile every kernel for a GPU that need not be here: `compile_kernels.py 90` prints what each one takes; --json for a program.
+"""Compile every kernel without a GPU: `compile_kernels.py 90` prints registers and memory of each on sm_90; --json too.
 
-Triton's launcher is given a driver that only knows the architecture, and stops before the launch. Its own rules of
-specialization (alignment, constants) apply, so the code is what a GPU would run.
+Triton's launcher gets a driver that knows only the architecture, and stops before the launch. Its own rules of
+specialization (alignment, constants) apply, so the code is the same as on a GPU.
 """
 
 import json
@@ -46,9 +46,7 @@ def compile_only(self, *args, grid, warmup, **how):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(kernel.asm["cubin"])
         f.flush()
-        said = subprocess.run(
-            [CUOBJDUMP, "--dump-resource-usage", f.name], capture_output=True, text=True, check=True
-        ).stdout
+        usage = subprocess.check_output([CUOBJDUMP, "--dump-resource-usage", f.name], text=True)
     ptx = kernel.asm["ptx"]
     built.append(
         {
@@ -56,8 +54,8 @@ def compile_only(self, *args, grid, warmup, **how):
             "shape": shape,
             "warps": kernel.metadata.num_warps,
             "shared": kernel.metadata.shared,
-            "registers": int(re.search(r"REG:(\d+)", said)[1]),
-            "stack": int(re.search(r"STACK:(\d+)", said)[1]),
+            "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+            "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
             "wgmma": "wgmma" in ptx,
             "wide_loads": len(re.findall(r"ld\.global\S*\.v4|cp\.async\S* \[[^]]*\], \[[^]]*\], 0x10", ptx)),
         }
@@ -65,9 +63,7 @@ def compile_only(self, *args, grid, warmup, **how):
 
 
 JITFunction.run = compile_only
-
-
-kernels.interpreted = lambda: True  # or a tensor on the CPU, which stands in for one on the GPU, would be refused
+kernels.interpreted = lambda: True  # lets the public functions take tensors on the CPU in place of a GPU's
 
 
 def tensor(*shape):
@@ -83,18 +79,15 @@ for C in (512, 1024, 1536, 2048):
     swiglu.swiglu(tensor(8, 8 * C), "triton").sum().backward()
 for H, K, D in ((8, 8, 64), (16, 16, 96), (32, 32, 64), (32, 8, 128)):
     shape = f"H={H} K={K} D={D}"
-    sum(
-        t.sum() for t in rope.rope(tensor(1, 16, H + 2 * K, D), *rope.rope_table(16, D, 1e4), H, K, "triton")
-    ).backward()
+    q, k, v = rope.rope(tensor(1, 16, H + 2 * K, D), *rope.rope_table(16, D, 1e4), H, K, "triton")
+    (q.sum() + k.sum() + v.sum()).backward()
     attention.attention(tensor(1, 256, H, D), tensor(1, 256, K, D), tensor(1, 256, K, D), "triton").sum().backward()
 shape = "V=100277"
-cross_entropy.linear_cross_entropy(
-    tensor(4, 16), tensor(100_277, 16), torch.randint(9, (4,)), "mean", "triton"
-).backward()
+x, w, targets = tensor(4, 16), tensor(100_277, 16), torch.randint(9, (4,))
+cross_entropy.linear_cross_entropy(x, w, targets, "mean", "triton").backward()
 if "--json" in sys.argv:
     print(json.dumps(built))
 else:
     for k in built:
-        print(
-            f"{k['kernel']:24} {k['shape']:16} warps {k['warps']:2}  registers {k['registers']:3}  stack {k['stack']:3}  shared {k['shared']:6}  {'wgmma' if k['wgmma'] else ''}"
-        )
+        memory = f"registers {k['registers']:3}  stack {k['stack']:3}  shared {k['shared']:6}"
+        print(f"{k['kernel']:24} {k['shape']:16} warps {k['warps']:2}  {memory}  {'wgmma' if k['wgmma'] else ''}")

@@ -1,10 +1,9 @@
-"""Every kernel and PyTorch's version of it against the reference in fp64; the references against PyTorch's operations.
+"""Every kernel and PyTorch's version of it, within a bound of the rounding errors; references against PyTorch's own.
 
 Without a GPU the kernels run in Triton's interpreter in fp32, and are compiled, not run, for sm_80 and sm_90.
 """
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -27,39 +26,191 @@ from runtime.errors import UserError
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 USE = ["triton", "torch"]
-EPS = 2.0**-24  # of fp32: the largest relative error of one rounding
+EPS = 1e-5  # of RMSNorm
 
 
-def rounding(terms, operations=8):
-    """How far fp32 may be off, as |got - exact| / |exact|: sums of `terms` random products lose eps * sqrt(terms), and
-    each of a few operations before and after them loses eps once. Twice that, because a test must not fail by luck."""
-    return 2 * EPS * (math.sqrt(terms) + operations)
+# ----------------------------------------------------------------------------------------------------------
+# Rounding errors in the worst case. A sum of n terms, added in any order, is off by at most gamma(n - 1) times the sum
+# of their absolute values (Higham 2002, sections 3.1 and 4.2). So the bounds hold for every BLAS and every GPU.
 
 
-def compare(function, reference, inputs, terms, floor=0.0):
-    """Values and all gradients of `function` in fp32 against `reference` in fp64.
+def gamma(n):
+    """The largest relative error of n roundings to float32, one after the other."""
+    return n * 2.0**-24 / (1 - n * 2.0**-24)
 
-    `floor`: the size of the terms where a result is their difference and may cancel to nothing.
+
+class Rounded:
+    """A float64 value, and a bound of |value - the same computed in float32|."""
+
+    def __init__(self, value, error=None):
+        self.value = value
+        self.error = torch.zeros_like(value) if error is None else error
+
+    def rounded(self, n=2):  # 2 for one operation: some have a factor folded in, such as log2(e)
+        return Rounded(self.value, self.error + gamma(n) * (self.value.abs() + self.error))
+
+    def each(self, permute):
+        return Rounded(permute(self.value), permute(self.error))
+
+    @property
+    def T(self):
+        return self.each(lambda t: t.mT)
+
+    def __add__(self, other):
+        return Rounded(self.value + other.value, self.error + other.error).rounded()
+
+    def __sub__(self, other):
+        return Rounded(self.value - other.value, self.error + other.error).rounded()
+
+    def __mul__(self, other):
+        if not isinstance(other, Rounded):
+            return Rounded(self.value * other, self.error * abs(other)).rounded()
+        a, b = self.value.abs(), other.value.abs()
+        return Rounded(self.value * other.value, a * other.error + self.error * (b + other.error)).rounded()
+
+    def __truediv__(self, other):
+        q = self.value / other.value
+        return Rounded(q, (self.error + q.abs() * other.error) / (other.value.abs() - other.error)).rounded(4)
+
+    def __matmul__(self, other):
+        a, b = self.value.abs(), other.value.abs()
+        error = a @ other.error + self.error @ (b + other.error)
+        size = (a + self.error) @ (b + other.error)
+        return Rounded(self.value @ other.value, error + gamma(sum_roundings(a.shape[-1])) * size)
+
+    def sum(self, dim):
+        size = (self.value.abs() + self.error).sum(dim, keepdim=True)
+        error = self.error.sum(dim, keepdim=True) + gamma(sum_roundings(self.value.shape[dim])) * size
+        return Rounded(self.value.sum(dim, keepdim=True), error)
+
+    def mean(self):
+        return self.sum(-1) * (1 / self.value.shape[-1])
+
+    def exp(self, size=0.0):
+        """`size`: of the numbers whose difference the argument is; rounding them changes the result by a factor."""
+        y = self.value.exp()
+        return Rounded(y, y * self.error.expm1()).rounded(8 + 4 * (size + self.value.clamp(min=-1e4).abs()))
+
+    def log(self):
+        return Rounded(self.value.log(), -(-self.error / self.value).log1p()).rounded(4)
+
+    def rsqrt(self):
+        y = self.value.rsqrt()
+        return Rounded(y, y * ((1 - self.error / self.value).rsqrt() - 1)).rounded(4)
+
+    def sigmoid(self):
+        y = self.value.sigmoid()
+        return Rounded(y, y * self.error.expm1()).rounded(8 + 4 * self.value.abs())
+
+    def softmax_sums(self, mask=None):
+        """exp(x - max), its sum, and the max, over the last dimension; nothing where `mask` holds."""
+        x = self.value if mask is None else self.value.masked_fill(mask, -torch.inf)
+        top = x.amax(-1, keepdim=True)
+        weights = Rounded(x - top, self.error).exp(size=top.abs() + self.value.abs())
+        return weights, weights.sum(-1), top
+
+
+def sum_roundings(n):
+    """Of one term of n: one in its product, n - 1 in the sum, and those of online softmax, which rescales by blocks."""
+    return n + n // 8 + 8
+
+
+def cat(parts, dim):
+    return Rounded(*(torch.cat([getattr(p, name) for p in parts], dim) for name in ("value", "error")))
+
+
+# The formulas and gradients at the top of the files: (inputs, gradients of outputs) -> (outputs, gradients of inputs)
+
+
+def rms_norm_formula(x, w, dy):
+    r = ((x * x).mean() + Rounded(torch.tensor(EPS, dtype=torch.float64))).rsqrt()
+    n = x * r
+    g = dy * w
+    dx = r * (g - n * (g * n).mean())
+    return n * w, dx, (dy * n).each(lambda t: t.reshape(-1, t.shape[-1])).sum(0).each(lambda t: t[0])
+
+
+def add_rms_norm_formula(x, residual, w, dy, dz):
+    z = x + residual
+    y, dx, dw = rms_norm_formula(z, w, dy)
+    return y, z, dx + dz, dx + dz, dw
+
+
+def swiglu_formula(gate_up, dy):
+    g, u = (gate_up.each(lambda t, i=i: t.chunk(2, -1)[i]) for i in (0, 1))
+    s, one = g.sigmoid(), Rounded(torch.ones((), dtype=torch.float64))
+    return g * s * u, cat((dy * u * s * (one + g * (one - s)), dy * g * s), -1)
+
+
+def rope_formula(cos, sin, H, K):
+    c, s = (Rounded(torch.cat(t, -1).double().unsqueeze(-2)) for t in ((cos, cos), (-sin, sin)))
+    half = cos.shape[-1]
+
+    def formula(qkv, dq, dk, dv):
+        q, k, v = (qkv.each(lambda t, i=i: t.split((H, K, K), 2)[i]) for i in range(3))
+        turned = [x * c + x.each(lambda t: t.roll(half, -1)) * s for x in (q, k)]
+        back = [x * c + (x * s).each(lambda t: t.roll(half, -1)) for x in (dq, dk)]
+        return *turned, v, cat((*back, dv), 2)
+
+    return formula
+
+
+def attention_formula(q, k, v, dy):
+    heads = lambda x: x.each(lambda t: t.transpose(1, 2))  # noqa: E731
+    q, k, v, dy = map(heads, (q, k, v, dy))
+    K, group, scale = k.value.shape[1], q.value.shape[1] // k.value.shape[1], q.value.shape[-1] ** -0.5
+    k, v = (x.each(lambda t: t.repeat_interleave(group, 1)) for x in (k, v))
+    own = lambda x: x.each(lambda t: t.unflatten(1, (K, group))).sum(2).each(lambda t: t[:, :, 0])  # noqa: E731
+    s = q @ k.T * scale
+    weights, total, _ = s.softmax_sums(torch.ones(s.value.shape[-2:], dtype=torch.bool).triu(1))
+    p = weights / total
+    y = p @ v
+    ds = p * (dy @ v.T - (dy * y).sum(-1))
+    return [heads(x) for x in (y, ds @ k * scale, own(ds.T @ q) * scale, own(p.T @ dy))]
+
+
+def cross_entropy_formula(targets, reduction):
+    """Without the gradient of the output: it is 1."""
+    kept, t = (targets != ce.IGNORE)[:, None], targets.clamp(min=0)[:, None]
+    c = 1 / max(1, int(kept.sum())) if reduction == "mean" else 1.0
+
+    def formula(x, w, dy):
+        z = x @ w.T
+        weights, total, top = z.softmax_sums()
+        losses = (total.log() + Rounded(top) - z.each(lambda y: y.gather(1, t))).each(lambda y: y * kept)
+        onehot = Rounded(torch.zeros_like(z.value).scatter_(1, t, 1.0))
+        dz = ((weights / total - onehot) * c).each(lambda y: y * kept) * dy
+        loss = losses.each(lambda y: y[:, 0])
+        loss = loss if reduction == "none" else (loss.sum(0) * c).each(lambda y: y[0])
+        return loss, dz @ w, dz.T @ x
+
+    return formula
+
+
+def compare(function, reference, formula, inputs):
+    """Each element of the values and gradients of `function` in fp32 is within the bound of `formula`.
+
+    `reference` in fp64, through autograd, has the values of `formula`.
     """
     ours = [x.detach().to(DEVICE).requires_grad_() for x in inputs]
     exact = [x.detach().double().cpu().requires_grad_() for x in inputs]
-    for x, given in zip(ours, inputs, strict=True):
-        assert x.stride() == given.stride()
+    assert all(x.stride() == given.stride() for x, given in zip(ours, inputs, strict=True))
     before = [x.detach().clone() for x in ours]
     got, want = function(*ours), reference(*exact)
     got, want = (y if isinstance(y, tuple) else (y,) for y in (got, want))
-    upstream = [torch.randn_like(y) for y in want]
-    torch.autograd.backward(got, [g.to(y.dtype).to(DEVICE) for g, y in zip(upstream, got, strict=True)])
-    torch.autograd.backward(want, [g.to(y.dtype).double() for g, y in zip(upstream, got, strict=True)])
-    pairs = [*zip(got, want, strict=True), *((a.grad, b.grad) for a, b in zip(ours, exact, strict=True))]
-    for i, (a, b) in enumerate(pairs):
-        assert a.shape == b.shape and a.dtype == torch.float32
-        error = (a.detach().cpu().double() - b).norm()
-        assert error <= rounding(terms) * (b.norm() + floor * math.sqrt(b.numel())), (
-            f"{i}: {error / b.norm():.2e} > {rounding(terms):.2e}"
-        )
-    for x, y in zip(ours, before, strict=True):
-        assert torch.equal(x, y), "an input was changed"
+    upstream = [torch.randn_like(y).float() for y in want]
+    torch.autograd.backward(got, [g.to(DEVICE) for g in upstream])
+    torch.autograd.backward(want, [g.double() for g in upstream])
+    bounds = formula(*(Rounded(x.detach()) for x in exact), *(Rounded(g.double()) for g in upstream))
+    got, want = [*got, *(x.grad for x in ours)], [*want, *(x.grad for x in exact)]
+    for i, (a, b, bound) in enumerate(zip(got, want, bounds, strict=True)):
+        assert a.shape == b.shape == bound.value.shape and a.dtype == torch.float32
+        assert ((bound.value - b).abs() <= 1e-7 * bound.error + 1e-30).all(), f"{i}: the formula is not the reference"
+        off = (a.detach().cpu().double() - b).abs() / (
+            bound.error + 1e-30
+        )  # 1e-30: float32 underflows, float64 does not
+        assert (off <= 1).all(), f"{i}: off by {off.max():.2g} times the bound"
+    assert all(torch.equal(x, y) for x, y in zip(ours, before, strict=True)), "an input was changed"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -76,55 +227,45 @@ ROWS = {
 }
 
 
+def rms_norm(use):
+    return (
+        lambda x, w: norm.rms_norm(x, w, EPS, use),
+        lambda x, w: norm.rms_norm_ref(x, w, EPS),
+        rms_norm_formula,
+    )
+
+
 @pytest.mark.parametrize("use", USE)
 @pytest.mark.parametrize("shape", ROWS.values(), ids=ROWS.keys())
 def test_rms_norm(shape, use):
     torch.manual_seed(0)
     x, residual, w = torch.randn(shape), torch.randn(shape), torch.randn(shape[-1])
-    terms = max(shape[-1], math.prod(shape[:-1]))
-    floor = (
-        1 / (x + residual).abs().min().item() if shape[-1] == 1 else 0.0
-    )  # a single element is normed to its sign: the gradient cancels
+    compare(*rms_norm(use), (x, w))
     compare(
-        lambda x, w: norm.rms_norm(x, w, 1e-5, use), lambda x, w: norm.rms_norm_ref(x, w, 1e-5), (x, w), terms, floor
-    )
-    compare(
-        lambda x, r, w: norm.add_rms_norm(x, r, w, 1e-5, use),
-        lambda x, r, w: (norm.rms_norm_ref(x + r, w, 1e-5), x + r),
+        lambda x, r, w: norm.add_rms_norm(x, r, w, EPS, use),
+        lambda x, r, w: (norm.rms_norm_ref(x + r, w, EPS), x + r),
+        add_rms_norm_formula,
         (x, residual, w),
-        terms,
-        floor,
     )
 
 
 @pytest.mark.parametrize("use", USE)
-def test_rms_norm_of_rows_apart_and_columns_apart(use):
+def test_rms_norm_of_strided_inputs(use):
     torch.manual_seed(0)
     for x in (torch.randn(9, 64)[:, :40], torch.randn(12, 40)[::2], torch.randn(40, 9).T):
-        compare(
-            lambda x, w: norm.rms_norm(x, w, 1e-5, use),
-            lambda x, w: norm.rms_norm_ref(x, w, 1e-5),
-            (x, torch.randn(40)),
-            40,
-        )
+        compare(*rms_norm(use), (x, torch.randn(40)))
+    for w in (torch.randn(12)[::2], torch.ones(1).expand(6)):
+        compare(*rms_norm(use), (torch.randn(4, 6), w))
+
+
+def test_add_rms_norm_does_not_broadcast():
+    with pytest.raises(ValueError, match=r"x is \(4, 6\), residual \(1, 6\)"):
+        norm.add_rms_norm(torch.randn(4, 6), torch.randn(1, 6), torch.randn(6), EPS)
 
 
 def test_rms_norm_ref_is_that_of_pytorch():
     x, w = torch.randn(6, 10, dtype=torch.float64), torch.randn(10, dtype=torch.float64)
-    torch.testing.assert_close(norm.rms_norm_ref(x, w, 1e-5), F.rms_norm(x, (10,), w, 1e-5))
-
-
-@pytest.mark.parametrize("use", USE)
-def test_rms_norm_of_a_weight_that_is_not_in_one_piece(use):
-    torch.manual_seed(0)
-    for w in (torch.randn(12)[::2], torch.ones(1).expand(6)):
-        x = torch.randn(4, 6)
-        got = norm.rms_norm(x.to(DEVICE), w.to(DEVICE), 1e-5, use).cpu()
-        torch.testing.assert_close(
-            got.double(), norm.rms_norm_ref(x.double(), w.double(), 1e-5), rtol=1e-6, atol=1e-6
-        )  # a few roundings
-    with pytest.raises(ValueError, match=r"x \(4, 6\) and residual \(1, 6\)"):
-        norm.add_rms_norm(x.to(DEVICE), x[:1].to(DEVICE), w.to(DEVICE), 1e-5, use)
+    torch.testing.assert_close(norm.rms_norm_ref(x, w, EPS), F.rms_norm(x, (10,), w, EPS))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -136,17 +277,16 @@ def test_rms_norm_of_a_weight_that_is_not_in_one_piece(use):
 def test_swiglu(shape, use):
     torch.manual_seed(0)
     x = 4 * torch.randn(shape)
-    compare(lambda x: glu.swiglu(x, use), glu.swiglu_ref, (x,), 1)
-    compare(lambda x: glu.swiglu(x, use), glu.swiglu_ref, (x.mT.contiguous().mT,), 1)
+    for given in (x, x.mT.contiguous().mT):
+        compare(lambda x: glu.swiglu(x, use), glu.swiglu_ref, swiglu_formula, (given,))
 
 
-OVERFLOW = pytest.mark.filterwarnings(
-    "ignore:overflow encountered"
-)  # numpy, under the interpreter, where a GPU has inf and goes on
+# numpy, which the interpreter runs on, warns where a GPU has inf and goes on
+OVERFLOW = pytest.mark.filterwarnings("ignore:overflow encountered")
 
 
 @OVERFLOW
-def test_swiglu_far_out():
+def test_swiglu_of_large_gates_and_of_an_odd_width():
     with pytest.raises(ValueError, match="last dimension of 3"):
         glu.swiglu(torch.randn(4, 3))
     x = torch.tensor([[-1e4, 1e4, -80.0, 0.0, 2.0, 3.0, 5.0, 7.0]])
@@ -165,23 +305,19 @@ def test_rope(B, T, H, K, D, use):
     cos, sin = cos[:T], sin[:T]
     qkv = torch.randn(B, T, H + 2 * K, D)
     on = [t.to(DEVICE) for t in (cos, sin)]
-    compare(
-        lambda x: rot.rope(x, *on, H, K, use), lambda x: rot.rope_ref(x, cos.double(), sin.double(), H, K), (qkv,), 2
-    )
-    compare(
-        lambda x: rot.rope(x, *on, H, K, use),
-        lambda x: rot.rope_ref(x, cos.double(), sin.double(), H, K),
-        (qkv.transpose(1, 2).contiguous().transpose(1, 2),),
-        2,
-    )
+    for given in (qkv, qkv.transpose(1, 2).contiguous().transpose(1, 2)):
+        compare(
+            lambda x: rot.rope(x, *on, H, K, use),
+            lambda x: rot.rope_ref(x, cos.double(), sin.double(), H, K),
+            rope_formula(cos, sin, H, K),
+            (given,),
+        )
 
 
 def test_rope_turns_by_position_and_keeps_products_relative():
     cos, sin = rot.rope_table(16, 8, 10000.0)
     torch.manual_seed(0)
-    x = (
-        torch.randn(3, 1, 1, 8).expand(3, 16, 1, 8).transpose(0, 2)[0][None]
-    )  # (1, 16, 3, 8): the same q, k, v at each position
+    x = torch.randn(1, 1, 3, 8).expand(1, 16, 3, 8)  # the same q, k and v at each position
     q, k, v = (t[0, :, 0].double() for t in rot.rope(x, cos, sin, 1, 1))
     assert torch.equal(v, x[0, :, 2].double())
     products = q @ k.T  # depends on the distance alone
@@ -216,24 +352,16 @@ LENGTHS = [
 def test_attention(T, H, K, D, use):
     torch.manual_seed(0)
     q, k, v = torch.randn(2, T, H, D), torch.randn(2, T, K, D), torch.randn(2, T, K, D)
-    compare(
-        lambda q, k, v: attn.attention(q, k, v, use), attn.attention_ref, (q, k, v), T * H // K + D, floor=float(T == 1)
-    )  # one token: p is 1, and the gradients of q and k cancel
+    compare(lambda q, k, v: attn.attention(q, k, v, use), attn.attention_ref, attention_formula, (q, k, v))
 
 
 @OVERFLOW
 @pytest.mark.parametrize("use", USE)
-def test_attention_of_cuts_of_one_tensor_of_nothing_and_of_large_scores(use):
+def test_attention_of_views_of_an_empty_batch_and_of_large_scores(use):
     torch.manual_seed(0)
-    for scale in (1, 30):  # scores up to 30 * 30 * sqrt(16) * 4: exp of them overflows in fp32, softmax must not
+    for scale in (1, 30):  # at 30 exp of the scores overflows in fp32, and their softmax does not
         q, k, v = (scale * torch.randn(1, 70, 6, 16)).split(2, dim=2)
-        # a score of size s carries an error of eps * s, and softmax turns that into a relative one
-        compare(
-            lambda q, k, v: attn.attention(q, k, v, use),
-            attn.attention_ref,
-            (q, k, v),
-            (86 + (scale**2 * 16) ** 2 * (scale > 1)),
-        )
+        compare(lambda q, k, v: attn.attention(q, k, v, use), attn.attention_ref, attention_formula, (q, k, v))
     q = torch.randn(0, 5, 2, 16, device=DEVICE, requires_grad=True)
     attn.attention(q, q, q, use).sum().backward()
     assert q.grad.shape == q.shape
@@ -247,13 +375,6 @@ def test_attention_ref_is_softmax_of_all_scores():
     torch.testing.assert_close(attn.attention_ref(q, k, v), want)
 
 
-def test_attention_keeps_the_log_sum_exp():
-    q, k, v = (torch.randn(1, 70, 2, 16, device=DEVICE) for _ in range(3))
-    s = torch.einsum("bthd,bshd->bhts", q, k) / 4
-    s = s.masked_fill(torch.ones(70, 70, dtype=torch.bool, device=DEVICE).triu(1), -torch.inf)
-    torch.testing.assert_close(attn._op(q, k, v)[1] * math.log(2), s.logsumexp(-1), rtol=1e-5, atol=1e-5)
-
-
 def test_a_head_dim_that_is_not_served_is_named():
     q = torch.randn(1, 4, 1, 40, device=DEVICE)
     with pytest.raises(ValueError, match="head dim 40.*16, 32, 64, 96, 128"):
@@ -265,7 +386,7 @@ def test_a_dtype_that_is_not_served_is_named():
     table = rot.rope_table(4, 16, 10.0)
     for call in (
         lambda: attn.attention(x, x, x, "triton"),
-        lambda: norm.rms_norm(x, x[0, 0, 0], 1e-5, "triton"),
+        lambda: norm.rms_norm(x, x[0, 0, 0], EPS, "triton"),
         lambda: glu.swiglu(x, "triton"),
         lambda: rot.rope(x, *table, 1, 1, "triton"),
         lambda: ce.linear_cross_entropy(x, x[0, 0], torch.zeros(2, 4, 3, dtype=torch.int64), use="triton"),
@@ -278,72 +399,87 @@ def test_a_dtype_that_is_not_served_is_named():
 # Linear and cross-entropy
 
 
-@pytest.mark.parametrize("use", USE)
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("N, C, vocab", [(300, 16, 50), (1, 8, 2), (70, 12, 128), (0, 8, 5), (6, 4, 100_277)])
-def test_linear_cross_entropy(N, C, vocab, reduction, use):
-    """128 rows a chunk: the first shape has two and a part."""
-    torch.manual_seed(0)
-    x, w, t = torch.randn(2, N, C)[0], torch.randn(vocab, C), torch.randint(vocab, (N,))
-    t[: N // 7] = ce.IGNORE
-    ours = lambda x, w: ce.linear_cross_entropy(x, w, t.to(DEVICE), reduction, use, chunk_bytes=1)  # noqa: E731
-    exact = lambda x, w: ce.linear_cross_entropy_ref(x, w, t, reduction) if N else (x.sum() + w.sum()) * 0  # noqa: E731
-    floor = math.sqrt(C) if N == 1 else 0.0  # one loss near 0 is a difference of logits, which are of this size
-    compare(ours, exact, (x, w), vocab + N, floor)
+def cross_entropy(targets, reduction, use):
+    """`function`, `reference` and `formula` of compare; 128 rows a chunk."""
+    return (
+        lambda x, w: ce.linear_cross_entropy(x, w, targets.to(DEVICE), reduction, use, chunk_bytes=1),
+        lambda x, w: ce.linear_cross_entropy_ref(x, w, targets, reduction),
+        cross_entropy_formula(targets, reduction),
+    )
+
+
+def check_losses(x, w, targets, use):
     with torch.no_grad():
-        each = ce.linear_cross_entropy(x.to(DEVICE), w.to(DEVICE), t.to(DEVICE), "none", use, chunk_bytes=1)
-    want = ce.linear_cross_entropy_ref(x.double(), w.double(), t, "none")
-    torch.testing.assert_close(each.cpu().double(), want, rtol=rounding(vocab), atol=rounding(vocab))
+        each = ce.linear_cross_entropy(x.to(DEVICE), w.to(DEVICE), targets.to(DEVICE), "none", use, chunk_bytes=1)
+    exact = [Rounded(t.double()) for t in (x, w)]
+    bound = cross_entropy_formula(targets.long(), "none")(*exact, Rounded(torch.ones((), dtype=torch.float64)))[0]
+    assert ((each.cpu() - bound.value).abs() <= bound.error).all()
+
+
+@pytest.mark.parametrize("use", USE)
+@pytest.mark.parametrize(
+    "N, C, vocab, reduction",
+    [
+        (300, 16, 50, "mean"),  # two chunks and a part
+        (300, 16, 50, "sum"),
+        (1, 8, 2, "mean"),
+        (70, 12, 128, "sum"),
+        (6, 4, 9000, "sum"),  # two of the kernel's blocks of 4,096 and a part
+        (6, 4, 100_277, "mean"),
+    ],
+)
+def test_linear_cross_entropy(N, C, vocab, reduction, use):
+    torch.manual_seed(0)
+    x, w, t = torch.randn(N, C), torch.randn(vocab, C), torch.randint(vocab, (N,))
+    t[: N // 7] = ce.IGNORE
+    compare(*cross_entropy(t, reduction, use), (x, w))
+    check_losses(x, w, t, use)
+
+
+@pytest.mark.parametrize("use", USE)
+def test_linear_cross_entropy_of_nothing(use):
+    x, w = (torch.randn(n, 8, device=DEVICE, requires_grad=True) for n in (0, 5))
+    for reduction in ("mean", "sum"):
+        loss = ce.linear_cross_entropy(x, w, torch.zeros(0, dtype=torch.long, device=DEVICE), reduction, use)
+        loss.backward()
+        assert loss.item() == 0 and x.grad.shape == (0, 8) and not w.grad.any()
 
 
 @OVERFLOW
 @pytest.mark.parametrize("use", USE)
 def test_linear_cross_entropy_of_ignored_targets_and_large_logits(use):
     torch.manual_seed(0)
-    x, w = (
-        torch.randn(5, 7, 8, device=DEVICE, requires_grad=True),
-        torch.randn(100, 8, device=DEVICE, requires_grad=True),
-    )
+    x, w = (torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in ((5, 7, 8), (100, 8)))
     for reduction in ("mean", "sum"):
         loss = ce.linear_cross_entropy(x, w, torch.full((5, 7), ce.IGNORE, device=DEVICE), reduction, use)
         loss.backward()
         assert loss.item() == 0 and not x.grad.any() and not w.grad.any()
-    t = torch.randint(100, (5, 7), device=DEVICE)
-    big = 1e4 * x.detach()  # exp of the logits overflows, their softmax does not
-    loss = ce.linear_cross_entropy(big, w, t, "mean", use)
-    want = ce.linear_cross_entropy_ref(big.double().cpu(), w.double().cpu(), t.cpu())
-    torch.testing.assert_close(loss.cpu().double(), want, rtol=1e-6, atol=0)
-    loss.backward()
-    assert w.grad.isfinite().all()
+    t = torch.randint(100, (35,))
+    big = 1e4 * x.detach().cpu().flatten(0, 1)  # exp of the logits overflows, their softmax does not
+    compare(*cross_entropy(t, "mean", use), (big, w.detach().cpu()))
 
 
 @pytest.mark.parametrize("use", USE)
 @pytest.mark.parametrize("wrong", [100, 128, 5000, -1])
 def test_a_target_outside_the_vocabulary(wrong, use):
-    x, w, t = (
-        torch.randn(4, 8, device=DEVICE),
-        torch.randn(100, 8, device=DEVICE),
-        torch.tensor([1, 2, wrong, 3], device=DEVICE),
-    )
+    x, w = (torch.randn(n, 8, device=DEVICE) for n in (4, 100))
+    t = torch.tensor([1, 2, wrong, 3], device=DEVICE)
     if CUDA:
         assert ce.linear_cross_entropy(x, w, t, "sum", use).isnan()
     else:
         with pytest.raises(IndexError, match=f"got {wrong}, expected 0 .. 99"):
             ce.linear_cross_entropy(x, w, t, "sum", use)
-    # what a GPU, which cannot raise, makes of it
+    # on a GPU, which cannot raise
     losses, _ = ce._rows(torch.randn(4, 128, device=DEVICE), t, torch.ones((), device=DEVICE), 100, False, True, use)
     assert losses.isnan().tolist() == [False, False, True, False]
 
 
 @pytest.mark.parametrize("use", USE)
-def test_targets_that_are_not_in_one_piece_or_of_another_integer_type(use):
+def test_strided_targets_and_other_integer_types(use):
     torch.manual_seed(0)
     x, w, t = torch.randn(9, 4), torch.randn(7, 4), torch.randint(7, (18,))
     for targets in (t[::2], t[:1].expand(9), t[:9].int(), t[:9].to(torch.uint8)):
-        got = ce.linear_cross_entropy(x.to(DEVICE), w.to(DEVICE), targets.to(DEVICE), use=use)
-        torch.testing.assert_close(
-            got.cpu(), ce.linear_cross_entropy_ref(x, w, targets.long()), rtol=1e-5, atol=0
-        )  # a mean of nine
+        check_losses(x, w, targets, use)
 
 
 def test_a_second_derivative_is_refused():
@@ -354,9 +490,7 @@ def test_a_second_derivative_is_refused():
 
 def test_reduction_none_has_no_gradient():
     with pytest.raises(ValueError, match="no gradient"):
-        ce.linear_cross_entropy(
-            torch.randn(2, 4, requires_grad=True), torch.randn(8, 4), torch.tensor([1, 2]), reduction="none"
-        )
+        ce.linear_cross_entropy(torch.randn(2, 4, requires_grad=True), torch.randn(8, 4), torch.tensor([1, 2]), "none")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -369,7 +503,7 @@ def test_gradcheck_of_every_reference():
     cos, sin = (t.double() for t in rot.rope_table(3, 4, 10.0))
     t = torch.tensor([0, 4, ce.IGNORE])
     check = torch.autograd.gradcheck
-    assert check(lambda x, w: norm.rms_norm_ref(x, w, 1e-5), (r(3, 5), r(5)))
+    assert check(lambda x, w: norm.rms_norm_ref(x, w, EPS), (r(3, 5), r(5)))
     assert check(glu.swiglu_ref, (r(3, 8),))
     assert check(lambda x: rot.rope_ref(x, cos, sin, 2, 1), (r(2, 3, 4, 4),))
     assert check(attn.attention_ref, (r(1, 4, 2, 3), r(1, 4, 1, 3), r(1, 4, 1, 3)))
@@ -384,8 +518,8 @@ def test_every_operation_is_one_that_torch_compile_can_see():
     cos, sin = (t.to(DEVICE) for t in rot.rope_table(5, 16, 10.0))
     q, k, w, t = r(1, 5, 2, 16), r(1, 5, 1, 16), r(16), torch.randint(20, (6,), device=DEVICE)
     for op, args in (
-        (norm._op, (r(6, 16), None, w, 1e-5)),
-        (norm._op, (r(6, 16), r(6, 16), w, 1e-5)),
+        (norm._op, (r(6, 16), None, w, EPS)),
+        (norm._op, (r(6, 16), r(6, 16), w, EPS)),
         (glu._op, (r(3, 16),)),
         (rot._op, (r(1, 5, 4, 16), cos, sin, 2, 1)),
         (attn._op, (q, k, k)),
@@ -401,53 +535,43 @@ def test_the_compiled_model_is_one_graph(use):
     torch.manual_seed(0)
     net = model.Transformer(c, use=dict.fromkeys(kernels.NAMES, use)).to(DEVICE)
     ids = torch.randint(61, (2, 20), device=DEVICE)
-    torch._dynamo.reset()
-    seen = torch._dynamo.explain(net)(ids, ids)
-    assert seen.graph_count == 1 and seen.graph_break_count == 0
     loss = net(ids, ids)
     loss.backward()
     want = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
-    again = torch.compile(net, backend="aot_eager", fullgraph=True)(ids, ids)
+    torch._dynamo.reset()
+    again = torch.compile(net, backend="aot_eager", fullgraph=True)(ids, ids)  # an error if it is not one graph
     again.backward()
-    torch.testing.assert_close(again, loss)
+    # the same operations, some in another order: 1e-4 is 1,700 roundings, and one to bfloat16 is 4e-3
+    torch.testing.assert_close(again, loss, rtol=1e-4, atol=0)
     for p, g in zip(net.parameters(), want, strict=True):
-        torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-6)  # the same operations, some in another order
+        assert (p.grad - g).norm() <= 1e-4 * g.norm()
+
+
+KERNELS = {
+    *("rms_norm._forward", "rms_norm._backward", "swiglu._forward", "swiglu._backward", "rope._turn"),
+    *("attention._delta", "cross_entropy._rows_kernel"),
+}
+MATRIX_KERNELS = {"attention._forward", "attention._backward_kv", "attention._backward_q"}  # on tensor cores
 
 
 def test_the_kernels_compile_for_gpus_that_are_not_here():
-    """For sm_80 and sm_90, in bf16, at every head dim and the widths of the configs, down to the machine code."""
+    """To machine code for sm_80 and sm_90, in bf16, at the head dims and widths of the configs."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "tests" / "compile_kernels.py")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
+    running = {arch: subprocess.Popen([*command, str(arch), "--json"], **pipes) for arch in (80, 90)}
     for arch, shared in ((80, 163), (90, 227)):  # KiB of shared memory that a block can have
-        r = subprocess.run(
-            [sys.executable, str(ROOT / "tests" / "compile_kernels.py"), str(arch), "--json"],
-            capture_output=True,
-            text=True,
-            env=env,
-        )
-        assert r.returncode == 0, r.stderr[-2000:]
-        built = json.loads(r.stdout)
-        names = {k["kernel"] for k in built}
-        assert {
-            "rms_norm._forward",
-            "rms_norm._backward",
-            "swiglu._forward",
-            "swiglu._backward",
-            "rope._turn",
-            "attention._forward",
-            "attention._delta",
-            "attention._backward_kv",
-            "attention._backward_q",
-            "cross_entropy._rows_kernel",
-        } == names
+        out, err = running[arch].communicate()
+        assert running[arch].returncode == 0, err[-2000:]
+        built = json.loads(out)
+        assert {k["kernel"] for k in built} == KERNELS | MATRIX_KERNELS
         for k in built:
             assert k["shared"] <= shared * 1024, k
             assert k["wide_loads"] > 0, k  # 16 bytes at a time
             if arch == 90:
                 assert k["stack"] == 0, k  # no register spilled
-                assert k["wgmma"] == (
-                    k["kernel"] in ("attention._forward", "attention._backward_kv", "attention._backward_q")
-                ), k
+                assert k["wgmma"] == (k["kernel"] in MATRIX_KERNELS), k
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -456,11 +580,9 @@ def test_the_kernels_compile_for_gpus_that_are_not_here():
 
 def test_choice(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    torchs = dict.fromkeys(kernels.NAMES, "torch")
+    torchs, tritons = (dict.fromkeys(kernels.NAMES, use) for use in ("torch", "triton"))
     assert kernels.choose("auto", cpu) == kernels.choose("torch", gpu) == torchs
-    assert kernels.choose("triton, attention=torch", cpu) == dict.fromkeys(kernels.NAMES, "triton") | {
-        "attention": "torch"
-    }
+    assert kernels.choose("triton, attention=torch", cpu) == tritons | {"attention": "torch"}
     for bad in ("cuda", "triton=attention", "softmax=triton", "auto,", ""):
         with pytest.raises(UserError, match="train.kernels"):
             kernels.parse(bad)
@@ -483,6 +605,7 @@ def test_what_cannot_be_served_is_said(monkeypatch):
 # ----------------------------------------------------------------------------------------------------------
 # On a GPU
 
+CASES = ["rms_norm", "swiglu", "rope", "cross_entropy", "attention 64", "attention 96", "attention 128"]
 on_a_gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 
 
@@ -496,8 +619,8 @@ def cases():
     head = lambda use: lambda x, w: ce.linear_cross_entropy(x, w, t, "mean", use)  # noqa: E731
     out = {
         "rms_norm": (
-            *(lambda x, w, u=u: norm.rms_norm(x, w, 1e-5, u) for u in USE),
-            lambda x, w: norm.rms_norm_ref(x, w, 1e-5),
+            *(lambda x, w, u=u: norm.rms_norm(x, w, EPS, u) for u in USE),
+            lambda x, w: norm.rms_norm_ref(x, w, EPS),
             (r(999, 1536), r(1536)),
         ),
         "swiglu": (*(lambda x, u=u: glu.swiglu(x, u) for u in USE), glu.swiglu_ref, (r(999, 8192),)),
@@ -528,25 +651,19 @@ def values_and_gradients(function, inputs, seed=1):
 
 
 @on_a_gpu
-@pytest.mark.parametrize(
-    "name", ["rms_norm", "swiglu", "rope", "cross_entropy", "attention 64", "attention 96", "attention 128"]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_bf16_error_is_at_most_twice_that_of_pytorch(name):
     triton, own, exact, inputs = cases()[name]
     want = values_and_gradients(exact, [x.double() for x in inputs])
-    for i, (a, b, w) in enumerate(
-        zip(values_and_gradients(triton, inputs), values_and_gradients(own, inputs), want, strict=True)
-    ):
-        errors = [((t.double() - w).norm() / w.norm()).item() for t in (a, b)]
-        assert errors[0] <= 2 * errors[1] + 1e-6, (
-            f"{name} {i}: {errors[0]:.2e}, PyTorch's own {errors[1]:.2e}"
-        )  # 1e-6: where PyTorch's is exact
+    both = (values_and_gradients(f, inputs) for f in (triton, own))
+    for i, (*results, w) in enumerate(zip(*both, want, strict=True)):
+        error, of_pytorch = (((t.double() - w).norm() / w.norm()).item() for t in results)
+        # 1e-6: PyTorch's result may be exact
+        assert error <= 2 * of_pytorch + 1e-6, f"{name} {i}: {error:.2e}, PyTorch's own {of_pytorch:.2e}"
 
 
 @on_a_gpu
-@pytest.mark.parametrize(
-    "name", ["rms_norm", "swiglu", "rope", "cross_entropy", "attention 64", "attention 96", "attention 128"]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_a_hundred_repeats_give_the_same_bits(name):
     triton, _, _, inputs = cases()[name]
     first = values_and_gradients(triton, inputs)
