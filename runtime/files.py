@@ -4,9 +4,10 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -93,15 +94,28 @@ def sha256(file: Path) -> str:
 
 
 @contextmanager
-def lock(file: Path, busy: str) -> Iterator[None]:
-    """Hold `file`, made if need be; UserError `busy` if another process does. The system lets go of it when this process ends."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a") as f:  # not "w", which would empty what a link of a stranger's leads to
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(busy) from None
-        yield
+def lock(file: Path, busy: str, remove: bool = False) -> Iterator[None]:
+    """Hold the lock `file`, created if missing, and `remove` it at the end. UserError(busy) if another process holds it.
+
+    The system releases the lock when this process ends, however it ends.
+    """
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "a") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.samefile(f.fileno(), file):
+                    continue
+            except BlockingIOError:
+                raise UserError(busy) from None
+            except FileNotFoundError:  # between open and flock its holder removed it, so others can lock a new one
+                continue
+            try:
+                yield
+            finally:
+                if remove:
+                    file.unlink(missing_ok=True)
+            return
 
 
 def is_locked(file: Path) -> bool:
@@ -114,3 +128,48 @@ def is_locked(file: Path) -> bool:
     except BlockingIOError:
         return True
     return False
+
+
+def partial_folder(target: Path) -> Path:
+    """The hidden name of `target` while it is made or deleted."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def begin_folder(target: Path) -> Path:
+    """Create the hidden folder of `target`, empty: what a killed process left there is removed."""
+    partial = partial_folder(target)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    return partial
+
+
+def commit_folder(target: Path) -> None:
+    """Rename the hidden folder, whose content is fsynced, to `target`."""
+    os.rename(partial_folder(target), target)
+    fsync(target.parent)
+
+
+@contextmanager
+def make_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty hidden folder that becomes `target` when the block ends. If it raises, nothing is left on the disk.
+
+    UserError if `target` exists or another process is making it.
+    """
+    missing = [p for p in target.parents if not p.exists()]
+    busy = f"{target}: another process is making it; wait for it or choose another --out"
+    try:
+        with lock(target.with_name(f".{target.name}.lock"), busy, remove=True):
+            if os.path.lexists(target):
+                raise UserError(f"{target}: is there already and is never overwritten; choose another --out")
+            partial = begin_folder(target)
+            try:
+                yield partial
+                for path in (partial, *partial.rglob("*")):
+                    fsync(path)
+                commit_folder(target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        with suppress(OSError):  # not empty: made, or another process has begun there
+            for parent in missing:
+                parent.rmdir()
