@@ -584,13 +584,13 @@ NORM, DOWN = "model__norm__weight", "model.layers.1.mlp.down_proj.weight"
         (lambda f: os.remove(f / "model.safetensors"), "has no model.safetensors and no model.safetensors.index.json"),
         (lambda f: os.truncate(f / "model.safetensors", 999), "model.safetensors: is no safetensors file"),
         (put("adapter_config.json", b"{}"), "adapter_config.json: is that of an adapter"),
-        (weights(**{DOWN: None}), f"{DOWN} is missing"),
+        (weights(**{DOWN: None}), f"{DOWN} is missing; expected the 21 tensors"),
         (weights(lm_head__weight=None), "lm_head.weight is missing"),
         (weights(**{NORM: torch.ones(31)}), "model.norm.weight has shape (31,), expected (32,)"),
         (weights(**{NORM: torch.ones(2, 16)}), "model.norm.weight has shape (2, 16), expected (32,)"),
         (weights(**{NORM: torch.ones(32, dtype=torch.float64)}), "model.norm.weight is F64, expected F32, BF16, F16"),
         (weights(**{NORM: torch.full((32,), torch.inf)}), "model.norm.weight holds values that are not finite"),
-        (weights(extra__lora_A=torch.ones(3)), "has 1 tensors that are no part of the model, such as extra.lora_A"),
+        (weights(extra__lora_A=torch.ones(3)), "extra.lora_A is no part of a model that is served"),
         (lambda f: edit(f, tie_word_embeddings=True), "lm_head.weight is not model.embed_tokens.weight"),
         (
             index(**{DOWN: "m-9.safetensors"}),
@@ -636,7 +636,7 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path, second_sa
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="there: is there already and is never overwritten"):
         huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "there"))
-    with pytest.raises(UserError, match="nowhere: is no folder"):
+    with pytest.raises(UserError, match="config.json: is not there; expected a folder"):
         huggingface.import_model(str(tmp_path / "nowhere"), str(tmp_path / "x"))
     made = huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True)
     with pytest.raises(OSError, match="No space left"):

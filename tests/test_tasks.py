@@ -103,7 +103,7 @@ def test_log_likelihoods_equal_those_of_the_harness(pair):
     ids = pair[0].tok_encode("The whale")
     best = pair[0].net(torch.tensor([ids]))[0, -1].argmax().item()
     assert pair[0]._loglikelihood_tokens([(None, ids, [best]), (None, ids, [best ^ 1])])[0][1] is True
-    with pytest.raises(UserError, match="an answer has 97 tokens, and the model's context is 96"):
+    with pytest.raises(UserError, match="an answer has 97 tokens, the model's context 96"):
         pair[0].loglikelihood(requests(("x", "y" * 97)))
 
 
@@ -381,8 +381,8 @@ def test_the_harness_has_the_papers_tasks_and_loads_local_copies(tmp_path):
         (["--tasks", FIXTURES / "nothing.yaml"], "nothing.yaml: there is no such file"),
         (["--tasks", "c3", "--data_dir", "nowhere"], "--data_dir nowhere: is no folder"),
         (["--tasks", "c3", "--data_dir", FIXTURES], "--repo-type dataset clue/clue --local-dir"),
-        (["--tasks", "csl", "--data_dir", FIXTURES], "get it: git clone https://github.com/ydli-ai/CSL"),
-        (["--tasks", "csl"], "expected --data_dir DIR with it below DIR"),
+        (["--tasks", "csl", "--data_dir", FIXTURES], "git clone https://github.com/ydli-ai/CSL"),
+        (["--tasks", "csl"], "--data_dir: not given, but a task reads"),
         (["--tasks", "c3"], "the dataset clue/clue cannot be read"),
         (["--tasks", ","], "--tasks: got no name"),
         (["--tasks", "c3", "--limit", "0"], "--limit: got 0, expected 1 or more"),
@@ -404,7 +404,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys, args, words):
     assert e.value.code == 2 and len(lines) == 1 and words in lines[0], lines
 
 
-def test_a_dataset_is_read_as_the_file_says_or_refused(tmp_path, pair):
+def test_a_dataset_is_read_as_the_file_says_or_refused(tmp_path):
     task = "task: odd\ndataset_path: json\ndataset_kwargs: {data_files: {test: odd.jsonl}}\ntest_split: test\noutput_type: generate_until\ndoc_to_text: '{{text}}'\n"
     write(
         tmp_path / "odd.yaml",
@@ -418,8 +418,6 @@ def test_a_dataset_is_read_as_the_file_says_or_refused(tmp_path, pair):
     write(tmp_path / "odd.jsonl", "not JSON\n")
     with pytest.raises(UserError, match="the dataset json cannot be read"):
         harness.load((name,), str(tmp_path), 1)
-    with pytest.raises(UserError, match="asks for a chat template"):
-        pair[0].apply_chat_template([])
 
 
 def test_without_the_harness(monkeypatch):

@@ -58,6 +58,8 @@ READERS = ("csv", "json", "parquet", "text")  # builders of `datasets` that read
 HEADLINE = ("exact_match,flexible-extract", "exact_match", "acc", "acc_norm", "f1")
 NAMES = {"ptfs": "PTFS", "cpt": "CPT", "ours": "Ours"}
 Result = dict[str, Any]  # of a task: value, se (None if the harness gives none), metric, n (questions)
+Results = dict[str, Result]  # by task
+Versions = dict[str, dict[int, Path]]  # the finished versions of a run, by folder
 
 # ---- The model, as the harness asks it -------------------------------------------------------------------------------
 
@@ -103,8 +105,9 @@ class LM(TemplateLM):
         asked: dict[tuple[int, ...], list[int]] = {}  # {input: requests}
         for i, (_, context, continuation) in enumerate(requests):
             if len(continuation) > n:
-                got = f"an answer has {len(continuation)} tokens, and the model's context is {n}"
-                raise UserError(f"--tasks: {got}; leave the task out")
+                raise UserError(
+                    f"--tasks: an answer has {len(continuation)} tokens, the model's context {n}; leave it out"
+                )
             asked.setdefault(tuple((context + continuation)[-n - 1 : -1]), []).append(i)
         order = sorted(asked, key=len, reverse=True)  # the largest batch comes first, should memory not suffice
         found = [(0.0, True)] * len(requests)
@@ -171,11 +174,6 @@ class LM(TemplateLM):
         text = self.tok_decode(ids[-4 - max(len(s.encode()) for s in until) :])
         return any(s in text for s in until)
 
-    def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
-        raise UserError("--tasks: got a task that asks for a chat template, which these models lack; leave it out")
-
-    # Between ranks, which the harness asks for by these names
-
     def all_gather(self, tensor: Tensor) -> Tensor:
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(parts, tensor)
@@ -199,23 +197,20 @@ def local_copies(folder: str | None) -> Iterator[None]:
     original = datasets.load_dataset
 
     def load(path: str, *args: Any, **kw: Any) -> Any:
-        where = path
         if path in READERS:
             if folder is None:
-                below = f"expected --data_dir DIR with it below DIR (see {OURS})"
-                raise UserError(f"--tasks: a task reads {kw.get('data_files')}, {below}")
+                raise UserError(f"--data_dir: not given, but a task reads {kw.get('data_files')} below it; see {OURS}")
             kw["data_files"] = find_below(Path(folder), kw.get("data_files"))
         elif folder is not None:
-            where = str(Path(folder) / path)
-            if not Path(where).is_dir():
-                get = f"huggingface-cli download --repo-type dataset {path} --local-dir {where}"
-                raise UserError(f"--data_dir: there is no {where}; get it: {get}")
+            if not (local := Path(folder) / path).is_dir():
+                get = f"huggingface-cli download --repo-type dataset {path} --local-dir {local}"
+                raise UserError(f"--data_dir: there is no {local}; get it: {get}")
+            path = str(local)
         try:
-            return original(where, *args, **kw)
+            return original(path, *args, **kw)
         except Exception as e:  # of the hub, the disk and the library, which have many types
-            got = f"cannot be read ({type(e).__name__}: {first_line(e)[:200]})"
-            advice = "; without a network, name a folder of local copies with --data_dir" if folder is None else ""
-            raise UserError(f"--tasks: the dataset {where} {got}{advice}") from None
+            why = f"{type(e).__name__}: {first_line(e)[:200]}"
+            raise UserError(f"--tasks: the dataset {path} cannot be read ({why}); local copies: --data_dir") from None
 
     datasets.load_dataset = load
     try:
@@ -231,10 +226,9 @@ def find_below(folder: Path, files: Any) -> Any:
     if isinstance(files, list):
         return [find_below(folder, f) for f in files]
     if not (folder / files).is_file():
-        owner = "/".join(Path(files).parts[:2])
-        clone = f"; get it: git clone https://github.com/{owner} {folder / owner}"
-        advice = clone if len(Path(files).parts) > 2 else ", which the task's data_files name"
-        raise UserError(f"--data_dir: there is no {folder / files}{advice}")
+        owner = "/".join(Path(files).parts[:2])  # of the repository, in our own tasks
+        clone = f"git clone https://github.com/{owner} {folder / owner}"
+        raise UserError(f"--data_dir: there is no {folder / files}, which a task reads; for its own tasks: {clone}")
     return str(folder / files)
 
 
@@ -259,13 +253,11 @@ def catalogue(folders: tuple[Path, ...], everything: bool) -> Any:
 def check_file(file: Path) -> None:
     """UserError if a task file is missing, or if it or a file beside it, which it may include, would run Python."""
     if not file.is_file():
-        expected = f"a task of the harness, one of {OURS}, or a YAML file"
-        raise UserError(f"--tasks {file}: there is no such file; expected {expected}")
+        raise UserError(f"--tasks {file}: there is no such file; expected a YAML file, or a task's name")
     for other in sorted(file.parent.iterdir()):
         yaml = other.is_file() and other.suffix in (".yaml", ".yml", "")
         if yaml and b"!function" in other.read_bytes()[: 1 << 20]:
-            expected = "expected a task without one, or one that the harness itself has"
-            raise UserError(f"{other}: has a !function, which would run Python; {expected}")
+            raise UserError(f"{other}: has a !function, which would run Python; expected a task without one")
 
 
 @functools.cache
@@ -286,23 +278,20 @@ def load(names: tuple[str, ...], data_dir: str | None, num_fewshot: int | None) 
         known = catalogue(folders, False)
         if not set(wanted) <= set(known.all_tasks):
             known = catalogue(folders, True)
-        problems = []
         for n in wanted:
             if n not in known.all_tasks:
-                near = ", ".join(difflib.get_close_matches(n, known.all_tasks, 3))
-                advice = f"did you mean {near}?" if near else "lm_eval ls tasks lists them"
-                problems.append(f"--tasks: got {n}, which is unknown; {advice}")
-            elif n in known.all_tags:
-                problems.append(f"--tasks: got {n}, which is a tag of several tasks; name the ones that you want")
-        if problems:
-            raise UserError("\n".join(problems))
+                near = ", ".join(difflib.get_close_matches(n, known.all_tasks, 3)) or "a name of lm_eval ls tasks"
+                raise UserError(f"--tasks: got {n}, which is unknown; did you mean {near}?")
+            if n in known.all_tags:
+                raise UserError(f"--tasks: got {n}, which is a tag of several tasks; name the ones that you want")
         with local_copies(data_dir):
             made = known.load(wanted)
     found = {n: made["groups"].get(n) or made["tasks"][n] for n in wanted}
     for n, t in found.items():
         if isinstance(t, Group) and not t.has_aggregation:
-            parts = ", ".join(t.child_names[:5])
-            raise UserError(f"--tasks: got {n}, a group without a score of its own; name tasks in it: {parts} ..")
+            raise UserError(
+                f"--tasks: got {n}, a group without a score; name tasks in it: {', '.join(t.child_names[:5])}"
+            )
     return found
 
 
@@ -318,8 +307,7 @@ def check(found: dict[str, Any], context: int, limit: int | None, ranks: int) ->
             continue
         how = normalize_gen_kwargs(t.config.generation_kwargs or {}, NEW)
         if (new := how["max_gen_toks"]) >= context:
-            advice = "leave it out, or copy its file and set a smaller max_gen_toks in generation_kwargs"
-            problems.append(f"{name} asks for {new} new tokens, and the model's context is {context}; {advice}")
+            problems.append(f"{name} asks for {new} new tokens, and the model's context is {context}; leave it out")
         if more := sorted(set(how) - set(served)):
             problems.append(f"{name} has generation_kwargs {', '.join(more)}, expected {', '.join(served)}")
     if problems:
@@ -329,9 +317,6 @@ def check(found: dict[str, Any], context: int, limit: int | None, ranks: int) ->
 def leaves(found: dict[str, Any]) -> list[Any]:
     """The tasks in a mixture of tasks and groups."""
     return [leaf for t in found.values() for leaf in (t.get_all_tasks() if isinstance(t, Group) else [t])]
-
-
-# ---- Scores ----------------------------------------------------------------------------------------------------------
 
 
 def headline(metrics: dict[str, Any]) -> Result:
@@ -357,7 +342,7 @@ def evaluate(
     limit: int | None = None,
     num_fewshot: int | None = None,
     batch: int = 16,
-) -> dict[str, Result]:
+) -> Results:
     """{task: result} of a checkpoint; in a process group on rank 0 alone, nothing on the others.
 
     `data`: a prepared folder with the checkpoint's tokenizer. `limit`: only the first questions of each task.
@@ -377,7 +362,7 @@ def evaluate(
     return {n: headline(made["results"][n]) for n in found} if made else {}
 
 
-def table(title: str, labels: list[str], rows: list[tuple[list[str], dict[str, Result]]]) -> dict[str, Any]:
+def table(title: str, labels: list[str], rows: list[tuple[list[str], Results]]) -> dict[str, Any]:
     """A table as in Table 4: `labels`, a column a task in percent, and their mean; a row is its labels and results."""
     first = rows[0][1]
     percent = {n: not any(word in r["metric"] for word in ("perplexity", "bits")) for n, r in first.items()}
@@ -391,10 +376,7 @@ def table(title: str, labels: list[str], rows: list[tuple[list[str], dict[str, R
     return {"title": title, "header": [*labels, *first, "AVG"], "rows": cells, "notes": notes}
 
 
-# ---- The command -----------------------------------------------------------------------------------------------------
-
-
-def row_names(run: Path, versions: dict[str, dict[int, Path]]) -> dict[str, str]:
+def row_names(run: Path, versions: Versions) -> dict[str, str]:
     """{folder: PTFS, CPT or Ours} in this order; with its schedule if there are several, and (SFT) if fine-tuned."""
     kinds = {}
     for folder, found in versions.items():
@@ -406,14 +388,6 @@ def row_names(run: Path, versions: dict[str, dict[int, Path]]) -> dict[str, str]
         schedule = f" {Path(folder).name.removeprefix(f'{kind}-')}" if several else ""
         names[folder] = f"{NAMES[kind]}{schedule}{' (SFT)' if tuned else ''}" if kind else folder
     return names
-
-
-def print_table(record: dict[str, Any], labels: int) -> None:
-    """Print a table in Markdown; all columns after the first `labels` are numbers."""
-    numbers = len(record["header"]) - labels
-    rows = ["| " + " | ".join(row) + " |" for row in (record["header"], *record["rows"])]
-    rows.insert(1, "|" + " --- |" * labels + " ---: |" * numbers)
-    print("\n\n".join([f"### {record['title']}", "\n".join(rows), *record["notes"]]) + "\n")
 
 
 def main() -> None:
@@ -442,12 +416,12 @@ def main() -> None:
         load(tuple(names), o.data_dir, o.num_fewshot)
         versions = evaluation.chosen(o.path)
     paths = list(dict.fromkeys(p for vs in versions.values() for p in vs.values()) if versions else o.path)
-    known: dict[Path, dict[str, Result]] = {}
+    known: dict[Path, Results] = {}
     for p in paths:
         known[p] = evaluate(p, names, device, o.data, o.data_dir, o.limit, o.num_fewshot, o.batch)
-        ses = {n: "" if r["se"] is None else f" (SE {r['se']:.2g})" for n, r in known[p].items()}
-        said = ", ".join(f"{n} {r['value']:.4g}{ses[n]}" for n, r in known[p].items())
         if rank == 0:
+            se = {n: "" if r["se"] is None else f" (SE {r['se']:.2g})" for n, r in known[p].items()}
+            said = ", ".join(f"{n} {r['value']:.4g}{se[n]}" for n, r in known[p].items())
             print(f"{len(known)} of {len(paths)}: {p}: {said}", file=sys.stderr, flush=True)
     if ranks > 1:
         dist.destroy_process_group()
@@ -455,22 +429,25 @@ def main() -> None:
         print_results(known, versions, o.path[0], o.json)
 
 
-def print_results(
-    known: dict[Path, dict[str, Result]], versions: dict[str, dict[int, Path]] | None, run: Path, as_json: bool
-) -> None:
-    """A table of checkpoints, or of the `versions` of a run: by version, then by paradigm."""
+def print_results(known: dict[Path, Results], versions: Versions | None, run: Path, as_json: bool) -> None:
+    """Results of checkpoints, or of the `versions` of a run by version and paradigm: JSON, or a table in Markdown."""
     if as_json:
         by_version = {n: {v: known[p] for v, p in vs.items()} for n, vs in (versions or {}).items()}
         print(json.dumps(by_version or {str(p): r for p, r in known.items()}, indent=1))
-    elif versions:
+        return
+    title, labels = "Downstream tasks", ["checkpoint"]
+    rows = [([str(p)], r) for p, r in known.items()]
+    if versions:
+        title, labels = f"Downstream tasks: {run}", ["Ver.", "TP"]
         names = row_names(run, versions)
         every = sorted({v for vs in versions.values() for v in vs})
         rows = [
             ([f"V{v}", name], known[versions[n][v]]) for v in every for n, name in names.items() if v in versions[n]
         ]
-        print_table(table(f"Downstream tasks: {run}", ["Ver.", "TP"], rows), 2)
-    else:
-        print_table(table("Downstream tasks", ["checkpoint"], [([str(p)], r) for p, r in known.items()]), 1)
+    record = table(title, labels, rows)
+    lines = ["| " + " | ".join(row) + " |" for row in (record["header"], *record["rows"])]
+    lines.insert(1, "|" + " --- |" * len(labels) + " ---: |" * (len(record["header"]) - len(labels)))
+    print("\n\n".join([f"### {title}", "\n".join(lines), *record["notes"]]) + "\n")
 
 
 if __name__ == "__main__":

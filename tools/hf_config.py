@@ -38,13 +38,14 @@ def to_config(c: config.Model) -> dict[str, Any]:
     if c.rope_scaling != "none":
         keys = ROPE[c.rope_scaling]
         scaling = {"rope_type": c.rope_scaling, **{theirs: getattr(c, ours) for ours, theirs in keys.items()}}
-    kind: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False}
-    kind |= {"mlp_bias": False, "head_dim": c.hidden // c.n_head}
+    kind = "Qwen2ForCausalLM" if c.qkv_bias else "LlamaForCausalLM"
+    own: dict[str, Any] = {"attention_bias": False, "mlp_bias": False, "head_dim": c.hidden // c.n_head}
     if c.qkv_bias:
-        kind = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
-        kind |= {"use_sliding_window": False, "sliding_window": None}
+        own = {"use_sliding_window": False, "sliding_window": None}
     return {
-        **kind,
+        "architectures": [kind],
+        "model_type": SERVED[kind],
+        **own,
         "vocab_size": c.vocab_size,
         "hidden_size": c.hidden,
         "intermediate_size": c.ffn or 4 * c.hidden,
@@ -108,8 +109,7 @@ def from_config(file: Path) -> config.Model:
     read_rope(top, m)
     size = top.values.get("head_dim")
     if size is not None and m.n_head > 0 and m.hidden / m.n_head != size:
-        expected = f"hidden_size / num_attention_heads = {m.hidden / m.n_head:g}: another is not served"
-        raise top.error("head_dim", size, expected)
+        raise top.error("head_dim", size, f"hidden_size / num_attention_heads = {m.hidden / m.n_head:g}")
     if problems := config.check(config.Config(model=m)):
         raise UserError("\n".join(f"{file}: {p}" for p in problems))
     return m
@@ -155,7 +155,6 @@ def read_rope(top: Section, m: config.Model) -> None:
     if kind == "yarn":
         usual = 0.1 * math.log(max(m.rope_factor, 1.0)) + 1
         if not math.isclose(rope.get("attention_factor", float, usual), usual, rel_tol=1e-6):
-            expected = f"0.1 ln(factor) + 1 = {usual:.6g}: another is not served"
-            raise rope.error("attention_factor", values["attention_factor"], expected)
+            raise rope.error("attention_factor", values["attention_factor"], f"0.1 ln(factor) + 1 = {usual:.6g}")
         if not rope.get("truncate", bool, True):
             raise rope.error("truncate", values["truncate"], "true: another is not served")

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,8 @@ CHATML = (
 SAMPLES = [
     "The whale, 1234567 miles; naïve café — 鲸鱼在海里。",
     "\n\n  def f(x):\r\n\treturn x  \n",
-    "I'LL DON'T we've",
-    " " * 70,
-    "<|endoftext|>",
-    "a\0🙂é\u0301",
-    "x=" * 200,
+    "I'LL DON'T we've <|endoftext|>" + " " * 70,
+    "a\0🙂é\u0301" + "x=" * 200,
 ]
 
 
@@ -104,9 +102,7 @@ def write_tokenizer(tok: Tokenizer, folder: Path) -> None:
 
 def check_tokenizer(tok: Tokenizer, folder: Path) -> None:
     """UserError if a written tokenizer gives other ids than `tok`. Needs the package tokenizers, else only warns."""
-    try:
-        import tokenizers  # noqa: F401
-    except ImportError:
+    if find_spec("tokenizers") is None:
         print("huggingface: the package tokenizers is missing: the exported tokenizer is not checked", file=sys.stderr)
         return
     written = Tokenizer(str(folder))

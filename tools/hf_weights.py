@@ -24,10 +24,8 @@ Headers = dict[str, tuple[Path, Shape]]  # {their name: (file, shape)}
 def parts(c: config.Model) -> dict[str, list[tuple[str, Shape]]]:
     """{our tensor: [(their name, shape), ..]}: q, k and v are the rows of one matrix of ours, as are gate and up."""
     h, f, kv = c.hidden, c.ffn or 4 * c.hidden, (c.n_kv_head or c.n_head) * (c.hidden // c.n_head)
-    found: dict[str, list[tuple[str, Shape]]] = {
-        "embed.weight": [(EMBEDDING, (c.vocab_size, h))],
-        "norm.weight": [("model.norm.weight", (h,))],
-    }
+    found: dict[str, list[tuple[str, Shape]]] = {"embed.weight": [(EMBEDDING, (c.vocab_size, h))]}
+    found["norm.weight"] = [("model.norm.weight", (h,))]
     if not c.tied:
         found["head.weight"] = [(HEAD, (c.vocab_size, h))]
     for i in range(c.n_layer):
@@ -62,16 +60,12 @@ def find_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
         return [whole], {}
     if not (index := folder / INDEX).is_file():
         if pickled := sorted(f for kind in ("*.bin", "*.pt", "*.pth") for f in folder.glob(kind)):
-            raise UserError(
-                f"{pickled[0]}: pickled weights are not read, since they can run any code; if you trust them, convert "
-                f"them with transformers: AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(OUT)"
-            )
+            raise UserError(f"{pickled[0]}: pickled weights are not read: they may run code; convert to safetensors")
         raise UserError(f"{folder}: has no {whole.name} and no {INDEX}; expected a folder that save_pretrained made")
     names: Any = json_object(index).get("weight_map")
     for name in names.values() if isinstance(names, dict) else [names]:
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", name):
-            expected = "expected {tensor: name of a .safetensors file in this folder}"
-            raise UserError(f"{index}: weight_map: got {str(name)[:60]!r}, {expected}")
+            raise UserError(f"{index}: weight_map: got {str(name)[:60]!r}, expected a .safetensors file beside it")
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: is not there, but {INDEX} names it; fetch it")
     placed = {tensor: folder / name for tensor, name in names.items()}
@@ -88,8 +82,9 @@ def read_headers(folder: Path) -> Headers:
                 for name in f.keys():
                     part = f.get_slice(name)
                     if (dtype := part.get_dtype()) not in DTYPES:
-                        others = "quantized weights are not served"
-                        raise UserError(f"{file}: {name} is {dtype}, expected {', '.join(DTYPES)}: {others}")
+                        raise UserError(
+                            f"{file}: {name} is {dtype}, expected {', '.join(DTYPES)}: others are not served"
+                        )
                     found[name] = file, tuple(part.get_shape())
         except (SafetensorError, OSError) as e:
             raise UserError(f"{file}: is no safetensors file ({e}); fetch it again") from None
@@ -102,21 +97,18 @@ def read_headers(folder: Path) -> Headers:
 def check_shapes(folder: Path, c: config.Model, found: Headers) -> None:
     """UserError unless the files hold the tensors of the model and no others; nothing is allocated before this."""
     if c.n_layer > len(found):
-        got = f"got {c.n_layer:,}, but the files hold {len(found):,} tensors"
-        raise UserError(f"{folder / 'config.json'}: num_hidden_layers: {got}; fetch both again")
+        few = f"got {c.n_layer:,}, but the files hold {len(found):,} tensors"
+        raise UserError(f"{folder / 'config.json'}: num_hidden_layers: {few}; fetch both again")
     expected = {name: shape for own in parts(c).values() for name, shape in own}
-    if missing := [name for name in expected if name not in found]:
-        more = f"and {len(missing) - 1} more tensors; expected the whole model of config.json"
-        raise UserError(f"{folder}: {missing[0]} is missing, {more}")
     for name, shape in expected.items():
-        if found[name][1] != shape:
-            got = f"{name} has shape {found[name][1]}"
-            raise UserError(f"{found[name][0]}: {got}, expected {shape}, as config.json says")
+        if name not in found:
+            raise UserError(f"{folder}: {name} is missing; expected the {len(expected)} tensors of config.json")
+        if (got := found[name][1]) != shape:
+            raise UserError(f"{found[name][0]}: {name} has shape {got}, expected {shape}, as config.json says")
     # a tied head may be there as well (read_weights compares it), and old releases hold the rotary angles
     served = {*expected, *([HEAD] if c.tied else [])}
     if extra := [name for name in sorted(found) if name not in served and not name.endswith("rotary_emb.inv_freq")]:
-        others = f"has {len(extra)} tensors that are no part of the model, such as {extra[0]:.80}"
-        raise UserError(f"{found[extra[0]][0]}: {others}; they are not served")
+        raise UserError(f"{found[extra[0]][0]}: {extra[0]:.80} is no part of a model that is served")
 
 
 def read_weights(c: config.Model, found: Headers, quiet: bool = False) -> dict[str, Tensor]:
@@ -132,8 +124,7 @@ def read_weights(c: config.Model, found: Headers, quiet: bool = False) -> dict[s
             if not target.isfinite().all():
                 raise UserError(f"{file}: {name} holds values that are not finite; fetch it again")
     if c.tied and HEAD in found:
-        file, shape = found[HEAD]
-        embedding = out["embed.weight"]
-        if shape != embedding.shape or not torch.equal(open_file(file).get_tensor(HEAD).float(), embedding):
+        file, _ = found[HEAD]
+        if not torch.equal(open_file(file).get_tensor(HEAD).float(), out["embed.weight"]):
             raise UserError(f"{file}: {HEAD} is not {EMBEDDING}, expected the same, as tie_word_embeddings says")
     return out

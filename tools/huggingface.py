@@ -9,7 +9,6 @@ computations than the model's here is refused. Nothing that is read is executed,
 
 import functools
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +36,13 @@ def import_model(source: str, out: str, quiet: bool = False) -> Path:
     """Import a folder; returns the checkpoint. UserError, and nothing is written, if not all of it can be served."""
     folder, target = Path(source), Path(out)
     with make_folder(target) as work:
-        if not folder.is_dir():
-            raise UserError(f"{source}: is no folder; expected one that save_pretrained made, of {' or '.join(SERVED)}")
         m = from_config(folder / "config.json")
         headers = read_headers(folder)
         check_shapes(folder, m, headers)
         tok = Tokenizer(source)
         if tok.vocab_size > m.vocab_size:
-            raise UserError(
-                f"{folder / 'tokenizer.json'}: has ids to {tok.vocab_size - 1}, expected below the {m.vocab_size} rows "
-                "of the model; it is another model's"
-            )
+            got = f"has ids to {tok.vocab_size - 1}, expected below the {m.vocab_size} rows of the model"
+            raise UserError(f"{folder / 'tokenizer.json'}: {got}; it is another model's")
         size = llama.parameters(m)
         checkpoint.check_space(target.parent, 4 * size)
         c = config.Config(out=out, model=m)
@@ -59,11 +54,8 @@ def import_model(source: str, out: str, quiet: bool = False) -> Path:
         write_text(work / "model.toml", model_toml(c, source))
     made = checkpoint.path(target / "import", 0)
     if not quiet:
-        print(f"{made}: {size:,} parameters, {len(headers)} tensors of {folder}\nGo on with:")
-        print(f"  python sample.py {made} --prompt TEXT")
-        print(f"  python data.py prepare --out data/{target.name} --tokenizer {target / 'tokenizer'} --source TEXT")
-        print(f"  python train.py --config {target / 'model.toml'} --mode main")
-        print(f"  python train.py --config {target / 'model.toml'} --mode branch --version 1 --parent {made}")
+        print(f"{made}: {size:,} parameters, {len(headers)} tensors of {folder}")
+        print(f"Go on with: python train.py --config {target / 'model.toml'} --mode main (its data: see that file)")
     return made
 
 
@@ -71,18 +63,15 @@ def import_record(c: config.Config, tok: Tokenizer) -> dict[str, Any]:
     """The record of an imported checkpoint: a finished version 1, trained on no data of ours."""
     state = {"version": 1, "path": {}, "finished": True, "pinned": True, "parent": None, "tokens": 0}
     data = {"tokenizer": tok.sha256, "increments": []}
-    versions = {"torch": torch.__version__}
-    return {"segment": resume.IMPORT, **state, "config": config.values(c), "data": data, "versions": versions}
+    made = {"config": config.values(c), "data": data, "versions": {"torch": torch.__version__}}
+    return {"segment": resume.IMPORT, **state, **made}
 
 
 def model_toml(c: config.Config, source: str) -> str:
     """A config for train.py --config: the model, and the keys without a usable default."""
     m, context = c.model, min(c.model.context, CONTEXT)
-    keys = {f.name: getattr(m, f.name) for f in fields(m) if f.name != "context"}
-    needed = [k for k, v in keys.items() if k in SHAPE or v != getattr(config.Model(), k)]
-    shape = "".join(
-        f"{k} = {keys[k]!r}\n" if isinstance(keys[k], float) else f"{k} = {json.dumps(keys[k])}\n" for k in needed
-    )
+    keys = {k: v for k, v in vars(m).items() if k in SHAPE or v != getattr(config.Model(), k)}
+    shape = "".join(f"{k} = {json.dumps(v)}\n" for k, v in keys.items() if k != "context")
     batch = context * max(1, 65536 // context)
     text = functools.partial(json.dumps, ensure_ascii=False)
     prepare = f"python data.py prepare --out .. --tokenizer {json.dumps(c.data.path)} --source .."
@@ -126,8 +115,7 @@ def export_model(source: str, out: str, data: str | None = None, quiet: bool = F
         write_text(work / "config.json", json.dumps({**settings, "pathswitch": origin}, indent=1))
         check_tokenizer(tok, work)
     if not quiet:
-        kind = settings["architectures"][0]
-        print(f"{target}: {llama.parameters(c):,} parameters of {path} as {kind}, with its tokenizer")
+        print(f"{target}: {llama.parameters(c):,} parameters of {path} as {settings['architectures'][0]}")
     return target
 
 
