@@ -37,7 +37,7 @@ IMPORT=$WORK/model/import/step-000000
 # 3. A short main path from it, and the branch of version 2: learning rates, sequences and batches that a CPU can take
 SHORT=(--config "$WORK/model/model.toml" --data.path "$WORK/data" --model.context 256 --train.batch_tokens 1024 --train.micro_batch 2 --plan.versions 2
     --plan.steps "$STEPS" --plan.warmup 2 --plan.max_lr 2e-5 --train.log_every 1 --train.eval_every 0 --train.eval_tokens 2048 --train.checkpoint_every 0)
-$PY train.py "${SHORT[@]}" --mode main --parent "$IMPORT"
+$PY train.py "${SHORT[@]}" --mode main
 $PY train.py "${SHORT[@]}" --mode branch --version 2
 MAIN=$(ls -d "$WORK"/model/main/step-* | tail -1)
 BRANCH=$(ls -d "$WORK"/model/ours-cosine/v2/step-* | tail -1)

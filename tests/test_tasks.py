@@ -1,4 +1,4 @@
-"""Downstream tasks: the adapter against the harness's own for Hugging Face's models, tables, local copies of datasets, ranks."""
+"""Downstream tasks: the adapter against the harness's own, tables, local copies of datasets, ranks."""
 
 import importlib
 import json
@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from runtime.errors import UserError, user_errors
 from text.tokenizer import Tokenizer
 from tools import harness
 
-os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # no retries of a network that is not there
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # of the ranks that are started
 lm_eval = pytest.importorskip("lm_eval")
 
 CPU = torch.device("cpu")
@@ -29,9 +30,11 @@ ALL = [str(FIXTURES / f"{n}.yaml") for n in NAMES]
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """What `datasets` makes of files goes to a folder of this session's."""
+    """Converted datasets go to a folder of this session; no retries of a network that is not there."""
     import datasets
+    import huggingface_hub
 
+    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     datasets.disable_progress_bars()
     os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
@@ -39,7 +42,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["bytes", "folder"])
 def pair(request, tmp_path_factory):
-    """(ours, the harness's) adapter for the same weights and the same ids: a byte is a token; ours reads bytes, or a tokenizer.json."""
+    """(ours, the harness's) adapter for the same weights and ids, a token a byte; ours reads bytes or tokenizer.json."""
     pytest.importorskip("accelerate")
     import tokenizers
     import transformers
@@ -217,6 +220,22 @@ def test_the_table_has_versions_and_paradigms_and_a_mean():
     assert mixed["rows"] == [["x", "25.00", "7.50", "-"]] and mixed["notes"] == [
         "a: acc, %, of 8",
         "b: word_perplexity, of 8",
+    ]
+
+
+def test_rows_have_the_names_of_their_paradigms(monkeypatch):
+    kinds = {"sft/cpt-x": "cpt", "ours-x": "ours", "ours-x-d5": "ours", "cpt-x": "cpt", "ptfs-x": "ptfs", "sft/y": ""}
+    monkeypatch.setattr(harness.runs, "paradigm", lambda run, path: kinds[str(path)])
+    meta = {name: {"data": {"epochs": 1} if name.startswith("sft/") else {}} for name in kinds}
+    monkeypatch.setattr(harness.checkpoint, "read_meta", lambda path: meta[str(path)])
+    names = harness.row_names(Path("run"), {name: {1: Path("none"), 2: Path(name)} for name in kinds})
+    assert list(names.items()) == [
+        ("ptfs-x", "PTFS"),
+        ("cpt-x", "CPT"),
+        ("sft/cpt-x", "CPT (SFT)"),
+        ("ours-x", "Ours x"),
+        ("ours-x-d5", "Ours x-d5"),
+        ("sft/y", "sft/y"),  # the model that it was made of is not in this run
     ]
 
 
@@ -405,12 +424,10 @@ def test_bad_input(tmp_path, monkeypatch, capsys, args, words):
 
 
 def test_a_dataset_is_read_as_the_file_says_or_refused(tmp_path):
-    task = "task: odd\ndataset_path: json\ndataset_kwargs: {data_files: {test: odd.jsonl}}\ntest_split: test\noutput_type: generate_until\ndoc_to_text: '{{text}}'\n"
-    write(
-        tmp_path / "odd.yaml",
-        task
-        + "doc_to_target: ''\ngeneration_kwargs: {until: [x], max_gen_toks: 4, num_beams: 2}\nmetric_list: [{metric: exact_match}]\n",
-    )
+    task = {"task": "odd", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "odd.jsonl"}}}
+    task |= {"test_split": "test", "output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": ""}
+    task |= {"generation_kwargs": {"until": ["x"], "max_gen_toks": 4, "num_beams": 2}}
+    write(tmp_path / "odd.yaml", {**task, "metric_list": [{"metric": "exact_match"}]})  # JSON is YAML
     write(tmp_path / "odd.jsonl", {"text": "a"})
     name = str(tmp_path / "odd.yaml")
     with pytest.raises(UserError, match="odd has generation_kwargs num_beams, expected until"):
@@ -433,7 +450,8 @@ def test_without_the_harness(monkeypatch):
         ("task: [a]\n", "the harness cannot run it"),
         ("{", "the harness cannot run it"),
         (
-            "task: x\ndataset_path: json\ndataset_kwargs: {data_files: {test: q.jsonl}}\ntest_split: zzz\noutput_type: multiple_choice\n",
+            "task: x\ndataset_path: json\ndataset_kwargs: {data_files: {test: q.jsonl}}\ntest_split: zzz\n"
+            "output_type: multiple_choice\n",
             "the harness cannot run it",
         ),
         ("task: x\ndoc_to_text: !function utils.go\n", "has a !function, which would run Python"),
