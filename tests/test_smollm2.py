@@ -28,7 +28,7 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The package's weights, rounded to 4 bits there, in float32. SMOLLM2: a folder that configs/smollm2.sh has made."""
+    """The package's weights, rounded to 4 bits there, in float32. SMOLLM2: one that configs/smollm2.sh has made."""
     if made := os.environ.get("SMOLLM2"):
         return Path(made)
     script = (ROOT / "configs" / "smollm2.sh").read_text()

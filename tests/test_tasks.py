@@ -42,7 +42,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["bytes", "folder"])
 def pair(request, tmp_path_factory):
-    """(ours, the harness's) adapter for the same weights and ids, a token a byte; ours reads bytes or tokenizer.json."""
+    """(ours, the harness's) adapter for the same weights and ids, a token a byte: of bytes or of tokenizer.json."""
     pytest.importorskip("accelerate")
     import tokenizers
     import transformers

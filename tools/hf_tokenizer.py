@@ -35,7 +35,7 @@ def unicode_of_bytes() -> list[str]:
 def plain_pattern(pattern: str) -> str:
     """tiktoken's pattern for Oniguruma, where {1,3}+ repeats a repetition, and $ is the end of any line.
 
-    Without possessive quantifiers these patterns match the same: no part begins with what the part before it takes.
+    These patterns match the same without possessive quantifiers: no part begins with a character of the part before.
     """
     return re.sub(r"([?*+]|\{\d+,?\d*\})\+", r"\1", pattern).replace("$", r"\z")
 
