@@ -1,6 +1,6 @@
 """Perplexity of checkpoints on the whole validation set, and APPL.
 
-    python eval.py out/tiny/base-s1                             table of a run: versions x paradigms, APPL, standard errors
+    python eval.py out/tiny/base-s1                             a run: versions x paradigms, APPL, standard errors
     python eval.py out/tiny/base-s1/main/step-000080 OTHER ..   any checkpoints, the first one compared with the others
 
 PPL = exp(mean negative log-likelihood of a token). Standard errors are over documents: tokens of one document are not
@@ -26,12 +26,13 @@ from runtime import checkpoint
 from runtime.command_line import Parser
 from runtime.device import pick_device, steady_malloc
 from runtime.errors import UserError, user_errors
+from runtime.runs import finished
 from text import token_files
 
 
 @dataclass
 class Score:
-    """Of one checkpoint on the validation set: nats and target tokens of each document."""
+    """Score of a checkpoint on the validation set: nats and target tokens of each document."""
 
     nats: np.ndarray
     tokens: np.ndarray
@@ -47,7 +48,7 @@ class Score:
 
     @property
     def influence(self) -> np.ndarray:
-        """What each document adds to the error of `ppl`, to first order (the delta method for a ratio of sums)."""
+        """Part of each document in the error of `ppl`, to first order (the delta method for a ratio of sums)."""
         return self.ppl * (self.nats - self.loss * self.tokens) / self.tokens.sum()
 
     @property
@@ -56,7 +57,7 @@ class Score:
         return float(np.sqrt((self.influence**2).sum()))
 
     def minus(self, other: "Score") -> tuple[float, float]:
-        """Difference of the PPLs and its standard error; paired, so what makes a document hard for both cancels."""
+        """Difference of the PPLs and its standard error; paired, so a document that is hard for both models cancels."""
         return self.ppl - other.ppl, float(np.sqrt(((self.influence - other.influence) ** 2).sum()))
 
 
@@ -66,53 +67,37 @@ def appl(ppls: dict[int, float], versions: Sequence[int]) -> float:
 
 
 def common(runs: Iterable[dict[int, Any]]) -> list[int]:
-    """Versions after the first that all of these have: the ones whose mean compares."""
+    """Versions after the first that every run has: only means over the same versions can be compared."""
     return sorted(set.intersection(*(set(r) for r in runs)) - {1})
 
 
 def load_model(path: Path, device: torch.device) -> tuple[llama.Transformer, dict[str, Any]]:
-    """The model of a checkpoint and its meta."""
+    """The model of a checkpoint, in bfloat16 on CUDA and float32 elsewhere, and its metadata."""
     meta = checkpoint.read_meta(path)
     c = config.model_of(meta["config"])
     checkpoint.verify(path)
-    # a shape is only a claim: nothing is built that the files, float32, could not hold
-    need, there = 4 * c.parameters, sum(f.stat().st_size for f in path.glob("*.safetensors"))
-    if there < need:
-        raise UserError(
-            f"{path}: its model of {c.n_layer:,} blocks of width {c.hidden:,} takes {need:,} bytes, got files of {there:,}; restore it"
-        )
-    net = llama.Transformer(
-        c, torch.bfloat16 if device.type == "cuda" else torch.float32, kernels.choose("auto", device)
-    )
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    net = llama.Transformer(c, dtype, kernels.choose("auto", device))
     checkpoint.load(path, checkpoint.state(net))
     for w in net.parameters():
         if w.dim() == 2:
-            w.data = w.data.to(net.dtype)  # once, in place of at each use: the same numbers
+            w.data = w.data.to(net.dtype)  # cast once, not at each use: the same numbers
     return net.to(device).eval(), meta
 
 
-def open_data(path: Path, meta: dict[str, Any], folder: str | None, context: int | None = None) -> data.Tokens:
-    """The data of a checkpoint, or another folder made with the same tokenizer, in sequences as long as the model's, or shorter."""
+def open_data(path: Path, meta: dict[str, Any], folder: str | None, context: int = 0) -> data.Tokens:
+    """A checkpoint's data, or another folder with its tokenizer, in sequences of `context` tokens (0: as the model)."""
     c = config.model_of(meta["config"])
-    if context and context > c.context:
-        raise UserError(f"--context: got {context}, expected at most the {c.context} of {path}")
-    tokens = data.Tokens(folder or str(meta["config"].get("data.path")), context or c.context, 1, [1], 0)
-    if (tokens.meta["tokenizer_sha256"], tokens.meta["vocab_size"]) != (meta["data"].get("tokenizer"), c.vocab_size):
-        raise UserError(
-            f"--data {tokens.folder}: its tokenizer is not the one that {path} was trained with; choose the data it was trained on"
-        )
+    if not 0 <= context <= c.context:
+        raise UserError(f"--context: got {context}, expected at most {c.context}, the context of {path}")
+    tokens = data.Tokens(folder or meta["config"]["data.path"], context or c.context, 1, [1], 0)
+    if (tokens.meta["tokenizer_sha256"], tokens.meta["vocab_size"]) != (meta["data"]["tokenizer"], c.vocab_size):
+        raise UserError(f"--data {tokens.folder}: its tokenizer is not that of {path}; choose the data of its training")
     return tokens
 
 
 @torch.no_grad()
-def score(
-    path: Path,
-    device: torch.device,
-    folder: str | None = None,
-    rows: int = 16,
-    quiet: bool = False,
-    context: int | None = None,
-) -> Score:
+def score(path: Path, device: torch.device, folder: str | None = None, quiet: bool = False, context: int = 0) -> Score:
     """Score a checkpoint on the whole validation set of its data; every token but the very first is a target once."""
     tokens = open_data(path, checkpoint.read_meta(path), folder, context)
     net, _ = load_model(path, device)
@@ -121,146 +106,79 @@ def score(
     # the document of each target: <|endoftext|> belongs to the document that it ends
     document = np.concatenate(([0], np.cumsum(stream[1:-1] == tokens.meta["eot"]) + (stream[0] == tokens.meta["eot"])))
     losses = []
-    with tqdm(
-        total=len(document),
-        unit="token",
-        unit_scale=True,
-        desc=str(path),
-        disable=True if quiet else None,
-        delay=2,
-        leave=False,
-    ) as bar:
-        for arrays in tokens.validation(rows):
+    with tqdm(total=len(document), desc=str(path), unit="token", disable=quiet or None, delay=2, leave=False) as bar:
+        for arrays in tokens.validation(rows=16):
             x, y = (torch.from_numpy(a).to(device) for a in arrays)
             losses.append(net(x, y, reduction="none").flatten().cpu().numpy().astype(np.float64))
             bar.update(y.numel())
     return Score(np.bincount(document, np.concatenate(losses)), np.bincount(document))
 
 
-def finished(run: Path) -> dict[str, dict[int, Path]]:
-    """{"ptfs-cosine": {1: checkpoint, ..}, ..}: the finished versions of a run."""
-    found: dict[str, dict[int, Path]] = {}
-    for folder in sorted([*run.glob("*/v*"), *run.glob("sft/*/v*")]):
-        if there := checkpoint.steps(folder):
-            meta = checkpoint.read_meta(last := checkpoint.path(folder, there[-1]))
-            if meta["finished"]:
-                found.setdefault(folder.parent.relative_to(run).as_posix(), {})[meta["version"]] = last
-    # CPT's version 1 is PTFS's
-    for name in found:
-        first = found.get(name.replace("cpt-", "ptfs-").removesuffix("-rewarm_max").removesuffix("-keep_min"), {})
-        if name.removeprefix("sft/").startswith("cpt-") and 1 in first:
-            found[name] = {1: first[1], **found[name]}
-    return found
-
-
 def chosen(paths: list[Path]) -> dict[str, dict[int, Path]] | None:
-    """The finished versions if it is a run's folder that was named, None if it is checkpoints."""
+    """The finished versions if `paths` is one run's folder, None if it is checkpoints."""
+    if len(paths) == 1 and not (paths[0] / "meta.json").exists():
+        if run := finished(paths[0]):
+            return run
+        raise UserError(f"{paths[0]}: is no checkpoint, and no run with a finished version; train one with train.py")
     for p in paths:
-        if not p.exists():
-            raise UserError(
-                f"{p}: does not exist; expected a run such as out/tiny/base-s1 or a checkpoint such as out/tiny/base-s1/main/step-000080"
-            )
-    if len(paths) > 1 or (paths[0] / "meta.json").exists():
-        return None
-    if run := finished(paths[0]):
-        return run
-    raise UserError(
-        f"{paths[0]}: holds no finished version; train one: python train.py --mode ptfs --version 1 --out {paths[0]}; or name a checkpoint in it"
-    )
+        checkpoint.read_meta(p)
+    return None
+
+
+def print_run(scores: dict[str, dict[int, Score]], shared: list[int], as_json: bool) -> None:
+    """A row for each paradigm: PPL (standard error) of its versions, and APPL if it has all `shared` versions."""
+    ppl = {name: {v: s.ppl for v, s in row.items()} for name, row in scores.items()}
+    mean = {n: appl(row, shared) if shared and row.keys() >= set(shared) else math.nan for n, row in ppl.items()}
+    if as_json:
+        rows = {n: {"ppl": ppl[n], "se": {v: s.se for v, s in scores[n].items()}, "appl": mean[n]} for n in scores}
+        print(json.dumps({**rows, "appl_versions": shared}, indent=1))
+        return
+    columns = sorted({v for row in scores.values() for v in row})
+    over = " of " + ", ".join(f"V{v}" for v in shared) if shared else ""
+    table = [["PPL (SE)", *(f"V{v}" for v in columns), f"APPL{over}"]]
+    for n, row in scores.items():
+        cells = [f"{row[v].ppl:.2f} ({row[v].se:.2f})" if v in row else "-" for v in columns]
+        table.append([n, *cells, "-" if math.isnan(mean[n]) else f"{mean[n]:.2f}"])
+    first, *widths = (max(map(len, column)) for column in zip(*table, strict=True))
+    for name, *cells in table:
+        print("  ".join([name.ljust(first), *(c.rjust(w) for c, w in zip(cells, widths, strict=True))]))
+    print(f"SE over {len(row[max(row)].nats)} documents")
+
+
+def print_checkpoints(scores: dict[Path, Score], as_json: bool) -> None:
+    """A line for each checkpoint, with its difference from the first one."""
+    if len({(len(s.nats), s.tokens.sum()) for s in scores.values()}) > 1:
+        raise UserError("the checkpoints have different validation sets; choose the data of one of them with --data")
+    first, rows = next(iter(scores.values())), {}
+    for name, s in scores.items():
+        tokens, documents = int(s.tokens.sum()), len(s.nats)
+        rows[str(name)] = {"ppl": s.ppl, "se": s.se, "loss": s.loss, "tokens": tokens, "documents": documents}
+        difference, se = s.minus(first)
+        against = f"   {difference:+.3f} (SE {se:.3f}) against the first" if s is not first else ""
+        ppl = f"PPL {s.ppl:.3f} (SE {s.se:.3f} over {documents} documents)"
+        if not as_json:
+            print(f"{name}: {ppl}, {s.loss:.4f} nats a token, {tokens:,} tokens{against}")
+    if as_json:
+        print(json.dumps(rows, indent=1))
 
 
 def main() -> None:
     a = Parser(prog="eval.py", description=__doc__)
-    a.add_argument("path", nargs="+", help="checkpoints, or one run's folder")
-    a.add_argument("--data", help="a prepared folder [the one that the checkpoint was trained on]")
-    a.add_argument(
-        "--context",
-        type=int,
-        help="perplexity: tokens of a sequence, to compare models of several contexts [the model's]",
-    )
-    a.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
-    a.add_argument("--json", action="store_true")
+    a.add_checkpoints()
+    a.add_argument("--context", type=int, default=0, help="tokens of a sequence, to compare models [the model's]")
     o = a.parse_args()
-    if o.context is not None and o.context < 1:
-        raise UserError(f"--context: got {o.context}, expected 1 or more")
     device = pick_device(o.device, 0)
     steady_malloc(device)
-    paths = [Path(p) for p in o.path]
-    run = chosen(paths)
+    run = chosen(o.path)
+    paths = sorted({p for versions in run.values() for p in versions.values()}) if run else o.path
+    known = {p: score(p, device, o.data, context=o.context) for p in paths}
     if run:
-        known: dict[Path, Score] = {}
-        for p in sorted({p for versions in run.values() for p in versions.values()}):
-            known[p] = score(p, device, o.data, context=o.context)
-        scores = {name: {v: known[p] for v, p in sorted(versions.items())} for name, versions in run.items()}
-        shared = common(
-            [vs for n, vs in scores.items() if not n.startswith("sft/") and "-mix" not in n] or list(scores.values())
-        )
-        mean = {
-            n: appl({v: s.ppl for v, s in vs.items()}, shared) if shared and vs.keys() >= set(shared) else math.nan
-            for n, vs in scores.items()
-        }
-        if o.json:
-            rows = {
-                n: {"ppl": {v: s.ppl for v, s in vs.items()}, "se": {v: s.se for v, s in vs.items()}, "appl": mean[n]}
-                for n, vs in scores.items()
-            }
-            print(json.dumps({**rows, "appl_versions": shared}, indent=1))
-            return
-        columns = sorted({v for vs in scores.values() for v in vs})
-        table = [
-            [
-                "PPL (SE)",
-                *(f"V{v}" for v in columns),
-                "APPL of " + ", ".join(f"V{v}" for v in shared) if shared else "APPL",
-            ]
-        ]
-        for n, vs in scores.items():
-            table.append(
-                [
-                    n,
-                    *(f"{vs[v].ppl:.2f} ({vs[v].se:.2f})" if v in vs else "-" for v in columns),
-                    "-" if math.isnan(mean[n]) else f"{mean[n]:.2f}",
-                ]
-            )
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for row in table:
-            print(
-                "  ".join(
-                    [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-                )
-            )
-        print(f"SE over {len(next(iter(known.values())).nats)} documents")
-        return
-
-    results = {str(p): score(p, device, o.data, context=o.context) for p in paths}
-    if len({(len(s.nats), s.tokens.sum()) for s in results.values()}) > 1:
-        raise UserError(
-            "the checkpoints were trained on different data, so their validation sets differ; name one with --data"
-        )
-    if o.json:
-        print(
-            json.dumps(
-                {
-                    p: {
-                        "ppl": s.ppl,
-                        "se": s.se,
-                        "loss": s.loss,
-                        "tokens": int(s.tokens.sum()),
-                        "documents": len(s.nats),
-                    }
-                    for p, s in results.items()
-                },
-                indent=1,
-            )
-        )
-        return
-    first = results[str(paths[0])]
-    for name, s in results.items():
-        difference, se = s.minus(first)
-        against = f"   {difference:+.3f} (SE {se:.3f}) against the first" if s is not first else ""
-        print(
-            f"{name}: PPL {s.ppl:.3f} (SE {s.se:.3f} over {len(s.nats)} documents), {s.loss:.4f} nats a token, {s.tokens.sum():,} tokens{against}"
-        )
+        # APPL leaves out rows that read examples: there may be fine-tunings and mixed branches of some versions only
+        plain = [row for row in run.values() if "examples" not in checkpoint.read_meta(row[max(row)])["data"]]
+        scores = {name: {v: known[p] for v, p in row.items()} for name, row in run.items()}
+        print_run(scores, common(plain or list(run.values())), o.json)
+    else:
+        print_checkpoints(known, o.json)
 
 
 if __name__ == "__main__":

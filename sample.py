@@ -1,16 +1,16 @@
-"""Continuations of prompts, many side by side, with the keys and values of what was read already in a cache."""
+"""Continuations of prompts, many side by side; the keys and values of the tokens read so far are kept in a cache."""
 
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import model as llama
 from eval import load_model
+from model import Transformer
 from runtime import resume
 from runtime.command_line import Parser
 from runtime.device import pick_device, steady_malloc
@@ -18,21 +18,26 @@ from runtime.errors import UserError, user_errors
 from text.sources import clean
 
 
-def draw(logits: Tensor, temperature: float, top_p: float, chance: list[np.random.Generator]) -> list[int]:
-    """An id for each row of logits (B, V), with one random number of its own a row, so that the rows beside it do not matter.
+@dataclass(frozen=True)
+class Sampling:  # how the next id is drawn
+    temperature: float = 0.0  # 0: the most likely id
+    top_p: float = 1.0  # draw from the likeliest ids that together have this probability (Holtzman et al. 2020)
+    seed: int = 1
 
-    temperature 0: the most likely. top_p: only of the likeliest ids that together have this probability (Holtzman et al. 2020).
-    """
-    if temperature == 0:
+
+GREEDY = Sampling()
+Done = Callable[[list[int]], bool] | None  # does a row end after these new ids?
+
+
+def draw(logits: Tensor, how: Sampling, chance: list[np.random.Generator]) -> list[int]:
+    """An id for each row of logits (B, V), drawn with the row's own random generator: other rows do not matter."""
+    if how.temperature == 0:
         return logits.argmax(-1).tolist()
-    logits = (
-        logits.cpu() if logits.device.type == "mps" else logits
-    ).double()  # so that no temperature and no part is too small
-    p, order = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1).sort(
-        descending=True, stable=True
-    )
-    p = p * (p.cumsum(-1) - p < top_p)  # the first always stays
-    edges = p.cumsum(-1)
+    # float64, which MPS lacks, so that small temperatures and probabilities do not vanish
+    logits = (logits.cpu() if logits.device.type == "mps" else logits).double()
+    scaled = (logits - logits.amax(-1, keepdim=True)) / how.temperature
+    p, order = torch.softmax(scaled, -1).sort(descending=True, stable=True)
+    edges = (p * (p.cumsum(-1) - p < how.top_p)).cumsum(-1)  # the first always stays
     u = torch.tensor([c.random() for c in chance], device=p.device)[:, None] * edges[:, -1:]
     at = (edges <= u).sum(-1, keepdim=True).clamp(max=logits.shape[1] - 1)
     return order.gather(1, at)[:, 0].tolist()
@@ -40,102 +45,69 @@ def draw(logits: Tensor, temperature: float, top_p: float, chance: list[np.rando
 
 @torch.no_grad()
 def generate(
-    net: llama.Transformer,
-    prompts: Sequence[list[int]],
-    length: int,
-    ends: set[int],
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 1,
-    done: Callable[[int, list[int]], bool] | None = None,
+    net: Transformer, prompts: list[list[int]], length: int, ends: set[int], how: Sampling = GREEDY, done: Done = None
 ) -> list[list[int]]:
-    """Up to `length` ids after each prompt, which has one at least. A row ends before an id of `ends`, or when done(row, its ids) says so.
+    """Up to `length` ids after each prompt of one id or more; a row ends before an id of `ends`, or if done(its ids).
 
-    What does not fit the context is forgotten from the left, up to half a context at a time.
+    If a row outgrows the context, its first tokens are dropped, up to half a context at a time.
     """
     out: list[list[int]] = [[] for _ in prompts]
-    chance = [np.random.default_rng((seed, i)) for i in range(len(prompts))]
-    alive, device, context = list(range(len(prompts))), net.embed.weight.device, net.config.context
-    while alive := [i for i in alive if len(out[i]) < length]:
+    chance = [np.random.default_rng((how.seed, i)) for i in range(len(prompts))]
+    device, context = net.embed.weight.device, net.config.context
+    over: set[int] = set() if length else set(range(len(prompts)))  # rows that have ended
+    while alive := [i for i in range(len(prompts)) if i not in over]:  # read them, go on until the cache is full
         rows = [prompts[i] + out[i] for i in alive]
         left = max(length - len(out[i]) for i in alive)
-        longest = max(map(len, rows))
-        if longest + left > context:
-            longest = min(longest, context - min(left, context // 2))
+        longest = min(max(map(len, rows)), context - min(left, context // 2))
         rows = [row[-longest:] for row in rows]
         cache = net.cache(len(rows), min(longest + left, context))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
         read = torch.tensor([len(row) for row in rows], device=device)
-        over: set[int] = set()
-        while True:
+        while not over.issuperset(alive):
             logits = net.head(net.states(ids, cache=cache)[torch.arange(len(rows), device=device), read - 1])  # (B, V)
             cache.lengths += read
-            new = draw(logits, temperature, top_p, [chance[i] for i in alive])
+            new = draw(logits, how, [chance[i] for i in alive])
             for i, token in zip(alive, new, strict=True):
-                if i not in over:
-                    if token in ends:
-                        over.add(i)
-                        continue
+                if i not in over and token not in ends:
                     out[i].append(token)
-                    if len(out[i]) == length or (done and done(i, out[i])):
-                        over.add(i)
-            if len(over) == len(alive) or cache.end == cache.k.shape[2]:
+                if token in ends or len(out[i]) == length or (done and done(out[i])):
+                    over.add(i)
+            if cache.end == cache.k.shape[2]:
                 break
             ids, read = torch.tensor(new, device=device)[:, None], torch.ones_like(read)
-        alive = [i for i in alive if i not in over]
     return out
 
 
 def continuations(
-    path: Path,
-    device: torch.device,
-    prompts: list[str],
-    length: int,
-    seed: int,
-    folder: str | None,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
+    path: Path, device: torch.device, prompts: list[str], length: int, how: Sampling, folder: str | None = None
 ) -> list[str]:
-    """Each prompt and `length` tokens drawn after it, or fewer where the text ends."""
+    """Each prompt with the text of up to `length` tokens after it. `folder`: prepared data, for its tokenizer."""
     net, meta = load_model(path, device)
     tok = resume.open_tokenizer(path, meta, folder)
     prompts = [clean(p) for p in prompts]
-    ids = [tok.encode(p) or [tok.eot] for p in prompts]
-    return [
-        p + tok.decode(new)
-        for p, new in zip(prompts, generate(net, ids, length, {tok.eot}, temperature, top_p, seed), strict=True)
-    ]
+    new = generate(net, [tok.encode(p) or [tok.eot] for p in prompts], length, {tok.eot}, how)
+    return [p + tok.decode(ids) for p, ids in zip(prompts, new, strict=True)]
 
 
 def main() -> None:
     a = Parser(prog="sample.py", description=__doc__)
-    a.add_argument("path", nargs="+", help="checkpoints")
-    a.add_argument(
-        "--prompt", metavar="TEXT", action="append", required=True, help="continue this text; again for more"
-    )
-    a.add_argument("--data", help="a prepared folder [the one that the checkpoint was trained on]")
+    a.add_checkpoints()
+    a.add_argument("--prompt", metavar="TEXT", action="append", required=True, help="continue this; again for more")
     a.add_argument("--length", type=int, default=100, help="tokens of a continuation [100]")
     a.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token each time [1]")
     a.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of this probability [1]")
     a.add_argument("--seed", type=int, default=1, help="of the continuations [1]")
-    a.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
-    a.add_argument("--json", action="store_true")
     o = a.parse_args()
-    if not 0 <= o.seed < 2**63 or o.length < 0:
-        raise UserError(f"--seed, --length: got {o.seed} and {o.length}, expected 0 or more, and the seed below 2^63")
-    if not 0 <= o.temperature < math.inf:
-        raise UserError(f"--temperature: got {o.temperature}, expected 0 or more")
-    if not 0 < o.top_p <= 1:
-        raise UserError(f"--top_p: got {o.top_p}, expected above 0 and at most 1")
+    if min(o.length, o.seed) < 0:
+        raise UserError(f"--length, --seed: got {o.length} and {o.seed}, expected 0 or more")
+    if not (o.temperature >= 0 and 0 < o.top_p <= 1):  # nan is refused too
+        raise UserError(f"--temperature, --top_p: got {o.temperature} and {o.top_p}, expected 0 or more and 0 < p <= 1")
     device = pick_device(o.device, 0)
     steady_malloc(device)
-    texts = {
-        p: continuations(Path(p), device, o.prompt, o.length, o.seed, o.data, o.temperature, o.top_p) for p in o.path
-    }
-    if o.json:
-        print(json.dumps(texts, indent=1))
-    else:
-        print("\n\n".join("\n\n".join([f"{p}:"] * (len(texts) > 1) + written) for p, written in texts.items()))
+    how = Sampling(o.temperature, o.top_p, o.seed)
+    texts = {str(p): continuations(p, device, o.prompt, o.length, how, o.data) for p in o.path}
+    shown = ["\n\n".join([f"{p}:"] * (len(texts) > 1) + written) for p, written in texts.items()]
+    print(json.dumps(texts, indent=1) if o.json else "\n\n".join(shown))
 
 
 if __name__ == "__main__":

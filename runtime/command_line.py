@@ -5,6 +5,7 @@ import json
 import shlex
 import sys
 import typing
+from pathlib import Path
 from typing import Any
 
 from config import Config, flatten, load
@@ -20,6 +21,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(message)
+
+    def add_checkpoints(self) -> None:
+        """What every command that reads checkpoints takes."""
+        self.add_argument("path", nargs="+", type=Path, help="checkpoints, or one run's folder")
+        self.add_argument("--data", help="a prepared folder [the one that the checkpoint was trained on]")
+        self.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+        self.add_argument("--json", action="store_true")
 
     def add_config(self, name: bool = True) -> None:
         """--config (if `name`) and a flag for every key of the config."""

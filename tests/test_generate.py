@@ -1,5 +1,8 @@
 """Continuations against transformers', and the cache against whole sequences."""
 
+import functools
+import operator
+
 import numpy as np
 import pytest
 import torch
@@ -78,14 +81,14 @@ def test_greedy_equals_transformers_for_64_tokens(kw):
 def test_a_row_ends_and_does_not_depend_on_those_beside_it():
     net = net_of()
     prompts = [[1, 2, 3], [4] * 20, [5]]
-    for how in ({}, {"temperature": 1.0, "top_p": 0.9}):
+    for how in ({}, {"how": sample.Sampling(1.0, 0.9)}):
         together = sample.generate(net, prompts, 30, set(), **how)
         assert [len(t) for t in together] == [30] * 3
         assert sample.generate(net, prompts[:1], 30, set(), **how) == together[:1]
         end = together[1][12]
         cut = sample.generate(net, prompts, 30, {end}, **how)
         assert cut[1] == together[1][: together[1].index(end)]  # the end itself is left out
-        stopped = sample.generate(net, prompts, 30, set(), **how, done=lambda row, ids: row == 2 and len(ids) == 5)
+        stopped = sample.generate(net, prompts, 30, set(), **how, done=functools.partial(operator.eq, together[2][:5]))
         assert [len(t) for t in stopped] == [30, 30, 5] and stopped[2] == together[2][:5]
 
 
@@ -112,5 +115,5 @@ def test_draws_follow_the_probabilities():
         (0.5, 1.0, np.array([0.25, 0.09, 0.0225, 0.0025]) / 0.365),
         (0.0, 1.0, [1, 0, 0, 0]),
     ]:
-        found = np.bincount(sample.draw(logits, temperature, top_p, chance), minlength=4) / 20_000
+        found = np.bincount(sample.draw(logits, sample.Sampling(temperature, top_p), chance), minlength=4) / 20_000
         np.testing.assert_allclose(found, expected, atol=0.015)

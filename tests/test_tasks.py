@@ -1,4 +1,4 @@
-"""Downstream tasks: the adapter against the harness's own for Hugging Face's models, tables, local copies of datasets, ranks."""
+"""Downstream tasks: the adapter against the harness's own, tables, local copies of datasets, ranks."""
 
 import importlib
 import json
@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from runtime.errors import UserError, user_errors
 from text.tokenizer import Tokenizer
 from tools import harness
 
-os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # no retries of a network that is not there
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # of the ranks that are started
 lm_eval = pytest.importorskip("lm_eval")
 
 CPU = torch.device("cpu")
@@ -29,9 +30,11 @@ ALL = [str(FIXTURES / f"{n}.yaml") for n in NAMES]
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """What `datasets` makes of files goes to a folder of this session's."""
+    """Converted datasets go to a folder of this session; no retries of a network that is not there."""
     import datasets
+    import huggingface_hub
 
+    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     datasets.disable_progress_bars()
     os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
@@ -39,7 +42,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["bytes", "folder"])
 def pair(request, tmp_path_factory):
-    """(ours, the harness's) adapter for the same weights and the same ids: a byte is a token; ours reads bytes, or a tokenizer.json."""
+    """(ours, the harness's) adapter for the same weights and ids, a token a byte: of bytes or of tokenizer.json."""
     pytest.importorskip("accelerate")
     import tokenizers
     import transformers
@@ -103,7 +106,7 @@ def test_log_likelihoods_equal_those_of_the_harness(pair):
     ids = pair[0].tok_encode("The whale")
     best = pair[0].net(torch.tensor([ids]))[0, -1].argmax().item()
     assert pair[0]._loglikelihood_tokens([(None, ids, [best]), (None, ids, [best ^ 1])])[0][1] is True
-    with pytest.raises(UserError, match="an answer has 97 tokens, and the model's context is 96"):
+    with pytest.raises(UserError, match="an answer has 97 tokens, the model's context 96"):
         pair[0].loglikelihood(requests(("x", "y" * 97)))
 
 
@@ -218,8 +221,22 @@ def test_the_table_has_versions_and_paradigms_and_a_mean():
         "a: acc, %, of 8",
         "b: word_perplexity, of 8",
     ]
-    names = ["cpt-cosine", "ours-cosine", "ours-cosine-d5", "ptfs-cosine"]
-    assert [harness.paradigm(n, names) for n in names] == ["CPT", "Ours cosine", "Ours cosine-d5", "PTFS"]
+
+
+def test_rows_have_the_names_of_their_paradigms(monkeypatch):
+    kinds = {"sft/cpt-x": "cpt", "ours-x": "ours", "ours-x-d5": "ours", "cpt-x": "cpt", "ptfs-x": "ptfs", "sft/y": ""}
+    monkeypatch.setattr(harness.runs, "paradigm", lambda run, path: kinds[str(path)])
+    meta = {name: {"data": {"epochs": 1} if name.startswith("sft/") else {}} for name in kinds}
+    monkeypatch.setattr(harness.checkpoint, "read_meta", lambda path: meta[str(path)])
+    names = harness.row_names(Path("run"), {name: {1: Path("none"), 2: Path(name)} for name in kinds})
+    assert list(names.items()) == [
+        ("ptfs-x", "PTFS"),
+        ("cpt-x", "CPT"),
+        ("sft/cpt-x", "CPT (SFT)"),
+        ("ours-x", "Ours x"),
+        ("ours-x-d5", "Ours x-d5"),
+        ("sft/y", "sft/y"),  # the model that it was made of is not in this run
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -383,13 +400,13 @@ def test_the_harness_has_the_papers_tasks_and_loads_local_copies(tmp_path):
         (["--tasks", FIXTURES / "nothing.yaml"], "nothing.yaml: there is no such file"),
         (["--tasks", "c3", "--data_dir", "nowhere"], "--data_dir nowhere: is no folder"),
         (["--tasks", "c3", "--data_dir", FIXTURES], "--repo-type dataset clue/clue --local-dir"),
-        (["--tasks", "csl", "--data_dir", FIXTURES], "get it: git clone https://github.com/ydli-ai/CSL"),
-        (["--tasks", "csl"], "expected --data_dir DIR with it below DIR"),
+        (["--tasks", "csl", "--data_dir", FIXTURES], "git clone https://github.com/ydli-ai/CSL"),
+        (["--tasks", "csl"], "--data_dir: not given, but a task reads"),
         (["--tasks", "c3"], "the dataset clue/clue cannot be read"),
         (["--tasks", ","], "--tasks: got no name"),
-        (["--tasks", "c3", "--limit", "0"], "--limit, --batch, --num_fewshot: got 0, 16 and None"),
-        (["--tasks", "c3", "--batch", "0"], "got None, 0 and None"),
-        (["--tasks", "c3", "--num_fewshot", "-1"], "got None, 16 and -1"),
+        (["--tasks", "c3", "--limit", "0"], "--limit: got 0, expected 1 or more"),
+        (["--tasks", "c3", "--batch", "0"], "--batch: got 0, expected 1 or more"),
+        (["--tasks", "c3", "--num_fewshot", "-1"], "--num_fewshot: got -1, expected 0 or more"),
         (["--tasks", ALL[0], "--data_dir", FIXTURES], "is no checkpoint"),
     ],
     ids=lambda v: " ".join(map(str, v))[-40:] if isinstance(v, list) else "",
@@ -406,13 +423,11 @@ def test_bad_input(tmp_path, monkeypatch, capsys, args, words):
     assert e.value.code == 2 and len(lines) == 1 and words in lines[0], lines
 
 
-def test_a_dataset_is_read_as_the_file_says_or_refused(tmp_path, pair):
-    task = "task: odd\ndataset_path: json\ndataset_kwargs: {data_files: {test: odd.jsonl}}\ntest_split: test\noutput_type: generate_until\ndoc_to_text: '{{text}}'\n"
-    write(
-        tmp_path / "odd.yaml",
-        task
-        + "doc_to_target: ''\ngeneration_kwargs: {until: [x], max_gen_toks: 4, num_beams: 2}\nmetric_list: [{metric: exact_match}]\n",
-    )
+def test_a_dataset_is_read_as_the_file_says_or_refused(tmp_path):
+    task = {"task": "odd", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "odd.jsonl"}}}
+    task |= {"test_split": "test", "output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": ""}
+    task |= {"generation_kwargs": {"until": ["x"], "max_gen_toks": 4, "num_beams": 2}}
+    write(tmp_path / "odd.yaml", {**task, "metric_list": [{"metric": "exact_match"}]})  # JSON is YAML
     write(tmp_path / "odd.jsonl", {"text": "a"})
     name = str(tmp_path / "odd.yaml")
     with pytest.raises(UserError, match="odd has generation_kwargs num_beams, expected until"):
@@ -420,8 +435,6 @@ def test_a_dataset_is_read_as_the_file_says_or_refused(tmp_path, pair):
     write(tmp_path / "odd.jsonl", "not JSON\n")
     with pytest.raises(UserError, match="the dataset json cannot be read"):
         harness.load((name,), str(tmp_path), 1)
-    with pytest.raises(UserError, match="asks for a chat template"):
-        pair[0].apply_chat_template([])
 
 
 def test_without_the_harness(monkeypatch):
@@ -437,7 +450,8 @@ def test_without_the_harness(monkeypatch):
         ("task: [a]\n", "the harness cannot run it"),
         ("{", "the harness cannot run it"),
         (
-            "task: x\ndataset_path: json\ndataset_kwargs: {data_files: {test: q.jsonl}}\ntest_split: zzz\noutput_type: multiple_choice\n",
+            "task: x\ndataset_path: json\ndataset_kwargs: {data_files: {test: q.jsonl}}\ntest_split: zzz\n"
+            "output_type: multiple_choice\n",
             "the harness cannot run it",
         ),
         ("task: x\ndoc_to_text: !function utils.go\n", "has a !function, which would run Python"),

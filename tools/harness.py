@@ -1,7 +1,7 @@
 """Downstream tasks: EleutherAI's lm-evaluation-harness asks, our checkpoints answer.
 
-The harness (https://github.com/EleutherAI/lm-evaluation-harness) has the questions, prompts and metrics; `LM` is what it asks,
-and answers as the harness's own adapter `hf` would for the same weights. configs/tasks adds tasks that the harness lacks.
+The harness (https://github.com/EleutherAI/lm-evaluation-harness) has the questions, prompts and metrics; it asks a
+model through `LM`, which answers as the harness's own adapter `hf` would. configs/tasks adds tasks of our own.
     python -m tools.harness out/tiny/base-s1 --tasks gsm8k,mmlu     a run's versions, or checkpoints
 
 Under torchrun each rank answers its part of the questions with a whole copy of the model.
@@ -14,8 +14,8 @@ import json
 import logging
 import math
 import sys
-from argparse import Namespace
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,12 @@ from tqdm import tqdm
 import config
 import eval as evaluation
 import model as llama
-from paper import report
-from paper.tables import NAMES
-from runtime import checkpoint, distributed, resume
+from runtime import checkpoint, distributed, resume, runs
 from runtime.command_line import Parser
 from runtime.device import pick_device, steady_malloc
+from runtime.distributed import World
 from runtime.errors import UserError, first_line, user_errors
-from sample import generate
+from sample import Sampling, generate
 from text.tokenizer import Tokenizer
 
 try:
@@ -50,30 +49,32 @@ except ImportError as e:
     raise UserError(f"--tasks needs the package lm-eval ({e}): pip install 'lm-eval>=0.4.13'") from None
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of each default that a task relies on
-lm_eval.api.task.tqdm = functools.partial(tqdm, disable=None, delay=2, leave=False)  # a bar a task, as ours are
+lm_eval.api.task.tqdm = functools.partial(tqdm, disable=None, delay=2, leave=False)  # quiet, as our own bars are
 if not sys.stderr.isatty():
     datasets.disable_progress_bars()
 OURS = Path(__file__).parent.parent / "configs" / "tasks"
-NEW = 256  # tokens of an answer where the task does not say, as the harness's adapters have it
-READERS = ("csv", "json", "parquet", "text")  # what `datasets` reads single files with
-# The metric that stands for a task, the first of these that it has; else its first. Of several filters the first, but of GSM8K's
-# the one that takes the last number of the answer.
+NEW = 256  # tokens of an answer if the task does not say, as in the harness's adapters
+READERS = ("csv", "json", "parquet", "text")  # builders of `datasets` that read single files
+# The metric that stands for a task: the first of these that it has, else its first one. Of several filters the first,
+# but for GSM8K the one that takes the last number of the answer.
 HEADLINE = ("exact_match,flexible-extract", "exact_match", "acc", "acc_norm", "f1")
-Result = dict[str, Any]  # of a task: value, se (None where the harness gives none), metric, n (questions)
+NAMES = {"ptfs": "PTFS", "cpt": "CPT", "ours": "Ours"}
+Result = dict[str, Any]  # of a task: value, se (None if the harness gives none), metric, n (questions)
+Results = dict[str, Result]  # by task
+Versions = dict[str, dict[int, Path]]  # the finished versions of a run, by folder
 
-# ----------------------------------------------------------------------------------------------------------
-# What the harness asks
+# ---- The model, as the harness asks it -------------------------------------------------------------------------------
 
 
 class LM(TemplateLM):
-    """A model that holds a whole copy of the weights on this rank; `batch` rows side by side. T = context, N = scored tokens."""
+    """A model, whole on this rank, that answers `batch` rows side by side. T = context, N = scored tokens."""
 
     def __init__(self, net: llama.Transformer, tok: Tokenizer, batch: int, rank: int = 0, ranks: int = 1) -> None:
         super().__init__()
         self.net, self.tok, self.batch = net, tok, batch
         self._rank, self._world_size, self._device = rank, ranks, net.embed.weight.device
         self.end = tok.hf.id_to_token(tok.eot) if tok.hf else "<|endoftext|>"
-        self.drawn = 0  # batches that were drawn at random: each has a seed of its own
+        self.drawn = 0  # batches drawn at random: each has a seed of its own
 
     @property
     def eot_token_id(self) -> int:
@@ -97,46 +98,39 @@ class LM(TemplateLM):
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: list[Any], **kw: Any) -> list[tuple[float, bool]]:
-        """Of ((texts), context, continuation): nats of the continuation, and whether each of its tokens is the likeliest.
+        """Of ((texts), context, continuation): nats of the continuation, and whether each token is the likeliest.
 
-        What is read alike is read once: the answers A, B, C and D to a question differ in their last token only. Rows are padded
-        on their right, which those before do not see, and the head reads nothing but the places that are scored.
+        Equal inputs are read once: the answers A, B, C and D to a question differ in their last token only. Rows are
+        padded on their right, after the tokens that are scored, and the head reads only the scored places.
         """
         n = self.max_length
-        asked: dict[tuple[int, ...], list[int]] = {}  # {what is read: requests}
+        asked: dict[tuple[int, ...], list[int]] = {}  # {input: requests}
         for i, (_, context, continuation) in enumerate(requests):
             if len(continuation) > n:
                 raise UserError(
-                    f"--tasks: an answer has {len(continuation)} tokens, and the model's context is {n}; leave the task out"
+                    f"--tasks: an answer has {len(continuation)} tokens, the model's context {n}; leave it out"
                 )
             asked.setdefault(tuple((context + continuation)[-n - 1 : -1]), []).append(i)
-        order = sorted(asked, key=len, reverse=True)  # what needs most memory comes first
+        order = sorted(asked, key=len, reverse=True)  # the largest batch comes first, should memory not suffice
         found = [(0.0, True)] * len(requests)
         with self.bar(len(requests), "log-likelihoods") as bar:
             for start in range(0, len(order), self.batch):
                 part = order[start : start + self.batch]
                 T = len(part[0])
-                at: list[int] = []  # flat places that are scored
-                targets: list[int] = []
-                spans: list[tuple[int, int]] = []  # (request, end of its targets)
-                for b, row in enumerate(part):
-                    for i in asked[row]:
-                        continuation = requests[i][2]
-                        at += range(b * T + len(row) - len(continuation), b * T + len(row))
-                        targets += continuation
-                        spans.append((i, len(targets)))
+                ends = [(i, b * T + len(row)) for b, row in enumerate(part) for i in asked[row]]  # flat places
+                at = [k for i, end in ends for k in range(end - len(requests[i][2]), end)]
+                targets = torch.tensor([t for i, _ in ends for t in requests[i][2]], device=self.device)
                 ids = torch.tensor([row + (0,) * (T - len(row)) for row in part], device=self.device)
-                nats, best = self.score(
-                    self.net.states(ids).flatten(0, 1)[at], torch.tensor(targets, device=self.device)
-                )
+                nats, best = self.score(self.net.states(ids).flatten(0, 1)[at], targets)
                 begin = 0
-                for i, end in spans:
-                    found[i], begin = (math.fsum(nats[begin:end]), all(best[begin:end])), end
-                bar.update(len(spans))
+                for i, _ in ends:
+                    here = slice(begin, begin := begin + len(requests[i][2]))
+                    found[i] = (math.fsum(nats[here]), all(best[here]))
+                bar.update(len(ends))
         return found
 
     def score(self, y: Tensor, targets: Tensor) -> tuple[list[float], list[bool]]:
-        """States (N, C) and ids (N,) -> log-probabilities and whether they are the likeliest; at most 2^26 logits at a time."""
+        """States (N, C), ids (N,) -> log-probabilities, are they the likeliest; at most 2^26 logits at a time."""
         nats, best = [], []
         rows = max(1, 2**26 // self.net.config.vocab_size)
         for part, ids in zip(y.split(rows), targets.split(rows), strict=True):
@@ -147,59 +141,40 @@ class LM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Nats of whole texts: every token once, in windows as long as the context."""
-        windows = [
-            [
-                make_disjoint_window(w)
-                for w in get_rolling_token_windows(self.tok_encode(r.args[0]), self.prefix_token_id, self.max_length, 1)
-            ]
-            for r in requests
-        ]
-        found = iter(self._loglikelihood_tokens([(None, *w) for ws in windows for w in ws]))
-        return [math.fsum(next(found)[0] for _ in ws) for ws in windows]
+        cut = functools.partial(get_rolling_token_windows, max_seq_len=self.max_length, context_len=1)
+        texts = [list(cut(self.tok_encode(r.args[0]), prefix_token=self.prefix_token_id)) for r in requests]
+        found = iter(self._loglikelihood_tokens([(None, *make_disjoint_window(w)) for ws in texts for w in ws]))
+        return [math.fsum(next(found)[0] for _ in ws) for ws in texts]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Texts up to the first stop string. A row stops as soon as it has one; requests of other settings are other batches."""
+        """Texts up to the first stop string, at which a row ends. A batch holds requests of equal settings."""
         out = [""] * len(requests)
         alike: dict[str, list[tuple[list[int], int]]] = {}  # {settings: (context, request)}
         for i, r in enumerate(requests):
-            alike.setdefault(json.dumps(r.args[1], sort_keys=True), []).append(
-                (self.tok_encode(r.args[0]) or [self.prefix_token_id], i)
-            )
+            ids = self.tok_encode(r.args[0]) or [self.prefix_token_id]
+            alike.setdefault(json.dumps(r.args[1], sort_keys=True), []).append((ids, i))
         with self.bar(len(requests), "answers") as bar:
-            for text, rows in alike.items():
-                how = normalize_gen_kwargs(json.loads(text), NEW)
+            for settings, rows in alike.items():
+                how = normalize_gen_kwargs(json.loads(settings), NEW)
                 until = [s for s in handle_stop_sequences(how["until"], eos=self.end) if s]
+                temperature = how["temperature"] if how.get("do_sample") else 0.0
                 room = self.max_length - how["max_gen_toks"]
                 rows.sort(key=lambda row: len(row[0]), reverse=True)
                 for start in range(0, len(rows), self.batch):
                     part = rows[start : start + self.batch]
                     self.drawn += 1
-                    new = generate(
-                        self.net,
-                        [ids[-room:] for ids, _ in part],
-                        how["max_gen_toks"],
-                        {self.tok.eot},
-                        how["temperature"] if how.get("do_sample") else 0.0,
-                        how.get("top_p", 1.0),
-                        self.drawn * self.world_size + self.rank,
-                        functools.partial(self.stops, until),
-                    )
+                    draws = Sampling(temperature, how.get("top_p", 1.0), self.drawn * self.world_size + self.rank)
+                    prompts, stops = [ids[-room:] for ids, _ in part], functools.partial(self.stops, until)
+                    new = generate(self.net, prompts, how["max_gen_toks"], {self.tok.eot}, draws, stops)
                     for (_, i), ids in zip(part, new, strict=True):
                         out[i] = postprocess_generated_text(self.tok_decode(ids), until, None)
                     bar.update(len(part))
         return out
 
-    def stops(self, until: list[str], row: int, ids: list[int]) -> bool:
-        """Whether a stop string has just ended, which is in as many tokens as it has bytes; 4 more, should the first be a part of a character."""
+    def stops(self, until: list[str], ids: list[int]) -> bool:
+        """Does a stop string end here? It takes at most as many tokens as bytes; 4 more, as the first may be cut."""
         text = self.tok_decode(ids[-4 - max(len(s.encode()) for s in until) :])
         return any(s in text for s in until)
-
-    def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
-        raise UserError(
-            "--tasks: got a task that asks for a chat template, which these models have not; take one that does not"
-        )
-
-    # Between ranks, which the harness asks for by these names
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
@@ -215,36 +190,29 @@ class LM(TemplateLM):
         dist.barrier()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Tasks and their data
+# ---- Tasks and their data --------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def local_copies(folder: str | None) -> Iterator[None]:
-    """Datasets of the hub come from `folder`/their name, single files from below `folder`; without one, from the hub."""
+    """Read datasets of the hub from `folder`/their name and single files from below `folder`. None: from the hub."""
     original = datasets.load_dataset
 
     def load(path: str, *args: Any, **kw: Any) -> Any:
-        where = path
         if path in READERS:
             if folder is None:
-                raise UserError(
-                    f"--tasks: a task reads {kw.get('data_files')}, expected --data_dir DIR with it below DIR (see {OURS})"
-                )
-            kw["data_files"] = below(Path(folder), kw.get("data_files"))
+                raise UserError(f"--data_dir: not given, but a task reads {kw.get('data_files')} below it; see {OURS}")
+            kw["data_files"] = find_below(Path(folder), kw.get("data_files"))
         elif folder is not None:
-            where = str(Path(folder) / path)
-            if not Path(where).is_dir():
-                raise UserError(
-                    f"--data_dir: there is no {where}; get it: huggingface-cli download --repo-type dataset {path} --local-dir {where}"
-                )
+            if not (local := Path(folder) / path).is_dir():
+                get = f"huggingface-cli download --repo-type dataset {path} --local-dir {local}"
+                raise UserError(f"--data_dir: there is no {local}; get it: {get}")
+            path = str(local)
         try:
-            return original(where, *args, **kw)
+            return original(path, *args, **kw)
         except Exception as e:  # of the hub, the disk and the library, which have many types
-            raise UserError(
-                f"--tasks: the dataset {where} cannot be read ({type(e).__name__}: {first_line(e)[:200]})"
-                + ("; without a network, name a folder of local copies with --data_dir" if folder is None else "")
-            ) from None
+            why = f"{type(e).__name__}: {first_line(e)[:200]}"
+            raise UserError(f"--tasks: the dataset {path} cannot be read ({why}); local copies: --data_dir") from None
 
     datasets.load_dataset = load
     try:
@@ -253,66 +221,58 @@ def local_copies(folder: str | None) -> Iterator[None]:
         datasets.load_dataset = original
 
 
-def below(folder: Path, files: Any) -> Any:
-    """The same names of files (one, several, or by split) below a folder. UserError where one is not there."""
+def find_below(folder: Path, files: Any) -> Any:
+    """The same files (one, several, or by split) below a folder. UserError if one is not there."""
     if isinstance(files, dict):
-        return {split: below(folder, f) for split, f in files.items()}
+        return {split: find_below(folder, f) for split, f in files.items()}
     if isinstance(files, list):
-        return [below(folder, f) for f in files]
+        return [find_below(folder, f) for f in files]
     if not (folder / files).is_file():
-        owner = "/".join(Path(files).parts[:2])
-        get = (
-            f"; get it: git clone https://github.com/{owner} {folder / owner}"
-            if len(Path(files).parts) > 2
-            else ", which the task's data_files name"
-        )
-        raise UserError(f"--data_dir: there is no {folder / files}{get}")
+        owner = "/".join(Path(files).parts[:2])  # of the repository, in our own tasks
+        clone = f"git clone https://github.com/{owner} {folder / owner}"
+        raise UserError(f"--data_dir: there is no {folder / files}, which a task reads; for its own tasks: {clone}")
     return str(folder / files)
 
 
 @contextlib.contextmanager
 def harness_errors(names: Iterable[str]) -> Iterator[None]:
-    """What the harness raises over a task, which may be of any type, in one line. Those of a device, a network or the disk pass."""
+    """Make an error of the harness over a task one line. Errors of a device, a network or the disk pass."""
     try:
         yield
     except Exception as e:
-        if (
-            isinstance(e, (UserError, OSError))
-            or type(e) is RuntimeError
-            or isinstance(e, (torch.OutOfMemoryError, dist.DistError))
-        ):
+        if type(e) is RuntimeError or isinstance(e, (UserError, OSError, torch.OutOfMemoryError, dist.DistError)):
             raise
-        raise UserError(
-            f"--tasks {','.join(names)}: the harness cannot run it ({type(e).__name__}: {first_line(e)[:200]}); mend the task"
-        ) from e
+        why = f"{type(e).__name__}: {first_line(e)[:200]}"
+        raise UserError(f"--tasks {','.join(names)}: the harness cannot run it ({why}); correct the task") from e
 
 
 @functools.cache
 def catalogue(folders: tuple[Path, ...], everything: bool) -> Any:
-    """The tasks of these folders, and of the harness: those are 14,000, and to look at them takes ten seconds."""
+    """The tasks of these folders, and with `everything` the 14,000 of the harness, which takes ten seconds."""
     return TaskManager(include_path=list(folders), include_defaults=everything)
+
+
+def check_file(file: Path) -> None:
+    """UserError if a task file is missing, or if it or a file beside it, which it may include, would run Python."""
+    if not file.is_file():
+        raise UserError(f"--tasks {file}: there is no such file; expected a YAML file, or a task's name")
+    for other in sorted(file.parent.iterdir()):
+        yaml = other.is_file() and other.suffix in (".yaml", ".yml", "")
+        if yaml and b"!function" in other.read_bytes()[: 1 << 20]:
+            raise UserError(f"{other}: has a !function, which would run Python; expected a task without one")
 
 
 @functools.cache
 def load(names: tuple[str, ...], data_dir: str | None, num_fewshot: int | None) -> dict[str, Any]:
-    """{name: the harness's task or group}, questions read; of a file, the name in it. num_fewshot: the harness writes it into them, so it has its own."""
+    """{name: the harness's task or group}, questions read; a file has the name that is in it.
+
+    num_fewshot is only a part of the cache's key: the harness writes it into the tasks.
+    """
     if data_dir is not None and not Path(data_dir).is_dir():
         raise UserError(f"--data_dir {data_dir}: is no folder; expected one with local copies of the tasks' datasets")
     files = {n: Path(n) for n in names if n.endswith(".yaml")}
     for f in files.values():
-        if not f.is_file():
-            raise UserError(
-                f"--tasks {f}: there is no such file; expected a task of the harness, one of {OURS}, or a YAML file"
-            )
-        for other in sorted(f.parent.iterdir()):  # it may include any of them, whatever their names
-            if (
-                other.is_file()
-                and other.suffix in (".yaml", ".yml", "")
-                and b"!function" in other.read_bytes()[: 1 << 20]
-            ):
-                raise UserError(
-                    f"{other}: has a !function, which would run Python; expected a task without one, or one that the harness itself has"
-                )
+        check_file(f)
     with harness_errors(names):
         named = {n: load_yaml(files[n], resolve_func=False) if n in files else {"task": n} for n in names}
         wanted = [y.get("group") or y["task"] for y in named.values()]
@@ -320,64 +280,49 @@ def load(names: tuple[str, ...], data_dir: str | None, num_fewshot: int | None) 
         known = catalogue(folders, False)
         if not set(wanted) <= set(known.all_tasks):
             known = catalogue(folders, True)
-        problems = []
         for n in wanted:
             if n not in known.all_tasks:
-                near = difflib.get_close_matches(n, known.all_tasks, 3)
-                problems.append(
-                    f"--tasks: got {n}, which is unknown"
-                    + (f"; did you mean {', '.join(near)}?" if near else "; lm_eval ls tasks lists them")
-                )
-            elif n in known.all_tags:
-                problems.append(f"--tasks: got {n}, which is no task but a tag of several; name those that you want")
-        if problems:
-            raise UserError("\n".join(problems))
+                near = ", ".join(difflib.get_close_matches(n, known.all_tasks, 3)) or "a name of lm_eval ls tasks"
+                raise UserError(f"--tasks: got {n}, which is unknown; did you mean {near}?")
+            if n in known.all_tags:
+                raise UserError(f"--tasks: got {n}, which is a tag of several tasks; name the ones that you want")
         with local_copies(data_dir):
             made = known.load(wanted)
     found = {n: made["groups"].get(n) or made["tasks"][n] for n in wanted}
     for n, t in found.items():
         if isinstance(t, Group) and not t.has_aggregation:
             raise UserError(
-                f"--tasks: got {n}, a group without a score of its own; name tasks in it: {', '.join(t.child_names[:5])} .."
+                f"--tasks: got {n}, a group without a score; name tasks in it: {', '.join(t.child_names[:5])}"
             )
     return found
 
 
 def check(found: dict[str, Any], context: int, limit: int | None, ranks: int) -> None:
-    """UserError where a task asks for what the model or its generation cannot do, a line a task."""
+    """UserError if a task asks for something that the model or its generation cannot do, one line a task."""
     problems = []
+    served = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
     for t in leaves(found):
+        name = f"--tasks: {t.task_name}"
         if (have := min(len(t.eval_docs), limit or sys.maxsize)) < ranks:
-            problems.append(
-                f"--tasks: {t.task_name} has {have} questions for {ranks} ranks; take as many ranks at most"
-            )
+            problems.append(f"{name} has {have} questions for {ranks} ranks; take as many ranks at most")
         if t.OUTPUT_TYPE != "generate_until":
             continue
         how = normalize_gen_kwargs(t.config.generation_kwargs or {}, NEW)
-        if how["max_gen_toks"] >= context:
-            problems.append(
-                f"--tasks: {t.task_name} asks for {how['max_gen_toks']} new tokens, and the model's context is {context}; "
-                "leave it out, or copy its file and set a smaller max_gen_toks in generation_kwargs"
-            )
-        if more := set(how) - {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}:
-            problems.append(
-                f"--tasks: {t.task_name} has generation_kwargs {', '.join(sorted(more))}, expected until, max_gen_toks, do_sample, temperature, top_p"
-            )
+        if (new := how["max_gen_toks"]) >= context:
+            problems.append(f"{name} asks for {new} new tokens, and the model's context is {context}; leave it out")
+        if more := sorted(set(how) - set(served)):
+            problems.append(f"{name} has generation_kwargs {', '.join(more)}, expected {', '.join(served)}")
     if problems:
         raise UserError("\n".join(problems))
 
 
 def leaves(found: dict[str, Any]) -> list[Any]:
-    """The tasks that a mixture of tasks and groups consists of."""
+    """The tasks in a mixture of tasks and groups."""
     return [leaf for t in found.values() for leaf in (t.get_all_tasks() if isinstance(t, Group) else [t])]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Scores
-
-
 def headline(metrics: dict[str, Any]) -> Result:
-    """The result of a task or group, of all that the harness measured: {"acc,none": .., "acc_stderr,none": .., ..}."""
+    """The result of a task or group, from all its metrics: {"acc,none": .., "acc_stderr,none": .., ..}."""
     keys = [k for k in metrics if "," in k and "_stderr," not in k]
     key = next((k for first in HEADLINE for k in keys if first in (k, k.split(",")[0])), keys[0])
     metric, _, how = key.partition(",")
@@ -399,137 +344,114 @@ def evaluate(
     limit: int | None = None,
     num_fewshot: int | None = None,
     batch: int = 16,
-) -> dict[str, Result]:
+) -> Results:
     """{task: result} of a checkpoint; in a process group on rank 0 alone, nothing on the others.
 
-    `data`: a prepared folder with the checkpoint's tokenizer. `limit`: the first questions of each task only.
+    `data`: a prepared folder with the checkpoint's tokenizer. `limit`: only the first questions of each task.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    with distributed.raise_on_all_ranks(rank, ranks):
+    world = World(rank, rank, ranks, device)
+    with distributed.raise_on_all_ranks(world):
         found = load(tuple(names), data_dir, num_fewshot)
         meta = checkpoint.read_meta(path)
         with harness_errors(names):
-            check(found, config.model_of(meta["config"], f"{path / 'meta.json'}").context, limit, ranks)
+            check(found, config.model_of(meta["config"]).context, limit, ranks)
         tok = resume.open_tokenizer(path, meta, data)
         lm = LM(evaluation.load_model(path, device)[0], tok, batch, rank, ranks)
-    # to stderr what the harness prints; a list of tasks of its own, or it makes one of all there are
-    with distributed.lost_rank_errors(rank, ranks), contextlib.redirect_stdout(sys.stderr), harness_errors(names):
-        made = evaluator.simple_evaluate(
-            lm,
-            tasks=list(found.values()),
-            limit=limit,
-            num_fewshot=num_fewshot,
-            log_samples=False,
-            bootstrap_iters=1000,
-            task_manager=catalogue((OURS,), False),
-        )
+    # the harness prints to stderr; it gets a small list of tasks, or it would make one of all that there are
+    with distributed.lost_rank_errors(world), contextlib.redirect_stdout(sys.stderr), harness_errors(names):
+        how = {"limit": limit, "num_fewshot": num_fewshot, "log_samples": False, "bootstrap_iters": 1000}
+        made = evaluator.simple_evaluate(lm, tasks=[*found.values()], task_manager=catalogue((OURS,), False), **how)
     return {n: headline(made["results"][n]) for n in found} if made else {}
 
 
-def table(title: str, labels: list[str], rows: list[tuple[list[str], dict[str, Result]]]) -> dict[str, Any]:
-    """A record for report.markdown in the form of Table 4: `labels`, a column a task in percent, and their mean; a row is its labels and results."""
-    names = list(rows[0][1])
-    shares = [n for n in names if "perplexity" not in rows[0][1][n]["metric"] and "bits" not in rows[0][1][n]["metric"]]
+def table(title: str, labels: list[str], rows: list[tuple[list[str], Results]]) -> dict[str, Any]:
+    """A table as in Table 4: `labels`, a column a task in percent, and their mean; a row is its labels and results."""
+    first = rows[0][1]
+    percent = {n: not any(word in r["metric"] for word in ("perplexity", "bits")) for n, r in first.items()}
     cells = []
     for left, found in rows:
-        value = {n: found[n]["value"] * (100 if n in shares else 1) for n in names}
-        mean = (
-            f"{sum(value.values()) / len(names):.2f}" if shares == names else "-"
-        )  # perplexities and shares have no mean
-        cells.append([*left, *(f"{value[n]:.2f}" for n in names), mean])
-    notes = [f"{n}: {r['metric']}{', %' if n in shares else ''}, of {r['n']:,}" for n, r in rows[0][1].items()]
-    return {"title": title, "header": [*labels, *names, "AVG"], "rows": cells, "notes": notes}
+        values = [found[n]["value"] * (100 if percent[n] else 1) for n in first]
+        # a mean of perplexities and percentages has no meaning
+        mean = f"{sum(values) / len(values):.2f}" if all(percent.values()) else "-"
+        cells.append([*left, *(f"{v:.2f}" for v in values), mean])
+    notes = [f"{n}: {r['metric']}{', %' if percent[n] else ''}, of {r['n']:,}" for n, r in first.items()]
+    return {"title": title, "header": [*labels, *first, "AVG"], "rows": cells, "notes": notes}
 
 
-def paradigm(name: str, all_names: list[str]) -> str:
-    """PTFS, CPT or Ours of a run's "ptfs-cosine" and so on; with what follows where a paradigm has several, and (SFT) if it was fine-tuned."""
-    tuned = name.startswith("sft/")
-    kind, _, rest = name.removeprefix("sft/").partition("-")
-    alone = (
-        sum(n.removeprefix("sft/").partition("-")[0] == kind and n.startswith("sft/") == tuned for n in all_names) == 1
-    )
-    return (NAMES.get(kind, kind) if alone else f"{NAMES.get(kind, kind)} {rest}") + " (SFT)" * tuned
-
-
-def run(o: Namespace) -> None:
-    """eval.py --tasks: each checkpoint, or each finished version of a run, under a progress line; then the table."""
-    rank, local_rank, ranks = distributed.world()
-    device = pick_device(o.device, local_rank)
-    steady_malloc(device)
-    if ranks > 1:
-        distributed.join(device, rank, ranks, 1800)
-    names = list(dict.fromkeys(n for n in o.tasks.split(",") if n))
-    with distributed.raise_on_all_ranks(rank, ranks):
-        if not names:
-            raise UserError("--tasks: got no name, expected some such as gsm8k,mmlu")
-        versions = evaluation.chosen([Path(p) for p in o.path])
-        load(tuple(names), o.data_dir, o.num_fewshot)
-    paths = (
-        list(dict.fromkeys(p for vs in versions.values() for p in vs.values()))
-        if versions
-        else [Path(p) for p in o.path]
-    )
-    known: dict[Path, dict[str, Result]] = {}
-    for p in paths:
-        known[p] = evaluate(p, names, device, o.data, o.data_dir, o.limit, o.num_fewshot, o.batch)
-        if rank == 0:
-            said = ", ".join(
-                f"{n} {r['value']:.4g}" + (f" (SE {r['se']:.2g})" if r["se"] is not None else "")
-                for n, r in known[p].items()
-            )
-            print(f"{len(known)} of {len(paths)}: {p}: {said}", file=sys.stderr, flush=True)
-    if ranks > 1:
-        dist.destroy_process_group()
-    if rank:
-        return
-    if o.json:
-        rows = (
-            {n: {v: known[p] for v, p in vs.items()} for n, vs in versions.items()}
-            if versions
-            else {str(p): r for p, r in known.items()}
-        )
-        print(json.dumps(rows, indent=1))
-        return
-    if versions:
-        order = sorted(
-            versions,
-            key=lambda n: (
-                list(NAMES).index(k) if (k := n.removeprefix("sft/").partition("-")[0]) in NAMES else len(NAMES),
-                n,
-            ),
-        )
-        lines = [
-            ([f"V{v}", paradigm(n, order)], known[versions[n][v]])
-            for v in sorted({v for vs in versions.values() for v in vs})
-            for n in order
-            if v in versions[n]
-        ]
-        record = table(f"Downstream tasks: {o.path[0]}", ["Ver.", "TP"], lines)
-    else:
-        record = table("Downstream tasks", ["checkpoint"], [([str(p)], r) for p, r in known.items()])
-    print(report.markdown(record))
+def row_names(run: Path, versions: Versions) -> dict[str, str]:
+    """{folder: PTFS, CPT or Ours} in this order; with its schedule if there are several, and (SFT) if fine-tuned."""
+    kinds = {}
+    for folder, found in versions.items():
+        last = found[max(found)]
+        kinds[folder] = runs.paradigm(run, last), runs.is_fine_tuned(checkpoint.read_meta(last))
+    names = {}
+    for folder, (kind, tuned) in sorted(kinds.items(), key=lambda item: ([*NAMES, ""].index(item[1][0]), item[0])):
+        several = list(kinds.values()).count((kind, tuned)) > 1
+        schedule = f" {Path(folder).name.removeprefix(f'{kind}-')}" if several else ""
+        names[folder] = f"{NAMES[kind]}{schedule}{' (SFT)' if tuned else ''}" if kind else folder
+    return names
 
 
 def main() -> None:
     a = Parser(prog="python -m tools.harness", description=__doc__)
-    a.add_argument("path", nargs="+", help="checkpoints, or one run's folder")
+    a.add_checkpoints()
     a.add_argument("--tasks", metavar="NAME,..", required=True, help="of the harness, of configs/tasks, or YAML files")
-    a.add_argument("--data", help="a prepared folder [the one that the checkpoint was trained on]")
     a.add_argument(
         "--data_dir", metavar="DIR", help="copies of the datasets, each in DIR/its name on the hub [the hub]"
     )
     a.add_argument("--limit", type=int, help="the first questions of each task only, as a trial")
     a.add_argument("--num_fewshot", type=int, help="examples before each question [as the task says]")
     a.add_argument("--batch", type=int, default=16, help="rows side by side [16]")
-    a.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
-    a.add_argument("--json", action="store_true")
     o = a.parse_args()
-    if (o.limit is not None and o.limit < 1) or o.batch < 1 or (o.num_fewshot or 0) < 0:
-        raise UserError(
-            f"--limit, --batch, --num_fewshot: got {o.limit}, {o.batch} and {o.num_fewshot}, "
-            "expected 1 or more, 1 or more and 0 or more"
-        )
-    run(o)
+    for key, low in (("limit", 1), ("num_fewshot", 0), ("batch", 1)):
+        if (value := getattr(o, key)) is not None and value < low:
+            raise UserError(f"--{key}: got {value}, expected {low} or more")
+    world = distributed.world_from_environment()
+    device = pick_device(o.device, world.local_rank)
+    world = replace(world, device=device)
+    steady_malloc(device)
+    if world.ranks > 1:
+        distributed.join(world, 1800)
+    names = list(dict.fromkeys(n for n in o.tasks.split(",") if n))
+    with distributed.raise_on_all_ranks(world):
+        if not names:
+            raise UserError("--tasks: got no name, expected some such as gsm8k,mmlu")
+        load(tuple(names), o.data_dir, o.num_fewshot)
+        versions = evaluation.chosen(o.path)
+    paths = list(dict.fromkeys(p for vs in versions.values() for p in vs.values()) if versions else o.path)
+    known: dict[Path, Results] = {}
+    for p in paths:
+        known[p] = evaluate(p, names, device, o.data, o.data_dir, o.limit, o.num_fewshot, o.batch)
+        if world.rank == 0:
+            se = {n: "" if r["se"] is None else f" (SE {r['se']:.2g})" for n, r in known[p].items()}
+            said = ", ".join(f"{n} {r['value']:.4g}{se[n]}" for n, r in known[p].items())
+            print(f"{len(known)} of {len(paths)}: {p}: {said}", file=sys.stderr, flush=True)
+    if world.ranks > 1:
+        dist.destroy_process_group()
+    if world.rank == 0:
+        print_results(known, versions, o.path[0], o.json)
+
+
+def print_results(known: dict[Path, Results], versions: Versions | None, run: Path, as_json: bool) -> None:
+    """Results of checkpoints, or of the `versions` of a run by version and paradigm: JSON, or a table in Markdown."""
+    if as_json:
+        by_version = {n: {v: known[p] for v, p in vs.items()} for n, vs in (versions or {}).items()}
+        print(json.dumps(by_version or {str(p): r for p, r in known.items()}, indent=1))
+        return
+    title, labels = "Downstream tasks", ["checkpoint"]
+    rows = [([str(p)], r) for p, r in known.items()]
+    if versions:
+        title, labels = f"Downstream tasks: {run}", ["Ver.", "TP"]
+        names = row_names(run, versions)
+        every = sorted({v for vs in versions.values() for v in vs})
+        rows = [
+            ([f"V{v}", name], known[versions[n][v]]) for v in every for n, name in names.items() if v in versions[n]
+        ]
+    record = table(title, labels, rows)
+    lines = ["| " + " | ".join(row) + " |" for row in (record["header"], *record["rows"])]
+    lines.insert(1, "|" + " --- |" * len(labels) + " ---: |" * (len(record["header"]) - len(labels)))
+    print("\n\n".join([f"### {title}", "\n".join(lines), *record["notes"]]) + "\n")
 
 
 if __name__ == "__main__":

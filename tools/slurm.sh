@@ -14,8 +14,8 @@
 # --signal: ten minutes before the end all ranks are sent SIGTERM, save and end
 
 export OMP_NUM_THREADS=8
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # ranks that torchrun starts again must not get the addresses of the dead ones
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=540   # seconds that torchrun leaves its ranks to save; older than torch 2.13: always 30
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # restarted ranks must not get the addresses of the dead ones
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=540   # seconds for the ranks to save; before torch 2.13 always 30
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun torchrun --nnodes "$SLURM_NNODES" --nproc_per_node 8 --max-restarts 3 \

@@ -1,0 +1,160 @@
+"""config.json of a Llama or Qwen2 <-> config.Model. Keys that ask for other computations than ours are refused."""
+
+import math
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import config
+from runtime.errors import UserError
+from text.tokenizer import json_object
+
+SERVED = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}  # architecture: model_type
+# keys that would change what is computed, and the values with which they do not
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window", "rope_interleaved"), (False,)),
+    **dict.fromkeys(("quantization_config", "auto_map"), (None,)),
+    "attention_dropout": (0, None),
+    "partial_rotary_factor": (1, None),
+}
+BEFORE = "original_max_position_embeddings"
+# rope_type: {key of config.Model: key of config.json}
+ROPE: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"rope_factor": "factor"},
+    "llama3": {"rope_factor": "factor", "rope_low": "low_freq_factor", "rope_high": "high_freq_factor"}
+    | {"rope_context": BEFORE},
+    "yarn": {"rope_factor": "factor", "rope_low": "beta_slow", "rope_high": "beta_fast", "rope_context": BEFORE},
+}
+ROPE_DEFAULTS = {"beta_slow": 1.0, "beta_fast": 32.0}  # YaRN; other keys must be given
+ROPE_OTHERS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
+
+
+def to_config(c: config.Model) -> dict[str, Any]:
+    """config.json of a model, with rope_scaling, the older spelling, which new readers know as well."""
+    scaling: dict[str, Any] | None = None
+    if c.rope_scaling != "none":
+        keys = ROPE[c.rope_scaling]
+        scaling = {"rope_type": c.rope_scaling, **{theirs: getattr(c, ours) for ours, theirs in keys.items()}}
+    kind = "Qwen2ForCausalLM" if c.qkv_bias else "LlamaForCausalLM"
+    own: dict[str, Any] = {"attention_bias": False, "mlp_bias": False, "head_dim": c.hidden // c.n_head}
+    if c.qkv_bias:
+        own = {"use_sliding_window": False, "sliding_window": None}
+    return {
+        "architectures": [kind],
+        "model_type": SERVED[kind],
+        **own,
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden,
+        "intermediate_size": c.ffn or 4 * c.hidden,
+        "num_hidden_layers": c.n_layer,
+        "num_attention_heads": c.n_head,
+        "num_key_value_heads": c.n_kv_head or c.n_head,
+        "hidden_act": "silu",
+        "max_position_embeddings": c.context,
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": scaling,
+        "tie_word_embeddings": c.tied,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+    }
+
+
+@dataclass
+class Section:
+    """The keys of a JSON file, or of one object in it; errors name the file and the key."""
+
+    file: Path
+    values: dict[str, Any]
+    prefix: str = ""
+
+    def error(self, key: str, got: Any, expected: str) -> UserError:
+        return UserError(f"{self.file}: {self.prefix}{key}: got {got!r:.60}, expected {expected}")
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """The value as int, finite float or bool. A key that is missing or null has its default; none: UserError."""
+        value = self.values.get(key)
+        value = default if value is None else value
+        with suppress(ValueError):
+            found = config.typed(kind, value)
+            if kind is not float or math.isfinite(found):
+                return found
+        raise self.error(key, value, config.type_name(kind))
+
+
+def from_config(file: Path) -> config.Model:
+    """The model of a config.json. UserError names the first key that says something the model here does not do."""
+    top = Section(file, json_object(file))
+    if not top.values:
+        raise UserError(f"{file}: is not there; expected a folder that save_pretrained made, of {' or '.join(SERVED)}")
+    check_served(top)
+    qwen = top.values["architectures"] == ["Qwen2ForCausalLM"]
+    heads, hidden, ffn = (top.get(k, int) for k in ("num_attention_heads", "hidden_size", "intermediate_size"))
+    kv_heads = top.get("num_key_value_heads", int, None if qwen else heads)
+    m = config.Model(
+        n_layer=top.get("num_hidden_layers", int),
+        n_head=heads,
+        n_kv_head=None if kv_heads == heads else kv_heads,  # as our own configs leave it out
+        hidden=hidden,
+        ffn=None if ffn == 4 * hidden else ffn,
+        vocab_size=top.get("vocab_size", int),
+        context=top.get("max_position_embeddings", int),
+        qkv_bias=qwen,
+        tied=top.get("tie_word_embeddings", bool, False),
+        norm_eps=top.get("rms_norm_eps", float, 1e-6),
+    )
+    read_rope(top, m)
+    size = top.values.get("head_dim")
+    if size is not None and m.n_head > 0 and m.hidden / m.n_head != size:
+        raise top.error("head_dim", size, f"hidden_size / num_attention_heads = {m.hidden / m.n_head:g}")
+    if problems := config.check(config.Config(model=m)):
+        raise UserError("\n".join(f"{file}: {p}" for p in problems))
+    return m
+
+
+def check_served(top: Section) -> None:
+    """UserError unless the architecture is served, and no key asks for other computations."""
+    kinds = top.values.get("architectures")
+    if not isinstance(kinds, list) or len(kinds) != 1 or kinds[0] not in list(SERVED):
+        raise top.error("architectures", kinds, f"one of {', '.join(SERVED)}")
+    if top.values.get("model_type", SERVED[kinds[0]]) != SERVED[kinds[0]]:
+        raise top.error("model_type", top.values["model_type"], f"{SERVED[kinds[0]]}, as architectures says")
+    for key, values in HARMLESS.items():
+        if key in top.values and top.values[key] not in values:
+            raise top.error(key, top.values[key], f"{values[0]!r}: another is not served")
+    layers = top.values.get("layer_types") or []
+    if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
+        raise top.error("layer_types", layers, "full_attention in all: another is not served")
+
+
+def read_rope(top: Section, m: config.Model) -> None:
+    """Set the rotary angles of `m`: from rope_parameters, or from rope_theta and rope_scaling in older files."""
+    where = "rope_parameters" if top.values.get("rope_parameters") is not None else "rope_scaling"
+    values = top.values.get(where) or {}
+    if not isinstance(values, dict) or any(isinstance(v, dict) for v in values.values()):
+        raise top.error(where, values, "one set of keys for all layers")
+    rope = Section(top.file, values, f"{where}.")
+    m.rope_theta = (top if values.get("rope_theta") is None else rope).get("rope_theta", float, 10000.0)
+    kind = values.get("rope_type") or values.get("type") or "default"
+    if kind not in list(ROPE):
+        raise rope.error("rope_type", kind, f"one of {', '.join(ROPE)}: another is not served")
+    if values.get("partial_rotary_factor") not in (1, None):
+        raise rope.error("partial_rotary_factor", values["partial_rotary_factor"], "1: another is not served")
+    if kind == "default":
+        return
+    served = {*ROPE[kind].values(), *(("attention_factor", "truncate") if kind == "yarn" else ())}
+    for key, value in values.items():
+        if value is not None and key not in served | ROPE_OTHERS:
+            raise rope.error(key, value, f"it not to be there: {kind} is served with {', '.join(sorted(served))}")
+    m.rope_scaling = kind
+    for ours, theirs in ROPE[kind].items():
+        setattr(m, ours, rope.get(theirs, type(getattr(m, ours)), ROPE_DEFAULTS.get(theirs)))
+    if kind == "yarn":
+        usual = 0.1 * math.log(max(m.rope_factor, 1.0)) + 1
+        if not math.isclose(rope.get("attention_factor", float, usual), usual, rel_tol=1e-6):
+            raise rope.error("attention_factor", values["attention_factor"], f"0.1 ln(factor) + 1 = {usual:.6g}")
+        if not rope.get("truncate", bool, True):
+            raise rope.error("truncate", values["truncate"], "true: another is not served")

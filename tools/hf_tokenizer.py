@@ -1,0 +1,112 @@
+"""Our tokenizers as Hugging Face's tokenizer.json and the files beside it."""
+
+import json
+import re
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import UserError
+from runtime.files import write_text
+from text.tokenizer import Tokenizer, copy_tokenizer
+
+# ChatML: role and content of each message
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# texts that tell wrong patterns and ranks
+SAMPLES = [
+    "The whale, 1234567 miles; naïve café — 鲸鱼在海里。",
+    "\n\n  def f(x):\r\n\treturn x  \n",
+    "I'LL DON'T we've <|endoftext|>" + " " * 70,
+    "a\0🙂é\u0301" + "x=" * 200,
+]
+
+
+def unicode_of_bytes() -> list[str]:
+    """GPT-2's printable character for each byte: the byte's own if it has one, else the next from U+0100 on."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(b if b in plain else next(others)) for b in range(256)]
+
+
+def plain_pattern(pattern: str) -> str:
+    """tiktoken's pattern for Oniguruma, where {1,3}+ repeats a repetition, and $ is the end of any line.
+
+    These patterns match the same without possessive quantifiers: no part begins with a character of the part before.
+    """
+    return re.sub(r"([?*+]|\{\d+,?\d*\})\+", r"\1", pattern).replace("$", r"\z")
+
+
+def to_tokenizer_json(tok: Tokenizer) -> dict[str, Any]:
+    """tokenizer.json of `bytes`, an encoding or a rank file: byte-level BPE.
+
+    BPE ranks pairs, tiktoken ranks the merged tokens: all pairs that make a token stand together, at its rank.
+    A token that is a whole word is taken at once (ignore_merges), as tiktoken does. Special tokens are in the
+    vocabulary too, which keeps their ids if there are gaps. Text never becomes one: the pattern cuts it.
+    """
+    char = unicode_of_bytes()
+
+    def spell(b: bytes) -> str:
+        return "".join(char[i] for i in b)
+
+    plain = tok.name == "bytes"
+    ranks = {bytes([i]): i for i in range(256)} if plain else tok.encoding._mergeable_ranks
+    ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
+    special = {"<|endoftext|>": 256} if plain else tok.encoding._special_tokens
+    merges = []
+    for token in ranks:
+        cuts = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+        merges += [[spell(a), spell(b)] for a, b in sorted(cuts, key=lambda cut: (ranks[cut[0]], ranks[cut[1]]))]
+    level: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    before = [level]
+    if not plain:
+        regex = {"Regex": plain_pattern(tok.encoding._pat_str)}
+        before = [{"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}, level]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = sorted(special.items(), key=lambda item: item[1])
+    bpe = dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
+    bpe |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": not plain}
+    vocab = {spell(token): rank for token, rank in ranks.items()} | dict(added)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": text, **flags} for text, i in added],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": before},
+        "post_processor": None,
+        "decoder": level,
+        "model": {"type": "BPE", **bpe, "vocab": vocab, "merges": merges},
+    }
+
+
+def write_tokenizer(tok: Tokenizer, folder: Path) -> None:
+    """Write the tokenizer as AutoTokenizer reads it; files that came with an imported one are copied."""
+    end, chat = "<|endoftext|>", {"chat_template": CHATML}
+    if tok.is_folder:
+        copy_tokenizer(Path(tok.name), folder)
+        end, chat = tok.hf.id_to_token(tok.eot), {}
+    else:
+        write_text(folder / "tokenizer.json", json.dumps(to_tokenizer_json(tok), ensure_ascii=False))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "model_max_length": 10**30}
+    settings |= {"clean_up_tokenization_spaces": False, **chat}
+    generation = {"bos_token_id": None, "eos_token_id": tok.eot, "pad_token_id": tok.eot}
+    made: dict[str, Any] = {"tokenizer_config.json": settings, "generation_config.json": generation}
+    for name, content in made.items():
+        if not (folder / name).exists():
+            write_text(folder / name, json.dumps(content, indent=1))
+
+
+def check_tokenizer(tok: Tokenizer, folder: Path) -> None:
+    """UserError if a written tokenizer gives other ids than `tok`. Needs the package tokenizers, else only warns."""
+    if find_spec("tokenizers") is None:
+        print("huggingface: the package tokenizers is missing: the exported tokenizer is not checked", file=sys.stderr)
+        return
+    written = Tokenizer(str(folder))
+    for sample in SAMPLES:
+        if written.encode(sample) != tok.encode(sample) or written.eot != tok.eot:
+            got = f"tokenizer.json gives other ids for {sample[:40]!r}"
+            raise UserError(f"tokenizer {tok.name}: {got}; its pattern or ranks cannot be exported")
