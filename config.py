@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError
-from schedule import Plan, parse, type_name, typed
+from schedule import Plan, Segment, parse, plan, type_name, typed
 
 
 def key(default: Any, help: str, low: float | None = None, choices: tuple[str, ...] = (), free: bool = False) -> Any:
@@ -131,6 +131,14 @@ def values(c: Config) -> dict[str, Any]:
 def model_of(recorded: dict[str, Any]) -> Model:
     """The model in the `values` that a checkpoint records; a key that came later has its default."""
     return Model(**{f.name: recorded.get(f"model.{f.name}", getattr(Model(), f.name)) for f in fields(Model)})
+
+
+def segments(paradigm: str, p: Plan) -> list[Segment]:
+    """schedule.plan, its problems as a UserError under the config's names."""
+    try:
+        return plan(paradigm, p)
+    except ValueError as e:
+        raise UserError("\n".join(f"plan.{line}" for line in str(e).splitlines())) from None
 
 
 def load(name: str, overrides: dict[str, str] | None = None, unknown: list[str] | None = None) -> Config:

@@ -14,6 +14,7 @@ import json
 import math
 from typing import Any
 
+import config
 import schedule
 from config import Config
 from runtime.command_line import Parser
@@ -25,10 +26,7 @@ PEAK = 989e12  # FLOP/s of an H100 in bf16
 
 def steps(paradigm: str, p: schedule.Plan, convention: str = "section3.2") -> int:
     """Steps of all versions of a paradigm: C_ptfs, C_cpt or C_ours of section 3.2."""
-    try:
-        segments = schedule.plan(paradigm, p)
-    except ValueError as e:
-        raise UserError("\n".join(f"plan.{line}" for line in str(e).splitlines())) from None
+    segments = config.segments(paradigm, p)
     if convention == "table2" and paradigm != "cpt":
         segments = [s for s in segments if s.version > 1 or s.paradigm == "main"]
     return sum(s.end - s.start for s in segments)

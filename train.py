@@ -224,11 +224,8 @@ def train(
                 guard.check_spike(step, loss_value)
         guard.finish_save(step)
 
-    with raise_on_all_ranks(world):
-        missing = sorted(set(required) - set(checkpoint.steps(run.folder)))
-        if world.rank == 0 and last and missing:
-            where = checkpoint.path(run.folder, missing[0])
-            raise UserError(f"{where}: could not be saved; make room and call this again, which makes it anew")
+    if last:
+        guard.check_saved(required)
     if world.rank == 0:
         how = "finished" if last else "stopped, and goes on when called again,"
         print(f"{run.folder}: {how} at step {step}; {log.summary(step)}")

@@ -14,7 +14,6 @@ from typing import Any
 import config
 import cost
 import schedule
-from runtime import resume
 from runtime.errors import UserError
 
 
@@ -132,7 +131,7 @@ class Setup:
             raise UserError(f"plan.versions: got {c.plan.versions}, expected 2 to 100: the tables start at version 2")
         for name in {*schedules, c.plan.schedule}:  # refuse an impossible plan before anything is trained
             for paradigm in schedule.PARADIGMS:
-                resume.make_segments(paradigm, replace(c.plan, schedule=name))
+                config.segments(paradigm, replace(c.plan, schedule=name))
         self.T, self.N = c.plan.steps, c.plan.versions
         self.columns = [f"V{v}" for v in range(2, self.N + 1)]
         self._configs: dict[tuple[str, ...], config.Config] = {}
@@ -149,7 +148,7 @@ class Setup:
         return self._configs[known]
 
     def segments(self, run: Run, seed: int) -> list[schedule.Segment]:
-        return resume.make_segments(run.paradigm, self.config(run, seed).plan)
+        return config.segments(run.paradigm, self.config(run, seed).plan)
 
     def cost(self, run: Run, convention: str = "section3.2") -> float:
         """Steps of a run relative to PTFS under the same setting."""

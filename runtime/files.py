@@ -157,12 +157,14 @@ def make_folder(target: Path) -> Iterator[Path]:
 
     UserError if `target` exists or another process is making it.
     """
+    if os.path.lexists(target):
+        raise UserError(f"{target}: is there already and is never overwritten; choose another --out")
     missing = [p for p in target.parents if not p.exists()]
     busy = f"{target}: another process is making it; wait for it or choose another --out"
     try:
         with lock(target.with_name(f".{target.name}.lock"), busy, remove=True):
             if os.path.lexists(target):
-                raise UserError(f"{target}: is there already and is never overwritten; choose another --out")
+                raise UserError(f"{target}: another process has just made it; choose another --out")
             partial = begin_folder(target)
             try:
                 yield partial

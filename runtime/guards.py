@@ -19,7 +19,16 @@ from torch import Tensor
 from data import Tokens
 from runtime import checkpoint
 from runtime.checkpoint import Saver
-from runtime.distributed import RankLost, World, broadcast, check_replicas, local_part, mean_over_ranks, rank0_error
+from runtime.distributed import (
+    RankLost,
+    World,
+    broadcast,
+    check_replicas,
+    local_part,
+    mean_over_ranks,
+    raise_on_all_ranks,
+    rank0_error,
+)
 from runtime.errors import UserError, describe
 from runtime.logger import Log, read_log, warn
 from runtime.resume import Run
@@ -140,6 +149,14 @@ class Guard:
             if self.world.rank == 0:
                 warn(message)
 
+    def check_saved(self, required: list[int]) -> None:
+        """UserError on all ranks if a required checkpoint is missing: training went on after a failed save."""
+        with raise_on_all_ranks(self.world):
+            missing = sorted(set(required) - set(checkpoint.steps(self.run.folder)))
+            if self.world.rank == 0 and missing:
+                where = checkpoint.path(self.run.folder, missing[0])
+                raise UserError(f"{where}: could not be saved; make room and call this again, which makes it anew")
+
     def last_good(self) -> str:
         """The last checkpoint in words, after the running save."""
         with suppress(Exception):
@@ -170,8 +187,8 @@ class Guard:
         spike = self.run.config.train.spike
         if spike is not None and len(self.recent) >= 5 and loss > (usual := statistics.median(self.recent)) + spike:
             raise rank0_error(
-                f"step {step}: loss {loss:.4g}, more than train.spike = {spike:g} above {usual:.4g}, the median before. "
-                f"{self.place(step)}. {self.last_good()}",
+                f"step {step}: loss {loss:.4g}, more than train.spike = {spike:g} above {usual:.4g}, the median before"
+                f" it. {self.place(step)}. {self.last_good()}",
                 self.world,
             )
         self.recent.append(loss)

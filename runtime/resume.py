@@ -17,7 +17,6 @@ import torch
 
 import config
 import data
-import schedule
 from config import Config
 from runtime import checkpoint
 from runtime.errors import UserError
@@ -62,14 +61,6 @@ class Run:
 # ---- The segment -----------------------------------------------------------------------------------------------------
 
 
-def make_segments(paradigm: str, p: Plan) -> list[Segment]:
-    """schedule.plan, with its problems under the config's names."""
-    try:
-        return schedule.plan(paradigm, p)
-    except ValueError as e:
-        raise UserError("\n".join(f"plan.{line}" for line in str(e).splitlines())) from None
-
-
 def pick(c: Config, mode: str, version: int | None) -> Run:
     """The segment of a mode and version. UserError where the plan makes no sense.
 
@@ -81,7 +72,7 @@ def pick(c: Config, mode: str, version: int | None) -> Run:
         raise UserError(f"--version: got {version}, but plan.increments has {len(p.increments)}; add its steps there")
     if version and (mode == "main" or version > len(p.T)):
         p = replace(p, versions=version, increments=p.increments[:version])
-    segments = make_segments(MODES[mode], p)
+    segments = config.segments(MODES[mode], p)
     if mode == "main":
         return Run(c, p, segments, segments[0])
     if version is None:
@@ -119,7 +110,7 @@ def sft_config(c: Config, parent: str | None, given: Collection[str]) -> tuple[C
 def sft_run(c: Config, meta: dict[str, Any], parent: str, steps: int) -> Run:
     """Fine-tuning of so many steps: the learning rates of a version 1 from scratch, warmed up in a tenth at most."""
     p = replace(c.plan, increments=[steps], warmup=min(c.plan.warmup, steps // 10))
-    first = make_segments("ptfs", p)[0]
+    first = config.segments("ptfs", p)[0]
     name, start = f"sft/{meta['segment']}", (meta["segment"], meta["step"])
     segment = replace(first, name=name, paradigm="sft", version=meta["version"], parent=start)
     return Run(c, p, [segment], segment, parent, meta)

@@ -19,7 +19,7 @@ import data
 import kernels
 import model
 import train
-from runtime import checkpoint, resume, start
+from runtime import checkpoint, start
 from runtime.files import lock, open_log, write_json
 from text import prepare
 
@@ -235,7 +235,7 @@ def test_the_loop_is_adamw_written_out(train_cli, tmp_path, prepared):
     torch.manual_seed(c.train.seed)
     net = model.Transformer(c.model, torch.float64).double()
     tokens = data.Tokens(str(prepared), 32, 8, [4], c.train.seed)
-    lr = resume.make_segments("ptfs", c.plan)[0].lr
+    lr = config.segments("ptfs", c.plan)[0].lr
     moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in net.named_parameters()}
     for step in range(4):
         x, y = map(torch.from_numpy, tokens.batch(step))
