@@ -1,7 +1,8 @@
 """Configuration: TOML into typed dataclasses, `--section.key value` on top, every problem reported at once.
 
-The fields below and those of schedule.Plan are the whole vocabulary: names, types, defaults and help. Unknown keys and
-wrong types are refused; nothing is executed and nothing is guessed.
+The fields below and those of schedule.Plan are the whole vocabulary: names, types, defaults, help. Unknown keys and wrong
+types are refused; nothing is executed or guessed. Rules of a key: `low`, its smallest value; `choices`; `free`, a resumed
+run may change it, since no result depends on it.
 """
 
 import difflib
@@ -13,13 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError
-from schedule import Plan, Segment, parse, plan, type_name, typed
-
-
-def key(default: Any, help: str, low: float | None = None, choices: tuple[str, ...] = (), free: bool = False) -> Any:
-    """A field: its smallest value or its choices; `free` if a resumed run may change it: no result depends on it."""
-    meta = {"help": help, "low": low, "choices": choices, "free": free}
-    return field(default_factory=default.copy if isinstance(default, list) else lambda: default, metadata=meta)
+from schedule import Plan, Segment, key, parse, plan, type_name, typed
 
 
 @dataclass

@@ -33,11 +33,10 @@ CPT_VARIANTS = ("reset_max", "rewarm_max", "keep_min")  # Appendix B
 MOST_VERSIONS = 10_000  # more is a typing error
 
 
-def key(default: Any, help: str) -> Any:
-    """A field of Plan with the text that --help shows."""
-    return field(
-        default_factory=default.copy if isinstance(default, list) else lambda: default, metadata={"help": help}
-    )
+def key(default: Any, help: str, **rules: Any) -> Any:
+    """A field of a config: the text that --help shows; config.py reads the rules `low`, `choices` and `free`."""
+    make = default.copy if isinstance(default, list) else lambda: default
+    return field(default_factory=make, metadata={"help": help, **rules})
 
 
 @dataclass
