@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# Triton's kernels run on a GPU where there is one, and elsewhere in Triton's interpreter; it is read when they are imported
+# Without a GPU, Triton's kernels run in Triton's interpreter; the variable is read when they are imported
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # side by side with others; the shapes here gain nothing from more

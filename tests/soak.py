@@ -3,9 +3,9 @@
     python tests/soak.py                        the short form, a minute or so
     python tests/soak.py --minutes 60 --json results/cpu/soak.json
 
-Each trial is a real run of train.py on a tiny model in processes of their own (with gloo where there are several), a real
+Each trial is a real run of train.py on a tiny model in processes of their own (with gloo if there are several), a real
 signal or a fault in the system calls of one of them, and the same command until it is finished. It passes if the last
-weights, moments and logged losses are those of the undisturbed run, bit for bit. The table counts the faults tried and survived
+weights, moments and logged losses are those of the undisturbed run, bit for bit. The table counts faults tried, survived
 and the most steps that one cost. Exit code 1 if any trial failed.
 """
 
@@ -91,7 +91,7 @@ MODES = {
 WAYS = {"one process": (1, []), "2 ranks, ddp": (2, []), "2 ranks, fsdp": (2, ["--train.parallel", "fsdp"])}
 
 # ----------------------------------------------------------------------------------------------------------
-# Processes. They are forked from this one, which has imported everything and computed nothing: a start costs milliseconds
+# Processes, forked from this one, which has imported everything and computed nothing: a start takes milliseconds
 
 
 def free_port() -> int:
@@ -339,7 +339,7 @@ class Trial:
         return max((step + 1 for kind, step in there if kind == "loss"), default=self.first)
 
     def check(self) -> None:
-        """What is there is whole; the same command ends in the bits and the log of the undisturbed run, and leaves nothing else."""
+        """Checkpoints are whole; the same command ends in the undisturbed run's bits and log, and leaves nothing else."""
         there = checkpoint.steps(self.folder)
         for step in there:
             checkpoint.verify(checkpoint.path(self.folder, step))
@@ -410,7 +410,7 @@ def full_disk(t: Trial) -> None:
 
 
 def damaged(t: Trial) -> None:
-    """A byte of the last checkpoint flipped, or its end cut off: refused with nothing changed; moved away, training goes on from the one before."""
+    """A byte of the last checkpoint flipped, or its end cut off: refused; moved away, training goes on before it."""
     run = t.start()
     t.reached(run, t.end - 2)
     run.kill()
@@ -479,7 +479,7 @@ def one_ulp(t: Trial) -> None:
 
 
 def tokens_exactly_once(t: Trial) -> None:
-    """Killed up to 20 times: what each step read is the same each time, and over all steps each sequence is read once."""
+    """Killed up to 20 times: each step reads the same each time, and over all steps each sequence is read once."""
     seen = t.bench.work / f"{t.out.name}-seen"
 
     def fault(rank: int) -> None:
@@ -515,7 +515,7 @@ def tokens_exactly_once(t: Trial) -> None:
 
 
 def other_world_sizes(t: Trial) -> None:
-    """1 -> 2 -> 4 -> 2 -> 1 processes, DDP and FSDP2 in turn: what is loaded is what was saved, bit for bit; losses agree within 1e-5."""
+    """1 -> 2 -> 4 -> 2 -> 1 processes, DDP and FSDP2 in turn: saved and loaded bits agree, losses within 1e-5."""
     loaded = t.bench.work / f"{t.out.name}-loaded"
 
     def fault(rank: int) -> None:
@@ -555,7 +555,7 @@ def other_world_sizes(t: Trial) -> None:
 
 
 def memory_flat(t: Trial) -> None:
-    """Thousands of steps with saves and validations: memory of the process (not what it maps) and open files stay what they were."""
+    """Thousands of steps with saves and validations: anonymous memory and open files do not grow."""
     seen = t.bench.work / f"{t.out.name}-memory"
 
     def fault(rank: int) -> None:

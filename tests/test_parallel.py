@@ -1,4 +1,4 @@
-"""One model on several ranks is the model on one: gradients, checkpoints, guards. Gloo on a CPU, processes of their own."""
+"""One model on several ranks is the model on one: gradients, checkpoints, guards. Gloo on a CPU, own processes."""
 
 import json
 import multiprocessing
@@ -69,7 +69,7 @@ def test_every_fault_is_survived(soaked, line):
 
 
 def save_with_a_death(folder):
-    """A save killed before each of its system calls in turn: the old or the new one loads, never neither, never a mixture."""
+    """A save killed before each of its system calls in turn: the old or the new one loads, never a mixture."""
     folder = Path(folder)
     record = {
         "segment": "main",
@@ -183,7 +183,7 @@ def test_accumulation_and_ranks_give_the_same_gradients(tmp_path):
 
 
 def train_and_exchange(work):
-    """Checkpoints of DDP, FSDP2 and hybrid on 4 and 3 ranks each load into any other way, bit for bit (asserted as they load)."""
+    """Checkpoints of DDP, FSDP2 and hybrid on 4 and 3 ranks load into every other way, bit for bit."""
     bench = soak.Bench(Path(work))
     out, log = Path(work) / "run", Path(work) / "log"
     bits = Path(work) / "bits"
@@ -310,7 +310,7 @@ train.main()
         "--max-restarts",
         "2",
     ]
-    # as torchrun tells its ranks unless it is told otherwise: what would go wrong only at the first restart is refused at the start
+    # torchrun's default: it would fail at the first restart, so it is refused at the start
     environment = {"TORCHELASTIC_MAX_RESTARTS": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     r = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *arguments],
@@ -341,7 +341,7 @@ train.main()
 
 
 def refuse(work):
-    """Ranks that do not fit together, and what one rank alone cannot do: one line, exit code 2 on all, nothing changed."""
+    """Ranks that do not fit together, and errors of one rank: one line, exit code 2 on all, nothing changed."""
     bench = soak.Bench(Path(work))
     argv = bench.argv(Path(work) / "run", "ptfs", 1, [])
 
@@ -392,7 +392,7 @@ def test_ranks_that_do_not_fit_together_refuse_to_start(tmp_path):
 
 
 def fail_alone(work):
-    """What the disk refuses to one rank stops all at the same step, and is said once with that rank's words; or all go on."""
+    """A disk that fails one rank stops all at the same step, with that rank's error once; or all go on."""
     bench = soak.Bench(Path(work))
 
     def fault(rank):
@@ -551,7 +551,7 @@ def test_a_signal_in_a_validation_saves_and_stops(train_cli, tmp_path, monkeypat
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("way", ["none", "fsdp"])
 def test_on_a_gpu_resume_and_branch_are_the_same_bits(tmp_path, prepared, way):
-    """Stopped and resumed, and branched in two calls, in bfloat16 and compiled. With our kernels: SDPA's backward adds in any order."""
+    """Resumed, and branched in two calls, in bfloat16, compiled, with our kernels: SDPA's backward adds in any order."""
     shape = [
         "--model.hidden",
         "128",

@@ -170,7 +170,7 @@ def test_cpt_variants():
 
 
 def test_cycles_longer_than_the_run():
-    """Figures 4 and 5: a cycle of the run's length is the ordinary cosine, an infinite one the main path, others lie between."""
+    """Figures 4 and 5: a cycle as long as the run is the ordinary cosine, an infinite one the main path."""
     one, two, inf = (plan("ptfs", variant(increments=[10000], cycle=c))[0] for c in (10000, 20000, math.inf))
     ordinary, main = plan("ptfs", variant(increments=[10000]))[0], plan("ours", BASE)[0]
     assert [one.lr(s) for s in range(10000)] == [ordinary.lr(s) for s in range(10000)]

@@ -1,4 +1,4 @@
-"""Segments run for real on a tiny shape: resume, branch and prolong are exact, and bad input changes nothing on disk."""
+"""Real segments of a tiny shape: resuming, branching and prolonging are exact; bad input changes nothing on disk."""
 
 import json
 import os
@@ -253,7 +253,7 @@ def test_the_loop_is_adamw_written_out(train_cli, tmp_path, prepared):
                 p.mul_(1 - lr(step) * (c.train.weight_decay if p.dim() >= 2 else 0))
                 p.sub_(lr(step) * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8))
     for n, p in net.named_parameters():
-        # fp32 gradients have an error of some 1e-6 relative to their largest; Adam divides by sqrt(v), so an update of size lr = 4e-3
+        # fp32 gradients have an error of some 1e-6 relative to their largest; Adam divides by sqrt(v): an update of 4e-3
         # carries it on for entries near the largest and more for the small ones: 1e-4 of 4 updates of 4e-3
         torch.testing.assert_close(got[f"model.{n}"].double(), p, rtol=0, atol=4 * 4e-3 * 1e-3)
         assert (got[f"model.{n}"].double() - p).abs().mean() < 4 * 4e-3 * 1e-5
@@ -624,7 +624,7 @@ def test_a_branch_as_long_as_the_increment(train_cli, tmp_path):
 
 
 def test_fork_points_of_another_alpha_are_kept_on_the_way(train_cli, tmp_path):
-    """train.save_at: the same bits as the main path of that alpha would save; asked for later, they are made from the last checkpoint before."""
+    """train.save_at: the bits that the main path of that alpha saves; asked for later, made from the one before."""
     assert train_cli("--mode", "main", "--version", "2", "--train.save_at", "8,12") == 0
     run = tmp_path / "run" / "main"
     assert checkpoint.steps(run) == [4, 8, 12, 14] and all(
@@ -641,7 +641,7 @@ def test_fork_points_of_another_alpha_are_kept_on_the_way(train_cli, tmp_path):
 
 
 def test_a_parent_from_another_folder(train_cli, tmp_path, capsys):
-    """--parent: the same bits as from the run's own; a checkpoint of another step or segment, or none, is refused. Table 13's CPT starts so."""
+    """--parent: the same bits as from the run's own; another step or segment is refused. Table 13's CPT starts so."""
     assert (
         train_cli("--mode", "main", "--version", "2", "--train.save_at", "12") == 0
         and train_cli("--mode", "branch", "--version", "2") == 0
@@ -679,7 +679,7 @@ def test_a_parent_from_another_folder(train_cli, tmp_path, capsys):
 
 
 def test_a_parent_that_will_not_do(train_cli, tmp_path, capsys):
-    """Decayed, of another step, of a newer format, without moments, damaged: one line, nothing changed, and the whole one still works."""
+    """Of another step or format, without moments, damaged: one line, nothing changed, and the whole one still works."""
     from test_checkpoint import forged
 
     assert train_cli("--mode", "main", "--version", "2") == 0 and train_cli("--mode", "branch", "--version", "1") == 0
@@ -820,8 +820,8 @@ def test_dry_run_of_every_config_touches_nothing(name, ranks, monkeypatch, capsy
         assert f"{c.model.parameters:,}" in out and f"x {ranks} rank" in out and "not there yet" in out
     assert list(tmp_path.iterdir()) == []
     assert (
-        f"{c.train.batch_tokens:,} tokens = micro-batch {c.train.micro_batch} x context {c.model.context} x accumulation"
-        in out
+        f"{c.train.batch_tokens:,} tokens = micro-batch {c.train.micro_batch} x context {c.model.context} x "
+        "accumulation" in out
     )
 
 
