@@ -5,8 +5,8 @@
 
 Each trial is a real run of train.py on a tiny model in processes of their own (with gloo if there are several), a real
 signal or a fault in the system calls of one of them, and the same command until it is finished. It passes if the last
-weights, moments and logged losses are those of the undisturbed run, bit for bit. The table counts faults tried, survived
-and the most steps that one cost. Exit code 1 if any trial failed.
+weights, moments and logged losses are those of the undisturbed run, bit for bit. The table counts faults tried and
+survived, and the most steps that one cost. Exit code 1 if any trial failed.
 """
 
 import argparse
@@ -339,7 +339,7 @@ class Trial:
         return max((step + 1 for kind, step in there if kind == "loss"), default=self.first)
 
     def check(self) -> None:
-        """Checkpoints are whole; the same command ends in the undisturbed run's bits and log, and leaves nothing else."""
+        """Checkpoints are whole; the same command ends in the undisturbed run's bits and log, and leaves no more."""
         there = checkpoint.steps(self.folder)
         for step in there:
             checkpoint.verify(checkpoint.path(self.folder, step))

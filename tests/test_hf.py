@@ -25,7 +25,7 @@ import eval
 import model
 import sample
 import train
-from runtime import checkpoint, resume
+from runtime import checkpoint, distributed, resume
 from runtime.errors import UserError, user_errors
 from text import prepare, token_files
 from text.tokenizer import Tokenizer

@@ -551,7 +551,7 @@ def test_a_signal_in_a_validation_saves_and_stops(train_cli, tmp_path, monkeypat
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("way", ["none", "fsdp"])
 def test_on_a_gpu_resume_and_branch_are_the_same_bits(tmp_path, prepared, way):
-    """Resumed, and branched in two calls, in bfloat16, compiled, with our kernels: SDPA's backward adds in any order."""
+    """Resumed, and branched in two calls, in bfloat16, compiled, with our kernels: SDPA adds in any order."""
     shape = [
         "--model.hidden",
         "128",

@@ -253,8 +253,8 @@ def test_the_loop_is_adamw_written_out(train_cli, tmp_path, prepared):
                 p.mul_(1 - lr(step) * (c.train.weight_decay if p.dim() >= 2 else 0))
                 p.sub_(lr(step) * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8))
     for n, p in net.named_parameters():
-        # fp32 gradients have an error of some 1e-6 relative to their largest; Adam divides by sqrt(v): an update of 4e-3
-        # carries it on for entries near the largest and more for the small ones: 1e-4 of 4 updates of 4e-3
+        # fp32 gradients have an error of some 1e-6 relative to their largest; Adam divides by sqrt(v), so that
+        # updates carry it for entries near the largest, and more for small ones: 1e-3 of 4 updates of lr = 4e-3
         torch.testing.assert_close(got[f"model.{n}"].double(), p, rtol=0, atol=4 * 4e-3 * 1e-3)
         assert (got[f"model.{n}"].double() - p).abs().mean() < 4 * 4e-3 * 1e-5
 
