@@ -15,7 +15,7 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -30,9 +30,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from runtime import distributed
-from runtime.distributed import local_part
-from runtime.errors import UserError, describe
+from runtime.distributed import World, broadcast, local_part, raise_on_all_ranks
+from runtime.errors import UserError
 from runtime.files import begin_folder, commit_folder, fsync, partial_folder, read_json, sha256, write_json
 
 STEP = re.compile(r"step-(\d{6,})")
@@ -129,9 +128,9 @@ class Saver:
     def __init__(self, segment: Path, keep: int = 0, required: Sequence[int] = (), timeout: float = 1800.0) -> None:
         """keep, required: each save is followed by `prune` with these, unless keep is 0. timeout: seconds."""
         self.segment, self.keep, self.required = segment, keep, required
-        self.rank, self.ranks, self.group = 0, 1, None
+        self.world, self.group = World(), None
         if dist.is_initialized():
-            self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+            self.world = World(rank=dist.get_rank(), ranks=dist.get_world_size())
             # a group of its own: messages of the background thread must not mix with those of training
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self.host: dict[str, Tensor] = {}  # buffers of what this rank writes, reused by every save
@@ -161,7 +160,7 @@ class Saver:
             raise error
 
     def _copy(self, tensors: dict[str, Tensor]) -> None:
-        mine = assign(tensors, self.rank, self.ranks)
+        mine = assign(tensors, self.world.rank, self.world.ranks)
         for name, t in tensors.items():
             part = local_part(t)
             if name not in mine or not part.numel():  # a rank may hold no row of a tensor
@@ -181,14 +180,14 @@ class Saver:
         final = path(self.segment, step)
         try:
             exists = os.path.exists(final / "meta.json")
-            if not distributed.broadcast(exists, self.ranks, group=self.group):
+            if not broadcast(exists, self.world.ranks, group=self.group):
                 self._write(final, {"format": 1, "step": step, **record}, need)
         except Exception as e:
             self.error = e
-            if self.rank == 0:
+            if self.world.rank == 0:
                 shutil.rmtree(partial_folder(final), ignore_errors=True)
             return
-        if self.rank == 0 and self.keep:
+        if self.world.rank == 0 and self.keep:
             try:
                 prune(self.segment, self.keep, step, self.required)
             except OSError as e:  # the new checkpoint is complete, so the save has not failed
@@ -198,43 +197,26 @@ class Saver:
     def _write(self, final: Path, meta: dict[str, Any], need: int) -> None:
         """Make the folder, write shards, then metadata; each starts when the one before has succeeded on all ranks."""
         partial = partial_folder(final)
-        with self._raise_on_all_ranks():
-            if self.rank == 0:
+        with raise_on_all_ranks(self.world, self.group):
+            if self.world.rank == 0:
                 begin_folder(final)
                 check_space(self.segment, need)
         shard: dict[str, Any] = {}
-        with self._raise_on_all_ranks():
+        with raise_on_all_ranks(self.world, self.group):
             if self.host:
-                shard = write_shard(partial / SHARD.format(self.rank + 1), self.host, self.offsets)
+                shard = write_shard(partial / SHARD.format(self.world.rank + 1), self.host, self.offsets)
         shards = [shard]
         if self.group:
-            shards *= self.ranks
+            shards *= self.world.ranks
             dist.all_gather_object(shards, shard, group=self.group)
         files = {SHARD.format(i): shard for i, shard in enumerate(shards, 1) if shard}
-        with self._raise_on_all_ranks():
-            if self.rank == 0:
+        with raise_on_all_ranks(self.world, self.group):
+            if self.world.rank == 0:
                 for name, shard in files.items():
                     if not (file := partial / name).is_file() or file.stat().st_size != shard["bytes"]:
                         raise UserError(f"{file}: rank 0 does not see it; put --out on a disk that all machines share")
                 write_json(partial / "meta.json", {**meta, "files": files}, UNHASHED)
                 commit_folder(final)
-
-    @contextlib.contextmanager
-    def _raise_on_all_ranks(self) -> Iterator[None]:
-        """If the block raises on a rank, every rank raises the error of the lowest such rank."""
-        error: Exception | None = None
-        try:
-            yield
-        except Exception as e:
-            error = e
-        if self.group:
-            first = torch.tensor(self.rank if error else self.ranks)
-            dist.all_reduce(first, dist.ReduceOp.MIN, group=self.group)
-            if first < self.ranks:
-                said = distributed.broadcast(describe(error) if error else "", self.ranks, int(first), self.group)
-                error = UserError(f"rank {int(first)}: {said}" if self.ranks > 1 else said)
-        if error:
-            raise error
 
 
 def save(segment: Path, step: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import Config
 from model import Transformer
-from runtime.errors import UserError, first_line
+from runtime.errors import UserError, describe, first_line
 
 HASH_FACTOR = 6364136223846793005  # odd, so that a change of one element always changes the hash; Knuth's
 
@@ -48,24 +48,21 @@ class World:
 
 def world_from_environment() -> World:
     """World as torchrun sets it, one rank without torchrun. UserError where the variables contradict each other."""
-    keys = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    given = {k: os.environ[k] for k in keys if k in os.environ}
-    names = keys[:3]
-    if not any(k in given for k in names):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    given = [k for k in names if k in os.environ]
+    if not given:
         return World()
-    needed = names if given.get("WORLD_SIZE") == "1" else keys
-    if missing := [k for k in needed if k not in given]:
-        there = ", ".join(k for k in names if k in given)
+    needed = names if os.environ.get("WORLD_SIZE") == "1" else (*names, "MASTER_ADDR", "MASTER_PORT")
+    if missing := [k for k in needed if k not in os.environ]:
+        there = ", ".join(given)
         raise UserError(f"{missing[0]}: not set, but {there} is; start several processes with torchrun, or unset them")
     for k in names:
-        if not given[k].isdecimal() or len(given[k]) > 6:
-            raise UserError(f"{k}: got {given[k]!r}, expected a whole number; start several processes with torchrun")
-    rank, local_rank, ranks = (int(given[k]) for k in names)
+        if not os.environ[k].isdecimal():
+            raise UserError(f"{k}: got {os.environ[k]!r}, expected a whole number; start processes with torchrun")
+    rank, local_rank, ranks = (int(os.environ[k]) for k in names)
     if not local_rank <= rank < ranks:
-        raise UserError(
-            f"RANK: got {rank} with LOCAL_RANK {local_rank} and WORLD_SIZE {ranks}, expected LOCAL_RANK <= RANK < "
-            "WORLD_SIZE; torchrun sets them"
-        )
+        got = f"got {rank} with LOCAL_RANK {local_rank} and WORLD_SIZE {ranks}"
+        raise UserError(f"RANK: {got}, expected LOCAL_RANK <= RANK < WORLD_SIZE; torchrun sets them")
     return World(rank, local_rank, ranks)
 
 
@@ -175,17 +172,23 @@ def lost_rank_errors(world: World) -> Iterator[None]:
 
 
 @contextmanager
-def raise_on_all_ranks(world: World) -> Iterator[None]:
-    """If a rank raises in this block, every rank raises. Only the lowest such rank prints."""
+def raise_on_all_ranks(world: World, group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """If a rank raises in this block, every rank raises. Only the lowest such rank prints.
+
+    With a `group`, which a background thread has for itself, all of them raise that rank's error.
+    """
     error: Exception | None = None
     try:
         yield
-    except (UserError, OSError) as e:
+    except Exception as e:
         error = e
     if world.ranks > 1:
         first = torch.tensor(world.rank if error else world.ranks)
-        dist.all_reduce(first, dist.ReduceOp.MIN)
-        if first < world.ranks and world.rank != first:
+        dist.all_reduce(first, dist.ReduceOp.MIN, group=group)
+        if first < world.ranks and group:
+            said = broadcast(describe(error) if error else "", world.ranks, int(first), group)
+            error = UserError(f"rank {int(first)}: {said}")
+        elif first < world.ranks and world.rank != first:
             error = UserError()
     if error:
         raise error
