@@ -26,7 +26,7 @@ from torch.nn.utils import clip_grad_norm_
 import config
 import kernels
 from config import Config
-from data import MixedData, Tokens
+from data import Tokens
 from kernels.cross_entropy import IGNORE
 from model import Transformer
 from runtime import checkpoint, distributed, resume
@@ -40,7 +40,7 @@ from runtime.preview import preview
 from runtime.resume import Run
 from runtime.start import Start, agree_on_start, claim
 from text import prepare
-from text.examples import Examples, SFTData, prepare_examples
+from text.examples import Examples, MixedData, SFTData, prepare_examples
 
 # ---- What to train: wrong input is refused here, before a device or the disk is touched ------------------------------
 
