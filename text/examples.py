@@ -14,7 +14,6 @@ import bisect
 import collections
 import hashlib
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,20 +43,14 @@ START, END = Marker("<|im_start|>"), Marker("<|im_end|>")
 Piece = tuple[str, bool]  # a text or a marker; is it part of a response?
 
 
-def parse(line: str, file: Path, number: int) -> list[Piece]:
-    """The pieces of an example. UserError names the file and the line if it is not an example."""
-    try:
-        record = json.loads(line)
-        if not isinstance(record, dict):
-            raise ValueError("not an object")
-        if "messages" in record:
-            return parse_messages(record["messages"])
-        prompt, response = record.get("prompt"), record.get("response")
-        if not isinstance(prompt, str) or not isinstance(response, str) or not response:
-            raise ValueError("no prompt or no response")
-        return [(clean(prompt), False), (clean(response), True)]
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{file}:{number}: got {line.strip()[:60]!r} ({e}); expected {FORMATS}") from None
+def parse(record: Any) -> list[Piece]:
+    """The pieces of an example. ValueError if it is not an example."""
+    if isinstance(record, dict) and "messages" in record:
+        return parse_messages(record["messages"])
+    prompt, response = (record.get("prompt"), record.get("response")) if isinstance(record, dict) else (None, None)
+    if not isinstance(prompt, str) or not isinstance(response, str) or not response:
+        raise ValueError(f"expected {FORMATS}")
+    return [(clean(prompt), False), (clean(response), True)]
 
 
 def parse_messages(messages: Any) -> list[Piece]:

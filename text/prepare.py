@@ -102,16 +102,16 @@ def _append(file: Path, content: bytearray) -> None:
 class Buckets:
     """Tokenized documents in the order of their hashes, each text once and none whose hash is in `held` (sorted).
 
-    Counts those left out: `duplicates` of a text, and `again` in `held`.
+    dropped: how many of them were left out.
     """
 
     def __init__(self, files: list[Path], dtype: str, held: list[np.ndarray]) -> None:
         self.files, self.itemsize, self.held = files, np.dtype(dtype).itemsize, held
-        self.duplicates = self.again = 0
+        self.dropped = 0
 
     def documents(self, remove: bool = False) -> Iterator[tuple[int, int, int, memoryview]]:
         """(h, draw, source, token ids) of each document. `remove` deletes each file after its documents."""
-        self.duplicates = self.again = 0
+        self.dropped = 0
         for file in self.files:
             content, end, records = memoryview(file.read_bytes()), 0, []
             while end < len(content):
@@ -120,16 +120,14 @@ class Buckets:
                 end = start + n * self.itemsize
                 records.append((h, source, draw, content[start:end]))
             records.sort(key=lambda r: r[:3])
-            low, high, last = records[0][0], records[-1][0], -1
-            held = {int(h) for ids in self.held for h in token_files.between(ids, low, high)}
+            low, high = records[0][0], records[-1][0]
+            seen = {int(h) for ids in self.held for h in token_files.between(ids, low, high)}
             for h, source, draw, ids in records:
-                if h in held:
-                    self.again += 1
-                elif h == last:
-                    self.duplicates += 1
+                if h in seen:
+                    self.dropped += 1
                 else:
+                    seen.add(h)
                     yield h, draw, source, ids
-                last = h
             if remove:
                 file.unlink()
 
@@ -201,7 +199,7 @@ def prepare(
         source = {"increments": len(increments), "from": sources, "weights": weights}
         meta = token_files.write_meta(partial, tok, source, written)
     if not quiet:
-        print_summary(folder, written, buckets.duplicates)
+        print_summary(folder, written, buckets.dropped)
     return meta
 
 
@@ -214,11 +212,11 @@ def ship(out: str) -> None:
 
 def add(
     out: str, sources: list[str], weights: list[float] | None = None, jobs: int = 0, quiet: bool = False
-) -> tuple[dict[str, Any], int]:
-    """Append increment N+1 to a folder; returns the meta and how many documents the other parts held already."""
+) -> dict[str, Any]:
+    """Append increment N+1 to a folder, of the documents that no other part holds; returns the meta."""
     folder = Path(out).resolve()  # links to one folder share its lock
     check_arguments(sources, weights, jobs)
-    token_files.tokenizer_of(folder)
+    tokenizer = token_files.tokenizer_of(folder).name
     busy = f"{folder}: another process is preparing it; wait for it"
     with lock(folder.with_name(f".{folder.name}.lock"), busy, remove=True):
         work = begin_folder(folder)
@@ -226,16 +224,14 @@ def add(
             meta = token_files.read_meta(folder)  # under the lock: another process may have added an increment before
             token_files.check_files(folder, quiet=quiet)  # a damaged .ids would let documents in again
             (work / "buckets").mkdir()
-            files = scatter(sources, token_files.tokenizer_path(folder, meta), work / "buckets", jobs, quiet)
+            files = scatter(sources, tokenizer, work / "buckets", jobs, quiet)
             names = [p["name"] for p in (meta["val"], *meta["increments"])]
             held: list[np.ndarray] = [np.memmap(folder / f"{name}.ids", "<u8", "r") for name in names]
             buckets = Buckets(files, meta["dtype"], held)
             shares = buckets.kept_shares(sources, weights)
             written = buckets.gather(work, {f"v{len(names)}": 1.0}, meta["dtype"], shares)
             if not written[0]["documents"]:
-                raise UserError(
-                    f"--source {', '.join(sources)}: has no new document; {buckets.again:,} were held before"
-                )
+                raise UserError(f"--source {', '.join(sources)}: has no new document, {buckets.dropped:,} known ones")
             for file in work.glob("v*"):
                 fsync(file)
                 os.rename(file, folder / file.name)
@@ -245,12 +241,11 @@ def add(
         finally:
             shutil.rmtree(work, ignore_errors=True)
     if not quiet:
-        print_summary(folder, written, buckets.duplicates, buckets.again)
-    return meta, buckets.again
+        print_summary(folder, written, buckets.dropped)
+    return meta
 
 
-def print_summary(folder: Path, written: list[dict], duplicates: int, again: int = 0) -> None:
+def print_summary(folder: Path, written: list[dict], dropped: int) -> None:
     for p in written:
         print(f"{folder / p['name']}.bin: {p['documents']:,} documents, {p['tokens']:,} tokens")
-    held = f", and {again:,} that an earlier increment or validation holds" if again else ""
-    print(f"{duplicates:,} duplicate documents dropped{held}")
+    print(f"{dropped:,} duplicate documents dropped")

@@ -75,20 +75,29 @@ def read_lines(file: Path, progress: Callable[[int], Any], longest: int) -> Iter
             raise UserError(f"{file}: cannot be read after line {number}: {e}") from None
 
 
-def documents(
-    file: Path, progress: Callable[[int], Any], parse: Callable[[str, Path, int], Any] | None = None
-) -> Iterator[Any]:
+def json_text(record: Any) -> str:
+    """The document of a line of JSONL."""
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise ValueError('expected a JSON object with a text under "text"')
+    return clean(record["text"])
+
+
+def documents(file: Path, progress: Callable[[int], Any], parse: Callable[[Any], Any] = json_text) -> Iterator[Any]:
     """The documents of one file, streamed.
 
-    progress: called with the number of bytes read since its last call. parse: makes a document of a line of JSONL, the
-    file and the line number; default: the line's "text".
+    progress: called with the number of bytes read since its last call. parse: makes a document of a line of JSONL;
+    ValueError if it is wrong.
     """
     if file.suffix == ".parquet":
         yield from parquet_texts(file, progress)
     elif ".jsonl" in file.name:
         for number, line in enumerate(read_lines(file, progress, -1), 1):
             if line.strip():
-                yield (parse or json_text)(line, file, number)
+                try:
+                    document = parse(json.loads(line))
+                except (ValueError, RecursionError) as e:
+                    raise UserError(f"{file}:{number}: got {line.strip()[:60]!r}: {e}") from None
+                yield document
     else:
         piece = ""
         for line in read_lines(file, progress, BLOCK):
@@ -106,25 +115,14 @@ def parquet_texts(file: Path, progress: Callable[[int], Any]) -> Iterator[str]:
     parquet = optional("pyarrow.parquet", "pyarrow", str(file))
     try:
         f = parquet.ParquetFile(file)
-        if "text" not in f.schema_arrow.names:
-            raise UserError(f'{file}: has columns {", ".join(f.schema_arrow.names)}; expected one named "text"')
-        if "string" not in (kind := str(f.schema_arrow.field("text").type)):
-            raise UserError(f'{file}: its column "text" is {kind}, expected strings')
+        columns = {field.name: str(field.type) for field in f.schema_arrow}
+        if "string" not in columns.get("text", ""):
+            raise UserError(f'{file}: has columns {columns}; expected "text", of strings')
         for batch in f.iter_batches(columns=["text"], batch_size=1024):
             yield from filter(None, batch.column(0).to_pylist())
             progress(file.stat().st_size * batch.num_rows // max(1, f.metadata.num_rows))
     except (ValueError, OSError) as e:  # the base classes of pyarrow's errors
         raise UserError(f"{file}: not a readable parquet file: {e}") from None
-
-
-def json_text(line: str, file: Path, number: int) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        text = None
-    if not isinstance(text, str):
-        raise UserError(f'{file}:{number}: got {line[:60]!r}, expected a JSON object with a text under "text"')
-    return clean(text)
 
 
 def clean(text: str) -> str:

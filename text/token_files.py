@@ -86,15 +86,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def tokenizer_path(folder: Path, meta: dict[str, Any]) -> str:
-    kept = meta["tokenizer"]
-    return str(folder / kept) if kept.endswith((".tiktoken", "tokenizer")) else kept
-
-
 def tokenizer_of(folder: Path) -> Tokenizer:
     """The tokenizer that made a folder. UserError if its files have changed."""
     meta = read_meta(folder)
-    tok = Tokenizer(tokenizer_path(folder, meta))
+    kept = meta["tokenizer"]
+    tok = Tokenizer(str(folder / kept) if kept.endswith((".tiktoken", "tokenizer")) else kept)
     if (tok.sha256, tok.vocab_size, tok.eot) != (meta["tokenizer_sha256"], meta["vocab_size"], meta["eot"]):
         raise UserError(f"{tok.name}: is not the tokenizer that {folder} was made with; restore it")
     return tok

@@ -1,7 +1,6 @@
 """Tokenizers: bytes, tiktoken encodings, Hugging Face's tokenizer.json, and rank files, which `vocab` trains."""
 
 import base64
-import contextlib
 import hashlib
 import itertools
 import json
@@ -127,8 +126,6 @@ class Tokenizer:
             return self.hf.decode(ids, skip_special_tokens=False)
         if self.name == "bytes":
             return bytes(ids).decode(errors="replace")
-        with contextlib.suppress(KeyError):
-            return self.encoding.decode_bytes(ids).decode(errors="replace")
         return b"".join(map(self._token_bytes, ids)).decode(errors="replace")
 
     def _token_bytes(self, i: int) -> bytes:
