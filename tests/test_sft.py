@@ -17,8 +17,8 @@ import sample
 from kernels.cross_entropy import IGNORE
 from runtime import checkpoint
 from runtime.errors import UserError
-from text import examples, prepare
-from text.examples import Examples, SFTData, pack, prepare_examples
+from text import prepare
+from text.examples import Examples, MixedData, SFTData, pack, prepare_examples
 from text.tokenizer import Tokenizer
 
 BYTES = Tokenizer("bytes")
@@ -362,7 +362,7 @@ def test_examples_in_the_decay_of_a_branch(train_cli, tmp_path, capsys):
     meta = checkpoint.read_meta(mixed)
     assert meta["parent"] == checkpoint.read_meta(plain)["parent"] and meta["data"]["mix"] == 0.25
     assert not torch.equal(weights(plain)["model.embed.weight"], weights(mixed)["model.embed.weight"])
-    tokens = data.MixedData(meta["config"]["data.path"], 32, 8, [10] * 4, 1)
+    tokens = MixedData(meta["config"]["data.path"], 32, 8, [10] * 4, 1)
     plain = data.Tokens(meta["config"]["data.path"], 32, 8, [10] * 4, 1)
     text = [plain.batch(s) for s in range(4, 10)]
     e = Examples(next((tmp_path / "run").glob("examples-*")), 32, 1)
@@ -398,7 +398,7 @@ GOOD = json.dumps(MIXED[0]) + "\n"
 @pytest.mark.parametrize(
     "text, words",
     [
-        (GOOD + "{\n", "a.jsonl:2: got '{' (Expecting property name"),
+        (GOOD + "{\n", "a.jsonl:2: got '{': Expecting property name"),
         (GOOD + "\n" + '{"prompt": "x"}\n', "a.jsonl:3: got"),
         ('{"prompt": "x", "response": ""}\n', "a.jsonl:1: got"),
         ('{"prompt": 1, "response": "a"}\n', "a.jsonl:1: got"),
@@ -421,20 +421,6 @@ def test_lines_that_are_no_examples(tmp_path, text, words):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_examples_that_another_process_has_just_prepared_are_taken(tmp_path, monkeypatch):
-    """Between the look for the folder and the lock another process finishes it."""
-    file, real = jsonl(tmp_path / "a.jsonl", MIXED), examples.make_folder
-
-    def late(folder):
-        monkeypatch.setattr(examples, "make_folder", real)
-        prepare_examples(file, BYTES, tmp_path / "run", quiet=True)
-        return real(folder)
-
-    monkeypatch.setattr(examples, "make_folder", late)
-    folder = prepare_examples(file, BYTES, tmp_path / "run", quiet=True)
-    assert Examples(folder, 256, 1).meta["examples"] == 3
-
-
 def test_odd_examples(tmp_path):
     """Half a surrogate pair is a question mark. So few that all would be held out are not. Too long is refused."""
 
@@ -448,7 +434,7 @@ def test_odd_examples(tmp_path):
     numbers = (i for i in range(999) if prepare.hashes(f"{i}x")[0] < 2**64 / 50)
     e = packed({"prompt": str(next(numbers)), "response": "x"})
     assert np.fromfile(e.folder / "held.bin", "u1").tolist() == [1] and len(e.train) == 1 and not e.val
-    with pytest.raises(UserError, match="none of its 1 examples fits a sequence of model.context = 32"):
+    with pytest.raises(UserError, match="none of its 1 examples fits model.context = 32"):
         packed({"prompt": "2" * 40, "response": "x"})
 
 

@@ -29,15 +29,13 @@ def read_bin(file: Path, tok: Tokenizer) -> np.ndarray:
         if version != expected:
             raise UserError(f"{file}: version {version} of magic number {magic}, expected {expected}")
         if size - start != need:
-            problem = f"got {size - start:,} bytes after its header, expected {need:,} for {count:,} tokens"
-            raise UserError(f"{file}: {problem}; fetch it again")
+            raise UserError(f"{file}: got {size - start:,} bytes after its header, expected {need:,}; fetch it again")
     elif 20_200_000 < magic < 20_400_000 and not head[3:].any():
         raise UserError(f"{file}: magic number {magic}, expected one of {', '.join(map(str, LLMC))} (llm.c), or none")
     elif size % 2:
         raise UserError(f"{file}: got {size:,} bytes, expected an even number: 2 for each id (nanoGPT)")
     elif tok.vocab_size > 1 << 16:
-        problem = f"ids of 2 bytes, but the {tok.vocab_size:,} of tokenizer {tok.name} need 4"
-        raise UserError(f"{file}: {problem}; expected a file of llm.c with magic number 20240801")
+        raise UserError(f"{file}: ids of 2 bytes, but the {tok.vocab_size:,} of tokenizer {tok.name} need 4")
     if size == start:
         raise UserError(f"{file}: is empty, expected token ids")
     return np.memmap(file, dtype, "r", start)
@@ -52,8 +50,7 @@ def find_documents(file: Path, ids: np.ndarray, tok: Tokenizer, bar: tqdm) -> np
     for low in range(0, len(ids), BLOCK):
         part = np.asarray(ids[low : low + BLOCK])
         if part.max() >= tok.vocab_size:
-            expected = f"expected below the vocabulary's {tok.vocab_size} of tokenizer {tok.name}, which made the file"
-            raise UserError(f"{file}: token id {part.max()}, {expected}")
+            raise UserError(f"{file}: token id {part.max()}, expected below the vocabulary's {tok.vocab_size}")
         separators.append(low + np.flatnonzero(part == tok.eot))
     edges = np.concatenate(([-1], *separators, [len(ids)]))
     found = []
@@ -81,7 +78,7 @@ def bins(out: str, val: str, files: list[str], tokenizer: str, quiet: bool = Fal
     """
     folder = Path(out).resolve()  # links to one folder share its lock
     tok = Tokenizer(tokenizer)
-    dtype, written = id_dtype(tok.vocab_size), []
+    dtype, written = np.dtype(id_dtype(tok.vocab_size)), []
     sources = [Path(f) for f in (val, *files)]
     with make_folder(folder) as partial:
         ids = [read_bin(f, tok) for f in sources]

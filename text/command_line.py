@@ -38,9 +38,7 @@ def arguments() -> Parser:
     convert = commands.add_parser("bins", help="make a folder of token files of nanoGPT or llm.c")
     train = commands.add_parser("vocab", help="train a rank file on the first increment (needs rustbpe)")
     make.add_argument("--out", default="data/demo", help="a path that does not exist [data/demo]")
-    make.add_argument(
-        "--tokenizer", default=str(RANKS), help=f"{tokenizer} [the rank file that ships with the project]"
-    )
+    make.add_argument("--tokenizer", default=str(RANKS), help=f"{tokenizer} [corpus/{RANKS.name}]")
     extend.add_argument("--out", required=True, help="the folder")
     verify.add_argument("out", metavar="FOLDER")
     convert.add_argument("--out", required=True, help="a path that does not exist")
@@ -54,7 +52,7 @@ def arguments() -> Parser:
         p.add_argument("--weights", type=proportions, help="ratio of the sources' tokens, such as 3,1 [all there is]")
         p.add_argument("--jobs", type=int, default=0, help="processes [one a core]")
     for p in (make, train):
-        p.add_argument("--source", action="append", help="text; again for more [the text that ships with the project]")
+        p.add_argument("--source", action="append", help=f"text; again for more [corpus/{TEXT.name}]")
         p.add_argument("--increments", type=proportions, default="4", help="how many, or proportions as 1,1,2 [4]")
         p.add_argument("--val", type=float, default=0.05, help="share of the documents for validation [0.05]")
     return parser

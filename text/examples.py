@@ -29,7 +29,6 @@ from text.sources import clean, documents, files_of, hashes, progress_bar
 from text.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
-FORMATS = '{"prompt": text, "response": text} or {"messages": [{"role": .., "content": text}, ..]}'
 HELD_OUT = 1 / 50
 FILES = {"ids": "<u4", "loss": "u1", "ends": "<i8", "held": "u1"}  # the first two by token, the others by example
 BATCH = 4096  # examples tokenized at once
@@ -45,11 +44,12 @@ Piece = tuple[str, bool]  # a text or a marker; is it part of a response?
 
 def parse(record: Any) -> list[Piece]:
     """The pieces of an example. ValueError if it is not an example."""
-    if isinstance(record, dict) and "messages" in record:
+    record = record if isinstance(record, dict) else {}
+    if "messages" in record:
         return parse_messages(record["messages"])
-    prompt, response = (record.get("prompt"), record.get("response")) if isinstance(record, dict) else (None, None)
+    prompt, response = record.get("prompt"), record.get("response")
     if not isinstance(prompt, str) or not isinstance(response, str) or not response:
-        raise ValueError(f"expected {FORMATS}")
+        raise ValueError('expected {"prompt": text, "response": text} or {"messages": [message, ..]}')
     return [(clean(prompt), False), (clean(response), True)]
 
 
@@ -182,9 +182,7 @@ class Examples:
             [part[row] for row in pack(lengths[part], context)] for part in map(np.flatnonzero, (fits & ~val, val))
         )
         if not self.train:
-            problem = (
-                f"none of its {self.meta['examples']} examples fits a sequence of model.context = {context} tokens"
-            )
+            problem = f"none of its {self.meta['examples']} examples fits model.context = {context} tokens"
             raise UserError(f"data.sft {self.meta['source']}: {problem}")
         self.targets = np.array([targets[row].sum() for row in self.train])
         self.filled = sum(int(lengths[row].sum()) for row in self.train) / (len(self.train) * context)

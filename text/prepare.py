@@ -106,7 +106,7 @@ class Buckets:
     """
 
     def __init__(self, files: list[Path], dtype: str, held: list[np.ndarray]) -> None:
-        self.files, self.itemsize, self.held = files, np.dtype(dtype).itemsize, held
+        self.files, self.dtype, self.held = files, np.dtype(dtype), held
         self.dropped = 0
 
     def documents(self, remove: bool = False) -> Iterator[tuple[int, int, int, memoryview]]:
@@ -117,11 +117,12 @@ class Buckets:
             while end < len(content):
                 h, draw, source, n = RECORD.unpack_from(content, end)
                 start = end + RECORD.size
-                end = start + n * self.itemsize
+                end = start + n * self.dtype.itemsize
                 records.append((h, source, draw, content[start:end]))
             records.sort(key=lambda r: r[:3])
-            low, high = records[0][0], records[-1][0]
-            seen = {int(h) for ids in self.held for h in token_files.between(ids, low, high)}
+            low, high, seen = np.uint64(records[0][0]), np.uint64(records[-1][0]), set[int]()
+            for held in self.held:  # sorted, so the rest of the file is not read
+                seen.update(held[np.searchsorted(held, low) : np.searchsorted(held, high, "right")].tolist())
             for h, source, draw, ids in records:
                 if h in seen:
                     self.dropped += 1
@@ -137,17 +138,17 @@ class Buckets:
             return [1.0] * len(sources)
         tokens = [0] * len(sources)
         for _, _, source, ids in self.documents():
-            tokens[source] += len(ids) // self.itemsize
+            tokens[source] += len(ids) // self.dtype.itemsize
         if 0 in tokens:
             raise UserError(f"--source {sources[tokens.index(0)]}: has no text of its own, so it can have no weight")
         ratio = [w / n for w, n in zip(weights, tokens, strict=True)]
         return [r / max(ratio) for r in ratio]
 
-    def gather(self, out: Path, parts: dict[str, float], dtype: str, shares: list[float]) -> list[dict[str, Any]]:
+    def gather(self, out: Path, parts: dict[str, float], shares: list[float]) -> list[dict[str, Any]]:
         """Write the token files of `parts` (name: its proportion of the documents); returns their records."""
         edges = np.cumsum(list(parts.values())) / sum(parts.values())
         limits = [int(e * 2**64) for e in edges[:-1]] + [2**64]
-        writers = [token_files.Writer(out, name, dtype) for name in parts]
+        writers = [token_files.Writer(out, name, self.dtype) for name in parts]
         for h, draw, source, ids in self.documents(remove=True):
             if draw < shares[source] * 2**64:
                 writers[next(i for i, limit in enumerate(limits) if h < limit)].write(h, ids)
@@ -184,14 +185,13 @@ def prepare(
     tok = Tokenizer(tokenizer)
     increments = increments or [1.0] * 4
     parts = {"val": val, **{f"v{i}": (1 - val) * w / sum(increments) for i, w in enumerate(increments, 1)}}
-    dtype = token_files.id_dtype(tok.vocab_size)
     with make_folder(folder) as partial:
         work = partial / "buckets"
         work.mkdir()
-        buckets = Buckets(scatter(sources, tokenizer, work, jobs, quiet), dtype, [])
+        buckets = Buckets(scatter(sources, tokenizer, work, jobs, quiet), token_files.id_dtype(tok.vocab_size), [])
         if not buckets.files:
             raise UserError(f"--source {', '.join(sources)}: the text is empty")
-        written = buckets.gather(partial, parts, dtype, buckets.kept_shares(sources, weights))
+        written = buckets.gather(partial, parts, buckets.kept_shares(sources, weights))
         if empty := [p["name"] for p in written if not p["documents"]]:
             total = sum(p["documents"] for p in written)
             raise UserError(f"{empty[0]}: got none of {total} documents; expected more text or fewer increments")
@@ -210,10 +210,8 @@ def ship(out: str) -> None:
         prepare(out, [str(TEXT)])
 
 
-def add(
-    out: str, sources: list[str], weights: list[float] | None = None, jobs: int = 0, quiet: bool = False
-) -> dict[str, Any]:
-    """Append increment N+1 to a folder, of the documents that no other part holds; returns the meta."""
+def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: int = 0, quiet: bool = False) -> None:
+    """Append increment N+1 to a folder: the documents that no other part holds."""
     folder = Path(out).resolve()  # links to one folder share its lock
     check_arguments(sources, weights, jobs)
     tokenizer = token_files.tokenizer_of(folder).name
@@ -228,8 +226,7 @@ def add(
             names = [p["name"] for p in (meta["val"], *meta["increments"])]
             held: list[np.ndarray] = [np.memmap(folder / f"{name}.ids", "<u8", "r") for name in names]
             buckets = Buckets(files, meta["dtype"], held)
-            shares = buckets.kept_shares(sources, weights)
-            written = buckets.gather(work, {f"v{len(names)}": 1.0}, meta["dtype"], shares)
+            written = buckets.gather(work, {f"v{len(names)}": 1.0}, buckets.kept_shares(sources, weights))
             if not written[0]["documents"]:
                 raise UserError(f"--source {', '.join(sources)}: has no new document, {buckets.dropped:,} known ones")
             for file in work.glob("v*"):
@@ -242,7 +239,6 @@ def add(
             shutil.rmtree(work, ignore_errors=True)
     if not quiet:
         print_summary(folder, written, buckets.dropped)
-    return meta
 
 
 def print_summary(folder: Path, written: list[dict], dropped: int) -> None:

@@ -27,8 +27,8 @@ def id_dtype(vocab_size: int) -> str:
 class Writer:
     """Writes one token file and its document hashes, and computes their checksums."""
 
-    def __init__(self, folder: Path, name: str, dtype: str) -> None:
-        self.name, self.itemsize = name, np.dtype(dtype).itemsize
+    def __init__(self, folder: Path, name: str, dtype: np.dtype) -> None:
+        self.name, self.itemsize = name, dtype.itemsize
         self.files = {kind: open(folder / f"{name}.{kind}", "wb") for kind in ("bin", "ids")}
         self.sha = {kind: hashlib.sha256() for kind in self.files}
         self.documents = self.tokens = 0
@@ -56,17 +56,9 @@ def write_meta(folder: Path, tok: Tokenizer, source: dict[str, Any], parts: list
         shutil.copyfile(tok.name, folder / kept)
     if tok.is_folder:
         copy_tokenizer(Path(tok.name), folder / kept)
-    meta = {
-        "format": 1,
-        "tokenizer": kept,
-        "tokenizer_sha256": tok.sha256,
-        "vocab_size": tok.vocab_size,
-        "eot": tok.eot,
-        "dtype": id_dtype(tok.vocab_size),
-        "sources": [source],
-        "val": parts[0],
-        "increments": parts[1:],
-    }
+    made_with = {"tokenizer": kept, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size, "eot": tok.eot}
+    content = {"sources": [source], "val": parts[0], "increments": parts[1:]}
+    meta = {"format": 1, **made_with, "dtype": id_dtype(tok.vocab_size), **content}
     write_json(folder / "meta.json", meta)
     return meta
 
@@ -119,8 +111,3 @@ def check_files(folder: Path, names: list[str] | None = None, checksums: bool = 
                 raise UserError(f"{file}: SHA-256 is {found[:16]}.., expected {expected[:16]}..; {REPAIR}")
             bar.update(size)
     return total
-
-
-def between(ids: np.ndarray, low: int, high: int) -> np.ndarray:
-    """The hashes from `low` to `high` of a sorted uint64 file, found without reading it."""
-    return ids[np.searchsorted(ids, np.uint64(low)) : np.searchsorted(ids, np.uint64(high), "right")]
