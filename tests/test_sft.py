@@ -278,68 +278,29 @@ def test_a_fine_tuning_is_a_segment(train_cli, parent, tmp_path, capsys):
 
 
 def test_its_place_is_the_parents_run(train_cli, parent, tmp_path, monkeypatch):
+    """Also where the parent is named from inside its folder."""
     import train
 
     file = jsonl(tmp_path / "a.jsonl", sums(40))
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "train.py",
-            "--mode",
-            "sft",
-            "--parent",
-            str(parent),
-            "--data.sft",
-            file,
-            "--train.batch_tokens",
-            "256",
-            "--plan.warmup",
-            "1",
-        ],
-    )
+    monkeypatch.chdir(parent.parent)
+    args = ["--mode", "sft", "--parent", parent.name, "--data.sft", file]
+    monkeypatch.setattr(sys, "argv", ["train.py", *args, "--train.batch_tokens", "256", "--plan.warmup", "1"])
     train.main()
     (end,) = (tmp_path / "run/sft/ours-cosine/v1").glob("step-*")
-    assert (
-        checkpoint.read_meta(end)["config"]["model.hidden"] == 16
-        and checkpoint.read_meta(end)["config"]["plan.max_lr"] == 2e-5
-    )
-    found = evaluation.finished(tmp_path / "run")
-    assert found["sft/ours-cosine"] == {1: end}
+    settings = checkpoint.read_meta(end)["config"]
+    assert settings["model.hidden"] == 16 and settings["plan.max_lr"] == 2e-5
+    assert evaluation.finished(tmp_path / "run")["sft/ours-cosine"] == {1: end}
+    assert not (parent.parent / "out").exists()
 
 
 def test_a_task_is_learned(train_cli, tmp_path):
     """Letters after letters, from 2,000 examples: prompts that were never seen are answered."""
-    bigger = [
-        "--model.hidden",
-        "64",
-        "--model.n_layer",
-        "2",
-        "--train.batch_tokens",
-        "512",
-        "--train.micro_batch",
-        "16",
-    ]
-    bigger += ["--plan.max_lr", "3e-3", "--train.weight_decay", "0"]
+    bigger = "--model.hidden 64 --model.n_layer 2 --train.batch_tokens 512 --train.micro_batch 16".split()
+    bigger += "--plan.max_lr 3e-3 --train.weight_decay 0".split()
     assert train_cli("--mode", "ptfs", "--version", "1", *bigger) == 0
     start = tmp_path / "run/ptfs-cosine/v1/step-000010"
-    file = jsonl(tmp_path / "a.jsonl", sums(2000))
-    assert (
-        train_cli(
-            "--mode",
-            "sft",
-            "--parent",
-            str(start),
-            "--data.sft",
-            file,
-            "--data.epochs",
-            "8",
-            *bigger,
-            "--plan.warmup",
-            "10",
-        )
-        == 0
-    )
+    tune = ("--mode", "sft", "--parent", str(start), "--data.sft", jsonl(tmp_path / "a.jsonl", sums(2000)))
+    assert train_cli(*tune, "--data.epochs", "8", *bigger, "--plan.warmup", "10") == 0
     end = max((tmp_path / "run/sft/ptfs-cosine/v1").glob("step-*"))
     unseen = [s for s in sums(400, seed=9) if s not in sums(2000)]
     assert len(unseen) > 300
@@ -438,33 +399,6 @@ def test_odd_examples(tmp_path):
         packed({"prompt": "2" * 40, "response": "x"})
 
 
-def test_a_parent_named_from_inside_its_folder(train_cli, parent, tmp_path, monkeypatch):
-    import train
-
-    file = jsonl(tmp_path / "a.jsonl", sums(40))
-    data_path = checkpoint.read_meta(parent)["config"]["data.path"]
-    monkeypatch.chdir(parent.parent)
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "train.py",
-            "--mode",
-            "sft",
-            "--parent",
-            parent.name,
-            "--data.sft",
-            file,
-            "--train.batch_tokens",
-            "256",
-            "--data.path",
-            data_path,
-        ],
-    )
-    train.main()
-    assert (tmp_path / "run/sft/ours-cosine/v1").exists() and not (parent.parent / "out").exists()
-
-
 def test_what_is_refused(train_cli, parent, tmp_path, capsys, monkeypatch):
     file = jsonl(tmp_path / "a.jsonl", sums(40))
     (tmp_path / "a.txt").write_text("text")
@@ -473,7 +407,7 @@ def test_what_is_refused(train_cli, parent, tmp_path, capsys, monkeypatch):
         (("--data.sft", file), "--parent: not given"),
         (("--parent", str(tmp_path), "--data.sft", file), "is no checkpoint"),
         (("--parent", str(parent)), "--data.sft: not given"),
-        (("--parent", str(parent), "--data.sft", str(tmp_path / "nowhere.jsonl")), "nowhere.jsonl: does not exist"),
+        (("--parent", str(parent), "--data.sft", str(tmp_path / "nowhere.jsonl")), "nowhere.jsonl': does not exist"),
         (("--parent", str(parent), "--data.sft", str(tmp_path / "a.txt")), "is no file of examples"),
         (
             ("--parent", str(parent), "--data.sft", file, "--model.n_layer", "2"),
