@@ -6,15 +6,13 @@ of the same global batch. `python data.py prepare|add|verify|bins|vocab` makes a
 
 import itertools
 import math
-import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from runtime.errors import UserError, user_errors
+from runtime.errors import UserError
 from text import command_line, token_files
 
 
@@ -28,8 +26,7 @@ def mix64(x: np.ndarray) -> np.ndarray:
 def permute(i: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
     """The images of the indices i under a seeded permutation of 0..n-1, in memory that does not depend on n.
 
-    A Feistel network of four rounds permutes 0..4^k-1, 4^k >= n; it is applied again to images of n or more (cycle
-    walking).
+    A Feistel network of four rounds permutes 0..4^k-1, 4^k >= n; images of n or more are permuted again.
     """
     half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
@@ -46,6 +43,14 @@ def permute(i: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
         x[outside] = left << half | right
         outside = x >= n
     return x.astype(np.int64)
+
+
+def shuffle(i: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
+    """Places i of an endless sequence of epochs: each has the numbers 0..n-1 once, in an order of its own."""
+    epoch, out = i // n, np.empty_like(i)
+    for e in np.unique(epoch):
+        out[epoch == e] = permute(i[epoch == e] % n, n, (*seed, int(e)))
+    return out
 
 
 class Tokens:
@@ -95,30 +100,27 @@ class Tokens:
 
     def problems(self, start: int, end: float) -> list[str]:
         """Increments that steps start .. end - 1 need and that are missing or too short, a line each."""
-        found, where = [], f"data.path {self.folder}"
+        found = []
         if self.ends[-1] < end < math.inf:
-            total = f"{self.ends[-1]:,} steps in all, expected at least the {int(end):,} that are trained"
-            found.append(f"data.increments: {total}; add to them")
+            found.append(f"data.increments: {self.ends[-1]:,} steps in all, expected at least the {int(end):,} trained")
         for name, need, there in self.needs(start, end):
-            got = f"{name} has {there:,} tokens"
+            got = f"data.path {self.folder}: {name} has {there:,} tokens"
             if there == 0:
-                command = f"python data.py add --out {self.folder} --source ..."
-                found.append(f"{where}: has no increment {name}; append it: {command}")
+                command = f"python data.py add --out {self.folder} --source TEXT"
+                found.append(f"data.path {self.folder}: has no increment {name}; append it: {command}")
             elif there <= self.context:
-                found.append(f"{where}: {got}, not one sequence of {self.context}")
+                found.append(f"{got}, expected one sequence of {self.context} at least")
             elif there < need and not self.repeat:
                 steps = (there - 1) // (self.B * self.context)
                 fix = f"give it more text, at most {steps} steps, or --data.repeat true"
-                found.append(f"{where}: {got} and {need:,} are needed; {fix}")
+                found.append(f"{got} and {need:,} are needed; {fix}")
         return found
 
     def identity(self, step: int) -> dict[str, Any]:
         """What a checkpoint at `step` records of the data it has seen: the hashes of tokenizer and increments."""
         seen = self.place(step - 1)[0] + 1 if step else 0
-        return {
-            "tokenizer": self.meta["tokenizer_sha256"],
-            "increments": [p["sha256"]["bin"] for p in self.meta["increments"][:seen]],
-        }
+        hashes = [p["sha256"]["bin"] for p in self.meta["increments"][:seen]]
+        return {"tokenizer": self.meta["tokenizer_sha256"], "increments": hashes}
 
     def targets(self, step: int) -> int:
         """Targets of a global batch: all its tokens."""
@@ -134,11 +136,7 @@ class Tokens:
         name = f"v{increment + 1}"
         n = (len(self.tokens(name)) - 1) // self.context
         n = min(n, (self.unique or n) * self.B)
-        index = np.arange(self.B)[rows] + k * self.B
-        epoch = index // n
-        sequences = np.empty_like(index)
-        for e in np.unique(epoch):
-            sequences[epoch == e] = permute(index[epoch == e] % n, n, (self.seed, increment, int(e)))
+        sequences = shuffle(k * self.B + np.arange(self.B)[rows], n, (self.seed, increment))
         return self.windows(name, sequences * self.context, self.context)
 
     def windows(self, name: str, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -149,9 +147,7 @@ class Tokens:
             raise UserError(f"{self.folder / name}.bin: {problem}; prepare the data again")
         return ids[:, :-1], ids[:, 1:]
 
-    def validation(
-        self, rows: int, limit: int = 0, rank: int = 0, ranks: int = 1
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def validation(self, rows: int, limit: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[tuple[np.ndarray, ...]]:
         """The validation set in order, `rows` sequences at a time, this rank's share of them; the last may be shorter.
 
         `limit` tokens, 0: all. Every token but the very first is a target once.
@@ -165,36 +161,5 @@ class Tokens:
             yield self.windows("val", np.array([full * T]), end % T)
 
 
-class MixedData(Tokens):
-    """The tokens of a branch. After `mix`, the last rows of a batch are examples."""
-
-    def mix(self, examples: Any, part: float, start: int) -> None:
-        """Make a `part` of each batch from step `start` on rows of a text.examples.Examples."""
-        self.examples, self.part, self.m, self.start = examples, part, int(part * self.B + 0.5), start
-
-    def identity(self, step: int) -> dict[str, Any]:
-        mixed = {"examples": self.examples.meta["source_sha256"], "mix": self.part} if step > self.start else {}
-        return {**super().identity(step), **mixed}
-
-    def _row_numbers(self, step: int) -> np.ndarray:
-        return self.examples.order((step - self.start) * self.m + np.arange(self.m))
-
-    def targets(self, step: int) -> int:
-        return (self.B - self.m) * self.context + int(self.examples.targets[self._row_numbers(step)].sum())
-
-    def batch(self, step: int, rows: slice = slice(None)) -> tuple[np.ndarray, ...]:
-        """(inputs, targets, documents), each int64 (rows, context): rows of text first, whose documents are 0."""
-        places = np.arange(self.B)[rows]
-        texts = self.B - self.m
-        numbers = self._row_numbers(step)[places[places >= texts] - texts]
-        n = len(places) - len(numbers)
-        x, y = super().batch(step, rows)
-        text = x[:n], y[:n], np.zeros((n, self.context), np.int64)
-        examples = self.examples.rows([self.examples.train[i] for i in numbers])
-        return tuple(map(np.concatenate, zip(text, examples, strict=True)))
-
-
 if __name__ == "__main__":
-    with user_errors("data.py"):
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # clean up, as after Ctrl-C
-        command_line.main()
+    command_line.main()

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import torch
 
 import config
-from data import MixedData, Tokens
+from data import Tokens
 from model import Transformer
 from runtime import checkpoint, resume
 from runtime.command_line import this_command
@@ -18,7 +18,7 @@ from runtime.errors import UserError
 from runtime.files import lock, open_log, write_text
 from runtime.resume import Run
 from text import prepare, token_files
-from text.examples import Examples, SFTData, prepare_examples
+from text.examples import Examples, MixedData, SFTData, prepare_examples
 
 
 def open_data(run: Run, world: World, beat: Callable[[str], None]) -> tuple[Run, Tokens | SFTData]:

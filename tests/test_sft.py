@@ -17,8 +17,8 @@ import sample
 from kernels.cross_entropy import IGNORE
 from runtime import checkpoint
 from runtime.errors import UserError
-from text import examples, prepare
-from text.examples import Examples, SFTData, pack, prepare_examples
+from text import prepare
+from text.examples import Examples, MixedData, SFTData, pack, prepare_examples
 from text.tokenizer import Tokenizer
 
 BYTES = Tokenizer("bytes")
@@ -278,68 +278,29 @@ def test_a_fine_tuning_is_a_segment(train_cli, parent, tmp_path, capsys):
 
 
 def test_its_place_is_the_parents_run(train_cli, parent, tmp_path, monkeypatch):
+    """Also where the parent is named from inside its folder."""
     import train
 
     file = jsonl(tmp_path / "a.jsonl", sums(40))
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "train.py",
-            "--mode",
-            "sft",
-            "--parent",
-            str(parent),
-            "--data.sft",
-            file,
-            "--train.batch_tokens",
-            "256",
-            "--plan.warmup",
-            "1",
-        ],
-    )
+    monkeypatch.chdir(parent.parent)
+    args = ["--mode", "sft", "--parent", parent.name, "--data.sft", file]
+    monkeypatch.setattr(sys, "argv", ["train.py", *args, "--train.batch_tokens", "256", "--plan.warmup", "1"])
     train.main()
     (end,) = (tmp_path / "run/sft/ours-cosine/v1").glob("step-*")
-    assert (
-        checkpoint.read_meta(end)["config"]["model.hidden"] == 16
-        and checkpoint.read_meta(end)["config"]["plan.max_lr"] == 2e-5
-    )
-    found = evaluation.finished(tmp_path / "run")
-    assert found["sft/ours-cosine"] == {1: end}
+    settings = checkpoint.read_meta(end)["config"]
+    assert settings["model.hidden"] == 16 and settings["plan.max_lr"] == 2e-5
+    assert evaluation.finished(tmp_path / "run")["sft/ours-cosine"] == {1: end}
+    assert not (parent.parent / "out").exists()
 
 
 def test_a_task_is_learned(train_cli, tmp_path):
     """Letters after letters, from 2,000 examples: prompts that were never seen are answered."""
-    bigger = [
-        "--model.hidden",
-        "64",
-        "--model.n_layer",
-        "2",
-        "--train.batch_tokens",
-        "512",
-        "--train.micro_batch",
-        "16",
-    ]
-    bigger += ["--plan.max_lr", "3e-3", "--train.weight_decay", "0"]
+    bigger = "--model.hidden 64 --model.n_layer 2 --train.batch_tokens 512 --train.micro_batch 16".split()
+    bigger += "--plan.max_lr 3e-3 --train.weight_decay 0".split()
     assert train_cli("--mode", "ptfs", "--version", "1", *bigger) == 0
     start = tmp_path / "run/ptfs-cosine/v1/step-000010"
-    file = jsonl(tmp_path / "a.jsonl", sums(2000))
-    assert (
-        train_cli(
-            "--mode",
-            "sft",
-            "--parent",
-            str(start),
-            "--data.sft",
-            file,
-            "--data.epochs",
-            "8",
-            *bigger,
-            "--plan.warmup",
-            "10",
-        )
-        == 0
-    )
+    tune = ("--mode", "sft", "--parent", str(start), "--data.sft", jsonl(tmp_path / "a.jsonl", sums(2000)))
+    assert train_cli(*tune, "--data.epochs", "8", *bigger, "--plan.warmup", "10") == 0
     end = max((tmp_path / "run/sft/ptfs-cosine/v1").glob("step-*"))
     unseen = [s for s in sums(400, seed=9) if s not in sums(2000)]
     assert len(unseen) > 300
@@ -362,7 +323,7 @@ def test_examples_in_the_decay_of_a_branch(train_cli, tmp_path, capsys):
     meta = checkpoint.read_meta(mixed)
     assert meta["parent"] == checkpoint.read_meta(plain)["parent"] and meta["data"]["mix"] == 0.25
     assert not torch.equal(weights(plain)["model.embed.weight"], weights(mixed)["model.embed.weight"])
-    tokens = data.MixedData(meta["config"]["data.path"], 32, 8, [10] * 4, 1)
+    tokens = MixedData(meta["config"]["data.path"], 32, 8, [10] * 4, 1)
     plain = data.Tokens(meta["config"]["data.path"], 32, 8, [10] * 4, 1)
     text = [plain.batch(s) for s in range(4, 10)]
     e = Examples(next((tmp_path / "run").glob("examples-*")), 32, 1)
@@ -398,7 +359,7 @@ GOOD = json.dumps(MIXED[0]) + "\n"
 @pytest.mark.parametrize(
     "text, words",
     [
-        (GOOD + "{\n", "a.jsonl:2: got '{' (Expecting property name"),
+        (GOOD + "{\n", "a.jsonl:2: got '{': Expecting property name"),
         (GOOD + "\n" + '{"prompt": "x"}\n', "a.jsonl:3: got"),
         ('{"prompt": "x", "response": ""}\n', "a.jsonl:1: got"),
         ('{"prompt": 1, "response": "a"}\n', "a.jsonl:1: got"),
@@ -421,20 +382,6 @@ def test_lines_that_are_no_examples(tmp_path, text, words):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_examples_that_another_process_has_just_prepared_are_taken(tmp_path, monkeypatch):
-    """Between the look for the folder and the lock another process finishes it."""
-    file, real = jsonl(tmp_path / "a.jsonl", MIXED), examples.make_folder
-
-    def late(folder):
-        monkeypatch.setattr(examples, "make_folder", real)
-        prepare_examples(file, BYTES, tmp_path / "run", quiet=True)
-        return real(folder)
-
-    monkeypatch.setattr(examples, "make_folder", late)
-    folder = prepare_examples(file, BYTES, tmp_path / "run", quiet=True)
-    assert Examples(folder, 256, 1).meta["examples"] == 3
-
-
 def test_odd_examples(tmp_path):
     """Half a surrogate pair is a question mark. So few that all would be held out are not. Too long is refused."""
 
@@ -448,35 +395,8 @@ def test_odd_examples(tmp_path):
     numbers = (i for i in range(999) if prepare.hashes(f"{i}x")[0] < 2**64 / 50)
     e = packed({"prompt": str(next(numbers)), "response": "x"})
     assert np.fromfile(e.folder / "held.bin", "u1").tolist() == [1] and len(e.train) == 1 and not e.val
-    with pytest.raises(UserError, match="none of its 1 examples fits a sequence of model.context = 32"):
+    with pytest.raises(UserError, match="none of its 1 examples fits model.context = 32"):
         packed({"prompt": "2" * 40, "response": "x"})
-
-
-def test_a_parent_named_from_inside_its_folder(train_cli, parent, tmp_path, monkeypatch):
-    import train
-
-    file = jsonl(tmp_path / "a.jsonl", sums(40))
-    data_path = checkpoint.read_meta(parent)["config"]["data.path"]
-    monkeypatch.chdir(parent.parent)
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "train.py",
-            "--mode",
-            "sft",
-            "--parent",
-            parent.name,
-            "--data.sft",
-            file,
-            "--train.batch_tokens",
-            "256",
-            "--data.path",
-            data_path,
-        ],
-    )
-    train.main()
-    assert (tmp_path / "run/sft/ours-cosine/v1").exists() and not (parent.parent / "out").exists()
 
 
 def test_what_is_refused(train_cli, parent, tmp_path, capsys, monkeypatch):
@@ -487,7 +407,7 @@ def test_what_is_refused(train_cli, parent, tmp_path, capsys, monkeypatch):
         (("--data.sft", file), "--parent: not given"),
         (("--parent", str(tmp_path), "--data.sft", file), "is no checkpoint"),
         (("--parent", str(parent)), "--data.sft: not given"),
-        (("--parent", str(parent), "--data.sft", str(tmp_path / "nowhere.jsonl")), "nowhere.jsonl: does not exist"),
+        (("--parent", str(parent), "--data.sft", str(tmp_path / "nowhere.jsonl")), "nowhere.jsonl': does not exist"),
         (("--parent", str(parent), "--data.sft", str(tmp_path / "a.txt")), "is no file of examples"),
         (
             ("--parent", str(parent), "--data.sft", file, "--model.n_layer", "2"),

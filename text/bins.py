@@ -10,7 +10,7 @@ from runtime.errors import UserError
 from runtime.files import make_folder
 from text.prepare import print_summary
 from text.sources import hashes, progress_bar
-from text.token_files import Writer, id_dtype, new_path, write_meta
+from text.token_files import Writer, id_dtype, write_meta
 from text.tokenizer import Tokenizer
 
 LLMC = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic number: version, dtype (GPT-2, Llama 3)
@@ -20,8 +20,6 @@ BLOCK = 1 << 24  # ids searched at a time, so that memory stays small
 
 def read_bin(file: Path, tok: Tokenizer) -> np.ndarray:
     """The ids of a token file, mapped into memory: nanoGPT's (uint16 alone) or llm.c's (after a header)."""
-    if not file.is_file():
-        raise UserError(f"{file}: is not there, or no file; expected a .bin of nanoGPT or llm.c")
     size, head = file.stat().st_size, np.fromfile(file, "<i4", 256)
     magic, version, count = head[:3].tolist() if len(head) == 256 else (0, 0, 0)
     start, dtype = 0, "<u2"
@@ -31,15 +29,13 @@ def read_bin(file: Path, tok: Tokenizer) -> np.ndarray:
         if version != expected:
             raise UserError(f"{file}: version {version} of magic number {magic}, expected {expected}")
         if size - start != need:
-            problem = f"got {size - start:,} bytes after its header, expected {need:,} for {count:,} tokens"
-            raise UserError(f"{file}: {problem}; fetch it again")
+            raise UserError(f"{file}: got {size - start:,} bytes after its header, expected {need:,}; fetch it again")
     elif 20_200_000 < magic < 20_400_000 and not head[3:].any():
         raise UserError(f"{file}: magic number {magic}, expected one of {', '.join(map(str, LLMC))} (llm.c), or none")
     elif size % 2:
         raise UserError(f"{file}: got {size:,} bytes, expected an even number: 2 for each id (nanoGPT)")
     elif tok.vocab_size > 1 << 16:
-        problem = f"ids of 2 bytes, but the {tok.vocab_size:,} of tokenizer {tok.name} need 4"
-        raise UserError(f"{file}: {problem}; expected a file of llm.c with magic number 20240801")
+        raise UserError(f"{file}: ids of 2 bytes, but the {tok.vocab_size:,} of tokenizer {tok.name} need 4")
     if size == start:
         raise UserError(f"{file}: is empty, expected token ids")
     return np.memmap(file, dtype, "r", start)
@@ -54,8 +50,7 @@ def find_documents(file: Path, ids: np.ndarray, tok: Tokenizer, bar: tqdm) -> np
     for low in range(0, len(ids), BLOCK):
         part = np.asarray(ids[low : low + BLOCK])
         if part.max() >= tok.vocab_size:
-            expected = f"expected below the vocabulary's {tok.vocab_size} of tokenizer {tok.name}, which made the file"
-            raise UserError(f"{file}: token id {part.max()}, {expected}")
+            raise UserError(f"{file}: token id {part.max()}, expected below the vocabulary's {tok.vocab_size}")
         separators.append(low + np.flatnonzero(part == tok.eot))
     edges = np.concatenate(([-1], *separators, [len(ids)]))
     found = []
@@ -66,14 +61,13 @@ def find_documents(file: Path, ids: np.ndarray, tok: Tokenizer, bar: tqdm) -> np
     return np.array(found, np.uint64).reshape(-1, 3)
 
 
-def first_copies(docs: list[np.ndarray]) -> tuple[list[np.ndarray], int, int]:
-    """By file, the documents that no earlier place has; how many repeat one of their own file; one of an earlier."""
-    file = np.repeat(np.arange(len(docs)), [len(d) for d in docs])
-    _, first, inverse = np.unique(np.concatenate([d[:, 2] for d in docs]), return_index=True, return_inverse=True)
-    is_first = first[inverse] == np.arange(len(file))
-    again = int((file[first[inverse]] != file).sum())
-    kept = [d[is_first[file == i]] for i, d in enumerate(docs)]
-    return kept, int((~is_first).sum()) - again, again
+def first_copies(docs: list[np.ndarray]) -> list[np.ndarray]:
+    """By file, the documents that are in no earlier place."""
+    every = np.concatenate([d[:, 2] for d in docs])
+    is_first = np.zeros(len(every), bool)
+    is_first[np.unique(every, return_index=True)[1]] = True
+    ends = np.cumsum([len(d) for d in docs])
+    return [d[is_first[end - len(d) : end]] for d, end in zip(docs, ends, strict=True)]
 
 
 def bins(out: str, val: str, files: list[str], tokenizer: str, quiet: bool = False) -> dict[str, Any]:
@@ -82,25 +76,23 @@ def bins(out: str, val: str, files: list[str], tokenizer: str, quiet: bool = Fal
     Documents keep their order, and each is ended by <|endoftext|>, also one cut off at the end of a file. Equal
     documents are taken once: validation comes first, then v1 and so on. Hashes are those of the text, as `add` needs.
     """
-    folder = new_path(out)
+    folder = Path(out).resolve()  # links to one folder share its lock
     tok = Tokenizer(tokenizer)
+    dtype, written = np.dtype(id_dtype(tok.vocab_size)), []
     sources = [Path(f) for f in (val, *files)]
-    ids = [read_bin(f, tok) for f in sources]
-    with progress_bar("reading", sum(map(len, ids)), quiet, unit="token", delay=2) as bar:
-        docs = [find_documents(f, i, tok, bar) for f, i in zip(sources, ids, strict=True)]
-    kept, duplicates, again = first_copies(docs)
-    for file, found, left in zip(sources, docs, kept, strict=True):
-        if not len(left):
-            problem = "it alone has" if len(found) else "is not empty"
-            raise UserError(f"{file}: has no document that {problem}; expected one at least")
-    dtype, written = id_dtype(tok.vocab_size), []
     with make_folder(folder) as partial:
-        for i, d in enumerate(kept):
+        ids = [read_bin(f, tok) for f in sources]
+        with progress_bar("reading", sum(map(len, ids)), quiet, unit="token", delay=2) as bar:
+            docs = [find_documents(f, i, tok, bar) for f, i in zip(sources, ids, strict=True)]
+        kept = first_copies(docs)
+        for i, file in enumerate(sources):
+            if not len(kept[i]):
+                raise UserError(f"{file}: has no document of its own; expected one at least")
             writer = Writer(partial, f"v{i}" if i else "val", dtype)
-            for (first, end), h in zip(d[:, :2].tolist(), np.sort(d[:, 2]).tolist(), strict=True):
+            for (first, end), h in zip(kept[i][:, :2].tolist(), np.sort(kept[i][:, 2]).tolist(), strict=True):
                 writer.write(h, np.append(ids[i][first:end], tok.eot).astype(dtype).tobytes())
             written.append(writer.close())
         meta = write_meta(partial, tok, {"increments": len(files), "from": [val, *files], "weights": None}, written)
     if not quiet:
-        print_summary(folder, dtype, written, duplicates, again)
+        print_summary(folder, written, sum(map(len, docs)) - sum(map(len, kept)))
     return meta

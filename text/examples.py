@@ -10,9 +10,10 @@ One example in 50, chosen by a hash of its text, is held out for validation.
     <run>/examples-<key>/  meta.json  ids.bin  loss.bin (is this token part of a response?)  ends.bin  held.bin
 """
 
+import bisect
+import collections
 import hashlib
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,6 @@ from text.sources import clean, documents, files_of, hashes, progress_bar
 from text.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
-FORMATS = '{"prompt": text, "response": text} or {"messages": [{"role": .., "content": text}, ..]}'
 HELD_OUT = 1 / 50
 FILES = {"ids": "<u4", "loss": "u1", "ends": "<i8", "held": "u1"}  # the first two by token, the others by example
 BATCH = 4096  # examples tokenized at once
@@ -42,20 +42,15 @@ START, END = Marker("<|im_start|>"), Marker("<|im_end|>")
 Piece = tuple[str, bool]  # a text or a marker; is it part of a response?
 
 
-def parse(line: str, file: Path, number: int) -> list[Piece]:
-    """The pieces of an example. UserError names the file and the line if it is not an example."""
-    try:
-        record = json.loads(line)
-        if not isinstance(record, dict):
-            raise ValueError("not an object")
-        if "messages" in record:
-            return parse_messages(record["messages"])
-        prompt, response = record.get("prompt"), record.get("response")
-        if not isinstance(prompt, str) or not isinstance(response, str) or not response:
-            raise ValueError("no prompt or no response")
-        return [(clean(prompt), False), (clean(response), True)]
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{file}:{number}: got {line.strip()[:60]!r} ({e}); expected {FORMATS}") from None
+def parse(record: Any) -> list[Piece]:
+    """The pieces of an example. ValueError if it is not an example."""
+    record = record if isinstance(record, dict) else {}
+    if "messages" in record:
+        return parse_messages(record["messages"])
+    prompt, response = record.get("prompt"), record.get("response")
+    if not isinstance(prompt, str) or not isinstance(response, str) or not response:
+        raise ValueError('expected {"prompt": text, "response": text} or {"messages": [message, ..]}')
+    return [(clean(prompt), False), (clean(response), True)]
 
 
 def parse_messages(messages: Any) -> list[Piece]:
@@ -76,29 +71,19 @@ def parse_messages(messages: Any) -> list[Piece]:
 
 def prepare_examples(source: str, tok: Tokenizer, run: Path, quiet: bool = False) -> Path:
     """The folder of a source's examples in `run`, made if missing. UserError names a line that is not an example."""
-    files = files_of(source, "--data")
+    files = files_of(source, "data.sft")
     if wrong := [f for f in files if ".jsonl" not in f.name]:
-        raise UserError(f"--data {wrong[0]}: is no file of examples, expected .jsonl, which may be compressed")
+        raise UserError(f"data.sft {wrong[0]}: is no file of examples, expected .jsonl, which may be compressed")
     sha = hashlib.sha256("".join(sha256(f) for f in files).encode()).hexdigest()
     folder = run / f"examples-{hashlib.sha256(f'1 {sha} {tok.sha256}'.encode()).hexdigest()[:12]}"
-    try:
-        if not folder.exists():
-            with make_folder(folder) as partial:
-                counts = write_examples(files, tok, partial, quiet)
-                if not counts["examples"]:
-                    raise UserError(f"--data {source}: holds no example")
-                meta = {"format": 1, "source": source, "source_sha256": sha, "tokenizer": tok.sha256}
-                sums = {name: sha256(partial / f"{name}.bin") for name in FILES}
-                write_json(partial / "meta.json", {**meta, "sha256": sums, **counts})
-    except UserError:
-        if not folder.exists():  # else another process has just made it
-            raise
-    check(folder)
-    return folder
-
-
-def check(folder: Path) -> None:
-    """UserError if a file of an examples folder has changed."""
+    if not folder.exists():
+        with make_folder(folder) as partial:
+            counts = write_examples(files, tok, partial, quiet)
+            if not counts["examples"]:
+                raise UserError(f"data.sft {source}: holds no example")
+            meta = {"format": 1, "source": source, "source_sha256": sha, "tokenizer": tok.sha256}
+            sums = {name: sha256(partial / f"{name}.bin") for name in FILES}
+            write_json(partial / "meta.json", {**meta, "sha256": sums, **counts})
     file = folder / "meta.json"
     try:
         for name, expected in read_json(file)["sha256"].items():
@@ -107,6 +92,7 @@ def check(folder: Path) -> None:
                 raise ValueError("its SHA-256 has changed")
     except (OSError, ValueError) as e:
         raise UserError(f"{file}: damaged ({e}); move {folder} away, and it is made anew") from None
+    return folder
 
 
 def write_examples(files: list[Path], tok: Tokenizer, folder: Path, quiet: bool) -> dict[str, int]:
@@ -153,26 +139,31 @@ def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
     The longest first, each into the fullest row that still holds it.
     """
     rows: list[list[int]] = []
-    by_space: list[list[int]] = [[] for _ in range(room + 1)]  # rows by the space left in them
-    spaces = 0  # bit i: by_space[i] is not empty
+    by_space: dict[int, list[int]] = collections.defaultdict(list)  # rows by the space left in them
+    spaces: list[int] = []  # in ascending order, those that a row has
     for i in np.argsort(-lengths, kind="stable").tolist():
         n = int(lengths[i])
-        if fitting := spaces >> n:
-            space = n + (fitting & -fitting).bit_length() - 1  # the lowest bit
+        at = bisect.bisect_left(spaces, n)
+        if at == len(spaces):
+            space, row = room, len(rows)
+            rows.append([])
+        else:
+            space = spaces[at]
             row = by_space[space].pop()
             if not by_space[space]:
-                spaces &= ~(1 << space)
-            rows[row].append(i)
-        else:
-            space, row = room, len(rows)
-            rows.append([i])
+                del spaces[at]
+        rows[row].append(i)
+        if not by_space[space - n]:
+            bisect.insort(spaces, space - n)
         by_space[space - n].append(row)
-        spaces |= 1 << (space - n)
     return rows
 
 
 class Examples:
-    """An examples folder as rows of `context` tokens: an endless sequence of epochs, each in an order of its own."""
+    """An examples folder as rows of `context` tokens: an endless sequence of epochs, each in an order of its own.
+
+    UserError if no example fits into a row; the folder stays, because it serves any context.
+    """
 
     def __init__(self, folder: Path, context: int, seed: int) -> None:
         self.folder, self.context, self.seed = folder, context, seed
@@ -191,9 +182,8 @@ class Examples:
             [part[row] for row in pack(lengths[part], context)] for part in map(np.flatnonzero, (fits & ~val, val))
         )
         if not self.train:
-            count = self.meta["examples"]
-            problem = f"none of its {count} examples fits a sequence of model.context = {context} tokens"
-            raise UserError(f"--data {self.meta['source']}: {problem}")
+            problem = f"none of its {self.meta['examples']} examples fits model.context = {context} tokens"
+            raise UserError(f"data.sft {self.meta['source']}: {problem}")
         self.targets = np.array([targets[row].sum() for row in self.train])
         self.filled = sum(int(lengths[row].sum()) for row in self.train) / (len(self.train) * context)
 
@@ -207,11 +197,7 @@ class Examples:
 
     def order(self, n: np.ndarray) -> np.ndarray:
         """The training rows at the places n of the sequence."""
-        count, out = len(self.train), np.empty_like(n)
-        for epoch in np.unique(n // count):
-            here = n // count == epoch
-            out[here] = data.permute(n[here] % count, count, (self.seed, int(epoch)))
-        return out
+        return data.shuffle(n, len(self.train), (self.seed,))
 
     def rows(self, chosen: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(inputs, targets, documents), each int64 (rows, context), of rows given by the indices of their examples.
@@ -261,3 +247,32 @@ class SFTData:
         val = self.examples.val[: -(-limit // self.examples.context) or None]
         for first in range(rank * rows, len(val), ranks * rows):
             yield self.examples.rows(val[first : first + rows])
+
+
+class MixedData(data.Tokens):
+    """The tokens of a branch. After `mix`, the last rows of a batch are examples."""
+
+    def mix(self, examples: Examples, part: float, start: int) -> None:
+        """Take a `part` of each batch from step `start` on from the examples."""
+        self.examples, self.part, self.m, self.start = examples, part, int(part * self.B + 0.5), start
+
+    def identity(self, step: int) -> dict[str, Any]:
+        mixed = {"examples": self.examples.meta["source_sha256"], "mix": self.part} if step > self.start else {}
+        return {**super().identity(step), **mixed}
+
+    def _row_numbers(self, step: int) -> np.ndarray:
+        return self.examples.order((step - self.start) * self.m + np.arange(self.m))
+
+    def targets(self, step: int) -> int:
+        return (self.B - self.m) * self.context + int(self.examples.targets[self._row_numbers(step)].sum())
+
+    def batch(self, step: int, rows: slice = slice(None)) -> tuple[np.ndarray, ...]:
+        """(inputs, targets, documents), each int64 (rows, context): rows of text first, whose documents are 0."""
+        places = np.arange(self.B)[rows]
+        texts = self.B - self.m
+        numbers = self._row_numbers(step)[places[places >= texts] - texts]
+        n = len(places) - len(numbers)
+        x, y = super().batch(step, rows)
+        text = x[:n], y[:n], np.zeros((n, self.context), np.int64)
+        examples = self.examples.rows([self.examples.train[i] for i in numbers])
+        return tuple(map(np.concatenate, zip(text, examples, strict=True)))

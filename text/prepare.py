@@ -6,17 +6,16 @@ memory, is the same on any number of machines and in any order of the input, and
 """
 
 import collections
+import itertools
 import os
 import shutil
 import signal
 import struct
 import threading
-import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from text.tokenizer import Tokenizer
 ROOT = Path(__file__).parent.parent
 TEXT = ROOT / "corpus" / "embedded.jsonl.xz"  # the text that ships with the project, the default source
 RANKS = ROOT / "corpus" / "bpe-1024.tiktoken"  # and its tokenizer, made by `data.py vocab`
+BATCH = 128  # documents tokenized at once by a process
 BUCKETS = 1024  # temporary files; one of them at a time is held in memory
 WAITING = 1 << 18  # bytes of a bucket held in memory before they are appended to its file
 RECORD = struct.Struct("<QQII")  # hash, draw, source, number of tokens; the tokens follow
@@ -39,17 +39,18 @@ RECORD = struct.Struct("<QQII")  # hash, draw, source, number of tokens; the tok
 _tokenizer: Tokenizer  # of a worker process
 
 
-def _start_worker(tokenizer: str, parent: int) -> None:
+def _start_worker(tokenizer: str) -> None:
     global _tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     _tokenizer = Tokenizer(tokenizer)
 
 
-def _exit_after(parent: int) -> None:
-    """Exit when the parent has: a killed one cannot end its workers."""
-    while os.getppid() == parent:
-        time.sleep(1)
+def _exit_with_parent() -> None:
+    """A killed parent cannot end its workers."""
+    parent = parent_process()
+    assert parent
+    parent.join()
     os._exit(1)
 
 
@@ -64,27 +65,12 @@ def _encode(batch: list[tuple[int, str]]) -> list[tuple[int, bytes]]:
     return out
 
 
-def batches(docs: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    """Documents in lists of about a million characters."""
-    batch, size = [], 0
-    for doc in docs:
-        batch.append(doc)
-        size += len(doc[1])
-        if size > 1 << 20 or len(batch) == 4096:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def encode_all(sources: list[str], tokenizer: str, jobs: int, quiet: bool) -> Generator[tuple[int, bytes]]:
-    """(bucket, record) of every document in the order of the sources, at most 3 batches a process in progress."""
-    pool = ProcessPoolExecutor(
-        jobs, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(tokenizer, os.getpid())
-    )
+def encode_all(documents: Iterator[tuple[int, str]], tokenizer: str, jobs: int) -> Iterator[tuple[int, bytes]]:
+    """(bucket, record) of every document, in order; at most 3 batches a process are in progress."""
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (tokenizer,))
     in_progress: collections.deque[Future] = collections.deque()
     try:
-        for batch in batches(all_documents(sources, quiet)):
+        while batch := list(itertools.islice(documents, BATCH)):
             in_progress.append(pool.submit(_encode, batch))
             if len(in_progress) == 3 * jobs:
                 yield from in_progress.popleft().result()
@@ -99,11 +85,10 @@ def encode_all(sources: list[str], tokenizer: str, jobs: int, quiet: bool) -> Ge
 def scatter(sources: list[str], tokenizer: str, folder: Path, jobs: int, quiet: bool) -> list[Path]:
     """Tokenize all documents into the files of their buckets in `folder`; returns them, ordered by hash."""
     waiting: dict[int, bytearray] = collections.defaultdict(bytearray)
-    with closing(encode_all(sources, tokenizer, jobs or os.cpu_count() or 1, quiet)) as records:
-        for bucket, record in records:
-            waiting[bucket] += record
-            if len(waiting[bucket]) > WAITING:
-                _append(folder / str(bucket), waiting.pop(bucket))
+    for bucket, record in encode_all(all_documents(sources, quiet), tokenizer, jobs or os.cpu_count() or 1):
+        waiting[bucket] += record
+        if len(waiting[bucket]) > WAITING:
+            _append(folder / str(bucket), waiting.pop(bucket))
     for bucket, content in waiting.items():
         _append(folder / str(bucket), content)
     return sorted(folder.iterdir(), key=lambda f: int(f.name))
@@ -117,34 +102,33 @@ def _append(file: Path, content: bytearray) -> None:
 class Buckets:
     """Tokenized documents in the order of their hashes, each text once and none whose hash is in `held` (sorted).
 
-    Counts those left out: `duplicates` of a text, and `again` in `held`.
+    dropped: how many of them were left out.
     """
 
     def __init__(self, files: list[Path], dtype: str, held: list[np.ndarray]) -> None:
-        self.files, self.itemsize, self.held = files, np.dtype(dtype).itemsize, held
-        self.duplicates = self.again = 0
+        self.files, self.dtype, self.held = files, np.dtype(dtype), held
+        self.dropped = 0
 
     def documents(self, remove: bool = False) -> Iterator[tuple[int, int, int, memoryview]]:
         """(h, draw, source, token ids) of each document. `remove` deletes each file after its documents."""
-        self.duplicates = self.again = 0
+        self.dropped = 0
         for file in self.files:
             content, end, records = memoryview(file.read_bytes()), 0, []
             while end < len(content):
                 h, draw, source, n = RECORD.unpack_from(content, end)
                 start = end + RECORD.size
-                end = start + n * self.itemsize
+                end = start + n * self.dtype.itemsize
                 records.append((h, source, draw, content[start:end]))
             records.sort(key=lambda r: r[:3])
-            low, high, last = records[0][0], records[-1][0], -1
-            held = {int(h) for ids in self.held for h in token_files.between(ids, low, high)}
+            low, high, seen = np.uint64(records[0][0]), np.uint64(records[-1][0]), set[int]()
+            for held in self.held:  # sorted, so the rest of the file is not read
+                seen.update(held[np.searchsorted(held, low) : np.searchsorted(held, high, "right")].tolist())
             for h, source, draw, ids in records:
-                if h in held:
-                    self.again += 1
-                elif h == last:
-                    self.duplicates += 1
+                if h in seen:
+                    self.dropped += 1
                 else:
+                    seen.add(h)
                     yield h, draw, source, ids
-                last = h
             if remove:
                 file.unlink()
 
@@ -154,17 +138,17 @@ class Buckets:
             return [1.0] * len(sources)
         tokens = [0] * len(sources)
         for _, _, source, ids in self.documents():
-            tokens[source] += len(ids) // self.itemsize
+            tokens[source] += len(ids) // self.dtype.itemsize
         if 0 in tokens:
             raise UserError(f"--source {sources[tokens.index(0)]}: has no text of its own, so it can have no weight")
         ratio = [w / n for w, n in zip(weights, tokens, strict=True)]
         return [r / max(ratio) for r in ratio]
 
-    def gather(self, out: Path, parts: dict[str, float], dtype: str, shares: list[float]) -> list[dict[str, Any]]:
+    def gather(self, out: Path, parts: dict[str, float], shares: list[float]) -> list[dict[str, Any]]:
         """Write the token files of `parts` (name: its proportion of the documents); returns their records."""
         edges = np.cumsum(list(parts.values())) / sum(parts.values())
         limits = [int(e * 2**64) for e in edges[:-1]] + [2**64]
-        writers = [token_files.Writer(out, name, dtype) for name in parts]
+        writers = [token_files.Writer(out, name, self.dtype) for name in parts]
         for h, draw, source, ids in self.documents(remove=True):
             if draw < shares[source] * 2**64:
                 writers[next(i for i, limit in enumerate(limits) if h < limit)].write(h, ids)
@@ -196,28 +180,26 @@ def prepare(
     weights: ratio of the sources' tokens; default: all there is. jobs: processes; 0: one a core.
     UserError if `out` exists, a source does not, or a part of the split would be empty.
     """
-    folder = token_files.new_path(out)
+    folder = Path(out).resolve()  # links to one folder share its lock
     check_arguments(sources, weights, jobs)
     tok = Tokenizer(tokenizer)
     increments = increments or [1.0] * 4
     parts = {"val": val, **{f"v{i}": (1 - val) * w / sum(increments) for i, w in enumerate(increments, 1)}}
-    dtype = token_files.id_dtype(tok.vocab_size)
     with make_folder(folder) as partial:
         work = partial / "buckets"
         work.mkdir()
-        buckets = Buckets(scatter(sources, tokenizer, work, jobs, quiet), dtype, [])
+        buckets = Buckets(scatter(sources, tokenizer, work, jobs, quiet), token_files.id_dtype(tok.vocab_size), [])
         if not buckets.files:
             raise UserError(f"--source {', '.join(sources)}: the text is empty")
-        written = buckets.gather(partial, parts, dtype, buckets.kept_shares(sources, weights))
-        for p in written:
-            if not p["documents"]:
-                total = sum(p["documents"] for p in written)
-                raise UserError(f"{p['name']}: got none of {total} documents; expected more text or fewer increments")
+        written = buckets.gather(partial, parts, buckets.kept_shares(sources, weights))
+        if empty := [p["name"] for p in written if not p["documents"]]:
+            total = sum(p["documents"] for p in written)
+            raise UserError(f"{empty[0]}: got none of {total} documents; expected more text or fewer increments")
         work.rmdir()
         source = {"increments": len(increments), "from": sources, "weights": weights}
         meta = token_files.write_meta(partial, tok, source, written)
     if not quiet:
-        print_summary(folder, dtype, written, buckets.duplicates)
+        print_summary(folder, written, buckets.dropped)
     return meta
 
 
@@ -228,13 +210,11 @@ def ship(out: str) -> None:
         prepare(out, [str(TEXT)])
 
 
-def add(
-    out: str, sources: list[str], weights: list[float] | None = None, jobs: int = 0, quiet: bool = False
-) -> tuple[dict[str, Any], int]:
-    """Append increment N+1 to a folder; returns the meta and how many documents the other parts held already."""
+def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: int = 0, quiet: bool = False) -> None:
+    """Append increment N+1 to a folder: the documents that no other part holds."""
     folder = Path(out).resolve()  # links to one folder share its lock
     check_arguments(sources, weights, jobs)
-    token_files.tokenizer_of(folder)
+    tokenizer = token_files.tokenizer_of(folder).name
     busy = f"{folder}: another process is preparing it; wait for it"
     with lock(folder.with_name(f".{folder.name}.lock"), busy, remove=True):
         work = begin_folder(folder)
@@ -242,15 +222,13 @@ def add(
             meta = token_files.read_meta(folder)  # under the lock: another process may have added an increment before
             token_files.check_files(folder, quiet=quiet)  # a damaged .ids would let documents in again
             (work / "buckets").mkdir()
-            files = scatter(sources, token_files.tokenizer_path(folder, meta), work / "buckets", jobs, quiet)
+            files = scatter(sources, tokenizer, work / "buckets", jobs, quiet)
             names = [p["name"] for p in (meta["val"], *meta["increments"])]
             held: list[np.ndarray] = [np.memmap(folder / f"{name}.ids", "<u8", "r") for name in names]
             buckets = Buckets(files, meta["dtype"], held)
-            shares = buckets.kept_shares(sources, weights)
-            written = buckets.gather(work, {f"v{len(names)}": 1.0}, meta["dtype"], shares)
+            written = buckets.gather(work, {f"v{len(names)}": 1.0}, buckets.kept_shares(sources, weights))
             if not written[0]["documents"]:
-                held_by = f"{buckets.again:,} are held by an earlier increment or by validation"
-                raise UserError(f"--source {', '.join(sources)}: has no new document; {held_by}")
+                raise UserError(f"--source {', '.join(sources)}: has no new document, {buckets.dropped:,} known ones")
             for file in work.glob("v*"):
                 fsync(file)
                 os.rename(file, folder / file.name)
@@ -260,12 +238,10 @@ def add(
         finally:
             shutil.rmtree(work, ignore_errors=True)
     if not quiet:
-        print_summary(folder, meta["dtype"], written, buckets.duplicates, buckets.again)
-    return meta, buckets.again
+        print_summary(folder, written, buckets.dropped)
 
 
-def print_summary(folder: Path, dtype: str, written: list[dict], duplicates: int, again: int = 0) -> None:
+def print_summary(folder: Path, written: list[dict], dropped: int) -> None:
     for p in written:
-        print(f"{folder / p['name']}.bin: {p['documents']:,} documents, {p['tokens']:,} tokens ({dtype})")
-    held = f", and {again:,} that an earlier increment or validation holds" if again else ""
-    print(f"{duplicates:,} duplicate documents dropped{held}")
+        print(f"{folder / p['name']}.bin: {p['documents']:,} documents, {p['tokens']:,} tokens")
+    print(f"{dropped:,} duplicate documents dropped")

@@ -8,14 +8,13 @@ import itertools
 import json
 import lzma
 import struct
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from runtime.errors import UserError
+from runtime.errors import UserError, first_line
 
 KINDS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
 OPENERS: dict[str, Callable[[io.BufferedReader], Any]] = {
@@ -25,26 +24,21 @@ OPENERS: dict[str, Callable[[io.BufferedReader], Any]] = {
     ".zst": lambda raw: optional("backports.zstd", "backports.zstd", raw.name).open(raw),
 }
 PIECE = 8000  # characters of a document cut from a .txt or .md file
-BLOCK = 1 << 16  # characters of a text line read at once; bytes between two updates of the progress bar
+BLOCK = 1 << 16  # characters of a text line read at once
 
 
 def files_of(source: str, flag: str = "--source") -> list[Path]:
     """The files of a source, sorted. UserError if there is none or one has an unknown suffix."""
     p = Path(source)
-    if not source:
-        raise UserError(f"{flag}: got an empty text, expected a file, a folder, a glob or hf:NAME")
-    if p.is_dir():
+    if p.is_dir() and source:
         found = sorted(f for f in p.rglob("*") if f.name.endswith(KINDS) and f.is_file())
-    elif p.is_file():
-        found = [p]
     else:
-        found = sorted(Path(f) for f in glob.glob(source, recursive=True) if Path(f).is_file())
+        found = [p] if p.is_file() else sorted(Path(f) for f in glob.glob(source, recursive=True) if Path(f).is_file())
     if not found:
-        problem = f"has no {', '.join(KINDS)} in it" if p.is_dir() else "does not exist"
-        raise UserError(f"{flag} {source}: {problem}; expected a file, a folder, a glob or hf:NAME")
-    for f in found:
-        if not f.name.endswith(KINDS):
-            raise UserError(f"{flag} {f}: unknown kind; expected one of {', '.join(KINDS)}")
+        problem = f"does not exist, or has no {', '.join(KINDS)} in it"
+        raise UserError(f"{flag} {source!r}: {problem}; expected a file, a folder, a glob or hf:NAME")
+    if unknown := [f for f in found if not f.name.endswith(KINDS)]:
+        raise UserError(f"{flag} {unknown[0]}: unknown kind; expected one of {', '.join(KINDS)}")
     return found
 
 
@@ -66,45 +60,54 @@ def optional(module: str, package: str, purpose: str) -> Any:
         raise UserError(f"{purpose} needs the package {package}: pip install {package}") from None
 
 
-def documents(
-    file: Path, progress: Callable[[int], Any], parse: Callable[[str, Path, int], Any] | None = None
-) -> Iterator[Any]:
+def read_lines(file: Path, progress: Callable[[int], Any], longest: int) -> Iterator[str]:
+    """The lines of a file, which may be compressed, cut at `longest` characters (-1: never)."""
+    read, number = 0, 0
+    with open(file, "rb") as raw:
+        lines = io.TextIOWrapper(OPENERS.get(file.suffix, lambda raw: raw)(raw), encoding="utf-8-sig", newline="")
+        try:
+            while line := lines.readline(longest):
+                yield line
+                number += 1
+                progress(raw.tell() - read)
+                read = raw.tell()
+        except Exception as e:  # the errors of gzip, lzma, zstd and UTF-8 have no type in common
+            raise UserError(f"{file}: cannot be read after line {number}: {e}") from None
+
+
+def json_text(record: Any) -> str:
+    """The document of a line of JSONL."""
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise ValueError('expected a JSON object with a text under "text"')
+    return clean(record["text"])
+
+
+def documents(file: Path, progress: Callable[[int], Any], parse: Callable[[Any], Any] = json_text) -> Iterator[Any]:
     """The documents of one file, streamed.
 
-    progress: called with the number of bytes read since its last call. parse: makes a document of a line of JSONL, the
-    file and the line number; default: the line's "text".
+    progress: called with the number of bytes read since its last call. parse: makes a document of a line of JSONL;
+    ValueError if it is wrong.
     """
     if file.suffix == ".parquet":
         yield from parquet_texts(file, progress)
-        return
-    is_jsonl = ".jsonl" in file.name
-    with open(file, "rb") as raw:
-        lines = io.TextIOWrapper(OPENERS.get(file.suffix, lambda raw: raw)(raw), encoding="utf-8-sig", newline="")
-        read, number, piece = 0, 0, ""
-        try:
-            while line := lines.readline(-1 if is_jsonl else BLOCK):
-                number += 1
-                if raw.tell() - read > BLOCK:
-                    progress(raw.tell() - read)
-                    read = raw.tell()
-                if is_jsonl and line.strip():
-                    yield (parse or json_text)(line, file, number)
-                if is_jsonl:
-                    continue
-                piece += line
-                # cut at empty lines, so that a book spreads over the increments as a corpus does
-                if len(piece) >= PIECE and (not line.strip() or len(piece) > 4 * PIECE):
-                    yield piece
-                    piece = ""
-        except UnicodeDecodeError as e:
-            raise UserError(f"{file}: not UTF-8 after line {number}: {e.reason}") from None
-        except Exception as e:  # ZstdError, of an optional package, cannot be named
-            if isinstance(e, (EOFError, OSError, lzma.LZMAError, zlib.error)) or type(e).__name__ == "ZstdError":
-                raise UserError(f"{file}: cannot be read after line {number}: {e}") from None
-            raise
+    elif ".jsonl" in file.name:
+        for number, line in enumerate(read_lines(file, progress, -1), 1):
+            if line.strip():
+                try:
+                    document = parse(json.loads(line))
+                except (ValueError, RecursionError) as e:
+                    raise UserError(f"{file}:{number}: got {line.strip()[:60]!r}: {e}") from None
+                yield document
+    else:
+        piece = ""
+        for line in read_lines(file, progress, BLOCK):
+            piece += line
+            # cut at empty lines, so that a book spreads over the increments as a corpus does
+            if len(piece) >= PIECE and (not line.strip() or len(piece) > 4 * PIECE):
+                yield piece
+                piece = ""
         if piece:
             yield piece
-        progress(raw.tell() - read)
 
 
 def parquet_texts(file: Path, progress: Callable[[int], Any]) -> Iterator[str]:
@@ -112,25 +115,14 @@ def parquet_texts(file: Path, progress: Callable[[int], Any]) -> Iterator[str]:
     parquet = optional("pyarrow.parquet", "pyarrow", str(file))
     try:
         f = parquet.ParquetFile(file)
-        if "text" not in f.schema_arrow.names:
-            raise UserError(f'{file}: has columns {", ".join(f.schema_arrow.names)}; expected one named "text"')
-        if "string" not in (kind := str(f.schema_arrow.field("text").type)):
-            raise UserError(f'{file}: its column "text" is {kind}, expected strings')
+        columns = {field.name: str(field.type) for field in f.schema_arrow}
+        if "string" not in columns.get("text", ""):
+            raise UserError(f'{file}: has columns {columns}; expected "text", of strings')
         for batch in f.iter_batches(columns=["text"], batch_size=1024):
             yield from filter(None, batch.column(0).to_pylist())
             progress(file.stat().st_size * batch.num_rows // max(1, f.metadata.num_rows))
     except (ValueError, OSError) as e:  # the base classes of pyarrow's errors
         raise UserError(f"{file}: not a readable parquet file: {e}") from None
-
-
-def json_text(line: str, file: Path, number: int) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        text = None
-    if not isinstance(text, str):
-        raise UserError(f'{file}:{number}: got {line[:60]!r}, expected a JSON object with a text under "text"')
-    return clean(text)
 
 
 def clean(text: str) -> str:
@@ -145,10 +137,8 @@ def hub(source: str) -> Iterator[str]:
     try:
         for row in datasets.load_dataset(name, subset or None, split="train", streaming=True):
             yield row["text"]
-    except KeyError as e:
-        raise UserError(f'--source {source}: has no {e}, expected rows with a "text"') from None
     except Exception as e:  # the library's errors have many types
-        raise UserError(f"--source {source}: {type(e).__name__}: {str(e).splitlines()[0][:200]}") from None
+        raise UserError(f'--source {source}: {type(e).__name__} {first_line(e)}; expected rows with a "text"') from None
 
 
 def all_documents(sources: list[str], quiet: bool = False) -> Iterator[tuple[int, str]]:

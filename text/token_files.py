@@ -24,19 +24,11 @@ def id_dtype(vocab_size: int) -> str:
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
-def new_path(out: str) -> Path:
-    """`out` with links resolved, so that a folder has one lock. UserError if it exists."""
-    path = Path(out).resolve()
-    if path.exists():
-        raise UserError(f"{path}: is there already and is never overwritten; choose another --out")
-    return path
-
-
 class Writer:
     """Writes one token file and its document hashes, and computes their checksums."""
 
-    def __init__(self, folder: Path, name: str, dtype: str) -> None:
-        self.name, self.itemsize = name, np.dtype(dtype).itemsize
+    def __init__(self, folder: Path, name: str, dtype: np.dtype) -> None:
+        self.name, self.itemsize = name, dtype.itemsize
         self.files = {kind: open(folder / f"{name}.{kind}", "wb") for kind in ("bin", "ids")}
         self.sha = {kind: hashlib.sha256() for kind in self.files}
         self.documents = self.tokens = 0
@@ -64,17 +56,9 @@ def write_meta(folder: Path, tok: Tokenizer, source: dict[str, Any], parts: list
         shutil.copyfile(tok.name, folder / kept)
     if tok.is_folder:
         copy_tokenizer(Path(tok.name), folder / kept)
-    meta = {
-        "format": 1,
-        "tokenizer": kept,
-        "tokenizer_sha256": tok.sha256,
-        "vocab_size": tok.vocab_size,
-        "eot": tok.eot,
-        "dtype": id_dtype(tok.vocab_size),
-        "sources": [source],
-        "val": parts[0],
-        "increments": parts[1:],
-    }
+    made_with = {"tokenizer": kept, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size, "eot": tok.eot}
+    content = {"sources": [source], "val": parts[0], "increments": parts[1:]}
+    meta = {"format": 1, **made_with, "dtype": id_dtype(tok.vocab_size), **content}
     write_json(folder / "meta.json", meta)
     return meta
 
@@ -94,15 +78,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def tokenizer_path(folder: Path, meta: dict[str, Any]) -> str:
-    kept = meta["tokenizer"]
-    return str(folder / kept) if kept.endswith((".tiktoken", "tokenizer")) else kept
-
-
 def tokenizer_of(folder: Path) -> Tokenizer:
     """The tokenizer that made a folder. UserError if its files have changed."""
     meta = read_meta(folder)
-    tok = Tokenizer(tokenizer_path(folder, meta))
+    kept = meta["tokenizer"]
+    tok = Tokenizer(str(folder / kept) if kept.endswith((".tiktoken", "tokenizer")) else kept)
     if (tok.sha256, tok.vocab_size, tok.eot) != (meta["tokenizer_sha256"], meta["vocab_size"], meta["eot"]):
         raise UserError(f"{tok.name}: is not the tokenizer that {folder} was made with; restore it")
     return tok
@@ -111,7 +91,7 @@ def tokenizer_of(folder: Path) -> Tokenizer:
 def check_files(folder: Path, names: list[str] | None = None, checksums: bool = True, quiet: bool = False) -> int:
     """Compare sizes and SHA-256 of token files with meta.json; returns the bytes of the files.
 
-    names: "val", "v1", ..; None: all, and their .ids, which must have no document in common.
+    names: "val", "v1", ..; None: all, and their .ids.
     """
     meta = read_meta(folder)
     itemsize, wanted = np.dtype(meta["dtype"]).itemsize, []
@@ -121,33 +101,13 @@ def check_files(folder: Path, names: list[str] | None = None, checksums: bool = 
         if names is None:
             wanted.append((folder / f"{p['name']}.ids", p["documents"] * 8, p["sha256"]["ids"]))
     for file, size, _ in wanted:
-        if not file.is_file():
-            raise UserError(f"{file}: is missing; {REPAIR}")
-        if (got := file.stat().st_size) != size:
-            raise UserError(f"{file}: got {got} bytes, expected {size}; {REPAIR}")
+        if not file.is_file() or file.stat().st_size != size:
+            got = f"got {file.stat().st_size} bytes" if file.is_file() else "is missing"
+            raise UserError(f"{file}: {got}, expected {size}; {REPAIR}")
     total = sum(size for _, size, _ in wanted)
     with progress_bar("verifying", total, quiet, delay=2) as bar:
         for file, size, expected in wanted if checksums else []:
             if (found := sha256(file)) != expected:
                 raise UserError(f"{file}: SHA-256 is {found[:16]}.., expected {expected[:16]}..; {REPAIR}")
             bar.update(size)
-    if names is None:
-        check_overlap([file for file, _, _ in wanted if file.suffix == ".ids"])
     return total
-
-
-def check_overlap(files: list[Path]) -> None:
-    """UserError if two files of hashes have one in common."""
-    ids = {file: np.memmap(file, "<u8", "r") for file in files}
-    for low in range(0, 2**64, 2**56):  # a range of hashes at a time, so that memory stays small
-        cut = {file: between(a, low, low + 2**56 - 1) for file, a in ids.items()}
-        values, counts = np.unique(np.concatenate(list(cut.values())), return_counts=True)
-        if (counts > 1).any():
-            names = " and ".join(file.stem for file, a in cut.items() if values[counts > 1][0] in a)
-            where = files[0].parent
-            raise UserError(f"{where}: {names} hold the same document, but must not overlap; prepare the data again")
-
-
-def between(ids: np.ndarray, low: int, high: int) -> np.ndarray:
-    """The hashes from `low` to `high` of a sorted uint64 file, found without reading it."""
-    return ids[np.searchsorted(ids, np.uint64(low)) : np.searchsorted(ids, np.uint64(high), "right")]
