@@ -20,7 +20,6 @@ from config import Config
 from runtime.command_line import Parser
 from runtime.errors import UserError, user_errors
 
-CONVENTIONS = ("section3.2", "table2")
 PEAK = 989e12  # FLOP/s of an H100 in bf16
 
 
@@ -48,7 +47,7 @@ def table(c: Config, convention: str, mfu: float, peak: float, price: float) -> 
 
 def main() -> None:
     a = Parser(prog="cost.py", description=__doc__, usage="cost.py [--config NAME] [--section.key VALUE ..] ..")
-    a.add_argument("--convention", default="section3.2", choices=CONVENTIONS)
+    a.add_argument("--convention", default="section3.2", choices=("section3.2", "table2"))
     a.add_argument("--mfu", type=float, default=0.4, help="part of the peak that training reaches [0.4]")
     a.add_argument("--peak", type=float, default=PEAK, help="FLOP/s of a GPU at its peak [989e12, an H100 in bf16]")
     a.add_argument("--price", type=float, default=0.0, help="of a GPU-hour [0]")

@@ -30,7 +30,6 @@ TITLES = {
 }
 PARADIGMS = tuple(TITLES)
 CPT_VARIANTS = ("reset_max", "rewarm_max", "keep_min")  # Appendix B
-MOST_VERSIONS = 10_000  # more is a typing error
 
 
 def key(default: Any, help: str, **rules: Any) -> Any:
@@ -229,7 +228,7 @@ def round_half_up(part: float, steps: int) -> int:
 
 def problems(p: Plan, paradigm: str) -> list[str]:
     """What is wrong with a plan, one line each: key, value, what is expected."""
-    W, most = p.warmup, MOST_VERSIONS
+    W, most = p.warmup, 10_000  # more versions are a typing error
     checks = [  # key, value, expected, is it so?
         ("paradigm", paradigm, f"one of {', '.join(PARADIGMS)}", paradigm in PARADIGMS),
         ("schedule", p.schedule, f"one of {', '.join(SCHEDULES)}", p.schedule in SCHEDULES),

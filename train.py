@@ -50,8 +50,7 @@ def parse(world: World) -> tuple[Namespace, Config]:
     a.add_argument("--parent", help="the checkpoint to start from, for branch, cpt and sft [the planned one]")
     a.add_argument("--dry_run", action="store_true", help="say what would be done, touch nothing")
     a.add_config()
-    small = torch.cuda.is_available() and Path(config.load("small").data.path).exists()
-    default = "small" if small else "tiny"
+    default = "small" if torch.cuda.is_available() and Path(config.load("small").data.path).exists() else "tiny"
     o, c = a.parse_config(default=default, modes={"sft": "sft"})
     if not o.config and o.mode != "sft" and world.rank == 0:
         print(f"no --config given: {default}")
@@ -263,8 +262,7 @@ def main() -> None:
             say(f"{run.folder}: finished at step {run.segment.end}; nothing to do")
             return
         with claim(run, tokens, start, world) as file:
-            origin = start.origin or "random weights"
-            say(f"{run.folder}: from step {start.step} to {run.segment.end}, from {origin}")
+            say(f"{run.folder}: from step {start.step} to {run.segment.end}, from {start.origin or 'random weights'}")
             stop = train(run, tokens, start, file, watchdog, kind, world)
         if kind != "none":
             dist.destroy_process_group()  # after DDP's C++ half, which train() has freed: the reverse can hang

@@ -44,27 +44,13 @@ class Log:
 
     def header(self, kernels: dict[str, str], parallel: str, compiled: bool) -> None:
         """The first record of each start: what runs, where, and the source of the schedules that it follows."""
-        self.write(
-            {
-                "segment": self.run.segment.name,
-                "start": self.start.step,
-                "end": self.run.segment.end,
-                "from": self.start.origin,
-                "config": config.values(self.run.config),
-                "commit": git_commit(),
-                "versions": VERSIONS,
-                "device": device_name(self.world.device),
-                "ranks": self.world.ranks,
-                "dtype": str(self.dtype).removeprefix("torch."),
-                "parallel": parallel,
-                "kernels": kernels,
-                "compiled": compiled,
-                "peak_flops": self.peak,
-                "peak_from": self.peak_source,
-                "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
-                "schedule.py": (ROOT / "schedule.py").read_text(),
-            }
-        )
+        s, c, now = self.run.segment, self.run.config, time.strftime("%Y-%m-%dT%H:%M:%S")
+        where = {"segment": s.name, "start": self.start.step, "end": s.end, "from": self.start.origin}
+        source = {"config": config.values(c), "commit": git_commit(), "versions": VERSIONS}
+        device = {"device": device_name(self.world.device), "ranks": self.world.ranks}
+        how = {"dtype": str(self.dtype).removeprefix("torch."), "parallel": parallel, "kernels": kernels}
+        peak = {"compiled": compiled, "peak_flops": self.peak, "peak_from": self.peak_source, "time": now}
+        self.write(where | source | device | how | peak | {"schedule.py": (ROOT / "schedule.py").read_text()})
 
     def step(self, step: int, lr: float, loss: float, norm: float) -> None:
         """The record of update `step`, and the speed since the one before. The device has been waited for."""
