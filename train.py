@@ -196,9 +196,8 @@ def train(
                         stop = guard.poll(step)
                     if save or (stop and step > start.step):
                         guard.finish_save(step)
-                        saver.save(
-                            step, checkpoint.state(net, optimizer), resume.record(run, start.parent, tokens, step)
-                        )
+                        record = resume.record(run, start.parent, tokens, step)
+                        saver.save(step, checkpoint.state(net, optimizer), record)
             if last or stop:
                 break
 
