@@ -1,8 +1,7 @@
 """Downstream tasks: our adapter of the harness beside transformers, with the same weights on the same batch, in turn.
 
-A question and each of its four answers fill the context. Answers take an eighth of it, or one token, where the question
-is read once for all four. Written answers are half a context after a quarter. transformers is called as the harness's
-own adapter calls it, which also reads such a question once: all logits of a row, and `generate`.
+A question and each of its four answers fill the context. Answers take an eighth of it, or one token, where both sides
+read the question once for all four. Written answers are half a context after a quarter, by `generate` on both sides.
 """
 
 import statistics
@@ -18,8 +17,9 @@ from tqdm import tqdm
 import config
 import kernels
 import model as llama
-from bench import data, peers
-from bench.report import Row, show, table, verdict
+from bench import peers
+from bench.disk import documents
+from bench.measure import Row, show, verdict
 from runtime.errors import UserError
 from sample import generate
 from text import prepare
@@ -28,7 +28,6 @@ from text.tokenizer import Tokenizer
 from tools import harness
 
 BATCH = 16
-SIDES = ("ours", "transformers")
 
 Request = tuple[list[int], list[int]]  # ids of a question and of an answer
 Calls = dict[str, tuple[Callable[[], list], Callable[[], list]]]  # {name: (ours, theirs)}
@@ -43,7 +42,7 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
     with device:
         net = llama.Transformer(c.model, dtype, kernels.choose(c.train.kernels, device)).eval()
         peer = peers.hugging_face(c.model, net).to(device, dtype).eval()
-    ids = tokenizer.encode(data.corpus()[: 20 * BATCH * T])
+    ids = tokenizer.encode("".join(documents(20e-6 * BATCH * T)))
     questions, a = [ids[i * T : (i + 1) * T] for i in range(BATCH)], T // 8
     asked = {
         "four answers each": [(q[:-a], ids[k : k + a]) for q in questions for k in range(0, 4 * a, a)],
@@ -52,21 +51,19 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
     prompts, new = [q[: T // 4] for q in questions], T // 2
     lm = harness.LM(net, tokenizer, BATCH)
     calls: Calls = {name: (partial(our_nats, lm, x), partial(their_nats, peer, x, device)) for name, x in asked.items()}
-    ours, theirs = partial(generate, net, prompts, new, set()), partial(written, peer, prompts, new, device)
-    calls["written answers"] = (ours, theirs)
-    tokens = {name: sum(len(q) + len(a) - 1 for q, a in x) for name, x in asked.items()} | {
-        "written answers": BATCH * new
-    }
+    calls["written answers"] = partial(generate, net, prompts, new, set()), partial(written, peer, prompts, new, device)
+    tokens = {name: sum(len(q) + len(a) - 1 for q, a in x) for name, x in asked.items()}
+    tokens["written answers"] = BATCH * new
     rows: list[Row] = []
     bars: list[Row] = []
     for name, seconds in measure(calls, rounds, 1e-3 if dtype == torch.float32 else 0.05).items():
-        speeds = [tokens[name] / statistics.median(s) for s in seconds]
-        bar = verdict(name, speeds[0] / speeds[1], 1.0)
-        pair = [Row(row=f"{name}: {who}", tokens_per_second=v) for who, v in zip(SIDES, speeds, strict=True)]
-        pair[0] |= {"ratio": speeds[0] / speeds[1], "to": "transformers", "bar": show(bar)}
-        rows, bars = rows + pair, bars + bar
+        ours, theirs = (tokens[name] / statistics.median(s) for s in seconds)
+        bar = verdict(name, ours / theirs, 1.0)
+        beside = {"ratio": ours / theirs, "to": "transformers", "bar": show(bar)}
+        rows.append(Row(row=f"{name}: ours", tokens_per_second=ours) | beside)
+        rows.append(Row(row=f"{name}: transformers", tokens_per_second=theirs))
+        bars += bar
     print(f"{BATCH} rows of {T}; tokens are counted once an answer, of written answers the new ones")
-    table(rows, "row tokens_per_second ratio to bar")
     return {"batch": BATCH, "rounds": rounds, "rows": rows, "bars": bars}
 
 

@@ -1,4 +1,4 @@
-"""How benchmarks measure: timed calls, the roofs of the machine (a copy, matrix products), fresh processes, memory."""
+"""How benchmarks measure (timed calls, roofs of the machine, fresh processes) and print (tables of rows, bars)."""
 
 import json
 import os
@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 import config
-from bench.report import Row
 from runtime.errors import UserError
 
-ROOT = Path(__file__).parent.parent
+Row = dict[str, Any]
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> float:
@@ -57,8 +56,8 @@ def roofs(device: torch.device, dtype: torch.dtype, c: config.Model | None = Non
         factors = {"forward": (x, w.T), "dx": (dy, w), "dw": (dy.T, x)}
         rates = {k: 2 * M * N * K / timed(partial(torch.matmul, *f), device) for k, f in factors.items()}
         gemms[layer] = {"M": M, "N": N, "K": K, **rates}
-        said = ", ".join(f"{k} {rate / 1e12:,.4g}" for k, rate in rates.items())
-        print(f"  {layer:9}{f'{M} x {N} x {K}':22}{said} TFLOP/s")
+    if gemms:
+        table([Row(gemm=layer) | gemm for layer, gemm in gemms.items()])
     return {"copy_bytes_per_second": copy, "matmul": name, "matmul_flops": matmul, "gemms": gemms}
 
 
@@ -72,7 +71,9 @@ def gemm_shapes(m: config.Model, sequences: int) -> dict[str, tuple[int, int, in
 
 def child(*arguments: str) -> tuple[bool, str]:
     """Run Python in the project's root: (whether it succeeded, the last line of its output or else of its errors)."""
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
     lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
     return not done.returncode, (lines or [f"exit code {done.returncode}"])[-1]
 
@@ -93,3 +94,30 @@ def require(what: str, need: float, have: float, fix: str) -> None:
     """UserError unless `have` bytes are enough."""
     if need > have:
         raise UserError(f"{what} needs about {need / 1e9:,.1f} GB, and {have / 1e9:,.1f} GB are there; {fix}")
+
+
+def table(rows: list[Row]) -> None:
+    """Print one line a row, a column for each key that has a number or a text in some row."""
+    keys = list(dict.fromkeys(k for row in rows for k, v in row.items() if isinstance(v, (str, int, float))))
+    lines = [keys] + [[text(row.get(k)) for k in keys] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def text(value: Any) -> str:
+    if isinstance(value, (int, float)):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return value or ""
+
+
+def verdict(what: str, got: float | None, bar: float | None, at_most: bool = False) -> list[Row]:
+    """[{what, got, bar, reached}]; empty if either number is missing."""
+    if got is None or bar is None:
+        return []
+    return [{"what": what, "got": got, "bar": bar, "reached": got <= bar if at_most else got >= bar}]
+
+
+def show(bars: list[Row]) -> str:
+    words = {True: "reached", False: "missed"}
+    return "; ".join(f"{b['what']} {b['got']:,.3g}: {words[b['reached']]} {b['bar']:,.3g}" for b in bars)

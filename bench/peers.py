@@ -1,6 +1,5 @@
-"""The peers, at our shapes: nanoGPT's model, transformers' Llama with or without Liger's kernels, functions of both."""
+"""The peers, at our shapes: nanoGPT's model, transformers' Llama with or without Liger's kernels, Liger's functions."""
 
-import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -55,9 +54,7 @@ class NanoGPT(nn.Module):
     def __init__(self, c: config.Model) -> None:
         super().__init__()
         h, f = c.hidden, c.ffn or 4 * c.hidden
-        saved = h - (c.n_kv_head or c.n_head) * (
-            h // c.n_head
-        )  # its MLP is narrower by the width our grouped queries save
+        saved = h - (c.n_kv_head or c.n_head) * (h // c.n_head)  # by our grouped queries; its MLP is narrower by it
         self.wte, self.wpe = nn.Embedding(c.vocab_size, h), nn.Embedding(c.context, h)
         self.blocks = nn.Sequential(*(NanoBlock(h, c.n_head, 3 * f // 2 - saved) for _ in range(c.n_layer)))
         self.ln_f, self.lm_head = nn.LayerNorm(h, bias=False), nn.Linear(h, c.vocab_size, bias=False)
@@ -85,12 +82,6 @@ def hugging_face(c: config.Model, ours: llama.Transformer, liger: bool = False) 
     return net.train()
 
 
-@functools.cache
 def liger(name: str) -> Callable[..., Any]:
     """One of Liger's functions, such as rms_norm."""
     return getattr(importlib.import_module("liger_kernel.transformers.functional"), f"liger_{name}")
-
-
-@functools.cache
-def hf_rope() -> Callable[..., Any]:
-    return importlib.import_module("transformers.models.llama.modeling_llama").apply_rotary_pos_emb

@@ -1,18 +1,23 @@
 """A training step beside its peers: tokens/s, MFU, peak memory, loss. Fresh processes, rounds in turn (A B A B)."""
 
 import gc
+import itertools
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
+from torch import Tensor
 from tqdm import tqdm
 
 import config
-from bench.measure import fresh_row, require, roofs, square_product, timed, total_memory
-from bench.peers import PEERS, missing
-from bench.report import Row, show, table, verdict
-from bench.trainer import Trainer
+import kernels
+import model as llama
+from bench import peers
+from bench.measure import Row, fresh_row, require, roofs, square_product, timed, total_memory, verdict
+from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from runtime.device import peak_flops, steady_malloc
 from runtime.errors import UserError
 
@@ -25,60 +30,115 @@ BARS = {
     (48, 1536): (39.9e3, 1.14, 0.75),
     (40, 2048): (29.7e3, 1.14, 0.85),
 }
-COLUMNS = (
-    "row micro tokens_per_second ours_ratio mfu mfu_published peak_bytes memory_ratio compile_seconds loss "
-    "loss_difference left_out note"
-)
+TOKENS = 2048  # of --memory
 CPU_BARS = (0.50, 1.1)  # MFU of the matrix product, speed relative to nanoGPT's shape
 
 
+class Trainer:
+    """The model and optimizer of one row, and the update that train.py makes of them."""
+
+    def __init__(self, row: str, c: config.Config, device: torch.device, dtype: torch.dtype) -> None:
+        self.c, self.device, self.cuda, t = c, device, device.type == "cuda", c.train
+        torch.set_float32_matmul_precision("high" if dtype == torch.bfloat16 else "highest")  # as train.py
+        torch.manual_seed(t.seed)
+        use = kernels.choose("torch" if row == "ours-torch" else t.kernels, device)
+        with device:
+            ours = llama.Transformer(c.model, dtype, use, t.recompute)
+            self.net: nn.Module = ours
+            if row == "nanogpt":
+                self.net = peers.NanoGPT(c.model)
+            elif row.startswith("hf"):
+                self.net = peers.hugging_face(c.model, ours, "liger" in row)
+        self.hf = row.startswith("hf")
+        self.autocast = dtype == torch.bfloat16 and not row.startswith("ours")
+        self.compiled = row.endswith("compile") or (self.cuda and row in ("ours", "ours-torch", "nanogpt"))
+        self.model: Any = torch.compile(self.net, dynamic=False) if self.compiled else self.net
+        matrices = [w for w in self.net.parameters() if w.dim() >= 2]
+        vectors = [w for w in self.net.parameters() if w.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": t.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(t.beta1, t.beta2), fused=True)
+
+    def ids(self, sequences: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (sequences, context), the same for every row. Frequencies of 1/rank are soon learned."""
+        generator, V = torch.Generator().manual_seed(seed), self.c.model.vocab_size
+        uniform = torch.rand(sequences, self.c.model.context + 1, generator=generator, dtype=torch.float64)
+        ids = ((V**uniform).long() - 1).clamp_(0, V - 1).to(self.device)
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def step(self, x: Tensor, y: Tensor, micro: int, lr: float) -> Tensor:
+        """One update; returns the loss before it."""
+        total = torch.zeros((), device=self.device)
+        for a, b in zip(x.split(micro), y.split(micro), strict=True):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+                loss = self.model(input_ids=a, labels=b, shift_labels=b).loss if self.hf else self.model(a, b)
+                loss = loss * (micro / len(x))
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.c.train.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def losses(self, sequences: int, micro: int, updates: int) -> Row:
+        """The last loss of some updates under a warm-up; compiling: what the first took beyond the median."""
+        losses, seconds = [], []
+        for i in range(updates):
+            began = time.perf_counter()
+            losses.append(self.step(*self.ids(sequences, i), micro, self.c.plan.max_lr * (i + 1) / updates).item())
+            seconds.append(time.perf_counter() - began)
+        compiling = seconds[0] - statistics.median(seconds) if self.compiled else None
+        return {"loss": losses[-1], "compile_seconds": compiling}
+
+    def speed(self, sequences: int, micro: int, warmup: int, steps: int) -> float:
+        """Tokens/s of the median of `steps` updates after `warmup` others; on a GPU by device events."""
+
+        def mark() -> Any:
+            if self.cuda:
+                return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
+            return time.perf_counter()
+
+        x, y = self.ids(sequences, 0)
+        marks = []
+        for _ in range(warmup + steps):
+            marks.append(mark())
+            self.step(x, y, micro, self.c.plan.max_lr)
+        marks.append(mark())
+        if self.cuda:
+            torch.cuda.synchronize()
+        timed = itertools.pairwise(marks[warmup:])
+        seconds = [a.elapsed_time(b) / 1e3 if self.cuda else b - a for a, b in timed]
+        return sequences * self.c.model.context / statistics.median(seconds)
+
+
 def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
+    if o.memory:
+        return loss_memory(c, device, dtype)
     cuda = device.type == "cuda"
     o.micro = o.micro or ([16, 32, 8, 4] if cuda else [8, 16, 4])
-    check(o.micro, c, device, dtype)
-    if not cuda:
-        torch.set_num_threads(1)
+    if any(n % m for m in o.micro for n in (o.micro[0], c.batch_sequences) if m <= n):
+        raise UserError(f"--micro: got {o.micro}, expected divisors of the batch of {c.batch_sequences} sequences")
+    state = 16.0 * c.model.parameters  # weights, gradients and two moments in fp32
+    require(f"--size: training {c.model.parameters:,} parameters", state, total_memory(device), "take a smaller --size")
     names = ["ours", "ours-torch"] if cuda else ["ours", "ours-compile"]
-    names += [p for p in PEERS if p in o.peers or ("all" in o.peers and (cuda or p in ("hf", "nanogpt")))]
-    rows = {name: Row(row=name, note=missing(name, cuda)) for name in names}
+    names += (peers.PEERS if cuda else ("hf", "nanogpt")) if o.peers is None else o.peers
+    rows = {name: Row(row=name, note=peers.missing(name, cuda)) for name in names}
     floors = roofs(device, dtype, c.model)
-    peak, source = 0.0, "the 1024^3 product before and after the row, one thread"
-    if cuda:
-        torch.cuda.empty_cache()
-        peak, source = peak_flops(device, dtype)
+    torch.cuda.empty_cache()  # for the processes of the rows
+    own = (0.0, "the 1024^3 product before and after the row, one thread")  # each row measures it
+    peak, source = peak_flops(device, dtype) if cuda else own
     measure_rounds(o, rows)
     compare(rows, c, peak)
-    bars = bars_of(rows, c, cuda)
-    table(list(rows.values()), COLUMNS)
     what = f"{peak / 1e12:,.4g} TFLOP/s, {source}" if peak else source
     print(f"MFU of {what}, attention with its causal half; mfu_published: with all of it. loss: of update {o.updates}.")
-    print(show(bars))
-    result = {"floors": floors, "peak_flops": peak or None, "peak_from": source}
-    return result | {"rows": list(rows.values()), "bars": bars}
-
-
-def check(micros: list[int], c: config.Config, device: torch.device, dtype: torch.dtype) -> None:
-    """UserError if micro-batches do not divide the batch, or if the smallest cannot fit a peer into memory."""
-    if any(n % m for m in micros for n in (micros[0], c.batch_sequences) if m <= n):
-        got = ",".join(map(str, micros))
-        raise UserError(f"--micro: got {got}, expected divisors of the batch of {c.batch_sequences} sequences: 8,4,2")
-    what = f"--size: {c.model.parameters:,} parameters at a micro-batch of {min(micros)}"
-    fix = "take a smaller --size, --micro or model.context"
-    require(what, estimate(c, min(micros), dtype.itemsize), total_memory(device), fix)
-
-
-def estimate(c: config.Config, micro: int, item: int) -> float:
-    """Bytes of a plain PyTorch peer: fp32 weights, gradients and moments; activations of `item` bytes; logits, their
-    fp32 copy and gradients in 12 bytes each."""
-    m = c.model
-    activations = m.n_layer * (16 * m.hidden + 4 * (m.ffn or 4 * m.hidden)) * item
-    return 16.0 * m.parameters + micro * m.context * (activations + 12.0 * m.vocab_size)
+    found = {"rows": list(rows.values()), "bars": bars_of(rows, c, cuda)}
+    return {"floors": floors, "peak_flops": peak or None, "peak_from": source} | found
 
 
 def measure_rounds(o: Any, rows: dict[str, Row]) -> None:
     """Add to each row its fastest micro-batch and loss of the first round, and the speed of every round."""
     until = time.perf_counter() + o.minutes * 60
-    minutes = str(o.minutes / 3 / len(rows))
     for turn in tqdm(range(o.rounds or 3), desc="rounds", disable=None):
         if turn and time.perf_counter() > until:
             print(f"{turn} rounds in {o.minutes:g} minutes")
@@ -86,18 +146,17 @@ def measure_rounds(o: Any, rows: dict[str, Row]) -> None:
         for name, row in rows.items():
             if row["note"]:
                 continue
-            how = ["--micro", ",".join(map(str, [row["micro"]] if turn else o.micro))]
-            how += ["--updates", "0"] if turn else []
-            found = fresh_row("--row", name, "--minutes", minutes, *how)
+            how = ["--micro", str(row["micro"]), "--updates", "0"] if turn else ["--micro", *map(str, o.micro)]
+            found = fresh_row("--row", name, "--minutes", str(o.minutes / 3 / len(rows)), *how)
             row |= {k: v for k, v in found.items() if k not in row or k == "note"}
             row.setdefault("rounds", []).append({k: found.get(k) for k in ("tokens_per_second", "roof")})
 
 
 def row(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
     """One row, in this process: its loss and fastest micro-batch (with --updates 0 the first one), then its speed."""
+    if o.memory:
+        return loss_peak(o, c, device, dtype)
     cuda = device.type == "cuda"
-    if not cuda:
-        torch.set_num_threads(1)
     if o.row.startswith("ours"):  # as train.py does; a peer runs as its users run it
         steady_malloc(device)
     trainer = Trainer(o.row, c, device, dtype)
@@ -124,15 +183,13 @@ def fastest_micro(o: Any, trainer: Trainer, sequences: int) -> Row:
                 if "loss" not in out:
                     out |= trainer.losses(o.micro[0], micro, o.updates)
                 out["tried"].append(attempt(trainer, sequences or micro, micro))
-                continue
             except torch.OutOfMemoryError:
                 out["no_memory"].append(micro)
             # outside of the handler, whose exception holds the tensors
             trainer.optimizer.zero_grad(set_to_none=True)
             gc.collect()
             torch.cuda.empty_cache()
-    if not out["tried"]:
-        raise RuntimeError("no micro-batch fits")
+    assert out["tried"], "no micro-batch fits into memory"
     return out | {"micro": max(out["tried"], key=lambda t: t["tokens_per_second"])["micro"]}
 
 
@@ -145,15 +202,12 @@ def attempt(trainer: Trainer, sequences: int, micro: int) -> Row:
     return {"micro": micro, "tokens_per_second": rate, "peak_bytes": peak}
 
 
-def speeds(row: Row) -> list[float]:
-    """Tokens/s of each round; empty if the row has none."""
-    return [] if row.get("note", "left out") else [r["tokens_per_second"] for r in row["rounds"]]
-
-
 def median_ratio(a: Row, b: Row) -> float | None:
-    """The median over rounds of a's speed relative to b's."""
-    ratios = [x / y for x, y in zip(speeds(a), speeds(b), strict=False)]
-    return statistics.median(ratios) if ratios else None
+    """The median over rounds of a's speed relative to b's; None if either has a note in place of speeds."""
+    if a.get("note", "left out") or b.get("note", "left out"):
+        return None
+    rounds = zip(a["rounds"], b["rounds"], strict=True)
+    return statistics.median(x["tokens_per_second"] / y["tokens_per_second"] for x, y in rounds)
 
 
 def compare(rows: dict[str, Row], c: config.Config, peak: float) -> None:
@@ -162,9 +216,8 @@ def compare(rows: dict[str, Row], c: config.Config, peak: float) -> None:
     for name, row in rows.items():
         if row["note"]:
             continue
-        row["tokens_per_second"] = statistics.median(speeds(row))
-        if not ours["note"]:
-            row["ours_ratio"] = median_ratio(ours, row)
+        row["tokens_per_second"] = statistics.median(r["tokens_per_second"] for r in row["rounds"])
+        row["ours_ratio"] = median_ratio(ours, row)
         for key, causal in (("mfu", True), ("mfu_published", False)):
             flops = c.model.flops_per_token(causal)
             row[key] = statistics.median(r["tokens_per_second"] * flops / (peak or r["roof"]) for r in row["rounds"])
@@ -192,3 +245,38 @@ def bars_of(rows: dict[str, Row], c: config.Config, cuda: bool) -> list[Row]:
         bars += verdict(f"{name}: part of the matmul", rows[name].get("mfu"), CPU_BARS[0])
         bars += verdict(f"{name}: to nanogpt", median_ratio(rows[name], rows.get("nanogpt", {})), CPU_BARS[1])
     return bars
+
+
+def loss_memory(c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
+    """Peak memory of the loss, forward and backward: logits in chunks, and all of them at once."""
+    h, V = c.model.hidden, c.model.vocab_size
+    need = 4.0 * (2 * V * h + 2 * TOKENS * h + 4 * TOKENS * V)
+    require("--memory: the loss with all logits", need, total_memory(device), "lower model.vocab_size")
+    rows = [Row(row=name) | fresh_row("--row", name) for name in ("chunked", "all logits")]
+    peaks = [row.get("peak_bytes") for row in rows]
+    for row, peak in zip(rows, peaks, strict=True):
+        row["memory_ratio"] = peaks[0] / peak if peaks[0] and peak else None
+    print(f"peak memory of the loss of {TOKENS:,} tokens, hidden {h:,}, vocabulary {V:,}, without its inputs")
+    return {"tokens": TOKENS, "hidden": h, "vocab_size": V, "rows": rows}
+
+
+def loss_peak(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
+    """One row of `loss_memory`, in this process."""
+    h, V, cuda = c.model.hidden, c.model.vocab_size, device.type == "cuda"
+    x = torch.randn(TOKENS, h, device=device, dtype=dtype, requires_grad=True)
+    # small, as at the start of training: large logits give denormal probabilities, which are slow on a CPU
+    w = (0.02 * torch.randn(V, h, device=device)).requires_grad_()
+    y = torch.randint(0, V, (TOKENS,), device=device)
+    (x[:64] @ w[:64].type_as(x).T).sum()  # the first product allocates buffers of the library
+    before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
+    if o.row == "chunked":
+        linear_cross_entropy(x, w, y).backward()
+    else:
+        linear_cross_entropy_ref(x, w.type_as(x), y).backward()
+    return {"peak_bytes": (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before}
+
+
+def resident(field: str) -> int:
+    """Bytes of this process, now (VmRSS) or at most (VmHWM). getrusage would include its parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024

@@ -1,0 +1,158 @@
+"""What goes to disk and comes back, beside plain tools on the same bytes: token files and checkpoints."""
+
+import itertools
+import json
+import lzma
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import config
+import data
+import model as llama
+from bench.measure import Row, child, require, show, total_memory, verdict
+from runtime import checkpoint
+from runtime.errors import UserError
+from runtime.files import sha256
+from text import prepare
+from text.tokenizer import Tokenizer
+
+STALL, WHOLE, FIRST = "stall of an asynchronous save", "whole asynchronous save", "the first one, which allocates"
+COPY, WRITE, READ, HASH = "copy to the host", "plain write and fsync", "plain read", "SHA-256 of it"
+BESIDE = {STALL: COPY, FIRST: COPY, WHOLE: WRITE, "save": WRITE, "verify": HASH, "load": READ}
+
+
+def run_data(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
+    """The shard writer beside tiktoken alone, on the same documents and as many processes; the reader on one core."""
+    tokenizer, rounds = Tokenizer(str(prepare.RANKS)), o.rounds or 3
+    docs = documents(o.megabytes)
+    alone, ours = [], []  # tokens/s
+    with tempfile.TemporaryDirectory(dir=o.dir) as name:
+        folder = Path(name).absolute()
+        (folder / "text.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in docs))
+        for i in tqdm(range(rounds), desc="data", disable=None):
+            began = time.perf_counter()
+            count = sum(map(len, tokenizer.encoding.encode_ordinary_batch(docs, num_threads=o.jobs)))
+            middle = time.perf_counter()
+            files = ["--source", f"{folder}/text.jsonl", "--out", f"{folder}/{i}"]
+            how = ["--tokenizer", tokenizer.name, "--jobs", str(o.jobs)]
+            succeeded, said = child("data.py", "prepare", *files, *how)
+            if not succeeded:
+                raise UserError(f"--megabytes {o.megabytes:g}: data.py could not prepare that text: {said}")
+            alone.append(count / (middle - began))
+            ours.append(count / (time.perf_counter() - middle))
+        reads = read_speeds(c, str(folder / "0"), rounds)
+    writer = statistics.median(a / b for a, b in zip(ours, alone, strict=True))
+    reader = statistics.median(reads[1:])  # the first round maps the file into memory
+    bars = verdict("writer", writer, 0.90) + verdict("reader", reader, 30e6)
+    beside = {"ratio": writer, "to": "tiktoken", "bar": show(bars[:1])}
+    shape = f"{c.batch_sequences} x {c.model.context}"
+    rows: list[Row] = [
+        {"row": f"tiktoken alone, {o.jobs} threads", "tokens_per_second": statistics.median(alone)},
+        {"row": f"data.py prepare, {o.jobs} processes", "tokens_per_second": statistics.median(ours)} | beside,
+        {"row": f"reader, {shape} a batch", "tokens_per_second": reader, "bar": show(bars[1:])},
+    ]
+    print(f"{len(docs):,} documents, {count:,} tokens by {prepare.RANKS.name}")
+    return {"documents": len(docs), "tokens": count, "jobs": o.jobs, "rows": rows, "bars": bars}
+
+
+def documents(megabytes: float) -> list[str]:
+    """Our corpus in documents of 8,000 characters; each pass over it is cut elsewhere: the writer drops equal ones."""
+    with lzma.open(prepare.TEXT, "rt", encoding="utf-8") as f:
+        text = "".join(json.loads(line)["text"] for line in f)
+    starts = itertools.chain.from_iterable(range(97 * i, len(text), 8000) for i in range(80))
+    return [text[k : k + 8000] for k in itertools.islice(starts, round(megabytes * 125))]
+
+
+def read_speeds(c: config.Config, folder: str, rounds: int) -> list[float]:
+    """Tokens/s of the reader, in rounds of half a second after one more."""
+    tokens = data.Tokens(folder, c.model.context, c.batch_sequences, [10**9], c.train.seed, repeat=True)
+    speeds, steps = [], itertools.count()
+    for _ in range(rounds + 1):
+        began, n = time.perf_counter(), 0
+        while time.perf_counter() < began + 0.5:
+            n += tokens.batch(next(steps))[0].size
+        speeds.append(n / (time.perf_counter() - began))
+    return speeds
+
+
+def run_checkpoint(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
+    """A checkpoint's save, its stall and its load beside a plain write, copy and read of the same bytes, in turn."""
+    where = o.dir or tempfile.gettempdir()
+    need, fix = 12 * c.model.parameters, "take a smaller --size or another --dir"
+    require(f"--dir {where}", 2.2 * need, shutil.disk_usage(where).free, fix)
+    require("--size: the memory of the host", 5.0 * need, total_memory(torch.device("cpu")), fix)
+    with device:
+        net = llama.Transformer(c.model)
+    state = checkpoint.state(net, torch.optim.AdamW(net.parameters(), fused=True))
+    for name, t in state.items():
+        if name.startswith("exp_avg"):
+            t.normal_()  # zeros could be compressed
+    with tempfile.TemporaryDirectory(dir=where) as folder:
+        seconds = checkpoint_seconds(state, Path(folder), o.rounds or 3)
+    middle = {name: statistics.median(s) for name, s in seconds.items()}
+    size = sum(t.nbytes for t in state.values())
+    rows = [Row(row=name, seconds=s, bytes_per_second=size / s) for name, s in middle.items()]
+    for row in rows:
+        if to := BESIDE.get(row["row"]):
+            row |= {"ratio": middle[to] / row["seconds"], "to": to}
+    bars = verdict("save to plain write", middle[WRITE] / middle["save"], 0.85)
+    bars += verdict("stall by copy", middle[STALL] / middle[COPY], 1.5, at_most=True)
+    print(f"{size:,} bytes in {where}; reads come from the page cache, since the same bytes were just written")
+    return {"bytes": size, "rows": rows, "bars": bars}
+
+
+def checkpoint_seconds(state: dict[str, Tensor], folder: Path, rounds: int) -> dict[str, list[float]]:
+    """{name of a measure: its seconds in each round}."""
+    segment, plain = folder / "segment", folder / "plain"
+    segment.mkdir()
+    saver, saved = checkpoint.Saver(segment), checkpoint.path(segment, 0)
+    record = {"segment": "", "version": 1, "path": {}, "finished": False, "pinned": False, "config": {}, "data": {}}
+    seconds: dict[str, list[float]] = {}
+
+    def clock(*calls: tuple[str, Callable[[], Any]]) -> None:
+        """Make the calls; note under each name the seconds from the first call's start to this call's end."""
+        began = time.perf_counter()
+        for name, call in calls:
+            call()
+            seconds.setdefault(name, []).append(time.perf_counter() - began)
+
+    def copy() -> None:
+        for name, t in state.items():
+            saver.host[name].copy_(t, non_blocking=t.is_cuda)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def write() -> None:
+        with open(plain, "wb") as f:
+            for t in saver.host.values():
+                f.write(t.reshape(-1).numpy().data)
+            f.flush()
+            os.fsync(f.fileno())
+
+    begin = partial(saver.save, 0, state, record)
+    clock((FIRST, begin))
+    saver.wait()
+    for _ in tqdm(range(rounds), desc="checkpoint", disable=None):
+        shutil.rmtree(saved)  # a save leaves an existing checkpoint as it is
+        clock((COPY, copy))
+        clock((STALL, begin), (WHOLE, saver.wait))
+        shutil.rmtree(saved)
+        plain.unlink(missing_ok=True)  # freeing its pages is no part of a write
+        clock((WRITE, write))
+        clock(("save", partial(checkpoint.save, segment, 0, state, record)))
+        clock((HASH, partial(sha256, plain)))
+        clock(("verify", partial(checkpoint.verify, saved)))
+        clock((READ, plain.read_bytes))
+        clock(("load", partial(checkpoint.load, saved, state)))
+    return seconds
