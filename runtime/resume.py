@@ -151,31 +151,19 @@ def fingerprint(s: Segment, ends: list[int], step: int) -> dict[str, Any]:
     The main path may be prolonged, so its end does not count.
     """
     rates = b"".join(struct.pack("<d", s.lr(i)) for i in range(s.start, step))
-    return {
-        "start": s.start,
-        "end": None if s.paradigm == "main" else s.end,
-        "parent": list(s.parent) if s.parent else None,
-        "lr_sha256": hashlib.sha256(rates).hexdigest(),
-        "increments": [e for e in ends if e < step],
-    }
+    end = None if s.paradigm == "main" else s.end
+    path = {"start": s.start, "end": end, "parent": list(s.parent) if s.parent else None}
+    return {**path, "lr_sha256": hashlib.sha256(rates).hexdigest(), "increments": [e for e in ends if e < step]}
 
 
 def record(run: Run, parent: dict[str, Any] | None, tokens: data.Tokens | SFTData, step: int) -> dict[str, Any]:
     """The part of a checkpoint's meta.json that says how it was made."""
     s, values = run.segment, config.values(run.config)
-    return {
-        "segment": s.name,
-        "version": s.version,
-        "path": fingerprint(s, tokens.ends, step),
-        "finished": step == s.end,
-        "parent": parent,
-        "tokens": step * run.config.train.batch_tokens,
-        "pinned": step in run.required,
-        "config": values,
-        "config_sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest(),
-        "data": tokens.identity(step),
-        "versions": VERSIONS,
-    }
+    made = {"segment": s.name, "version": s.version, "path": fingerprint(s, tokens.ends, step)}
+    state = {"finished": step == s.end, "parent": parent, "tokens": step * run.config.train.batch_tokens}
+    sha = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    keys = {"pinned": step in run.required, "config": values, "config_sha256": sha}
+    return {**made, **state, **keys, "data": tokens.identity(step), "versions": VERSIONS}
 
 
 def check_lineage(where: Path, c: Config, s: Segment, tokens: data.Tokens | SFTData) -> dict[str, Any]:
