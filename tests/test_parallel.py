@@ -427,31 +427,6 @@ def test_a_disk_that_fails_one_rank(tmp_path):
     in_clean_process(fail_alone, str(tmp_path))
 
 
-def be_impatient(work):
-    """A second SIGTERM, more than a second after the first, does not wait for the step under way."""
-    bench, out = soak.Bench(Path(work)), Path(work) / "run"
-
-    def hang(rank):
-        batch = data.Tokens.batch
-        data.Tokens.batch = lambda self, step, *a: time.sleep(600 if step == 4 else 0) or batch(self, step, *a)
-
-    run = soak.Run(bench.argv(out, "ptfs", 2, []), 1, hang, log=Path(work) / "log")
-    log = out / "ptfs-cosine/v2/log.jsonl"
-    while not log.exists() or ("loss", 3) not in soak.logged(log.parent):
-        time.sleep(0.005)
-    run.kill(0, signal.SIGTERM)
-    time.sleep(0.1)
-    run.kill(0, signal.SIGTERM)  # within a second: the same request
-    time.sleep(1.5)
-    assert not run.poll() and run.codes == [None]
-    run.kill(0, signal.SIGTERM)
-    assert run.wait() == [143]
-
-
-def test_a_second_signal_ends_at_once(tmp_path):
-    in_clean_process(be_impatient, str(tmp_path))
-
-
 @pytest.mark.parametrize(
     "given, words",
     [
@@ -527,7 +502,7 @@ def test_a_save_that_fails_may_be_told_and_passed_over(train_cli, tmp_path, seco
 
 
 def test_a_signal_in_a_validation_saves_and_stops(train_cli, tmp_path, monkeypatch):
-    original = train.Tokens.validation
+    original = data.Tokens.validation
 
     def validation(self, *args):
         for i, batch in enumerate(original(self, *args)):
@@ -538,7 +513,7 @@ def test_a_signal_in_a_validation_saves_and_stops(train_cli, tmp_path, monkeypat
             yield batch
 
     seen = []
-    monkeypatch.setattr(train.Tokens, "validation", validation)
+    monkeypatch.setattr(data.Tokens, "validation", validation)
     args = ("--mode", "ptfs", "--version", "1", "--train.eval_every", "4", "--train.log_every", "1")
     assert train_cli(*args) == 143
     assert seen == [0, "sent", 1] and checkpoint.steps(tmp_path / "run" / "ptfs-cosine" / "v1") == [4]

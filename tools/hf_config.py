@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import config
+import kernels
 from runtime.errors import UserError
 from text.tokenizer import json_object
 
@@ -110,7 +111,7 @@ def from_config(file: Path) -> config.Model:
     size = top.values.get("head_dim")
     if size is not None and m.n_head > 0 and m.hidden / m.n_head != size:
         raise top.error("head_dim", size, f"hidden_size / num_attention_heads = {m.hidden / m.n_head:g}")
-    if problems := config.check(config.Config(model=m)):
+    if problems := config.check(config.Config(model=m)) or kernels.rope_problems(m):
         raise UserError("\n".join(f"{file}: {p}" for p in problems))
     return m
 
