@@ -12,28 +12,27 @@ trained once. Scales are files in configs/scales. Results go to out/<scale>/resu
 
 import argparse
 import json
+import lzma
 import os
 import time
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 import config
 import schedule
-from paper import downstream, figures, graph, measure, plans, report, scales, state, tables, workers
+from paper import downstream, figures, graph, measure, plans, report, scales, tables, workers
 from paper.tables import ORDER
 from runtime import distributed
 from runtime.command_line import Parser
 from runtime.device import pick_device, steady_malloc
 from runtime.errors import UserError, user_errors
-from runtime.files import lock, write_text
+from runtime.files import lock, replacing, write_text
+from runtime.logger import read_log
 from text import prepare
 from text.sources import optional
 
 FIGURES = {"fig2": "table3", "loss": "table3"}  # drawn from a table; fig1, fig3 and fig6 need plans alone
-
 NINE = ",".join(downstream.NINE)
 OPTIONS: dict[str, dict[str, Any]] = {
     "what": {"nargs": "+", "help": f"status, report, or some of {', '.join(ORDER)}"},
@@ -55,49 +54,55 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     o, s = parse()
-    root = Path(o.out or f"out/{s.scale.name}")
-    if root.exists() and not root.is_dir():
-        raise UserError(f"--out {root}: is no folder; choose another one")
-    if "report" in o.what:
-        print(report.page(root / "results"))
+    if s.root.exists() and not s.root.is_dir():
+        raise UserError(f"--out {s.root}: is no folder; choose another one")
+    if set(o.what) == {"report"}:
+        print(report.page(s.root / "results"))
         return
 
-    check_base_setting(s, root)
+    check_base_setting(s)
     names = [w for w in ORDER if w in o.what] or ORDER  # `status` alone: of all
     needed = {FIGURES.get(name, name) for name in names}
     seeds = [s.base.train.seed + i for i in range(o.seeds)]
-    request = graph.Request(s, [n for n in tables.TABLES if n in needed], seeds, root)
-    machine = find_machine(o, s)
-    refuse(line for node in request.nodes.values() for line in distributed.batch_problems(node.config, machine.ranks))
+    request = graph.Request(s, [n for n in tables.TABLES if n in needed], seeds)
+    gpus = torch.cuda.device_count() if s.base.train.device in ("auto", "cuda") else 0
+    ranks = o.ranks or s.scale.ranks
+    jobs = o.jobs or max(1, (gpus * s.scale.per_gpu or os.cpu_count() or 1) // ranks)
+    machine = workers.Machine(jobs, gpus, ranks)
+    refuse([line for node in request.nodes.values() for line in distributed.batch_problems(node.config, ranks)])
     if "status" in o.what:
         plans.print_status(request, machine, o.mfu)
         return
 
     began = time.perf_counter()
-    state.check_lineage(request.nodes, root)
-    todo = state.left(request.nodes, root)[0]
+    graph.check_lineage(request.nodes)
+    todo = graph.left(request.nodes)[0]
     may_train = s.scale.train if o.run is None else o.run == "yes"
-    task_names = list(dict.fromkeys(filter(None, o.tasks.split(","))))
-    tasks = downstream.Tasks(task_names, o.data_dir, o.limit, o.num_fewshot)
+    options = {k: getattr(o, k) for k in ("data_dir", "limit", "num_fewshot")}
+    tasks = downstream.Tasks(list(dict.fromkeys(filter(None, o.tasks.split(",")))), options, o.sft)
     if request.downstream and (may_train or not todo):
-        downstream.check(tasks, o.sft)
+        downstream.check(tasks)
     if todo and not may_train:
-        plan(o, request, names, machine)
+        plans.print_plan(request, machine.ranks, o.mfu, o.slurm)
+        if o.sft and request.downstream:
+            named = " and ".join(request.downstream)
+            print(f"Then this command with --run no prints the fine-tunings of {named}; --run yes trains them, too.")
+        raise plans.not_trained(", ".join(names), len(todo), len(request.nodes), "segments")
     optional("matplotlib", "matplotlib", "drawing")
     if todo:
         check_training(request, machine)
 
     request.results.mkdir(parents=True, exist_ok=True)
-    with lock(root / ".lock", f"{root}: another python -m paper is at work here; wait or choose another --out"):
-        if not (root / "config.toml").exists():
-            write_text(root / "config.toml", config.to_toml(s.base))
+    with lock(s.root / ".lock", f"{s.root}: another python -m paper is at work here; wait or choose another --out"):
+        if not (s.root / "config.toml").exists():
+            write_text(s.root / "config.toml", config.to_toml(s.base))
         if todo:
-            workers.run(request.nodes, root, machine)
+            workers.run(request.nodes, s.root, machine)
         made = score(request, machine)
         for name in request.downstream:
-            made[name] = downstream.make(request, name, tasks, o.sft, machine, may_train)
+            made[name] = downstream.make(request, name, tasks, machine, may_train)
         if request.nodes:
-            state.save_logs(request)
+            save_logs(request)
         if "table9" in names:
             made["table9"] = tables.table9(s)
         for name in names:
@@ -122,24 +127,15 @@ def parse() -> tuple[argparse.Namespace, scales.Setup]:
     config.load(scale.config, overrides | ({"out": o.out} if o.out else {}), unknown)
     if wrong := [w for w in o.what if w not in (*ORDER, "status", "report")]:
         raise UserError(f"{wrong[0]}: expected status, report or some of {', '.join(ORDER)}")
-    if "report" in o.what and len(o.what) > 1:
-        raise UserError("report: goes alone; make the tables first")
     schedules = list(dict.fromkeys(o.schedules.split(","))) if o.schedules else list(tables.MAIN)
-    if unknown_ones := [n for n in schedules if n not in schedule.SCHEDULES]:
-        raise UserError(f"--schedules: got {', '.join(unknown_ones)}, expected some of {', '.join(schedule.SCHEDULES)}")
-    for option, value, most in (("--seeds", o.seeds, 100), ("--jobs", o.jobs, 10_000), ("--ranks", o.ranks, 10_000)):
-        if value is not None and not 1 <= value <= most:
-            raise UserError(f"{option}: got {value}, expected 1 to {most}")
+    if wrong := [n for n in schedules if n not in schedule.SCHEDULES]:
+        raise UserError(f"--schedules: got {', '.join(wrong)}, expected some of {', '.join(schedule.SCHEDULES)}")
+    for option, most in (("seeds", 100), ("jobs", 10_000), ("ranks", 10_000), ("limit", 10**9)):
+        if (value := getattr(o, option)) is not None and not 1 <= value <= most:
+            raise UserError(f"--{option}: got {value}, expected 1 to {most}")
     if not 0 < o.mfu <= 1:
         raise UserError(f"--mfu: got {o.mfu}, expected above 0 and at most 1")
-    return o, scales.Setup(scale, overrides, schedules)
-
-
-def find_machine(o: argparse.Namespace, s: scales.Setup) -> workers.Machine:
-    ranks = o.ranks or s.scale.ranks
-    gpus = torch.cuda.device_count() if s.base.train.device in ("auto", "cuda") else 0
-    jobs = o.jobs or max(1, (gpus * s.scale.per_gpu or os.cpu_count() or 1) // ranks)
-    return workers.Machine(jobs, gpus, ranks)
+    return o, scales.Setup(scale, overrides, schedules, o.out)
 
 
 # ---- Refusals, before anything is trained ----------------------------------------------------------------------------
@@ -148,38 +144,21 @@ def find_machine(o: argparse.Namespace, s: scales.Setup) -> workers.Machine:
 VARIED = ("plan.schedule", "plan.alpha", "plan.decay_steps", "plan.cpt_variant", "plan.versions", "train.seed")
 
 
-def refuse(problems: Iterable[str]) -> None:
+def refuse(problems: list[str]) -> None:
     """UserError of these lines, each once, if there are any."""
-    if lines := list(dict.fromkeys(problems)):
-        raise UserError("\n".join(lines))
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
 
 
-def check_base_setting(s: scales.Setup, root: Path) -> None:
+def check_base_setting(s: scales.Setup) -> None:
     """A folder has one base setting, that of the first call. UserError names the keys that differ."""
-    if not (root / "config.toml").exists():
+    file = s.root / "config.toml"
+    if not file.exists():
         return
-    there = config.values(config.load(str(root / "config.toml")))
-    here = config.flatten(s.base)
-    if different := [
-        k for k, (f, v) in here.items() if not f.metadata.get("free") and k not in VARIED and there[k] != v
-    ]:
-        was = ", ".join(f"{k}: {there[k]} there, {here[k][1]} here" for k in different)
-        raise UserError(
-            f"{root / 'config.toml'}: was begun with other settings ({was}); go back to them, or choose another --out"
-        )
-
-
-def plan(o: argparse.Namespace, request: graph.Request, names: list[str], machine: workers.Machine) -> NoReturn:
-    """Print the plan in place of training, and end with UserError."""
-    plans.print_plan(request, machine.ranks, o.mfu, o.slurm)
-    if o.sft and request.downstream:
-        named = " and ".join(request.downstream)
-        print(f"Then this command with --run no prints the fine-tunings of {named}; --run yes trains them, too.")
-    todo = state.left(request.nodes, request.root)[0]
-    raise UserError(
-        f"{', '.join(names)}: {len(todo)} of {len(request.nodes)} segments are not trained yet; "
-        "train them as printed above, or here with --run yes"
-    )
+    there, here = config.values(config.load(str(file))), config.flatten(s.base)
+    fixed = [k for k, (f, _) in here.items() if not f.metadata.get("free") and k not in VARIED]
+    if was := ", ".join(f"{k}: {there[k]} there, {here[k][1]} here" for k in fixed if there[k] != here[k][1]):
+        raise UserError(f"{file}: was begun with other settings ({was}); go back to them, or choose another --out")
 
 
 def check_training(request: graph.Request, machine: workers.Machine) -> None:
@@ -188,7 +167,7 @@ def check_training(request: graph.Request, machine: workers.Machine) -> None:
         raise UserError(f"--ranks: got {machine.ranks}, expected at most the {machine.gpus} GPUs of this machine")
     prepare.ship(request.setup.base.data.path)
     nodes = request.nodes.values()
-    refuse(line for node in nodes for line in node.tokens.problems(node.segment.start, node.segment.end))
+    refuse([line for node in nodes for line in node.tokens.problems(node.segment.start, node.segment.end)])
 
 
 # ---- Results ---------------------------------------------------------------------------------------------------------
@@ -202,13 +181,22 @@ def score(request: graph.Request, machine: workers.Machine) -> dict[str, dict[st
     device = request.setup.base.train.device
     steady_malloc(pick_device(device, 0))
     paths = sorted({p for name in asked for of_seeds in request.checkpoints[name].values() for p in of_seeds})
-    known = measure.scores(paths, request.root / "scores", machine.jobs, device)
+    known = measure.scores(paths, request.setup.root / "scores", machine.jobs, device)
     made = {}
     for name, table in asked.items():
         found = {cell: [known[p] for p in of_seeds] for cell, of_seeds in request.checkpoints[name].items()}
-        made[name] = measure.measure(table, found, request.seeds, request.setup.columns)
-        made[name]["made"] = state.provenance(request, name)
+        record = measure.measure(table, found, request.seeds, request.setup.columns)
+        made[name] = {**record, "made": measure.provenance(request, name)}
     return made
+
+
+def save_logs(request: graph.Request) -> None:
+    """All logs of the root in one file, {"cell": name of the node, ..} a line."""
+    root = request.setup.root
+    with replacing(request.results / "logs.jsonl.xz") as partial, lzma.open(partial, "wt") as f:
+        for log in sorted(root.glob("*/**/log.jsonl")):
+            name = log.parent.relative_to(root).as_posix()
+            f.writelines(json.dumps({"cell": name, **r}) + "\n" for r in read_log(log.parent))
 
 
 def publish(name: str, request: graph.Request, made: dict[str, dict[str, Any]]) -> None:
@@ -218,36 +206,26 @@ def publish(name: str, request: graph.Request, made: dict[str, dict[str, Any]]) 
         write_text(results / f"{name}.json", json.dumps(made[name], indent=1) + "\n")
         write_text(results / f"{name}.md", text := report.markdown(made[name]))
         print(text)
-    if name != "table9":
-        file = str(results / f"{name}.png")
-        draw(name, request, made, file)
-        print(f"{file}\n")
-
-
-def draw(name: str, request: graph.Request, made: dict[str, dict[str, Any]], file: str) -> None:
+    if name == "table9":
+        return
+    file, s = str(results / f"{name}.png"), request.setup
     from_plans = {"fig1": figures.paradigms, "fig3": figures.schedules, "fig6": figures.variants}
     if name in from_plans:
-        from_plans[name](request.setup, file)
+        from_plans[name](s, file)
     elif name in ("fig4", "fig5"):
         figures.stages(made[name], figures.paths(request, name), file)
     elif name in tables.DOWNSTREAM:
         figures.downstream(made[name], file)
     elif name == "fig2":
         figures.cost_and_quality(made["table3"], file)
-    elif name == "loss":
-        figures.losses(logs_of_first(request), request.setup.schedules[0], file)
+    elif name == "loss":  # of the first seed and schedule
+        first, nodes = s.schedules[0], request.nodes_of["table3"].values()
+        shown = [n for n in nodes if n.is_main or n.config.plan.schedule == first]
+        runs = [(n.segment, n.log()) for n in shown if n.config.train.seed == request.seeds[0]]
+        figures.losses(runs, first, file)
     else:
         figures.table(made[name], file)
-
-
-def logs_of_first(request: graph.Request) -> list[tuple[schedule.Segment, list[dict[str, Any]]]]:
-    """(segment, log) of Table 3's segments under the first seed and the first schedule, the main path with them."""
-    name, seed = request.setup.schedules[0], request.seeds[0]
-    return [
-        (node.segment, state.records(request.root / n))
-        for n, node in request.nodes_of["table3"].items()
-        if node.config.train.seed == seed and (node.is_main or node.config.plan.schedule == name)
-    ]
+    print(f"{file}\n")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import config
-from paper import graph, plans, state, tables, workers
-from paper.claims import Cell
+from paper import graph, plans, tables, workers
+from paper.graph import Request
 from paper.scales import Setup
+from paper.tables import Cell
 from runtime import checkpoint, distributed, resume
 from runtime.device import pick_device
 from runtime.errors import UserError
@@ -30,39 +31,27 @@ Scores = dict[str, dict[str, Any]]  # {name as asked for: {task (its own name), 
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks of the harness and how to ask them. None: all examples, the prompts of each task, data from the hub."""
+    """Tasks of the harness, and how to ask them."""
 
     names: list[str]
-    data_dir: str | None
-    limit: int | None
-    num_fewshot: int | None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"data_dir": self.data_dir, "limit": self.limit, "num_fewshot": self.num_fewshot}
+    options: dict[str, Any]  # data_dir, limit and num_fewshot of harness.evaluate
+    sft: str | None  # a file of examples to fine-tune each version on first
 
 
-def check(tasks: Tasks, sft: str | None) -> None:
+def check(tasks: Tasks) -> None:
     """Refuse wrong tasks, data and examples before anything is trained."""
     from tools import harness  # needs a package that the rest does not
 
-    if sft and not Path(sft).is_file():
-        raise UserError(f"--sft {sft}: is not there; expected a .jsonl file of examples")
+    if tasks.sft and not Path(tasks.sft).is_file():
+        raise UserError(f"--sft {tasks.sft}: is not there; expected a .jsonl file of examples")
     if not tasks.names:
         raise UserError("--tasks: got no name, expected some such as gsm8k,mmlu")
-    if tasks.limit is not None and tasks.limit < 1:
-        raise UserError(f"--limit: got {tasks.limit}, expected 1 or more")
     for name in tasks.names:
-        harness.load((name,), tasks.data_dir, tasks.num_fewshot)
+        harness.load((name,), tasks.options["data_dir"], tasks.options["num_fewshot"])
 
 
-def tunings(
-    s: Setup, settings: dict[Path, str], root: Path, sft: str, ranks: int
-) -> tuple[graph.Graph, dict[Path, Path]]:
-    """The fine-tunings of checkpoints: their graph, and the checkpoint that each will end in.
-
-    `settings`: the folder of each checkpoint's setting; `sft`: the file of examples.
-    """
+def tunings(s: Setup, settings: dict[Path, str], sft: str, ranks: int) -> tuple[graph.Graph, dict[Path, Path]]:
+    """The fine-tunings of checkpoints {path: its node's setting}: their graph, and the checkpoint that each ends in."""
     found: graph.Graph = {}
     results = {}
     examples: dict[tuple[str, int], Examples] = {}  # shared by the versions of a setting
@@ -77,14 +66,14 @@ def tunings(
         if problems := distributed.batch_problems(c, ranks):
             raise UserError("\n".join(problems))
         if (setting, c.model.context) not in examples:
-            prepared = prepare_examples(sft, resume.open_tokenizer(path, meta), root / setting)
+            prepared = prepare_examples(sft, resume.open_tokenizer(path, meta), s.root / setting)
             examples[setting, c.model.context] = Examples(prepared, c.model.context, c.train.seed)
         data = SFTData(examples[setting, c.model.context], meta["data"], c.batch_sequences, c.data.epochs)
         segment = resume.sft_run(c, meta, str(path), data.steps).segment
-        name = f"{setting}/{segment.name}"
         arguments = ["--config", "sft", "--mode", segment.paradigm, "--parent", str(path), *words]
-        found[name] = graph.Node(setting, segment, c, arguments, None, {segment.end})
-        results[path] = checkpoint.path(root / name, segment.end)
+        node = graph.Node(s.root, setting, segment, c, arguments, None, {segment.end})
+        found[node.name] = node
+        results[path] = checkpoint.path(node.folder, segment.end)
     return found, results
 
 
@@ -93,16 +82,16 @@ def digest(content: list[Any]) -> str:
 
 
 def scores(path: Path, tasks: Tasks, kept: Path, device: str) -> Scores:
-    """Scores of a checkpoint on tasks, those in the folder `kept` read from there."""
+    """Scores of a checkpoint on tasks, kept in the folder `kept`."""
     from tools import harness  # needs a package that the rest does not
 
     kept.mkdir(parents=True, exist_ok=True)
     known: Scores = {}
     for name in tasks.names:
         # a task file is another task if its folder, or the folder of the data, has changed
-        near = [Path(name).parent, Path(tasks.data_dir or ".")] if name.endswith(".yaml") else []
-        files = [(str(f), f.stat()) for folder in near for f in folder.iterdir() if f.is_file()]
-        stamps = sorted((f, stat.st_size, stat.st_mtime_ns) for f, stat in files)
+        near = [Path(name).parent, Path(tasks.options["data_dir"] or ".")] if name.endswith(".yaml") else []
+        files = sorted(f for folder in near for f in folder.iterdir() if f.is_file())
+        stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         file = kept / f"{digest([checkpoint.read_meta(path)['hash'], name, tasks.options, stamps])[:16]}.json"
         try:
             known[name] = read_json(file)["score"]
@@ -123,10 +112,8 @@ def record(of: tables.Table, found: dict[Cell, list[Scores]], names: list[str], 
     lines = []
     for group, version, name in where:
         seeds = found[group, name, version]
-        mean = {
-            NINE.get(n) or seeds[0][n]["task"]: {**seeds[0][n], "value": statistics.fmean(k[n]["value"] for k in seeds)}
-            for n in names
-        }
+        value = {n: statistics.fmean(s[n]["value"] for s in seeds) for n in names}
+        mean = {NINE.get(n) or seeds[0][n]["task"]: {**seeds[0][n], "value": value[n]} for n in names}
         lines.append(([*[group] * several, version, name], mean))
     made = harness.table(of.title, [*["scale"] * several, "Ver.", "TP"], lines)
     means = [
@@ -142,27 +129,22 @@ def record(of: tables.Table, found: dict[Cell, list[Scores]], names: list[str], 
     return {**made, "name": of.name, "notes": [*made["notes"], note], "means": means, "scores": scores}
 
 
-def make(
-    request: graph.Request, name: str, tasks: Tasks, sft: str | None, machine: workers.Machine, may_train: bool
-) -> dict[str, Any]:
-    """The record of a table: fine-tune its trained versions on the examples of `sft`, if any, and ask them."""
-    s, root, where = request.setup, request.root, request.checkpoints[name]
+def make(request: Request, name: str, tasks: Tasks, machine: workers.Machine, may_train: bool) -> dict[str, Any]:
+    """The record of a table: fine-tune its trained versions, if there are examples, and ask them."""
+    s, where = request.setup, request.checkpoints[name]
     paths = list(dict.fromkeys(p for of_seeds in where.values() for p in of_seeds))
     results, how = {p: p for p in paths}, "not fine-tuned"
-    if sft:
-        found, results = tunings(s, {p: request.settings[p] for p in paths}, root, sft, machine.ranks)
-        todo = state.left(found, root)[0]
+    if tasks.sft:
+        found, results = tunings(s, {p: request.settings[p] for p in paths}, tasks.sft, machine.ranks)
+        todo = graph.left(found)[0]
         if todo and not may_train:
-            print("\n".join(plans.torchrun_lines(found, todo, root, machine.ranks)))
-            raise UserError(
-                f"{name}: {len(todo)} of {len(found)} fine-tunings are not trained yet; "
-                "train them as printed above, or here with --run yes"
-            )
+            print("\n".join(plans.torchrun_lines(found, todo, machine.ranks)))
+            raise plans.not_trained(name, len(todo), len(found), "fine-tunings")
         if todo:
-            workers.run(found, root, machine)
+            workers.run(found, s.root, machine)
         c = next(iter(found.values())).config
-        how = f"fine-tuned on {Path(sft).name}, epochs {c.data.epochs}, max_lr {c.plan.max_lr:g}"
-    known = {p: scores(result, tasks, root / "tasks", s.base.train.device) for p, result in results.items()}
+        how = f"fine-tuned on {Path(tasks.sft).name}, epochs {c.data.epochs}, max_lr {c.plan.max_lr:g}"
+    known = {p: scores(result, tasks, s.root / "tasks", s.base.train.device) for p, result in results.items()}
     shown = {cell: [known[p] for p in of_seeds] for cell, of_seeds in where.items()}
     limits = "".join(f"; {k} {v}" for k, v in tasks.options.items() if k != "data_dir" and v is not None)
     return record(request.tables[name], shown, tasks.names, f"Scale {s.scale.name}, versions {how}{limits}.")

@@ -4,12 +4,14 @@ Each function draws one file: from plans (learning rates), from a table's record
 """
 
 import math
+import statistics
 from typing import Any
 
 import schedule
 from paper import graph, tables
 from paper.scales import Run, Setting, Setup
 
+LEGEND = {"fontsize": 8, "frameon": False}
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito: safe for the colour-blind
 DARK = "#333333"
 OF = {"PTFS": COLOURS[0], "CPT": COLOURS[1], "Ours": COLOURS[2]}
@@ -18,32 +20,28 @@ MARKERS = "os^DvP"
 
 def canvas(panels: int, width: float = 3.4, height: float = 3.4, **kw: Any) -> tuple[Any, Any]:
     """A figure with a row of axes, in the one style."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(1, panels, figsize=(max(width * panels, 4.6), height), squeeze=False, **kw)
-    for ax in axes[0]:
+    fig = Figure(figsize=(max(width * panels, 4.6), height))
+    axes = fig.subplots(1, panels, squeeze=False, **kw)[0]
+    for ax in axes:
         ax.grid(alpha=0.25)
         ax.tick_params(labelsize=8)
-    return fig, axes[0]
+    return fig, axes
 
 
-def finish(fig: Any, file: str, bottom: float = 0.0) -> None:
-    import matplotlib.pyplot as plt
-
-    fig.tight_layout(rect=(0, bottom, 1, 1))
-    fig.savefig(file, dpi=150)
-    plt.close(fig)
-
-
-def legend(fig: Any, axes: Any, columns: int = 6) -> float:
-    """One legend below all axes. Returns the room to leave for it."""
+def finish(fig: Any, file: str, axes: Any = (), columns: int = 6) -> None:
+    """Save a figure, with one legend of these axes below all."""
     key = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    lines, names = [key[k] for k in sorted(key)], sorted(key)
-    fig.legend(lines, names, loc="lower center", ncols=min(len(key), columns), fontsize=8, frameon=False)
-    return 0.07 * math.ceil(len(key) / columns)
+    if names := sorted(key):
+        fig.legend([key[n] for n in names], names, loc="lower center", ncols=min(len(names), columns), **LEGEND)
+    fig.tight_layout(rect=(0, 0.07 * math.ceil(len(names) / columns), 1, 1))
+    fig.savefig(file, dpi=150)
+
+
+def distinct(rows: list[dict[str, Any]], key: str) -> list[str]:
+    """The values of a key, each once, in order."""
+    return list(dict.fromkeys(r[key] for r in rows))
 
 
 def paradigms(s: Setup, file: str) -> None:
@@ -56,10 +54,10 @@ def schedules(s: Setup, file: str) -> None:
     fig, (ax,) = canvas(1, 5)
     for i, name in enumerate(s.schedules):
         first = s.segments(Run("ptfs", Setting(keys={"plan.schedule": name})), 1)[0]
-        steps, style = range(first.end), ("-", "--", "-.", ":")[i % 4]
-        ax.plot(steps, [first.lr(t) for t in steps], color=COLOURS[i % 6], linestyle=style, label=name)
+        style = {"color": COLOURS[i % 6], "linestyle": ("-", "--", "-.", ":")[i % 4], "label": name}
+        ax.plot(range(first.end), [first.lr(t) for t in range(first.end)], **style)
     ax.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
-    ax.legend(fontsize=8, frameon=False)
+    ax.legend(**LEGEND)
     finish(fig, file)
 
 
@@ -71,15 +69,14 @@ def variants(s: Setup, file: str) -> None:
 
 def paths(request: graph.Request, name: str) -> dict[str, list[float]]:
     """The learning rate of every update that led to each row of Figure 4 or 5."""
-    out = {}
+    out: dict[str, list[float]] = {}
     for row in request.tables[name].rows:
-        rates: list[float] = []
+        out[row.name] = []
         at: tuple[str, int] | None = graph.add(request.nodes, request.setup, row.points["updated"], request.seeds[0])
         while at:
             node, step = request.nodes[at[0]], at[1]
-            rates = [node.segment.lr(t) for t in range(node.segment.start, step)] + rates
+            out[row.name] = [node.segment.lr(t) for t in range(node.segment.start, step)] + out[row.name]
             at = node.parent
-        out[row.name] = rates
     return out
 
 
@@ -89,7 +86,7 @@ def stages(record: dict[str, Any], rates: dict[str, list[float]], file: str) -> 
     for i, (label, lr) in enumerate(rates.items()):
         left.plot(range(len(lr)), lr, color=COLOURS[i % 6], label=f"cycle {label}", linewidth=1.6)
     left.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
-    left.legend(fontsize=8, frameon=False, title="steps", title_fontsize=8)
+    left.legend(title="steps", title_fontsize=8, **LEGEND)
     colours = {"initialization": COLOURS[1], "updated": COLOURS[0]}
     for i, column in enumerate(record["columns"]):
         y = [r["ppl"][column] for r in record["rows"]]
@@ -97,64 +94,56 @@ def stages(record: dict[str, Any], rates: dict[str, list[float]], file: str) -> 
         right.errorbar(range(len(y)), y, spread, capsize=3, color=colours[column], marker=MARKERS[i], label=column)
     right.set_xticks(range(len(record["rows"])), [r["name"] for r in record["rows"]])
     right.set(xlabel="cosine cycle (steps)", ylabel="PPL")
-    right.legend(fontsize=8, frameon=False)
+    right.legend(**LEGEND)
     finish(fig, file)
 
 
 def table(record: dict[str, Any], file: str) -> None:
     """PPL of each row against its group's reference, ours beside the paper's; a panel a group."""
-    groups: dict[str, dict[str, dict[str, Any]]] = {}
-    for r in record["rows"]:
-        groups.setdefault(r["group"], {})[r["name"]] = r
-    names = list(dict.fromkeys(r["name"] for r in record["rows"]))
-    others = [d["minus"][1] for d in record["differences"]] + names
-    reference = "PTFS" if "PTFS" in names else others[0]
+    groups = {g: {r["name"]: r for r in record["rows"] if r["group"] == g} for g in distinct(record["rows"], "group")}
+    names = distinct(record["rows"], "name")
+    reference = "PTFS" if "PTFS" in names else [*(d["minus"][1] for d in record["differences"]), *names][0]
     colours = OF if reference == "PTFS" else dict(zip(names, COLOURS, strict=False))
     columns, several = record["columns"], len(record["seeds"]) > 1
     fig, axes = canvas(len(groups), 3.0, sharey=True)
     for ax, (group, rows) in zip(axes, groups.items(), strict=True):
+        base = rows[reference]
         ax.axhline(0, color=colours[reference], linewidth=1.2, label=reference)
         for i, name in enumerate(n for n in names if n != reference and n in rows):
-            style = {"color": colours[name], "marker": MARKERS[i]}
-            y, spread = relative(rows[name], rows[reference], columns)
-            ax.errorbar(range(len(y)), y, spread if several else None, capsize=3, label=name, **style)
-            paper, base = rows[name]["paper"], rows[reference]["paper"]
-            if paper and base:
-                there = [i for i, c in enumerate(columns) if c in paper and c in base]
-                y = [100 * (paper[columns[i]] / base[columns[i]] - 1) for i in there]
-                ax.plot(there, y, markerfacecolor="white", linestyle=":", label=f"{name}, the paper's", **style)
+            row, style = rows[name], {"color": colours[name], "marker": MARKERS[i]}
+            above = [percent_above(row["seeds"][c], base["seeds"][c]) for c in columns]  # by column and seed
+            spread = list(map(statistics.stdev, above)) if several else None
+            ax.errorbar(range(len(columns)), list(map(statistics.fmean, above)), spread, capsize=3, label=name, **style)
+            if there := [c for c in columns if c in row["paper"] and c in base["paper"]]:
+                y = percent_above([row["paper"][c] for c in there], [base["paper"][c] for c in there])
+                x = [columns.index(c) for c in there]
+                ax.plot(x, y, markerfacecolor="white", linestyle=":", label=f"{name}, the paper's", **style)
         ax.set_xticks(range(len(columns)), columns)
         ax.set_title(group, fontsize=9)
         ax.set_xlabel("second increment" if record["name"] == "table13" else "version")
         ax.margins(x=0.15)
     axes[0].set_ylabel(f"PPL against {reference} (%)")
-    finish(fig, file, legend(fig, axes, 5 if len(groups) > 1 else 2))
+    finish(fig, file, axes, 5 if len(groups) > 1 else 2)
 
 
-def relative(row: dict[str, Any], base: dict[str, Any], columns: list[str]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation over seeds of how far a row's PPL is above another's, in percent, by column."""
-    means, spreads = [], []
-    for c in columns:
-        parts = [100 * (a / b - 1) for a, b in zip(row["seeds"][c], base["seeds"][c], strict=True)]
-        means.append(mean := sum(parts) / len(parts))
-        spreads.append(math.sqrt(sum((p - mean) ** 2 for p in parts) / max(1, len(parts) - 1)))
-    return means, spreads
+def percent_above(ppl: list[float], base: list[float]) -> list[float]:
+    return [100 * (a / b - 1) for a, b in zip(ppl, base, strict=True)]
 
 
 def downstream(record: dict[str, Any], file: str) -> None:
     """Tables 4 and 11: the mean over tasks, a group of bars a version."""
-    groups = list(dict.fromkeys(m["group"] for m in record["means"]))
+    groups = distinct(record["means"], "group")
     fig, axes = canvas(len(groups), sharey=True)
     for ax, group in zip(axes, groups, strict=True):
         of_group = [m for m in record["means"] if m["group"] == group]
-        versions = list(dict.fromkeys(m["version"] for m in of_group))
+        versions = distinct(of_group, "version")
         for i, (name, colour) in enumerate(OF.items()):
             x = [v + 0.27 * (i - 1) for v in range(len(versions))]
             ax.bar(x, [m["value"] or 0 for m in of_group if m["name"] == name], 0.25, label=name, color=colour)
         ax.set_xticks(range(len(versions)), versions)
         ax.set_title(group, fontsize=9)
     axes[0].set_ylabel("mean over tasks (%)")
-    axes[0].legend(fontsize=8, frameon=False)
+    axes[0].legend(**LEGEND)
     finish(fig, file)
 
 
@@ -162,7 +151,7 @@ def cost_and_quality(record: dict[str, Any], file: str) -> None:
     """Figure 2: APPL against relative cost, here and in the paper; lower left is better."""
     columns = record["columns"]
     fig, axes = canvas(2, 4.2)
-    markers = {g: MARKERS[i % 6] for i, g in enumerate(dict.fromkeys(r["group"] for r in record["rows"]))}
+    markers = {g: MARKERS[i % 6] for i, g in enumerate(distinct(record["rows"], "group"))}
     for ax, key, title in zip(axes, ("ppl", "paper"), ("measured here", "the paper's"), strict=True):
         for r in record["rows"]:
             if set(columns) <= set(r[key]):
@@ -173,7 +162,7 @@ def cost_and_quality(record: dict[str, Any], file: str) -> None:
         ax.set_ylabel(f"APPL (mean PPL of {columns[0]}..{columns[-1]})")
         ax.set_title(title, fontsize=9)
         ax.margins(y=0.2)
-    finish(fig, file, legend(fig, axes[:1], 3))
+    finish(fig, file, axes[:1], 3)
 
 
 def losses(runs: list[tuple[schedule.Segment, list[dict[str, Any]]]], name: str, file: str) -> None:
@@ -182,15 +171,14 @@ def losses(runs: list[tuple[schedule.Segment, list[dict[str, Any]]]], name: str,
     panels = {"ptfs": axes[:1], "cpt": axes[1:2], "main": axes[2:], "branch": axes[2:]}
     low, high = math.inf, 0.0
     for segment, log in runs:
-        main = segment.paradigm == "main"
-        first = segment.paradigm == "ptfs" and segment.version == 1  # which is CPT's as well
-        label = "main path" if main else f"V{segment.version}"
+        main, first = segment.paradigm == "main", segment.paradigm == "ptfs" and segment.version == 1
         colour = DARK if main else COLOURS[(segment.version - 1) % 6]
         # a record names the update; the state is after it
         train = dict(sorted((r["step"] + 1, r["loss"]) for r in log if "loss" in r))
         val = dict(sorted((r["step"], r["val_loss"]) for r in log if "val_loss" in r))
-        dots = {"marker": "o", "markersize": 4, "linewidth": 2.2 if main else 1.4, "label": label}
-        for ax in axes[:2] if first else panels[segment.paradigm]:
+        label, width = ("main path", 2.2) if main else (f"V{segment.version}", 1.4)
+        dots = {"marker": "o", "markersize": 4, "linewidth": width, "label": label}
+        for ax in axes[:2] if first else panels[segment.paradigm]:  # PTFS's version 1 is CPT's as well
             ax.plot(list(train), list(train.values()), color=colour, linewidth=0.7, alpha=0.45)
             ax.plot(list(val), list(val.values()), color=colour, **dots)
         if val:
@@ -202,4 +190,4 @@ def losses(runs: list[tuple[schedule.Segment, list[dict[str, Any]]]], name: str,
         if low < high:
             ax.set_ylim(low - 0.05, high + 0.1)
     axes[0].set_ylabel("loss (nats a token)")
-    finish(fig, file, legend(fig, axes))
+    finish(fig, file, axes)

@@ -6,24 +6,30 @@ A node can start once the checkpoint that it starts from is there. For a branch 
 """
 
 import itertools
+import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import config
 import data
 import schedule
 from paper import tables
-from paper.claims import Cell
 from paper.scales import Point, Setup
+from paper.tables import Cell
 from runtime import checkpoint, resume
 from runtime.errors import UserError
+from runtime.files import is_locked
+from runtime.logger import read_log
 
 
 @dataclass
 class Node:
-    """One segment to train, in the folder `setting`/`segment.name` of the root."""
+    """One segment to train, and how far it is on the disk."""
 
+    root: Path
     setting: str  # with its seed
     segment: schedule.Segment
     config: config.Config
@@ -32,12 +38,20 @@ class Node:
     required: set[int]  # steps of the checkpoints that tables or other nodes need
 
     @property
+    def name(self) -> str:
+        return f"{self.setting}/{self.segment.name}"
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.name
+
+    @property
     def steps(self) -> int:
         return self.segment.end - self.segment.start
 
     @property
-    def flops(self) -> float:
-        return self.steps * self.config.train.batch_tokens * self.config.model.flops_per_token()
+    def step_flops(self) -> float:
+        return self.config.train.batch_tokens * self.config.model.flops_per_token()
 
     @property
     def is_main(self) -> bool:
@@ -47,8 +61,70 @@ class Node:
     def tokens(self) -> data.Tokens:
         return resume.open_tokens(self.config, self.config.plan)
 
+    def saved(self, step: int) -> bool:
+        return (checkpoint.path(self.folder, step) / "meta.json").exists()
 
-Graph = dict[str, Node]  # by folder below the root
+    def done(self) -> bool:
+        return all(map(self.saved, self.required))
+
+    def at_work(self) -> bool:
+        """Does a process train this node now?"""
+        return is_locked(self.folder / ".lock")
+
+    def log(self) -> list[dict[str, Any]]:
+        """The records of its log, none if there is no log yet."""
+        return read_log(self.folder) if (self.folder / "log.jsonl").is_file() else []
+
+    def logged(self) -> int:
+        """Steps that the log has recorded, read from its last line alone."""
+        s = self.segment
+        try:
+            with open(self.folder / "log.jsonl", "rb") as f:
+                f.seek(max(0, f.seek(0, os.SEEK_END) - 4096))
+                last = json.loads(f.read().splitlines()[-1])
+        except (OSError, ValueError, IndexError):  # no log yet, or no complete line
+            return 0
+        return max(s.start, min(s.end, last.get("step", last.get("start", s.start) - 1) + 1)) - s.start
+
+    def reached(self) -> int:
+        """Steps that need not be trained again."""
+        if self.done():
+            return self.steps
+        if self.at_work():
+            return self.logged()
+        start = self.segment.start
+        return (resume.resume_step(self.folder, sorted(self.required)) or start) - start
+
+
+Graph = dict[str, Node]  # by name, parents first
+
+
+def left(nodes: Graph) -> tuple[list[Node], int, float]:
+    """The nodes that are not done, parents first; their steps and FLOPs that are left."""
+    todo = [n for n in nodes.values() if not n.done()]
+    steps = [n.steps - n.reached() for n in todo]
+    return todo, sum(steps), sum(n.step_flops * k for n, k in zip(todo, steps, strict=True))
+
+
+def trained(log: list[dict[str, Any]]) -> tuple[int, float]:
+    """(tokens, seconds) of the training in a log, without starts, validations and saves."""
+    tokens, seconds, at = 0, 0.0, 0
+    for r in log:
+        if "config" in r:
+            at = r["start"] * r["config"]["train.batch_tokens"]
+        elif "tokens_per_second" in r:
+            new, at = r["tokens"] - at, r["tokens"]
+            tokens += new
+            seconds += new / r["tokens_per_second"]
+    return tokens, seconds
+
+
+def check_lineage(nodes: Graph) -> None:
+    """UserError if a checkpoint there is not one that these settings would make: a table never mixes two."""
+    for node in nodes.values():
+        for step in checkpoint.steps(node.folder):
+            if step <= node.segment.end:
+                resume.check_lineage(checkpoint.path(node.folder, step), node.config, node.segment, node.tokens)
 
 
 def add(nodes: Graph, s: Setup, point: Point, seed: int) -> tuple[str, int]:
@@ -57,14 +133,6 @@ def add(nodes: Graph, s: Setup, point: Point, seed: int) -> tuple[str, int]:
     setting = f"{run.setting.name}-s{seed}"
     segments = {g.name: g for g in s.segments(run, seed)}
 
-    def parent_of(segment: schedule.Segment) -> tuple[str, int] | None:
-        if segment.parent is None:
-            return None
-        if run.parent and segment.version == 2:
-            return add(nodes, s, Point(run.parent, 1), seed)
-        name, step = segment.parent
-        return need(segments[name], step)
-
     def need(segment: schedule.Segment, step: int) -> tuple[str, int]:
         name = f"{setting}/{segment.name}"
         known, main = nodes.get(name), segment.paradigm == "main"
@@ -72,11 +140,15 @@ def add(nodes: Graph, s: Setup, point: Point, seed: int) -> tuple[str, int]:
             raise UserError(f"{name}: two of the tables asked for need different segments here; give each an --out")
         # the main path of several plans is one, as long as the longest of them
         if known is None or segment.end > known.segment.end:
-            parent = parent_of(segment)
-            arguments = ["--config", run.setting.config or s.scale.config, "--mode", segment.paradigm]
-            arguments += [] if main else ["--version", str(segment.version)]
-            arguments += [word for k, v in s.keys(run, seed).items() for word in (f"--{k}", v)]
-            nodes[name] = Node(setting, segment, c, arguments, parent, known.required if known else set())
+            parent = None
+            if segment.parent and run.parent and segment.version == 2:
+                parent = add(nodes, s, Point(run.parent, 1), seed)
+            elif segment.parent:
+                parent = need(segments[segment.parent[0]], segment.parent[1])
+            version = [] if main else ["--version", str(segment.version)]
+            keys = [word for k, v in s.keys(run, seed).items() for word in (f"--{k}", v)]
+            words = ["--config", run.setting.config or s.scale.config, "--mode", segment.paradigm, *version, *keys]
+            nodes[name] = Node(s.root, setting, segment, c, words, parent, known.required if known else set())
         nodes[name].required.add(step)
         return name, step
 
@@ -86,12 +158,11 @@ def add(nodes: Graph, s: Setup, point: Point, seed: int) -> tuple[str, int]:
     return need(segment, segment.end)
 
 
-def command(nodes: Graph, name: str, root: Path) -> list[str]:
+def command(nodes: Graph, node: Node) -> list[str]:
     """train.py's arguments for a node."""
-    node = nodes[name]
-    words = [*node.arguments, "--out", str(root / node.setting)]
-    if node.parent and nodes[node.parent[0]].setting != node.setting:
-        words += ["--parent", str(checkpoint.path(root / node.parent[0], node.parent[1]))]
+    words = [*node.arguments, "--out", str(node.root / node.setting)]
+    if node.parent and (parent := nodes[node.parent[0]]).setting != node.setting:
+        words += ["--parent", str(checkpoint.path(parent.folder, node.parent[1]))]
     if node.is_main:
         words += ["--train.save_at", ",".join(map(str, sorted(node.required)))]
     return words
@@ -100,9 +171,8 @@ def command(nodes: Graph, name: str, root: Path) -> list[str]:
 class Request:
     """The tables asked for, the nodes that they need, and the checkpoints that their numbers are measured on."""
 
-    def __init__(self, s: Setup, names: list[str], seeds: list[int], root: Path) -> None:
-        self.setup, self.seeds, self.root = s, seeds, root
-        self.results = root / "results"
+    def __init__(self, s: Setup, names: list[str], seeds: list[int]) -> None:
+        self.setup, self.seeds, self.results = s, seeds, s.root / "results"
         self.tables = {n: tables.TABLES[n](s) for n in names}
         self.downstream = [n for n in names if n in tables.DOWNSTREAM]
         self.nodes: Graph = {}  # of all tables
@@ -113,14 +183,11 @@ class Request:
             if len({(r.group, r.name) for r in t.rows}) < len(t.rows):
                 raise UserError(f"plan.steps: got {s.T}, too few to tell the rows of {name} apart; give it more")
             for row, seed in itertools.product(t.rows, seeds):
+                for point in (*row.points.values(), *row.also):
+                    add(self.nodes_of[name], s, point, seed)
+                    add(self.nodes, s, point, seed)
                 for column, point in row.points.items():
-                    node, step = self._add(name, point, seed)
-                    path = checkpoint.path(root / node, step)
+                    node, step = add(self.nodes, s, point, seed)
+                    path = checkpoint.path(s.root / node, step)
                     self.checkpoints[name].setdefault((row.group, row.name, column), []).append(path)
                     self.settings[path] = self.nodes[node].setting
-                for point in row.also:
-                    self._add(name, point, seed)
-
-    def _add(self, name: str, point: Point, seed: int) -> tuple[str, int]:
-        add(self.nodes_of[name], self.setup, point, seed)
-        return add(self.nodes, self.setup, point, seed)

@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import statistics
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import config
 import eval as evaluation
 from paper import tables
-from paper.claims import Cell, Claim, Factors, minus
+from paper.graph import Request, trained
+from paper.tables import Cell, Claim, Factors, minus
 from runtime import checkpoint
 from runtime.device import pick_device
+from runtime.files import replacing
 
 # Student's t, 97.5 %, for 1, 2, .. degrees of freedom
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -35,11 +39,8 @@ def scores(checkpoints: list[Path], kept: Path, jobs: int, device: str) -> dict[
             with np.load(file) as stored:
                 return evaluation.Score(stored["nats"], stored["tokens"])
         s = evaluation.score(path, pick_device(device, 0), quiet=True)
-        with open(file.with_suffix(".partial"), "wb") as f:
+        with replacing(file) as partial, open(partial, "wb") as f:
             np.savez(f, nats=s.nats, tokens=s.tokens)
-            f.flush()
-            os.fsync(f.fileno())
-        file.with_suffix(".partial").rename(file)
         return s
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
@@ -49,10 +50,7 @@ def scores(checkpoints: list[Path], kept: Path, jobs: int, device: str) -> dict[
 
 
 def combine(found: Scores, factors: Factors) -> tuple[float, float]:
-    """A sum of PPLs times factors, and its standard error.
-
-    Over seeds, with the terms of one seed paired; with one seed, over documents.
-    """
+    """A sum of PPLs times factors, and its standard error: over seeds, paired; with one seed, over documents."""
     seeds = range(len(next(iter(found.values()))))
     values = [sum(f * found[k][i].ppl for k, f in factors.items()) for i in seeds]
     if len(values) > 1:
@@ -62,10 +60,7 @@ def combine(found: Scores, factors: Factors) -> tuple[float, float]:
 
 
 def judge(found: Scores, claim: Claim, seeds: int, paper: dict[Cell, float]) -> dict[str, Any]:
-    """Does a claim hold? A difference is clear if it is further from zero than 95 % of chance would take it.
-
-    `paper`: the paper's own numbers, whose differences are given beside ours.
-    """
+    """Does a claim hold? A difference is clear if it is further from zero than 95 % of chance would take it."""
     times = 1.96 if seeds == 1 else T975[min(seeds - 2, len(T975) - 1)]
     parts = []
     for where, factors in claim.below_zero.items():
@@ -83,19 +78,11 @@ def measure(t: tables.Table, found: Scores, seeds: list[int], columns: list[str]
     rows = []
     for r in t.rows:
         ppl = {c: [s.ppl for s in found[r.group, r.name, c]] for c in t.columns}
-        row: dict[str, Any] = {
-            "group": r.group,
-            "name": r.name,
-            "labels": r.labels,
-            "costs": r.costs,
-            "paper": r.paper,
-            "ppl": {c: statistics.fmean(v) for c, v in ppl.items()},
-            "seeds": ppl,
-            "sd": {c: statistics.stdev(v) for c, v in ppl.items() if len(v) > 1},
-        }
-        if t.columns == columns:
-            row["appl"] = statistics.fmean(row["ppl"].values())
-        rows.append(row)
+        mean = {c: statistics.fmean(v) for c, v in ppl.items()}
+        sd = {c: statistics.stdev(v) for c, v in ppl.items() if len(v) > 1}
+        row = {"group": r.group, "name": r.name, "labels": r.labels, "costs": r.costs, "paper": r.paper}
+        appl = {"appl": statistics.fmean(mean.values())} if t.columns == columns else {}
+        rows.append({**row, "ppl": mean, "seeds": ppl, "sd": sd, **appl})
     differences = []
     for group, (a, b) in itertools.product(tables.groups(t.rows), t.pairs):
         d: dict[str, Any] = {"group": group, "minus": [a, b], "value": {}, "se": {}, "relative": {}}
@@ -103,7 +90,7 @@ def measure(t: tables.Table, found: Scores, seeds: list[int], columns: list[str]
             d["value"][c], d["se"][c] = combine(found, minus(group, a, b, c))
             d["relative"][c] = d["value"][c] / statistics.fmean(s.ppl for s in found[group, b, c])
         differences.append(d)
-    paper = {(r["group"], r["name"], c): v for r in rows for c, v in r["paper"].items()}
+    paper = {(r.group, r.name, c): v for r in t.rows for c, v in r.paper.items()}
     some = next(iter(found.values()))[0]
     return {
         "name": t.name,
@@ -116,4 +103,22 @@ def measure(t: tables.Table, found: Scores, seeds: list[int], columns: list[str]
         "claims": [judge(found, c, len(seeds), paper) for c in t.claims if c.below_zero],
         "documents": len(some.nats),
         "tokens": int(some.tokens.sum()),
+    }
+
+
+def provenance(request: Request, table: str) -> dict[str, Any]:
+    """How the segments of a table were made: settings, devices, versions, commits, seconds of training."""
+    nodes = request.nodes_of[table].values()
+    logs = [node.log() for node in nodes]
+    starts = [r for log in logs for r in log if "config" in r]
+    return {
+        "scale": request.setup.scale.name,
+        "config": config.values(request.setup.base),
+        "segments": len(nodes),
+        "steps": sum(node.steps for node in nodes),
+        "seconds": sum(trained(log)[1] for log in logs),
+        "devices": sorted({f"{r['device']} ({r['ranks']} rank{'s' * (r['ranks'] > 1)}, {r['dtype']})" for r in starts}),
+        "versions": sorted({f"torch {r['versions']['torch']}, Python {r['versions']['python']}" for r in starts}),
+        "commits": sorted({r["commit"][:12] for r in starts if r["commit"]}),
+        "date": time.strftime("%Y-%m-%d"),
     }

@@ -55,27 +55,27 @@ def words(record: dict[str, Any]) -> list[str]:
     if "seeds" not in record:
         return record.get("notes", [])
     n, m = len(record["seeds"]), record["made"]
-    spread = "One seed; differences paired by document (standard error)"
-    if n > 1:
-        spread = f"Mean ± standard deviation over {n} seeds; differences paired by seed (standard error)"
+    spread = "One seed" if n == 1 else f"Mean ± standard deviation over {n} seeds"
+    paired = f"differences paired by {'document' if n == 1 else 'seed'} (standard error)"
     measured = f"PPL on {record['tokens']:,} tokens of {record['documents']} held-out documents."
     took = f"{m['segments']} segments, {m['steps']:,} steps, {duration(m['seconds'])} of training, summed over segments"
     commits = f"commit {', '.join(m['commits']) or 'unknown'}"
     made = "; ".join([f"Scale {m['scale']}", took, *m["devices"], *m["versions"], commits, m["date"]])
-    return [f"{measured} {spread}. cost: steps relative to PTFS.", *record["notes"], f"{made}."]
+    return [f"{measured} {spread}; {paired}. cost: steps relative to PTFS.", *record["notes"], f"{made}."]
 
 
 def statements(record: dict[str, Any]) -> list[tuple[str, str]]:
     """(verdict, a claim of the paper, in how many places it holds, and where it does not clearly)."""
     out = []
     for c in record.get("claims", []):
-        clear = [p for p in c["parts"] if p["holds"] and p["clear"]]
         others = []
-        for p in (p for p in c["parts"] if p not in clear):
-            printed = f" (the paper's {p['paper']:+.2f})" if p["paper"] is not None else ""
-            against = " against it" if p["clear"] else ""
-            others.append(f"{p['where']} {p['value']:+.2f} ± {p['se']:.2f}{printed}{against}")
-        text = f"{c['text']}: in {sum(p['holds'] for p in c['parts'])} of {len(c['parts'])}, clearly in {len(clear)}"
+        for p in c["parts"]:
+            if not (p["holds"] and p["clear"]):
+                printed = f" (the paper's {p['paper']:+.2f})" if p["paper"] is not None else ""
+                against = " against it" if p["clear"] else ""
+                others.append(f"{p['where']} {p['value']:+.2f} ± {p['se']:.2f}{printed}{against}")
+        n, holds = len(c["parts"]), sum(p["holds"] for p in c["parts"])
+        text = f"{c['text']}: in {holds} of {n}, clearly in {n - len(others)}"
         out.append((c["verdict"], text + (f"; not clearly: {'; '.join(others)}" if others else "")))
     return out
 
@@ -136,10 +136,10 @@ model and data. Lower is better.</p>
 
 def table_html(rows: Matrix) -> str:
     head, *body = rows
-    columns = zip(*body, strict=True)
-    numeric = [all(cell[:1] in "+-0123456789" for cell in column) for column in columns]
-    of_paper = [cell.startswith("paper: ") for cell in head]
-    kinds = [" ".join(["text"] * (not n) + ["paper"] * p) for n, p in zip(numeric, of_paper, strict=True)]
+    kinds = []  # a class of the style sheet for each column
+    for title, *cells in zip(*rows, strict=True):
+        numeric = all(cell[:1] in "+-0123456789" for cell in cells)
+        kinds.append("paper" if title.startswith("paper: ") else "" if numeric else "text")
 
     def line(tag: str, row: list[str], group: bool = False) -> str:
         cells = (f'<{tag} class="{k}">{escape(cell)}</{tag}>' for k, cell in zip(kinds, row, strict=True))

@@ -4,6 +4,7 @@ A scale is a file of configs/scales/. The command line may change any key of its
 top of both. A *run* is a paradigm under a setting; a *point* is one of its checkpoints.
 """
 
+import functools
 import json
 import tomllib
 from collections.abc import Mapping
@@ -75,14 +76,10 @@ def load_scale(name: str) -> Scale:
     except ValueError as e:
         raise UserError(f"{file}: not TOML: {e}") from None
     for key in [*TYPES, *tree]:
-        if type(tree.get(key)) is not TYPES.get(key):
+        value, needed = tree.get(key), key in ("ranks", "per_gpu", "sizes")
+        if type(value) is not TYPES.get(key) or (needed and not value):
             expected = ", ".join(f"{k} ({t.__name__})" for k, t in TYPES.items())
-            raise UserError(f"{file}: {key}: got {tree.get(key, 'nothing')!r:.60}, expected {expected}")
-    for key in ("ranks", "per_gpu"):
-        if tree[key] < 1:
-            raise UserError(f"{file}: {key}: got {tree[key]}, expected 1 or more")
-    if not tree["sizes"] or not all(isinstance(keys, dict) for keys in tree["sizes"].values()):
-        raise UserError(f"{file}: sizes: got {tree['sizes']!r:.60}, expected at least one NAME = {{ keys }}")
+            raise UserError(f"{file}: {key}: got {value!r:.60}, expected {expected}")
 
     base = tree["config"]
     flag_keys(f"{file}: config", base, {})
@@ -92,7 +89,7 @@ def load_scale(name: str) -> Scale:
         flags = flag_keys(f"{file}: sizes.{size}", named, keys)
         sizes[size] = Setting(f"size-{size}", flags, named) if flags or named != base else Setting()
     long, sft = (flag_keys(f"{file}: {k}", base, tree[k]) for k in ("long", "sft"))
-    return Scale(file.stem, base, tree["train"], tree["ranks"], tree["per_gpu"], sizes, long, sft)
+    return Scale(**tree | {"name": file.stem, "sizes": sizes, "long": long, "sft": sft})
 
 
 def flag_keys(where: str, base: str, keys: dict[str, Any]) -> dict[str, str]:
@@ -102,31 +99,26 @@ def flag_keys(where: str, base: str, keys: dict[str, Any]) -> dict[str, str]:
         flat |= {f"{k}.{leaf}": value for leaf, value in v.items()} if isinstance(v, dict) else {k: v}
     for k in flat:
         if not (k in FREE or k.startswith(("model.", "train."))) or k in ("train.seed", "train.save_at"):
-            expected = f"keys of model and train, {', '.join(FREE)}"
-            raise UserError(f"{where}: {k} is not for a scale to change; expected {expected}")
+            raise UserError(f"{where}: {k} is not for a scale to change; expected model.*, train.*, {', '.join(FREE)}")
     flags = {k: v if isinstance(v, str) else json.dumps(v, default=str) for k, v in flat.items()}
     try:
         config.load(base, flags)
     except UserError as e:
-        lines = (line.removeprefix("command line: ").removeprefix("--") for line in str(e).splitlines())
-        raise UserError("\n".join(f"{where}: {line}" for line in lines)) from None
+        raise UserError(f"{where}: {str(e).replace('command line: ', '')}") from None
     return flags
 
 
 class Setup:
-    """A scale, the keys that the command line changes in it, and the schedules to compare: tables are built from it."""
+    """Tables are built from it: a scale, keys on top of it, the schedules to compare, and the folder of all runs."""
 
-    def __init__(self, scale: Scale, overrides: dict[str, str], schedules: list[str]) -> None:
+    def __init__(self, scale: Scale, overrides: dict[str, str], schedules: list[str], out: str | None = None) -> None:
         self.scale, self.overrides, self.schedules = scale, overrides, schedules
+        self.root = Path(out or f"out/{scale.name}")
         self.base = c = config.load(scale.config, overrides)
-        unwanted = {
-            "plan.increments, data.increments": c.plan.increments or c.data.increments,
-            "data.sft, data.decay_mix": c.data.sft or c.data.decay_mix,
-            "train.save_at": c.train.save_at,
-        }
-        for keys, given in unwanted.items():
-            if given:
-                raise UserError(f"{keys}: got {given}, but the tables choose their own; leave it out, or use train.py")
+        values = config.values(c)
+        for key in ("plan.increments", "data.increments", "data.sft", "data.decay_mix", "train.save_at"):
+            if values[key]:
+                raise UserError(f"{key}: got {values[key]}, but the tables choose their own; leave it out")
         if not 2 <= c.plan.versions <= 100:
             raise UserError(f"plan.versions: got {c.plan.versions}, expected 2 to 100: the tables start at version 2")
         for name in {*schedules, c.plan.schedule}:  # refuse an impossible plan before anything is trained
@@ -134,18 +126,14 @@ class Setup:
                 config.segments(paradigm, replace(c.plan, schedule=name))
         self.T, self.N = c.plan.steps, c.plan.versions
         self.columns = [f"V{v}" for v in range(2, self.N + 1)]
-        self._configs: dict[tuple[str, ...], config.Config] = {}
+        self._config = functools.cache(lambda name, keys: config.load(name, dict(keys)))
 
     def keys(self, run: Run, seed: int) -> dict[str, str]:
         """All keys of a run on top of its config, as flags of train.py."""
         return {**self.overrides, **run.setting.keys, "train.seed": str(seed)}
 
     def config(self, run: Run, seed: int) -> config.Config:
-        name, keys = run.setting.config or self.scale.config, self.keys(run, seed)
-        known = (name, *(word for pair in keys.items() for word in pair))
-        if known not in self._configs:
-            self._configs[known] = config.load(name, keys)
-        return self._configs[known]
+        return self._config(run.setting.config or self.scale.config, tuple(self.keys(run, seed).items()))
 
     def segments(self, run: Run, seed: int) -> list[schedule.Segment]:
         return config.segments(run.paradigm, self.config(run, seed).plan)

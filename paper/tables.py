@@ -8,12 +8,11 @@ import itertools
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import schedule
-from paper.claims import Claim, below, gap_widens, minus, ours_is_best
 from paper.scales import Point, Run, Setting, Setup
 
 PAPER = json.loads((Path(__file__).parent.parent / "results" / "paper.json").read_text())
@@ -24,7 +23,11 @@ MAIN = ("cosine", "knee", "multistep")  # the paper's schedules
 ALPHAS = (0.2, 0.4, 0.6, 0.8)
 CYCLES = (1, 2, 3, 4, math.inf)  # Figures 4 and 5: length of the cosine cycle in T
 COSINE = {"plan.schedule": "cosine"}
+BASE = Setting()
 REWARM = "CPT is RewarmMax here, as the paper's numbers of its base setting say."
+
+Cell = tuple[str, str, str]  # of a table: group, name of the row, column
+Factors = dict[Cell, float]  # a sum of perplexities, each times its factor
 
 
 @dataclass(frozen=True)
@@ -39,56 +42,53 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """A statement of the paper: weighted sums of perplexities that it says are below zero."""
+
+    text: str
+    below_zero: dict[str, Factors]  # by the place in the table
+
+
+@dataclass(frozen=True)
 class Table:
     name: str
     title: str
     columns: list[str]
     rows: list[Row]
-    claims: list[Claim]
+    claims: list[Claim] = field(default_factory=list)
     pairs: list[tuple[str, str]] = field(default_factory=list)  # differences to print in each group
     notes: list[str] = field(default_factory=list)
 
 
 def printed(columns: list[str], table: str, **row: Any) -> dict[str, float]:
     """The numbers that the paper prints in these columns of a table, in the row that has these values."""
-    for r in PAPER[table]:
-        if r.items() >= row.items():
-            return {c: r[c] for c in columns if c in r}
-    return {}
+    found: dict[str, Any] = next((r for r in PAPER[table] if r.items() >= row.items()), {})
+    return {c: found[c] for c in columns if c in found}
 
 
 def groups(rows: list[Row]) -> list[str]:
     return list(dict.fromkeys(r.group for r in rows))
 
 
-def paradigm_rows(
-    s: Setup,
-    labels: dict[str, str],
-    setting: Setting,
-    paper: dict[str, Any] | None = None,
-    paradigms: tuple[str, ...] = schedule.PARADIGMS,
-    cpt_variant: str = "",
-) -> list[Row]:
+def paradigm_rows(s: Setup, labels: dict[str, str], setting: Setting, cpt_variant: str = "", **paper: Any) -> list[Row]:
     """A group of PTFS, CPT and ours under one setting. `paper`: where the paper prints them, as in `printed`."""
     rows = []
-    for paradigm in paradigms:
+    for paradigm, name in NAMES.items():
         variant = {"plan.cpt_variant": cpt_variant} if paradigm == "cpt" and cpt_variant else {}
-        run = Run(paradigm, Setting(setting.name, {**setting.keys, **variant}, setting.config))
-        named, group = {**labels, "paradigm": NAMES[paradigm]}, " ".join(labels.values())
+        run = Run(paradigm, replace(setting, keys={**setting.keys, **variant}))
         theirs = printed(s.columns, **paper, paradigm=paradigm) if paper else {}
         costs, also = {"cost": s.cost(run)}, (Point(run, 1),)
-        rows.append(Row(group, NAMES[paradigm], named, s.versions(run), theirs, costs, also))
+        labelled = {**labels, "paradigm": name}
+        rows.append(Row(" ".join(labels.values()), name, labelled, s.versions(run), theirs, costs, also))
     return rows
 
 
-def schedule_rows(
-    s: Setup, paper: str, setting: str = "base", keys: dict[str, str] | None = None, **kw: Any
-) -> list[Row]:
+def schedule_rows(s: Setup, table: str, setting: Setting = BASE) -> list[Row]:
     """`paradigm_rows` of each schedule."""
     rows = []
     for name in s.schedules:
-        of = Setting(setting, {"plan.schedule": name, **(keys or {})})
-        rows += paradigm_rows(s, {"schedule": name}, of, {"table": paper, "schedule": name}, **kw)
+        keys = {"plan.schedule": name, **setting.keys}
+        rows += paradigm_rows(s, {"schedule": name}, replace(setting, keys=keys), table=table, schedule=name)
     return rows
 
 
@@ -97,11 +97,41 @@ def decay(steps: int) -> dict[str, str]:
     return {"plan.decay_steps": str(steps), "plan.alpha": "none"}
 
 
+# ---- Claims ----------------------------------------------------------------------------------------------------------
+
+
+def minus(group: str, a: str, b: str, column: str, times: float = 1.0) -> Factors:
+    """The PPL of row `a` minus `times` that of row `b`."""
+    return {(group, a, column): 1.0, (group, b, column): -times}
+
+
+def below(text: str, groups: list[str], columns: list[str], a: str, b: str, times: float = 1.0) -> Claim:
+    """In each group and column, the PPL of row `a` is below `times` that of row `b`."""
+    return Claim(text, {f"{g} {c}".strip(): minus(g, a, b, c, times) for g in groups for c in columns})
+
+
+def ours_is_best(groups: list[str], columns: list[str], beside_ptfs: float = 1.02) -> list[Claim]:
+    near = "ours is below PTFS" + (f" or within {beside_ptfs - 1:.0%} of it" if beside_ptfs > 1 else "")
+    against_cpt = below("ours is below CPT", groups, columns, "Ours", "CPT")
+    return [against_cpt, below(near, groups, columns, "Ours", "PTFS", beside_ptfs)]
+
+
+def gap_widens(groups: list[str], columns: list[str]) -> list[Claim]:
+    """PTFS is below CPT, the more so the later the version."""
+    gaps = {
+        f"{g} {a} to {b}": {**minus(g, "CPT", "PTFS", a), (g, "CPT", b): -1.0, (g, "PTFS", b): 1.0}
+        for a, b in itertools.pairwise(columns)
+        for g in groups
+    }
+    worse = below("PTFS is below CPT", groups, columns, "PTFS", "CPT")
+    return [worse, Claim("the gap between CPT and PTFS widens with the version", gaps)]
+
+
 # ---- The tables, in the paper's order --------------------------------------------------------------------------------
 
 
 def table1(s: Setup) -> Table:
-    rows = schedule_rows(s, "table1_3", paradigms=("ptfs", "cpt"))
+    rows = [r for r in schedule_rows(s, "table1_3") if r.name != "Ours"]
     claims = gap_widens(groups(rows), s.columns)
     return Table("table1", "Table 1: PTFS against CPT", s.columns, rows, claims, [("CPT", "PTFS")])
 
@@ -118,14 +148,15 @@ def fig4(s: Setup) -> Table:
 
 
 def fig5(s: Setup) -> Table:
-    rows = cycle_rows(s, lambda s, k: {"updated": second_stage(s, k)})
-    complete = rows[0].name
-    best = {r.name: minus("", complete, r.name, "updated") for r in rows[1:]}
+    rows = cycle_rows(s, second_stage)
+    complete, *others = rows
+    best = {r.name: minus("", complete.name, r.name, "updated") for r in others}
     claim = Claim("a complete decay in the second stage is best", best)
     return Table("fig5", "Figure 5: the learning rate of the second stage", ["updated"], rows, [claim])
 
 
 def cycle_rows(s: Setup, points: Callable[[Setup, float], dict[str, Point]]) -> list[Row]:
+    """A row for each length of the cosine cycle: k*T, of which only T steps are trained."""
     label = {k: "inf" if k == math.inf else f"{round(k * s.T):,}" for k in CYCLES}
     return [Row("", label[k], {"cosine cycle (steps)": label[k]}, points(s, k)) for k in CYCLES]
 
@@ -133,7 +164,7 @@ def cycle_rows(s: Setup, points: Callable[[Setup, float], dict[str, Point]]) -> 
 def first_stage(s: Setup, k: float) -> dict[str, Point]:
     """Version 1 under a cosine cycle of k*T cut at T, and the model after T more steps with a complete decay."""
     if k == math.inf:  # constant after the warm-up: the main path
-        updated = second_stage(s, 1)
+        updated = second_stage(s, 1)["updated"]
         return {"initialization": Point(updated.run, 0, at=s.T), "updated": updated}
     cycle = COSINE | ({"plan.cycle": str(round(k * s.T))} if k > 1 else {})
     # one version: PTFS would cut the cycles of its later versions as well
@@ -141,16 +172,12 @@ def first_stage(s: Setup, k: float) -> dict[str, Point]:
     return {"initialization": Point(first, 1), "updated": Point(Run("cpt", Setting(keys=cycle)), 2)}
 
 
-def second_stage(s: Setup, k: float) -> Point:
+def second_stage(s: Setup, k: float) -> dict[str, Point]:
     """T steps of the main path, then a cosine cycle of k*T cut after T steps."""
-    keys = {
-        **COSINE,
-        "plan.increments": str(2 * s.T),
-        "data.increments": ",".join([str(s.T)] * s.N),
-        **decay(s.T),
-        **({} if k == 1 else {"plan.cycle": "inf" if k == math.inf else str(round(k * s.T))}),
-    }
-    return Point(Run("ours", Setting(keys=keys)), 1)
+    increments = {"plan.increments": str(2 * s.T), "data.increments": ",".join([str(s.T)] * s.N)}
+    cycle = {} if k == 1 else {"plan.cycle": "inf" if k == math.inf else str(round(k * s.T))}
+    keys = COSINE | increments | decay(s.T) | cycle
+    return {"updated": Point(Run("ours", Setting(keys=keys)), 1)}
 
 
 def table2(s: Setup) -> Table:
@@ -177,21 +204,20 @@ def table3(s: Setup) -> Table:
 
 def table4(s: Setup) -> Table:
     rows = paradigm_rows(s, {}, Setting(keys=COSINE))
-    return Table("table4", "Table 4: downstream tasks", s.columns, rows, [])
+    return Table("table4", "Table 4: downstream tasks", s.columns, rows)
 
 
 def table5(s: Setup) -> Table:
     title = "Table 5: another architecture, Qwen (biases on q, k and v)"
-    rows = schedule_rows(s, "table5_qwen_1.2b", "qwen", {"model.qkv_bias": "true"})
+    rows = schedule_rows(s, "table5_qwen_1.2b", Setting("qwen", {"model.qkv_bias": "true"}))
     return Table("table5", title, s.columns, rows, ours_is_best(groups(rows), s.columns), PAIRS)
 
 
 def table6(s: Setup) -> Table:
     rows = []
     for size, of in s.scale.sizes.items():
-        setting = Setting(of.name, {**of.keys, **COSINE}, of.config)
-        paper = {"table": "table6_model_size_cosine", "size": size}
-        rows += paradigm_rows(s, {"size": size}, setting, paper, cpt_variant="rewarm_max")
+        setting = replace(of, keys={**of.keys, **COSINE})
+        rows += paradigm_rows(s, {"size": size}, setting, "rewarm_max", table="table6_model_size_cosine", size=size)
     claims = ours_is_best(groups(rows), s.columns)
     return Table("table6", "Table 6: model sizes", s.columns, rows, claims, PAIRS, [REWARM])
 
@@ -201,9 +227,9 @@ def table7(s: Setup) -> Table:
     for part, total in ((0.5, "21B"), (1.0, "42B"), (4.0, "168B")):
         T = schedule.round_half_up(part, s.T)
         keys = COSINE if part == 1 else {**COSINE, "plan.steps": str(T), **(s.scale.long if part > 1 else {})}
-        label = f"{count(T * s.N * s.base.train.batch_tokens)} tokens"
-        paper = {"table": "table7_data_size_cosine", "tokens_total": total}
-        rows += paradigm_rows(s, {"data": label}, Setting("base" if part == 1 else f"steps-{T}", keys), paper)
+        setting = Setting("base" if part == 1 else f"steps-{T}", keys)
+        labels = {"data": f"{count(T * s.N * s.base.train.batch_tokens)} tokens"}
+        rows += paradigm_rows(s, labels, setting, table="table7_data_size_cosine", tokens_total=total)
     return Table("table7", "Table 7: data sizes", s.columns, rows, ours_is_best(groups(rows), s.columns), PAIRS)
 
 
@@ -212,8 +238,7 @@ def table8(s: Setup) -> Table:
     for max_lr in ("5e-5", "1e-4", "3e-4", "5e-4", "8e-4"):
         lr = f"{s.base.plan.max_lr * float(max_lr) / 3e-4:.3g}"
         setting = Setting(keys=COSINE) if max_lr == "3e-4" else Setting(f"lr-{lr}", {**COSINE, "plan.max_lr": lr})
-        paper = {"table": "table8_max_lr_cosine", "max_lr": max_lr}
-        rows += paradigm_rows(s, {"max_lr": lr}, setting, paper, cpt_variant="rewarm_max")
+        rows += paradigm_rows(s, {"max_lr": lr}, setting, "rewarm_max", table="table8_max_lr_cosine", max_lr=max_lr)
     claims = ours_is_best(groups(rows), s.columns)
     return Table("table8", "Table 8: maximal learning rates", s.columns, rows, claims, PAIRS, [REWARM])
 
@@ -223,10 +248,9 @@ def table9(s: Setup) -> dict[str, Any]:
     rows = []
     for size, setting in s.scale.sizes.items():
         c = s.config(Run("ptfs", setting), s.base.train.seed)
-        m = c.model
-        parameters = f"{m.parameters:,}"
-        rows.append([size, f"{c.plan.max_lr:g}", f"{m.hidden:,}", str(m.n_head), str(m.n_layer), parameters])
-    header = ["size", "max_lr", "hidden", "heads", "layers", "parameters"]
+        shape = (c.model.hidden, c.model.n_head, c.model.n_layer, c.model.parameters)
+        rows.append([size, f"{c.plan.max_lr:g}", *(f"{n:,}" for n in shape)])
+    header = "size max_lr hidden heads layers parameters".split()
     return {"name": "table9", "title": "Table 9: model sizes", "header": header, "rows": rows}
 
 
@@ -244,16 +268,15 @@ def table10(s: Setup) -> Table:
 
 def table11(s: Setup) -> Table:
     total = s.T * s.N * s.base.train.batch_tokens
-    own = next((size for size, setting in s.scale.sizes.items() if setting == Setting()), "base")
+    own = next((size for size, setting in s.scale.sizes.items() if setting == BASE), "base")
     large, of = list(s.scale.sizes.items())[-1]
     long = {"plan.steps": str(4 * s.T), **s.scale.long, **COSINE}
     rows = [
         *paradigm_rows(s, {"scale": f"{own}-{count(total)}"}, Setting(keys=COSINE)),
         *paradigm_rows(s, {"scale": f"{own}-{count(4 * total)}"}, Setting(f"steps-{4 * s.T}", long)),
-        *paradigm_rows(s, {"scale": f"{large}-{count(total)}"}, Setting(of.name, {**of.keys, **COSINE}, of.config)),
+        *paradigm_rows(s, {"scale": f"{large}-{count(total)}"}, replace(of, keys={**of.keys, **COSINE})),
     ]
-    title = "Table 11: downstream tasks, with more data and a larger model"
-    return Table("table11", title, s.columns, rows, [])
+    return Table("table11", "Table 11: downstream tasks, with more data and a larger model", s.columns, rows)
 
 
 def table12(s: Setup) -> Table:
@@ -262,13 +285,8 @@ def table12(s: Setup) -> Table:
     for alpha in ALPHAS[:3]:
         d = schedule.round_half_up(alpha, s.T)
         for paradigm, steps, folder in (("cpt", s.T + d, f"small-set-{s.T + d}"), ("ours", s.T, "small-set")):
-            keys = {
-                **COSINE,
-                "data.unique": str(unique),
-                "plan.steps": str(steps),
-                "data.increments": str(s.N * steps),
-                **(decay(d) if paradigm == "ours" else {}),
-            }
+            lengths = {"data.unique": unique, "plan.steps": steps, "data.increments": s.N * steps}
+            keys = COSINE | {k: str(v) for k, v in lengths.items()} | (decay(d) if paradigm == "ours" else {})
             run = Run(paradigm, Setting(folder, keys))
             name = NAMES[paradigm]
             labels = {"alpha": str(alpha), "paradigm": name, "steps of a version": f"{steps:,}"}
@@ -280,11 +298,7 @@ def table12(s: Setup) -> Table:
 
 
 def table13(s: Setup) -> Table:
-    """Two versions whose second increment is 1, 2 or 3 T long.
-
-    Those of PTFS and ours are Table 3's V2, V3 and V4: learning rates and data are the same, since a branch keeps its
-    length. Only CPT is another run, from the same version 1.
-    """
+    """Two versions. PTFS's and ours are Table 3's, since a branch keeps its length; only CPT's is another run."""
     title = "Table 13: a second increment as long as the first, twice and three times as long"
     columns = {f"1:{k}": k + 1 for k in range(1, s.N)}  # the version of Table 3
     sizes = {"1:1": "10.5B", "1:2": "21.0B", "1:3": "31.5B"}  # of the second increment in the paper
@@ -302,7 +316,7 @@ def table13(s: Setup) -> Table:
     return Table("table13", title, list(columns), rows, ours_is_best([""], list(columns), 1.0), PAIRS)
 
 
-IN_ORDER = (
+MEASURED = (
     table1,
     fig4,
     fig5,
@@ -318,7 +332,7 @@ IN_ORDER = (
     table12,
     table13,
 )
-TABLES: dict[str, Callable[[Setup], Table]] = {f.__name__: f for f in IN_ORDER}
+TABLES: dict[str, Callable[[Setup], Table]] = {f.__name__: f for f in MEASURED}
 DOWNSTREAM = ("table4", "table11")  # their numbers are scores of tasks, not perplexities: downstream.py makes them
 # All tables and figures, in the paper's order
 ORDER = (

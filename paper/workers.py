@@ -15,7 +15,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from paper import graph
-from paper.state import at_work, done, progress, saved
 from runtime.errors import UserError
 
 TRAIN = Path(__file__).parent.parent / "train.py"
@@ -32,7 +31,7 @@ class Workers:
     """The nodes that wait, run, and failed."""
 
     def __init__(self, nodes: graph.Graph, root: Path, machine: Machine) -> None:
-        self.nodes, self.root, self.machine = nodes, root, machine
+        self.nodes, self.machine = nodes, machine
         self.output = root / "output"
         self.output.mkdir(parents=True, exist_ok=True)
         chain = {n: node.steps for n, node in nodes.items()}  # steps of the longest chain that begins with each
@@ -40,41 +39,43 @@ class Workers:
             if node.parent:
                 parent = node.parent[0]
                 chain[parent] = max(chain[parent], nodes[parent].steps + chain[name])
-        missing = [n for n in nodes if not done(nodes, root, n)]
+        missing = [n for n, node in nodes.items() if not node.done()]
         self.waiting = sorted(missing, key=lambda n: chain[n], reverse=True)
         self.running: dict[str, tuple[subprocess.Popen, int]] = {}  # with its slot
         self.failed: dict[str, str] = {}  # the last error that it printed
         self.free = list(range(machine.jobs))  # slots
-        self.finished = sum(c.steps for n, c in nodes.items() if n not in self.waiting)  # steps
 
-    def _ready(self, name: str) -> bool:
+    def ready(self, name: str) -> bool:
         parent = self.nodes[name].parent
-        return parent is None or saved(self.root, *parent)
+        return parent is None or self.nodes[parent[0]].saved(parent[1])
 
     def file(self, name: str) -> Path:
-        """What a child printed."""
+        """Where a child prints."""
         return self.output / f"{name.replace('/', '-')}.txt"
+
+    def steps(self) -> int:
+        """Steps done, those of running nodes as far as they are logged."""
+        undone = {*self.waiting, *self.running, *self.failed}
+        done = sum(node.steps for name, node in self.nodes.items() if name not in undone)
+        return done + sum(self.nodes[name].logged() for name in self.running)
 
     def start(self) -> None:
         """Start as many waiting nodes as there are free slots."""
-        for name in [n for n in self.waiting if done(self.nodes, self.root, n)]:
-            self.waiting.remove(name)  # another process made it
-            self.finished += self.nodes[name].steps
+        self.waiting = [n for n in self.waiting if not self.nodes[n].done()]  # another process may have made it
         for name in list(self.waiting):
-            if self.free and self._ready(name) and not at_work(self.root, name):
+            if self.free and self.ready(name) and not self.nodes[name].at_work():
                 self.waiting.remove(name)
                 slot = self.free.pop(0)
                 self.running[name] = (self._launch(name, slot), slot)
 
     def _launch(self, name: str, slot: int) -> subprocess.Popen:
         jobs, gpus, ranks = self.machine.jobs, self.machine.gpus, self.machine.ranks
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        threads = 1 if gpus else max(1, (os.cpu_count() or 1) // (jobs * ranks))
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         if gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(str((slot * ranks + r) % gpus) for r in range(ranks))
-        else:
-            env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // (jobs * ranks)))
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-        command = [sys.executable, *torchrun, str(TRAIN), *graph.command(self.nodes, name, self.root)]
+        command = [sys.executable, *torchrun, str(TRAIN), *graph.command(self.nodes, self.nodes[name])]
         with open(self.file(name), "a") as f:
             # in a session of its own: Ctrl-C reaches this process alone, which hands it on once
             return subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, env=env, start_new_session=True)
@@ -86,28 +87,13 @@ class Workers:
                 continue
             del self.running[name]
             self.free.append(slot)
-            if not child.returncode:
-                self.finished += self.nodes[name].steps
-            elif done(self.nodes, self.root, name) or at_work(self.root, name):
+            node = self.nodes[name]
+            if child.returncode and (node.done() or node.at_work()):
                 self.waiting.insert(0, name)  # the child of a call that was killed took the lock first
-            else:
-                lines = self.file(name).read_text(errors="replace").strip().splitlines()
-                lines = lines or [f"exit code {child.returncode}"]
+            elif child.returncode:
+                printed = self.file(name).read_text(errors="replace").strip().splitlines()
+                lines = [f"exit code {child.returncode}", *printed]
                 self.failed[name] = next((t for t in reversed(lines) if "error: " in t), lines[-1])
-
-    def elsewhere(self) -> list[str]:
-        """Nodes that another process trains."""
-        return [n for n in self.nodes if n not in self.running and at_work(self.root, n)]
-
-    def stuck(self) -> bool:
-        """Do all waiting nodes start from one that failed?"""
-        return not self.running and not self.elsewhere() and not any(map(self._ready, self.waiting))
-
-    def show(self, bar: tqdm) -> None:
-        others = (f"{n} (another process)" for n in self.elsewhere())
-        bar.set_postfix_str(", ".join([*self.running, *others]), refresh=False)
-        steps = self.finished + sum(progress(self.root / n, self.nodes[n].segment) for n in self.running)
-        bar.update(max(0, steps - bar.n))
 
     def stop(self, signals: list[int]) -> None:
         """Hand each signal on to all children, and wait for them: the first saves and exits, the second exits."""
@@ -123,18 +109,20 @@ class Workers:
 def run(nodes: graph.Graph, root: Path, machine: Machine) -> None:
     """Train what is missing. UserError at the end if a segment failed. SIGTERM and Ctrl-C stop all, which save."""
     workers = Workers(nodes, root, machine)
-    total, every = sum(node.steps for node in nodes.values()), 0.5 if sys.stderr.isatty() else 30
-    name = f"{len(nodes)} segments"
-    bar = tqdm(total=total, initial=workers.finished, unit="step", desc=name, mininterval=every)
+    total, done, every = sum(n.steps for n in nodes.values()), workers.steps(), 0.5 if sys.stderr.isatty() else 30
+    bar = tqdm(total=total, initial=done, unit="step", desc=f"{len(nodes)} segments", mininterval=every)
     caught: list[int] = []
     handlers = {n: signal.signal(n, lambda n, frame: caught.append(n)) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         while (workers.waiting or workers.running) and not caught:
             workers.start()
             workers.collect()
-            if workers.stuck():
-                break
-            workers.show(bar)
+            elsewhere = [n for n, node in nodes.items() if n not in workers.running and node.at_work()]
+            if not (workers.running or elsewhere or any(map(workers.ready, workers.waiting))):
+                break  # all that wait start from one that failed
+            names = [*workers.running, *(f"{n} (another process)" for n in elsewhere)]
+            bar.set_postfix_str(", ".join(names), refresh=False)
+            bar.update(max(0, workers.steps() - bar.n))
             time.sleep(0.2)
     finally:
         workers.stop(caught)

@@ -62,6 +62,23 @@ def train_cli(prepared, tmp_path, monkeypatch):
     return run
 
 
+class InThisProcess:
+    """A child of paper.workers' that runs train.py's main here, at once."""
+
+    returncode = 0
+
+    def __init__(self, argv, **kw):
+        import train
+
+        torch.set_num_threads(1)
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(sys, "argv", argv[argv.index(str(ROOT / "train.py")) :])
+            train.main()
+
+    def poll(self):
+        return 0
+
+
 @pytest.fixture
 def second_save_fails(monkeypatch):
     """The second save from now on finds the disk full; the list that is returned counts them, and may be cleared."""

@@ -160,3 +160,6 @@ def test_cost_script_counting_as_table2_does(cost_json):
     rows = {r["paradigm"]: r for r in cost_json("--convention", "table2")["rows"]}
     assert {n: r["steps"] for n, r in rows.items()} == {"ptfs": 90_000, "cpt": 40_000, "ours": 52_000}
     assert {n: r["relative"] for n, r in rows.items()} == {"ptfs": 1.0, "cpt": 40 / 90, "ours": 52 / 90}
+    # Table 13: the branch stays 6,000 steps long
+    unequal = {r["paradigm"]: r["steps"] for r in cost_json("--plan.increments", "10000,30000")["rows"]}
+    assert unequal == {"ptfs": 50_000, "cpt": 40_000, "ours": 46_000}

@@ -5,6 +5,7 @@ import math
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import BASE, ROOT
+from conftest import BASE, ROOT, InThisProcess
 
 import config
 import eval as evaluation
@@ -103,13 +104,13 @@ def check_seeds(commands, root, cells, seeds, parse):
 
 def test_printed_commands_have_the_seeds_of_their_cells(told, parse, tmp_path):
     """One after another as torchrun's: each parent is made by a line before its child's."""
-    args = ["--scale", "paper", "--seeds", "3", "--schedules", "cosine,knee", "--out", str(tmp_path / "out")]
+    args = ["--scale", "paper", "--seeds", "2", "--schedules", "cosine,knee", "--out", str(tmp_path / "out")]
     lines = [line for line in told(*NAMES, *args) if line.startswith("torchrun ")]
     start = "torchrun --nproc_per_node 8 train.py "
     assert all(line.startswith(start) for line in lines)
     commands = [shlex.split(line.removeprefix(start)) for line in lines]
     s = scales.Setup(scales.load_scale("paper"), {}, ["cosine", "knee"])
-    check_seeds(commands, tmp_path / "out", cells_of(s, [1, 2, 3]), [1, 2, 3], parse)
+    check_seeds(commands, tmp_path / "out", cells_of(s, [1, 2]), [1, 2], parse)
 
     made: set[str] = set()  # checkpoints
     for words in commands:
@@ -118,19 +119,19 @@ def test_printed_commands_have_the_seeds_of_their_cells(told, parse, tmp_path):
         if segment.parent:
             assert (o.parent or f"{c.out}/{segment.parent[0]}/step-{segment.parent[1]:06d}") in made, words
         made |= {f"{c.out}/{segment.name}/step-{step:06d}" for step in [segment.end, *c.train.save_at]}
-    assert len([line for line in told("table3", *args) if line.startswith(start)]) == 3 * (1 + 2 * 11)
+    assert len([line for line in told("table3", *args) if line.startswith(start)]) == 2 * (1 + 2 * 11)
 
 
 def test_slurm_jobs_have_the_seeds_of_their_cells_and_wait_for_their_parents(told, parse, tmp_path):
-    args = ["--scale", "paper", "--seeds", "3", "--schedules", "cosine,knee", "--out", str(tmp_path / "out"), "--slurm"]
+    args = ["--scale", "paper", "--seeds", "2", "--schedules", "cosine", "--out", str(tmp_path / "out"), "--slurm"]
     lines = [line for line in told(*NAMES, *args) if "sbatch" in line]
+    subprocess.run(["bash", "-n", "-c", "\n".join(lines)], check=True)
     form = r"(\w+)=\$\(sbatch --parsable --job-name=(\S+?)(?: --dependency=(\w+):\$(\w+))? tools/slurm.sh (.*)\)"
     jobs = [re.fullmatch(form, line).groups() for line in lines]
     commands = [shlex.split(words) for *_, words in jobs]
-    s = scales.Setup(scales.load_scale("paper"), {}, ["cosine", "knee"])
-    cells = cells_of(s, [1, 2, 3])
+    cells = cells_of(scales.Setup(scales.load_scale("paper"), {}, ["cosine"]), [1, 2])
     # a main path is several jobs, a version each; all end with the config of the cell but for the version
-    check_seeds(commands, tmp_path / "out", cells, [1, 2, 3], parse)
+    check_seeds(commands, tmp_path / "out", cells, [1, 2], parse)
     assert len({job for job, *_ in jobs}) == len(jobs)
 
     of: dict[str, tuple] = {}  # job: its command, and the checkpoints that are there when it ends well
@@ -147,22 +148,17 @@ def test_slurm_jobs_have_the_seeds_of_their_cells_and_wait_for_their_parents(tol
             parent = o.parent or f"{c.out}/{segment.parent[0]}/step-{segment.parent[1]:06d}"
             assert parent in there, line
         if o.mode == "main" and int(o.version) > 1:
-            assert f"{c.out}/main/step-{segment_of_version(c, int(o.version) - 1):06d}" in there, line
+            # it goes on where the job of the version before ended: at that version's fork point
+            assert f"{c.out}/main/step-{c.plan.end(int(o.version) - 1) - c.plan.d:06d}" in there, line
         saves = {f"{c.out}/{segment.name}/step-{at:06d}" for at in [segment.end, *c.train.save_at] if at <= segment.end}
         of[job] = (line, there | saves, there)
     # 8 GPUs at 0.4 of 989e12 FLOP/s: 40,000 steps of 2^20 tokens of 6.813e9 FLOPs take 25.1 hours, 30,000 take 18.8,
     # and a job is of 20; a version of the main path, 10,000 steps, takes 6.3
     named = [name for _, name, *_ in jobs]
     for name, times in (("ptfs-cosine/v3", 1), ("ptfs-cosine/v4", 2), ("cpt-cosine/v4", 1), ("main", 4)):
-        assert [named.count(f"base-s{seed}/{name}") for seed in (1, 2, 3)] == [times] * 3
+        assert [named.count(f"base-s{seed}/{name}") for seed in (1, 2)] == [times] * 2
     made = set().union(*(after for _, after, _ in of.values()))
     assert {f"{tmp_path / 'out'}/{n}/step-{at:06d}" for n, cell in cells.items() for at in cell.required} <= made
-
-
-def segment_of_version(c, version):
-    """Where the main path's job of a version ends: T * version, without the branch."""
-    p = c.plan
-    return sum(p.increments[:version]) - p.d
 
 
 def test_launched_commands_have_the_seeds_of_their_cells(prepared, parse, monkeypatch, tmp_path):
@@ -198,14 +194,14 @@ def test_launched_commands_have_the_seeds_of_their_cells(prepared, parse, monkey
     own = [*BASE, "--data.path", str(prepared), "--plan.versions", "2"]
     monkeypatch.setattr(workers, "subprocess", SimpleNamespace(Popen=Process, STDOUT=None))
     monkeypatch.setattr(paper.measure, "scores", trained)
-    argv = ["paper", *NAMES, *own, "--seeds", "3", "--train.seed", "5", "--schedules", "cosine", "--jobs", "500"]
+    argv = ["paper", *NAMES, *own, "--seeds", "2", "--train.seed", "5", "--schedules", "cosine", "--jobs", "500"]
     monkeypatch.setattr(sys, "argv", [*argv, "--out", str(root), "--run", "yes"])
     with pytest.raises(Trained):
         paper.main()
     overrides = {k.removeprefix("--"): v for k, v in zip(own[::2], own[1::2], strict=True)} | {"train.seed": "5"}
     s = scales.Setup(scales.load_scale("tiny"), overrides, ["cosine"])
-    first = check_seeds(launched, root, cells_of(s, [5, 6, 7]), [5, 6, 7], parse)
-    assert len(launched) == 3 * len(first)
+    first = check_seeds(launched, root, cells_of(s, [5, 6]), [5, 6], parse)
+    assert len(launched) == 2 * len(first)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -215,22 +211,10 @@ def test_launched_commands_have_the_seeds_of_their_cells(prepared, parse, monkey
 @pytest.fixture(scope="module")
 def two_seeds(prepared, tmp_path_factory):
     """The folder of `python -m paper table1 --seeds 2`: two versions, one schedule, train.py in this process."""
-
-    class Process:
-        returncode = 0
-
-        def __init__(self, argv, **kw):
-            with pytest.MonkeyPatch.context() as m:
-                m.setattr(sys, "argv", argv[argv.index(str(ROOT / "train.py")) :])
-                train.main()
-
-        def poll(self):
-            return 0
-
     root = tmp_path_factory.mktemp("seeds") / "out"
     argv = ["paper", "table1", "--schedules", "cosine", "--seeds", "2", *BASE, "--data.path", str(prepared)]
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(workers, "subprocess", SimpleNamespace(Popen=Process, STDOUT=None))
+        m.setattr(workers, "subprocess", SimpleNamespace(Popen=InThisProcess, STDOUT=None))
         m.setattr(sys, "argv", [*argv, "--plan.versions", "2", "--run", "yes", "--jobs", "64", "--out", str(root)])
         paper.main()
     return root
@@ -300,16 +284,14 @@ def test_scores_are_kept_by_weights_not_by_place(two_seeds, own_ppl, tmp_path):
 
 def test_fine_tunings_of_two_seeds_have_a_folder_and_a_parent_each(two_seeds, parse, tmp_path):
     (tmp_path / "sft.jsonl").write_text('{"prompt": "Q:", "response": " red"}\n' * 80)
-    s = scales.Setup(scales.load_scale("tiny"), {"train.device": "cpu"}, ["cosine"])
+    s = scales.Setup(scales.load_scale("tiny"), {"train.device": "cpu"}, ["cosine"], tmp_path / "tuned")
     cells = {f"base-s{seed}/{n}": 20 for seed in (1, 2) for n in ("ptfs-cosine/v2", "cpt-cosine/v2")}
     at = {two_seeds / n / f"step-{step:06d}": n for n, step in cells.items()}
-    found, results = downstream.tunings(
-        s, {p: n.partition("/")[0] for p, n in at.items()}, tmp_path / "tuned", str(tmp_path / "sft.jsonl"), 1
-    )
+    settings = {p: n.partition("/")[0] for p, n in at.items()}
+    found, results = downstream.tunings(s, settings, str(tmp_path / "sft.jsonl"), 1)
     assert len(found) == 4 and len(set(results.values())) == 4
-    for name in found:
-        words = graph.command(found, name, tmp_path / "tuned")
-        o, c = parse(words)
+    for name, node in found.items():
+        o, c = parse(graph.command(found, node))
         (path,) = (p for p, n in at.items() if p == Path(o.parent))
         run, _, segment = at[path].partition("/")
         assert Path(c.out).name.startswith(f"{run}-sft-") and name == f"{Path(c.out).name}/sft/{segment}"
