@@ -1,6 +1,7 @@
 """A training step beside its peers: tokens/s, MFU, peak memory, loss. Fresh processes, rounds in turn (A B A B)."""
 
 import gc
+import gc
 import itertools
 import statistics
 import time
@@ -100,6 +101,7 @@ class Trainer:
             return time.perf_counter()
 
         x, y = self.ids(sequences, 0)
+        gc.disable()  # as train.py does
         marks = []
         for _ in range(warmup + steps):
             marks.append(mark())

@@ -80,8 +80,7 @@ def state(model: torch.nn.Module, optimizer: torch.optim.AdamW | None = None) ->
     return tensors
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Saving
+# ---- Saving ----------------------------------------------------------------------------------------------------------
 
 
 def check_space(folder: Path, need: int) -> None:
@@ -89,10 +88,8 @@ def check_space(folder: Path, need: int) -> None:
     while not folder.exists():
         folder = folder.parent
     if (free := shutil.disk_usage(folder).free) < 1.01 * need:
-        raise UserError(
-            f"{folder}: a checkpoint takes {need / 1e6:,.2f} MB and {free / 1e6:,.2f} MB are free; "
-            "make room or choose another --out"
-        )
+        sizes = f"a checkpoint takes {need / 1e6:,.2f} MB and {free / 1e6:,.2f} MB are free"
+        raise UserError(f"{folder}: {sizes}; make room or choose another --out")
 
 
 def assign(tensors: dict[str, Tensor], rank: int, ranks: int) -> set[str]:
@@ -227,8 +224,7 @@ def save(segment: Path, step: int, tensors: dict[str, Tensor], record: dict[str,
     return read_meta(path(segment, step))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Reading
+# ---- Reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:
@@ -291,9 +287,8 @@ def fits(checkpoint: Path, tensors: dict[str, Tensor]) -> set[str]:
     for name in want | there:
         got, expected = there.get(name, "none"), want.get(name, "none")
         if got != expected:
-            raise UserError(
-                f"{checkpoint}: {name}: got shape {got}, expected {expected}: it is a model of another shape"
-            )
+            what = f"got shape {got}, expected {expected}"
+            raise UserError(f"{checkpoint}: {name}: {what}: it is a model of another shape")
     return set(metadata)
 
 
@@ -314,8 +309,7 @@ def load(checkpoint: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     return read_meta(checkpoint)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Keeping and deleting
+# ---- Keeping and deleting --------------------------------------------------------------------------------------------
 
 
 def pin(checkpoint: Path) -> None:

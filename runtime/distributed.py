@@ -73,17 +73,14 @@ def problems(c: Config, ranks: int) -> list[str]:
     """What is wrong with the batch, train.parallel and train.shard_ranks on this many ranks, one line each."""
     wanted, shard_ranks, found = c.train.parallel, c.train.shard_ranks, batch_problems(c, ranks)
     if wanted == "none" and ranks > 1:
-        found.append(
-            f"train.parallel: got none on {ranks} ranks, which would train {ranks} times the same; take auto, ddp or "
-            "fsdp, or one process"
-        )
+        same = f"which would train {ranks} times the same"
+        found.append(f"train.parallel: got none on {ranks} ranks, {same}; take auto, ddp or fsdp, or one process")
     if shard_ranks and wanted != "fsdp":
         found.append(f"train.shard_ranks: got {shard_ranks} with train.parallel {wanted}, expected fsdp; leave one out")
     elif shard_ranks and ranks % shard_ranks:
         near = max(n for n in range(1, min(ranks, shard_ranks) + 1) if ranks % n == 0)
-        found.append(
-            f"train.shard_ranks: got {shard_ranks}, expected a divisor of {ranks} ranks; the nearest below is {near}"
-        )
+        expected = f"expected a divisor of {ranks} ranks; the nearest below is {near}"
+        found.append(f"train.shard_ranks: got {shard_ranks}, {expected}")
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # https://github.com/pytorch/pytorch/issues/135712

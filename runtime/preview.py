@@ -56,10 +56,8 @@ def preview_data(run: Run, read: int) -> None:
         print(f"data         {c.data.path}: not there yet; {read:,} tokens are read; make it: {make}")
         return
     tokens = resume.open_tokens(c, run.plan)
+    if (size := tokens.meta["vocab_size"]) != c.model.vocab_size:
+        print(f"data         {tokens.folder}: its vocabulary is {size:,}: train.py would refuse")
     for name, need, there in tokens.needs(run.segment.start, run.segment.end):
         short = "; too few: train.py would refuse" if there < need and not c.data.repeat else ""
         print(f"data         {tokens.folder / name}.bin: {need:,} tokens needed, {there:,} there{short}")
-    if (size := tokens.meta["vocab_size"]) != c.model.vocab_size:
-        print(
-            f"             its vocabulary is {size:,}, model.vocab_size {c.model.vocab_size:,}: train.py would refuse"
-        )

@@ -198,18 +198,16 @@ def check_lineage(where: Path, c: Config, s: Segment, tokens: data.Tokens | SFTD
 def check_model(where: Path, meta: dict[str, Any], c: Config, tokenizer: str) -> None:
     """UserError unless a checkpoint has this config's shape and tokenizer; its context may be longer."""
     model = config.model_of(meta["config"])
-    if different := [f.name for f in fields(model) if getattr(model, f.name) != getattr(c.model, f.name)]:
-        different = [k for k in different if k != "context"]
-        if different:
-            was = ", ".join(f"model.{k}: {getattr(model, k)} there, {getattr(c.model, k)} here" for k in different)
-            raise UserError(f"{where}: is another model ({was}); take its own keys")
+    pairs = {f.name: (getattr(model, f.name), getattr(c.model, f.name)) for f in fields(model) if f.name != "context"}
+    if was := ", ".join(
+        f"model.{k}: {there} there, {here} here" for k, (there, here) in pairs.items() if there != here
+    ):
+        raise UserError(f"{where}: is another model ({was}); take its own keys")
     if c.model.context > model.context:
         raise UserError(f"model.context: got {c.model.context}, expected at most the {model.context} of {where}")
     if meta["data"].get("tokenizer") != tokenizer:
-        raise UserError(
-            f"{where}: has another tokenizer than data.path {c.data.path}; prepare the text with its own: "
-            "data.py prepare --tokenizer .."
-        )
+        fix = "prepare the text with its own: data.py prepare --tokenizer .."
+        raise UserError(f"{where}: has another tokenizer than data.path {c.data.path}; {fix}")
 
 
 def resume_step(folder: Path, required: list[int]) -> int | None:

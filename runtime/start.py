@@ -100,9 +100,7 @@ def find_start(run: Run, tokens: Tokens | SFTData, maker: str) -> Start:
         return Start(s.start, done, given, True, {k: parent[k] for k in ("segment", "step", "hash")})
     if not s.parent:
         if given:
-            raise UserError(
-                f"train.base {given}: not an imported model; {s.name} starts from one or from random weights"
-            )
+            raise UserError(f"train.base {given}: not an imported model, and {s.name} starts from no other")
         return Start(s.start, done)
     name, step = s.parent
     origin = Path(given or checkpoint.path(Path(c.out) / name, step))

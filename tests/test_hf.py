@@ -616,7 +616,7 @@ NORM, DOWN = "model__norm__weight", "model.layers.1.mlp.down_proj.weight"
         (pickled, "pytorch_model.bin: pickled weights are not read"),
         (lambda f: os.remove(f / "model.safetensors"), "has no model.safetensors and no model.safetensors.index.json"),
         (lambda f: os.truncate(f / "model.safetensors", 999), "model.safetensors: is no safetensors file"),
-        (put("adapter_config.json", b"{}"), "adapter_config.json: is that of an adapter"),
+        (put("adapter_config.json", b"{}"), "adapter_config.json: is an adapter"),
         (weights(**{DOWN: None}), f"{DOWN} is missing; expected the 21 tensors"),
         (weights(lm_head__weight=None), "lm_head.weight is missing"),
         (weights(**{NORM: torch.ones(31)}), "model.norm.weight has shape (31,), expected (32,)"),

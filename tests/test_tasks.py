@@ -106,7 +106,7 @@ def test_log_likelihoods_equal_those_of_the_harness(pair):
     ids = pair[0].tok_encode("The whale")
     best = pair[0].net(torch.tensor([ids]))[0, -1].argmax().item()
     assert pair[0]._loglikelihood_tokens([(None, ids, [best]), (None, ids, [best ^ 1])])[0][1] is True
-    with pytest.raises(UserError, match="an answer has 97 tokens, the model's context 96"):
+    with pytest.raises(UserError, match="an answer of 97 tokens, a context of 96"):
         pair[0].loglikelihood(requests(("x", "y" * 97)))
 
 

@@ -107,9 +107,7 @@ class LM(TemplateLM):
         asked: dict[tuple[int, ...], list[int]] = {}  # {input: requests}
         for i, (_, context, continuation) in enumerate(requests):
             if len(continuation) > n:
-                raise UserError(
-                    f"--tasks: an answer has {len(continuation)} tokens, the model's context {n}; leave it out"
-                )
+                raise UserError(f"--tasks: an answer of {len(continuation)} tokens, a context of {n}; leave it out")
             asked.setdefault(tuple((context + continuation)[-n - 1 : -1]), []).append(i)
         order = sorted(asked, key=len, reverse=True)  # the largest batch comes first, should memory not suffice
         found = [(0.0, True)] * len(requests)
@@ -291,9 +289,7 @@ def load(names: tuple[str, ...], data_dir: str | None, num_fewshot: int | None) 
     found = {n: made["groups"].get(n) or made["tasks"][n] for n in wanted}
     for n, t in found.items():
         if isinstance(t, Group) and not t.has_aggregation:
-            raise UserError(
-                f"--tasks: got {n}, a group without a score; name tasks in it: {', '.join(t.child_names[:5])}"
-            )
+            raise UserError(f"--tasks: got {n}, a group without a score; name some of {', '.join(t.child_names[:5])}")
     return found
 
 

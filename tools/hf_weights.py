@@ -53,9 +53,7 @@ def to_hf(c: config.Model, ours: dict[str, Tensor]) -> dict[str, Tensor]:
 def find_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
     """The safetensors files of a folder, and {tensor: file} where an index says so."""
     if (adapter := folder / "adapter_config.json").exists():
-        raise UserError(
-            f"{adapter}: is that of an adapter; merge it first (peft: merge_and_unload) and save_pretrained"
-        )
+        raise UserError(f"{adapter}: is an adapter; merge it first (peft: merge_and_unload) and save_pretrained")
     if (whole := folder / "model.safetensors").is_file():
         return [whole], {}
     if not (index := folder / INDEX).is_file():
@@ -82,9 +80,7 @@ def read_headers(folder: Path) -> Headers:
                 for name in f.keys():
                     part = f.get_slice(name)
                     if (dtype := part.get_dtype()) not in DTYPES:
-                        raise UserError(
-                            f"{file}: {name} is {dtype}, expected {', '.join(DTYPES)}: others are not served"
-                        )
+                        raise UserError(f"{file}: {name}: got {dtype}, expected one of {', '.join(DTYPES)}")
                     found[name] = file, tuple(part.get_shape())
         except (SafetensorError, OSError) as e:
             raise UserError(f"{file}: is no safetensors file ({e}); fetch it again") from None
