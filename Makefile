@@ -33,7 +33,7 @@ bench: $(if $(filter .venv/%,$(PY)),.venv/dev)
 	@$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make bench: needs a CUDA GPU')"
 	$(PY) -m pytest -q tests -k 'test_kernels or test_parallel'
 	mkdir -p results/gpu
-	$(PY) -m bench kernels --json results/gpu/kernels.json --plot results/gpu/roofline.png
+	$(PY) -m bench kernels --json results/gpu/kernels.json --plot results/gpu/kernels.png
 	for size in $(SIZES); do $(PY) -m bench step --size $$size --json results/gpu/step-$$size.json --plot results/gpu/step-$$size.png || exit; done
 	$(PY) -m bench step --memory --size 203m --json results/gpu/memory.json
 	$(PY) -m bench checkpoint --size 1.2b --json results/gpu/checkpoint.json

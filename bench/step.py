@@ -1,7 +1,6 @@
 """A training step beside its peers: tokens/s, MFU, peak memory, loss. Fresh processes, rounds in turn (A B A B)."""
 
 import gc
-import gc
 import itertools
 import statistics
 import time

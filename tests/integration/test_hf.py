@@ -15,8 +15,8 @@ import tiktoken
 import tokenizers
 import torch
 import transformers
+from helpers import cl100k_cache
 from safetensors.torch import load_file, save_file
-from test_data import cl100k_cache
 from test_train import tensors
 from tiktoken_ext import openai_public
 

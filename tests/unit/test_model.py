@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from helpers import small
 
 import config
 import model
@@ -47,12 +48,6 @@ def test_flops_per_token(size, gflop):
     assert c.flops_per_token() == 6 * (L * (4 * h * h + 3 * h * f) + V * h) + 6 * L * h * T
     assert c.flops_per_token() / 1e9 == pytest.approx(gflop, rel=5e-4)  # the digits given
     assert c.flops_per_token(causal=False) - c.flops_per_token() == 6 * L * h * T
-
-
-def small(**kw):
-    return config.Model(
-        **{"n_layer": 2, "n_head": 4, "hidden": 32, "vocab_size": 61, "context": 24, "rope_theta": 500.0, **kw}
-    )
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import operator
 import numpy as np
 import pytest
 import torch
-from test_model import small
+from helpers import small
 
 import model
 import sample

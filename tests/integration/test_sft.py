@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BASE, ROOT
-from test_model import small
+from helpers import small
 
 import data
 import eval as evaluation
