@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from runtime import checkpoint
 from runtime.errors import UserError
-from runtime.files import is_locked, lock, make_folder, sha256, write_json, write_text
+from runtime.files import is_locked, lock, make_folder, sha256, write_json
 
 RECORD = {
     "segment": "main",
@@ -401,23 +401,3 @@ def test_a_folder_that_is_refused_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="is there already"), make_folder(target):
         pass
     assert (target / "d" / "file").read_text() == "whole" and [p.name for p in target.parent.iterdir()] == ["c"]
-
-
-def write_many(file, letter, start, said):
-    start.wait(60)
-    try:
-        for _ in range(200):
-            write_text(Path(file), letter * 5000)
-        said.put("")
-    except OSError as e:
-        said.put(repr(e))
-
-
-def test_partial_files_of_killed_processes_are_removed(tmp_path):
-    old, new, other = (tmp_path / f".{name}.partial" for name in ("f.0a", "f.0b", "g.0c"))
-    for file in (old, new, other):
-        file.write_text("half")
-    for file in (old, other):
-        os.utime(file, (0, 0))
-    write_text(tmp_path / "f", "whole")
-    assert set(tmp_path.iterdir()) == {tmp_path / "f", new, other} and (tmp_path / "f").read_text() == "whole"
