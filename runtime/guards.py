@@ -155,7 +155,7 @@ class Guard:
             missing = sorted(set(required) - set(checkpoint.steps(self.run.folder)))
             if self.world.rank == 0 and missing:
                 where = checkpoint.path(self.run.folder, missing[0])
-                raise UserError(f"{where}: could not be saved; make room and call this again, which makes it anew")
+                raise UserError(f"{where}: could not be saved; make room and call this again to make it")
 
     def last_good(self) -> str:
         """The last checkpoint in words, after the running save."""

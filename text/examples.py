@@ -91,7 +91,7 @@ def prepare_examples(source: str, tok: Tokenizer, run: Path, quiet: bool = False
             if sha256(file) != expected:
                 raise ValueError("its SHA-256 has changed")
     except (OSError, ValueError) as e:
-        raise UserError(f"{file}: damaged ({e}); move {folder} away, and it is made anew") from None
+        raise UserError(f"{file}: damaged ({e}); move {folder} away to prepare it again") from None
     return folder
 
 
