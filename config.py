@@ -63,7 +63,7 @@ class Data:
     repeat: bool = key(False, "read an increment again when it is too short, instead of refusing")
     # free: the examples themselves are compared, as data is
     sft: str = key("", "JSONL of examples, for --mode sft and for decay_mix", free=True)
-    epochs: int = key(1, "sft: times that the examples are read", low=1, free=True)
+    epochs: int = key(1, "sft: passes over the examples", low=1, free=True)
     decay_mix: float = key(0.0, "part of the sequences of a branch that are examples of data.sft", low=0, free=True)
     verify: bool = key(True, "check the SHA-256 of the token files before training", free=True)
 
@@ -72,14 +72,14 @@ class Data:
 class Train:
     batch_tokens: int = key(4096, "tokens of a global batch", low=1)
     micro_batch: int = key(32, "sequences of a forward pass on one device", low=1, free=True)
-    seed: int = key(1, "of the initial weights and the order of the data", low=0)
+    seed: int = key(1, "seed of the initial weights and of the order of the data", low=0)
     beta1: float = key(0.9, "AdamW, below 1", low=0)
     beta2: float = key(0.95, "AdamW, below 1", low=0)
     weight_decay: float = key(0.1, "AdamW, on matrices only", low=0)
     clip: float = key(1.0, "largest norm of the gradient", low=1e-12)
     parallel: str = key("auto", "weights: all or a part a rank", choices=("auto", "none", "ddp", "fsdp"), free=True)
     shard_ranks: int | None = key(None, "fsdp: ranks that share a copy of the weights; none: all", low=1, free=True)
-    device: str = key("auto", "auto: the first there is", choices=("auto", "cuda", "mps", "cpu"), free=True)
+    device: str = key("auto", "auto: the first of cuda, mps, cpu", choices=("auto", "cuda", "mps", "cpu"), free=True)
     dtype: str = key("auto", "auto: bfloat16 on CUDA, float32 elsewhere", choices=("auto", "bfloat16", "float32"))
     kernels: str = key("auto", "triton, torch or auto; for one alone: auto,attention=torch", free=True)
     compile: str = key("auto", "torch.compile; auto: on CUDA", choices=("auto", "on", "off"), free=True)
@@ -187,7 +187,7 @@ def suggest(name: str, known: list[str]) -> str:
 
 
 def check(c: Config) -> list[str]:
-    """What is wrong with the values, apart from the plan (schedule.problems) and the batch (distributed.problems)."""
+    """Problems of the values, apart from those of the plan (schedule.problems) and the batch (distributed.problems)."""
     m, t, found = c.model, c.train, []
     for k, (f, v) in flatten(c).items():
         low, choices = f.metadata.get("low"), f.metadata.get("choices")
@@ -200,7 +200,7 @@ def check(c: Config) -> list[str]:
     fits = m.hidden % m.n_head == 0 and m.hidden // m.n_head % 2 == 0  # RoPE turns pairs
     others = [n for n in range(1, min(m.hidden, 4096) + 1) if m.hidden % n == 0 and m.hidden // n % 2 == 0]
     near = f"; the nearest is {min(others, key=lambda n: abs(n - m.n_head))}" if others else "; make model.hidden even"
-    checks = [  # key, value, expected, is it so?
+    checks = [  # key, value, expected, valid
         ("train.beta1", t.beta1, "below 1", t.beta1 < 1),
         ("train.beta2", t.beta2, "below 1", t.beta2 < 1),
         ("data.increments", c.data.increments, "steps of 1 or more each", min(c.data.increments, default=1) > 0),

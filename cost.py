@@ -4,10 +4,9 @@
     python cost.py --config 1.2b --plan.versions 10
     python cost.py --config 1.2b --plan.increments 10000,20000,30000 --convention table2
 
-Two ways of counting. `section3.2` (the default): every segment, that is 10T, 4T and 5.8T for four versions and alpha
-0.6. `table2` leaves out what only version 1 needs (PTFS's V1 and V1's branch), as Table 2 does: ours / PTFS =
-(4 + 2 alpha) / 9. CPT's V1 counts in both, since later versions start from it; PTFS's V1 is the same run and counts in
-each.
+Two conventions. `section3.2` (the default) counts every segment: 10T, 4T and 5.8T for four versions and alpha 0.6.
+`table2` counts versions 2 to N: it omits PTFS's V1 and the branch of V1, so ours / PTFS = (4 + 2 alpha) / 9. CPT's V1
+counts in both, since later versions start from it. It is the same run as PTFS's V1, but each paradigm pays for it.
 """
 
 import json

@@ -26,7 +26,7 @@ def mix64(x: np.ndarray) -> np.ndarray:
 def permute(i: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
     """The images of the indices i under a seeded permutation of 0..n-1, in memory that does not depend on n.
 
-    A Feistel network of four rounds permutes 0..4^k-1, 4^k >= n; images of n or more are permuted again.
+    A Feistel network of four rounds permutes 0..4^k-1, 4^k >= n; an image >= n is permuted again (cycle walking).
     """
     half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
@@ -46,7 +46,7 @@ def permute(i: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
 
 
 def shuffle(i: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
-    """Places i of an endless sequence of epochs: each has the numbers 0..n-1 once, in an order of its own."""
+    """Values at the places i of an endless sequence; each epoch of it is a permutation of 0..n-1 of its own."""
     epoch, out = i // n, np.empty_like(i)
     for e in np.unique(epoch):
         out[epoch == e] = permute(i[epoch == e] % n, n, (*seed, int(e)))

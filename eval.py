@@ -21,7 +21,7 @@ from tqdm import tqdm
 import config
 import data
 import kernels
-import model as llama
+from model import Transformer
 from runtime import checkpoint
 from runtime.command_line import Parser
 from runtime.device import pick_device, steady_malloc
@@ -71,13 +71,13 @@ def common(runs: Iterable[dict[int, Any]]) -> list[int]:
     return sorted(set.intersection(*(set(r) for r in runs)) - {1})
 
 
-def load_model(path: Path, device: torch.device) -> tuple[llama.Transformer, dict[str, Any]]:
+def load_model(path: Path, device: torch.device) -> tuple[Transformer, dict[str, Any]]:
     """The model of a checkpoint, in bfloat16 on CUDA and float32 elsewhere, and its metadata."""
     meta = checkpoint.read_meta(path)
     c = config.model_of(meta["config"])
     checkpoint.verify(path)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    net = llama.Transformer(c, dtype, kernels.choose("auto", device))
+    net = Transformer(c, dtype, kernels.choose("auto", device))
     checkpoint.load(path, checkpoint.state(net))
     for w in net.parameters():
         if w.dim() == 2:
@@ -103,8 +103,8 @@ def score(path: Path, device: torch.device, folder: str | None = None, quiet: bo
     net, _ = load_model(path, device)
     token_files.check_files(tokens.folder, ["val"], quiet=True)
     stream = np.asarray(tokens.tokens("val"))
-    # the document of each target: <|endoftext|> belongs to the document that it ends
-    document = np.concatenate(([0], np.cumsum(stream[1:-1] == tokens.meta["eot"]) + (stream[0] == tokens.meta["eot"])))
+    # the document of each target, by the <|endoftext|> before it: one belongs to the document that it ends
+    document = np.cumsum(stream[:-1] == tokens.meta["eot"])
     losses = []
     with tqdm(total=len(document), desc=str(path), unit="token", disable=quiet or None, delay=2, leave=False) as bar:
         for arrays in tokens.validation(rows=16):

@@ -52,7 +52,7 @@ Past = tuple[Tensor, Tensor, Tensor]  # of a cache: keys and values (B, S, K, D)
 class Block(nn.Module):
     """x + attention(norm(x)), then x + swiglu(norm(x)). q, k, v are one matrix, and so are gate and up.
 
-    The residual stream comes in two parts, x and the output of the layer before: the norm adds them in the same pass.
+    The residual stream comes without the output of the layer before, its update: the norm adds them in the same pass.
     """
 
     def __init__(self, c: config.Model, use: dict[str, str]) -> None:
@@ -69,13 +69,13 @@ class Block(nn.Module):
         self.ffn_out = Linear(f, c.hidden, bias=False)
 
     def forward(
-        self, added: Tensor, x: Tensor | None, cos: Tensor, sin: Tensor, mask: Tensor | None, past: Past | None
+        self, update: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, mask: Tensor | None, past: Past | None
     ) -> tuple[Tensor, Tensor]:
-        """(B, T, C) twice -> the same: the block's output, not yet added, and the residual stream.
+        """The output of the block before and the residual stream that it adds to, (B, T, C) each -> this block's.
 
         `mask` (B, 1, T, S): the keys that a query sees; None: those before it.
         """
-        y, x = self.attn_norm(added, x)
+        y, residual = self.attn_norm(update, residual)
         B, T, C = y.shape
         qkv = self.qkv(y).view(B, T, -1, self.D)
         q, k, v = rope(qkv, cos, sin, *self.heads, self.use["rope"])  # (B, T, H, D), (B, T, K, D), (B, T, K, D)
@@ -84,8 +84,9 @@ class Block(nn.Module):
             index = at[:, :, None, None].expand_as(k)
             k, v = keys.scatter_(1, index, k), values.scatter_(1, index, v)
         y = attention(q, k, v, self.use["attention"]) if mask is None else masked_attention(q, k, v, mask)
-        y, x = self.ffn_norm(self.attn_out(y.reshape(B, T, C)), x)
-        return self.ffn_out(swiglu(self.gate_up(y), self.use["swiglu"])), x  # (B, T, 2f) -> (B, T, f) -> (B, T, C)
+        y, residual = self.ffn_norm(self.attn_out(y.reshape(B, T, C)), residual)
+        y = swiglu(self.gate_up(y), self.use["swiglu"])  # (B, T, 2f) -> (B, T, f)
+        return self.ffn_out(y), residual
 
 
 @dataclass
@@ -165,11 +166,11 @@ class Transformer(nn.Module):
             if cache.end > T:
                 mask = (torch.arange(cache.end, device=ids.device) <= at[:, :, None])[:, None]  # (B, 1, T, S)
             pasts = [(k[:, : cache.end], v[:, : cache.end], at) for k, v in zip(cache.k, cache.v, strict=True)]
-        added, x = self.embed(ids).to(self.dtype), None  # (B, T, C)
+        update, residual = self.embed(ids).to(self.dtype), None  # (B, T, C)
         for block, past in zip(self.blocks, pasts, strict=True):
-            given = (added, x, cos, sin, mask, past)
-            added, x = checkpoint(block, *given, use_reentrant=False) if self.recompute else block(*given)
-        return self.norm(added, x)[0]
+            inputs = (update, residual, cos, sin, mask, past)
+            update, residual = checkpoint(block, *inputs, use_reentrant=False) if self.recompute else block(*inputs)
+        return self.norm(update, residual)[0]
 
     def cache(self, rows: int, size: int) -> Cache:
         """An empty cache for this many rows of at most `size` tokens."""

@@ -4,8 +4,8 @@ A *segment* is one training run on one learning-rate path. `plan()` lists the se
 of them, cost.py adds up their steps, paper/ walks them as a graph.
 
 The unit is the step: one optimizer update over one global batch. "The state at step s" is the state after exactly s
-updates, and update number s (from 0) uses `lr(s)`. Steps count the data: update s always reads batch s, so a segment
-that starts at step 14,000 reads on where its parent stopped.
+updates, and update number s (from 0) uses `lr(s)`. The step also identifies the data: update s always reads batch s, so
+a segment that starts at step 14,000 reads on where its parent stopped.
 
     python schedule.py --config 1.2b --paradigm ours --plan.alpha 0.4 --plot paths.png
 """
@@ -152,7 +152,7 @@ SCHEDULES: dict[str, tuple[Callable[[int, float, float, float, int], float], flo
 def path(p: Plan, start: int, end: int, W: int, D: float, warm_from: float = 0.0) -> Callable[[int], float]:
     """LR of update s: `W` steps of linear warm-up from `warm_from`, then max LR, then a decay of D steps up to `end`.
 
-    A D longer than the room after the warm-up (a long cycle) is cut at `end`.
+    If D is longer than the steps after the warm-up (a long cycle), the path stops at `end`, its decay incomplete.
     """
     shape, _ = SCHEDULES[p.schedule]
     decay_start = end - int(min(D, end - start - W))
@@ -219,7 +219,7 @@ def plan(paradigm: str, p: Plan) -> list[Segment]:
 
 
 def round_half_up(part: float, steps: int) -> int:
-    """`part` of `steps`, rounded half up; 1e-9 keeps 0.2 * 2 * T and 0.4 * T equal in floating point."""
+    """part * steps, rounded half up. 1e-9: products equal on paper, as 0.2 * 2T and 0.4 * T, must round alike."""
     return int(part * steps + 0.5 + 1e-9)
 
 
@@ -227,9 +227,9 @@ def round_half_up(part: float, steps: int) -> int:
 
 
 def problems(p: Plan, paradigm: str) -> list[str]:
-    """What is wrong with a plan, one line each: key, value, what is expected."""
+    """The problems of a plan, one line each: key, value, expected."""
     W, most = p.warmup, 10_000  # more versions are a typing error
-    checks = [  # key, value, expected, is it so?
+    checks = [  # key, value, expected, valid
         ("paradigm", paradigm, f"one of {', '.join(PARADIGMS)}", paradigm in PARADIGMS),
         ("schedule", p.schedule, f"one of {', '.join(SCHEDULES)}", p.schedule in SCHEDULES),
         ("cpt_variant", p.cpt_variant, f"one of {', '.join(CPT_VARIANTS)}", p.cpt_variant in CPT_VARIANTS),
@@ -320,8 +320,8 @@ def draw(plans: dict[str, list[Segment]], file: str) -> None:
     fig, axes = plt.subplots(1, len(plans), figsize=(5 * len(plans), 3.4), sharey=True, squeeze=False)
     for ax, (paradigm, segments) in zip(axes[0], plans.items(), strict=True):
         # the longest first, so that the shorter runs of PTFS, equal to it in the warm-up, stay visible
-        for g in sorted(segments, key=lambda g: g.start - g.end):
-            steps = [*range(g.start, g.end, max(1, (g.end - g.start) // 2000)), max(g.start, g.end - 1)]
+        for g in sorted((g for g in segments if g.end > g.start), key=lambda g: g.start - g.end):
+            steps = [*range(g.start, g.end, max(1, (g.end - g.start) // 2000)), g.end - 1]
             label, colour, width = f"V{g.version}", colours[(g.version - 1) % len(colours)], 1.8
             if g.paradigm == "main":
                 label, colour, width = "main path", "#333333", 2.6
@@ -335,6 +335,7 @@ def draw(plans: dict[str, list[Segment]], file: str) -> None:
     labels = sorted(lines)
     fig.legend([lines[k] for k in labels], labels, loc="lower center", ncols=len(labels), fontsize=9, frameon=False)
     fig.tight_layout(rect=(0, 0.07, 1, 1))
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(file, dpi=150)
     plt.close(fig)
 
@@ -344,11 +345,11 @@ def read_plan(config: str, words: dict[str, str | None]) -> Plan:
     file = Path(config) if config.endswith(".toml") else Path(__file__).parent / "configs" / f"{config}.toml"
     values = tomllib.loads(file.read_text()).get("plan", {})
     for f in fields(Plan):
-        if (text := words[f.name]) is not None:
-            try:
-                values[f.name] = parse(f.type, text)
-            except ValueError:
-                raise ValueError(f"plan.{f.name}: got {text!r}, expected {type_name(f.type)}") from None
+        word, value = words[f.name], values.get(f.name, getattr(Plan(), f.name))
+        try:
+            values[f.name] = parse(f.type, word) if word else typed(f.type, value)
+        except ValueError:
+            raise ValueError(f"plan.{f.name}: got {word or value!r}, expected {type_name(f.type)}") from None
     return Plan(**values)
 
 
@@ -381,7 +382,7 @@ def main() -> None:
     print(f"{'segment':32} {'parent':>16} {'start':>9} {'end':>9} {'steps':>9}   LR of first .. last update")
     for g in segments:
         parent = f"{g.parent[0]}@{g.parent[1]}" if g.parent else "-"
-        lr = f"{g.lr(g.start):.6g} .. {g.lr(max(g.start, g.end - 1)):.6g}"
+        lr = f"{g.lr(g.start):.6g} .. {g.lr(g.end - 1):.6g}" if g.end > g.start else "no updates"
         print(f"{g.name:32} {parent:>16} {g.start:9,} {g.end:9,} {g.end - g.start:9,}   {lr}")
     print(f"{'total':32} {'':16} {'':9} {'':9} {sum(g.end - g.start for g in segments):9,}")
 

@@ -6,9 +6,9 @@
     --mode cpt    --version 2  version 2 from version 1's finished checkpoint
     --mode sft    --parent CHECKPOINT --data.sft FILE.jsonl    fine-tune any of them
 
-Called again, on the same number of ranks or another, it goes on from its last checkpoint; when finished, it says so.
-SIGTERM and Ctrl-C, on any rank, save and exit with 143 and 130. Exit code 2: an error that only the user can repair;
-124: a rank is lost or hangs, call it again. `--dry_run` says what would be done and touches nothing.
+Run again, on any number of ranks, it goes on from its last checkpoint, or reports that the segment is finished. SIGTERM
+and Ctrl-C on any rank save and exit with 143 and 130. Exit code 2: an error that the user must repair; 124: a rank is
+lost or hangs, run the same command again. `--dry_run` prints the segment and writes nothing.
 """
 
 import sys
@@ -39,7 +39,7 @@ from runtime.preview import preview
 from runtime.resume import Run
 from runtime.start import Start, agree_on_start, claim, open_data
 
-# ---- What to train: wrong input is refused here, before a device or the disk is touched ------------------------------
+# ---- The segment: wrong input is refused here, before a device or the disk is touched --------------------------------
 
 
 def parse(world: World) -> tuple[Namespace, Config]:
@@ -58,7 +58,7 @@ def parse(world: World) -> tuple[Namespace, Config]:
 
 
 def pick(o: Namespace, c: Config, world: World) -> Run:
-    """The segment to train. UserError lists every problem of the config on this machine."""
+    """The segment to train. UserError lists the problems of the config on this machine."""
     cuda = torch.cuda.is_available() and c.train.device in ("auto", "cuda")
     meta: dict[str, Any] = {}
     if o.mode == "sft":
@@ -72,7 +72,7 @@ def pick(o: Namespace, c: Config, world: World) -> Run:
         found.append("train.compile: got on, which on a CPU needs a C++ compiler; install g++, or take off")
     try:
         if o.mode == "sft":  # the examples, counted later, decide how many steps
-            run = resume.sft_run(c, meta, o.parent, 10 * max(c.plan.warmup, 1))
+            run = resume.sft_run(c, meta, o.parent, 10 * max(c.plan.warmup, 1))  # so many that the warm-up fits
         else:
             run = replace(resume.pick(c, o.mode, o.version), parent=o.parent)
             if o.parent and not run.segment.parent:
@@ -120,39 +120,40 @@ def compiles(c: Config, world: World) -> bool:
 
 
 def to_device(arrays: tuple[Any, ...], device: torch.device) -> list[Tensor]:
-    """Pinned memory is copied while the device computes: the host is micro-batches ahead, the device never waits."""
+    """Copy a batch; from pinned memory asynchronously: the host prepares the next one while the device computes."""
     host = [torch.from_numpy(a) for a in arrays]
     return [(h.pin_memory() if device.type == "cuda" else h).to(device, non_blocking=True) for h in host]
 
 
-def micro_batch_loss(model: torch.nn.Module, c: Config, tokens: Any, step: int, micro: int, world: World) -> Tensor:
-    """Loss of one micro-batch, scaled so that micro-batches and ranks add up to the global mean over targets.
+def micro_batch_loss(model: torch.nn.Module, c: Config, data: Any, step: int, micro: int, world: World) -> Tensor:
+    """Loss of one micro-batch, scaled so that the sum over micro-batches and the mean over ranks is the global mean.
 
-    The global batch has B rows = accumulation x ranks x micro-batch: 1 and 8 GPUs see the same rows in the same step.
+    DDP and FSDP2 take the mean of gradients over ranks, hence the factor `ranks`. The global batch has accumulation x
+    ranks x micro-batch rows: 1 and 8 GPUs see the same rows in the same step.
     """
     rows = c.train.micro_batch
     first = (micro * world.ranks + world.rank) * rows
-    x, y, *documents = to_device(tokens.batch(step, slice(first, first + rows)), world.device)
+    x, y, *documents = to_device(data.batch(step, slice(first, first + rows)), world.device)
     if not documents:  # every token is a target
         return model(x, y) / (c.batch_sequences // (rows * world.ranks))
-    return model(x, y, "sum", *documents) * (world.ranks / tokens.targets(step))
+    return model(x, y, "sum", *documents) * (world.ranks / data.targets(step))
 
 
 @torch.no_grad()
-def validate(net: Transformer, c: Config, tokens: Any, guard: Guard, last: bool, world: World) -> float | None:
+def validate(net: Transformer, c: Config, data: Any, guard: Guard, last: bool, world: World) -> float | None:
     """Loss in nats over the first `eval_tokens` of the validation set, a share of it on each rank.
 
     None if the set is empty or a signal cut it short; the `last` one is not cut: a finished run has its val_loss.
     """
     total = torch.zeros(3, dtype=torch.float64, device="cpu" if world.device.type == "mps" else world.device)
     with distributed.gathered_weights(net):
-        for arrays in tokens.validation(c.train.micro_batch, c.train.eval_tokens, world.rank, world.ranks):
+        for arrays in data.validation(c.train.micro_batch, c.train.eval_tokens, world.rank, world.ranks):
             if guard.signal and not last:
                 total[2] = 1
                 break
             x, y, *documents = to_device(arrays, world.device)
-            total[0] += net(x, y, "sum", *documents)
-            total[1] += (y != IGNORE).sum()
+            total[0] += net(x, y, "sum", *documents).to(total.device)
+            total[1] += (y != IGNORE).sum().to(total.device)
             guard.watchdog.beat("validation")
     nats, count, cut = mean_over_ranks(total, world).tolist()
     return nats / count if count and not cut else None
@@ -161,9 +162,7 @@ def validate(net: Transformer, c: Config, tokens: Any, guard: Guard, last: bool,
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
-def train(
-    run: Run, tokens: Any, start: Start, file: BinaryIO | None, watchdog: Watchdog, kind: str, world: World
-) -> int:
+def train(run: Run, data: Any, start: Start, file: BinaryIO | None, watchdog: Watchdog, kind: str, world: World) -> int:
     """Updates `start.step` .. `segment.end - 1`; returns the signal that stopped it, or 0.
 
     A checkpoint named `step` holds the state after exactly `step` updates.
@@ -175,7 +174,7 @@ def train(
     accumulation = t.batch_tokens // (t.micro_batch * c.model.context * world.ranks)
     saver = checkpoint.Saver(run.folder, t.keep, required, t.timeout)
     log = Log(run, start, file, world, net.dtype)
-    guard = Guard(run, tokens, start.step, log, saver, watchdog, world)
+    guard = Guard(run, data, start.step, log, saver, watchdog, world)
 
     def due(every: int, step: int) -> bool:
         return every > 0 and step % every == 0
@@ -192,11 +191,11 @@ def train(
                 with log.untimed():
                     guard.check_weights(net, shards, step)  # finite; replicas equal
                     if evaluate:
-                        log.validation(step, validate(net, c, tokens, guard, last, world))
-                        stop = guard.poll(step)
+                        log.validation(step, validate(net, c, data, guard, last, world))
+                        stop = guard.poll(step)  # a signal may have cut the validation short
                     if save or (stop and step > start.step):
                         guard.finish_save(step)
-                        record = resume.record(run, start.parent, tokens, step)
+                        record = resume.record(run, start.parent, data, step)
                         saver.save(step, checkpoint.state(net, optimizer), record)
             if last or stop:
                 break
@@ -208,7 +207,7 @@ def train(
             loss = torch.zeros((), device=world.device)
             for micro in range(accumulation):
                 with distributed.sync_gradients(model, last=micro == accumulation - 1):
-                    part = micro_batch_loss(model, c, tokens, step, micro, world)
+                    part = micro_batch_loss(model, c, data, step, micro, world)
                     part.backward()
                 loss += part.detach()
             norm = full_tensor(clip_grad_norm_(net.parameters(), t.clip))
@@ -253,18 +252,18 @@ def main() -> None:
             distributed.join(world, c.train.timeout)
         asked = {"mode": o.mode, "version": o.version, "torch": torch.__version__, "ranks": world.ranks}
         distributed.check_same(asked | config.values(c), world, "start all with the same command, files and packages")
-        run, tokens = open_data(run, world, watchdog.beat)
-        start = agree_on_start(run, tokens, world)
+        run, data = open_data(run, world, watchdog.beat)
+        start = agree_on_start(run, data, world)
         if start.done == run.required:
             for step in start.done if world.rank == 0 else []:
                 checkpoint.pin(checkpoint.path(run.folder, step))
             say(f"{run.folder}: finished at step {run.segment.end}; nothing to do")
             return
-        with claim(run, tokens, start, world) as file:
+        with claim(run, data, start, world) as file:
             say(f"{run.folder}: from step {start.step} to {run.segment.end}, from {start.origin or 'random weights'}")
-            stop = train(run, tokens, start, file, watchdog, kind, world)
+            stop = train(run, data, start, file, watchdog, kind, world)
         if kind != "none":
-            dist.destroy_process_group()  # after DDP's C++ half, which train() has freed: the reverse can hang
+            dist.destroy_process_group()  # train() has freed DDP's reducer: the reverse order can hang
     if stop:
         sys.exit(128 + stop)
 

@@ -68,7 +68,7 @@ def problems(text: str, cuda: bool, c: config.Model) -> list[str]:
 def rope_problems(c: config.Model) -> list[str]:
     """What is wrong with the rotary angles that a model asks for, one line each."""
     D, stretched, yarn = c.hidden // c.n_head, c.rope_scaling in ("llama3", "yarn"), c.rope_scaling == "yarn"
-    checks = [  # key, value, expected, is it so?
+    checks = [  # key, value, expected, valid
         ("context", c.context, f"at most {MOST_ANGLES // D:,} with heads of {D}", c.context * D <= MOST_ANGLES),
         ("rope_low", c.rope_low, f"below rope_high = {c.rope_high:g}", not stretched or c.rope_low < c.rope_high),
         ("rope_theta", c.rope_theta, "above 1 for yarn", not yarn or c.rope_theta > 1),

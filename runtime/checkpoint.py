@@ -339,6 +339,6 @@ def prune(segment: Path, keep: int, step: int, required: Sequence[int] = ()) -> 
 
 
 def tidy(segment: Path) -> None:
-    """Remove what a killed save or deletion left."""
+    """Delete the remains of an interrupted save or deletion."""
     for partial in segment.glob(".step-*.partial"):
         shutil.rmtree(partial, ignore_errors=True)

@@ -58,7 +58,7 @@ def given(args: argparse.Namespace) -> dict[str, str]:
 
 
 def this_command(**changes: object) -> str:
-    """The train.py command line of this process with some options changed: for errors that tell what to type."""
+    """The train.py command line of this process with some options changed: for errors that suggest a command."""
     argv, skip = [], False
     for a in sys.argv[1:]:
         if not skip and a.removeprefix("--").partition("=")[0] not in changes:

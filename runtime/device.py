@@ -10,7 +10,7 @@ import torch
 
 from runtime.errors import UserError
 
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s of the data sheets
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s of the data sheets, of SXM cards
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:

@@ -2,7 +2,7 @@
 
 DDP keeps a whole copy of the weights on each rank and sums gradients. FSDP2 cuts weights, gradients and moments into
 rows, a part a rank; a block's weights are gathered once a step, and its gradients reduced once. Hybrid sharding
-(`train.shard_ranks`) keeps one such cut copy in every group of ranks, say a node, and sums gradients between groups.
+(`train.shard_ranks`) keeps one sharded copy in every group of ranks, say a node, and sums gradients between groups.
 
 Schedules and batches do not depend on the number of ranks: the same global batch goes through the same update.
 """
@@ -70,7 +70,7 @@ def world_from_environment() -> World:
 
 
 def problems(c: Config, ranks: int) -> list[str]:
-    """What is wrong with the batch, train.parallel and train.shard_ranks on this many ranks, one line each."""
+    """Problems of the batch, train.parallel and train.shard_ranks on this many ranks, one line each."""
     wanted, shard_ranks, found = c.train.parallel, c.train.shard_ranks, batch_problems(c, ranks)
     if wanted == "none" and ranks > 1:
         same = f"which would train {ranks} times the same"
@@ -172,7 +172,7 @@ def lost_rank_errors(world: World) -> Iterator[None]:
 def raise_on_all_ranks(world: World, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """If a rank raises in this block, every rank raises. Only the lowest such rank prints.
 
-    With a `group`, which a background thread has for itself, all of them raise that rank's error.
+    With a `group`, that of a background thread, every rank raises the lowest rank's error.
     """
     error: Exception | None = None
     try:
@@ -204,7 +204,7 @@ def broadcast(value: Any, ranks: int, source: int = 0, group: dist.ProcessGroup 
 
 
 def mean_over_ranks(values: Tensor, world: World) -> Tensor:
-    """The mean of a tensor over the ranks, in place."""
+    """The mean of a tensor over the ranks. The argument is overwritten with the sum."""
     if world.ranks > 1:
         dist.all_reduce(values)
     return values / world.ranks

@@ -57,19 +57,21 @@ class Watchdog(threading.Thread):
         self.done.set()
 
     def beat(self, what: str) -> None:
-        self.what, self.waited = what, 0.0
+        self.what = (what,)  # a new object for each beat
 
     def run(self) -> None:
-        interval, last = min(1.0, self.seconds / 10), time.monotonic()
+        interval, now, seen, waited = min(1.0, self.seconds / 10), time.monotonic(), None, 0.0
         while not self.done.wait(interval):
-            last, passed = time.monotonic(), time.monotonic() - last
-            self.waited += min(passed, 2 * interval)  # while the process itself is stopped (Ctrl-Z), no time counts
-            if self.waited > self.seconds:
-                message = (
-                    f"{self.what}: rank {self.rank} has waited for {self.seconds:g} s (train.timeout): another rank, a "
-                    f"device or a disk hangs. The same command goes on. {checkpoint.last(self.folder)}"
+            last, now = now, time.monotonic()
+            waited += min(now - last, 2 * interval)  # while the process itself is stopped (Ctrl-Z), no time counts
+            if seen is not self.what:
+                seen, waited = self.what, 0.0
+            if waited > self.seconds:
+                message = f"{self.what[0]}: rank {self.rank} has waited for {self.seconds:g} s (train.timeout)"
+                remedy = (
+                    f"another rank, a device or a disk hangs. The same command goes on. {checkpoint.last(self.folder)}"
                 )
-                print(f"train.py: error: {message}", file=sys.stderr, flush=True)
+                print(f"train.py: error: {message}: {remedy}", file=sys.stderr, flush=True)
                 os._exit(RankLost.code)
 
 
@@ -115,7 +117,7 @@ class Guard:
         gc.enable()
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """The first asks for a save; a second one exits. Within a second it is the same: torchrun repeats its own."""
+        """The first signal asks for a save. A second one, a second later or more (torchrun repeats its own), exits."""
         if self.signal and time.monotonic() > self.signal_time + 1:
             os._exit(128 + number)
         if not self.signal:
@@ -183,7 +185,7 @@ class Guard:
         return loss, norm
 
     def check_spike(self, step: int, loss: float) -> None:
-        """UserError if the loss is train.spike above the median of the 20 logged before it (of 5 at the start)."""
+        """UserError if the loss is train.spike above the median of the last 20 logged losses; it needs at least 5."""
         spike = self.run.config.train.spike
         if spike is not None and len(self.recent) >= 5 and loss > (usual := statistics.median(self.recent)) + spike:
             raise rank0_error(

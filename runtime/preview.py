@@ -42,7 +42,7 @@ def preview(run: Run, kind: str, why: str, ranks: int) -> None:
     )
     if examples:
         print(f"examples     {examples}")
-    if step := resume.resume_step(run.folder, required):
+    if (step := resume.resume_step(run.folder, required)) is not None:
         print(f"goes on      from {checkpoint.path(run.folder, step)}")
     if s.paradigm != "sft":
         preview_data(run, tokens)

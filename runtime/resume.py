@@ -108,7 +108,7 @@ def sft_config(c: Config, parent: str | None, given: Collection[str]) -> tuple[C
 
 
 def sft_run(c: Config, meta: dict[str, Any], parent: str, steps: int) -> Run:
-    """Fine-tuning of so many steps: the learning rates of a version 1 from scratch, warmed up in a tenth at most."""
+    """Fine-tuning of `steps` updates: the rates of a version 1 from scratch, at most a tenth of them warm-up."""
     p = replace(c.plan, increments=[steps], warmup=min(c.plan.warmup, steps // 10))
     first = config.segments("ptfs", p)[0]
     name, start = f"sft/{meta['segment']}", (meta["segment"], meta["step"])
@@ -196,7 +196,7 @@ def check_lineage(where: Path, c: Config, s: Segment, tokens: data.Tokens | SFTD
 
 
 def check_model(where: Path, meta: dict[str, Any], c: Config, tokenizer: str) -> None:
-    """UserError unless a checkpoint has this config's shape and tokenizer; its context may be longer."""
+    """UserError unless a checkpoint's shape and tokenizer are the config's; its context may be longer."""
     model = config.model_of(meta["config"])
     pairs = {f.name: (getattr(model, f.name), getattr(c.model, f.name)) for f in fields(model) if f.name != "context"}
     if was := ", ".join(
@@ -211,7 +211,7 @@ def check_model(where: Path, meta: dict[str, Any], c: Config, tokenizer: str) ->
 
 
 def resume_step(folder: Path, required: list[int]) -> int | None:
-    """The last checkpoint before the first required one that is missing; None: begin. All there: the last required."""
+    """The last checkpoint not after the first missing required step, or the last required step; None: begin."""
     there = checkpoint.steps(folder)
     missing = [r for r in required if r not in there]
     return max((s for s in there if s <= min(missing, default=required[-1])), default=None)

@@ -61,7 +61,7 @@ def open_data(run: Run, world: World, beat: Callable[[str], None]) -> tuple[Run,
 
 @dataclass
 class Start:
-    """Where training begins. JSON-serializable: rank 0 finds it for all."""
+    """Where training begins. JSON-serializable: found on rank 0, broadcast to all."""
 
     step: int
     done: list[int]  # required steps that are saved already
@@ -125,7 +125,7 @@ def agree_on_start(run: Run, tokens: Tokens | SFTData, world: World) -> Start:
 
 @contextmanager
 def claim(run: Run, tokens: Tokens | SFTData, start: Start, world: World) -> Iterator[BinaryIO | None]:
-    """Check on rank 0 what will be read, then take the segment's folder for this process; the open log, on rank 0."""
+    """On rank 0: check the files to be read, lock the segment's folder, yield the open log. Other ranks: yield None."""
     c, folder = run.config, run.folder
     with ExitStack() as held:
         log = None
