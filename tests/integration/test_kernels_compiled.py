@@ -19,6 +19,7 @@ USE = ["triton", "torch"]
 KERNELS = {
     *("rms_norm._forward", "rms_norm._backward", "swiglu._forward", "swiglu._backward", "rope._turn"),
     *("attention._delta", "cross_entropy._rows_kernel"),
+}
 MATRIX_KERNELS = {"attention._forward", "attention._backward_kv", "attention._backward_q"}  # on tensor cores
 
 

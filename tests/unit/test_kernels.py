@@ -522,7 +522,6 @@ def test_every_operation_is_one_that_torch_compile_can_see():
         torch.library.opcheck(op, args)
 
 
-}
 # ----------------------------------------------------------------------------------------------------------
 # Which is chosen
 
