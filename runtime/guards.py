@@ -67,11 +67,11 @@ class Watchdog(threading.Thread):
             if seen is not self.what:
                 seen, waited = self.what, 0.0
             if waited > self.seconds:
-                message = f"{self.what[0]}: rank {self.rank} has waited for {self.seconds:g} s (train.timeout)"
-                remedy = (
+                waiting = f"{self.what[0]}: rank {self.rank} has waited for {self.seconds:g} s (train.timeout)"
+                hint = (
                     f"another rank, a device or a disk hangs. The same command goes on. {checkpoint.last(self.folder)}"
                 )
-                print(f"train.py: error: {message}: {remedy}", file=sys.stderr, flush=True)
+                print(f"train.py: error: {waiting}: {hint}", file=sys.stderr, flush=True)
                 os._exit(RankLost.code)
 
 
@@ -81,22 +81,15 @@ class Guard:
     def __init__(
         self, run: Run, tokens: Tokens | SFTData, start: int, log: Log, saver: Saver, watchdog: Watchdog, world: World
     ) -> None:
-        self.run, self.tokens, self.log, self.saver, self.watchdog, self.world = (
-            run,
-            tokens,
-            log,
-            saver,
-            watchdog,
-            world,
-        )
+        self.run, self.tokens, self.log = run, tokens, log
+        self.saver, self.watchdog, self.world = saver, watchdog, world
         self.signal, self.signal_time = 0, 0.0
         # The host notices a step that is not finite where it waits for the device anyway; until then the device skips
         # that update and all after it
         self.never = run.segment.end + 1
         self.bad = torch.full((), self.never, dtype=torch.int64, device=world.device)  # the first such step
-        self.numbers = self.bad_numbers = torch.zeros(
-            2, device=world.device
-        )  # loss, norm: of the last, of the bad step
+        # loss and gradient norm: of the last step, and of the first bad one
+        self.numbers = self.bad_numbers = torch.zeros(2, device=world.device)
         losses: list[float] = []
         if run.config.train.spike is not None and world.rank == 0:
             losses = [r["loss"] for r in read_log(run.folder) if "loss" in r and r["step"] < start]
