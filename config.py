@@ -76,7 +76,7 @@ class Train:
     beta1: float = key(0.9, "AdamW, below 1", low=0)
     beta2: float = key(0.95, "AdamW, below 1", low=0)
     weight_decay: float = key(0.1, "AdamW, on matrices only", low=0)
-    clip: float = key(1.0, "largest norm of the gradient", low=1e-12)
+    clip: float = key(1.0, "clip the gradient to this norm", low=1e-12)
     parallel: str = key("auto", "weights: all or a part a rank", choices=("auto", "none", "ddp", "fsdp"), free=True)
     shard_ranks: int | None = key(None, "fsdp: ranks that share a copy of the weights; none: all", low=1, free=True)
     device: str = key("auto", "auto: the first of cuda, mps, cpu", choices=("auto", "cuda", "mps", "cpu"), free=True)

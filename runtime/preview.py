@@ -23,7 +23,7 @@ def preview(run: Run, kind: str, why: str, ranks: int) -> None:
     tokens, flops = (s.end - s.start) * t.batch_tokens, m.flops_per_token()
     planned = f"{s.parent[0]} at step {s.parent[1]:,}" if s.parent else t.base or "random weights"
     print(f"segment      {s.name}: steps {s.start:,} .. {s.end:,} ({s.end - s.start:,}), from {run.parent or planned}")
-    milestones = {s.start, p.warmup - 1, *(p.end(i + 1) - 1 for i in range(len(p.T))), *required, s.end - 1}
+    milestones = {s.start, s.start + p.warmup - 1, *(p.end(i + 1) - 1 for i in range(len(p.T))), *required, s.end - 1}
     rates = [f"update {i:>9,}: {s.lr(i):.6g}" for i in sorted(milestones) if s.start <= i < s.end]
     print("LR           " + "\n             ".join(rates))
     regular = f" (and the last {t.keep} of every {t.checkpoint_every:,} steps)" if t.checkpoint_every else ""

@@ -54,7 +54,7 @@ ELSEWHERE = {
     "model.vocab_size": "any other than the data's is refused (below)",
     "data.repeat": "only where an increment is too short, which is refused without it (below)",
     "plan.versions": "only how far the main path goes (below)",
-    "train.base": "needs an imported model: tests/test_hf.py",
+    "train.base": "needs an imported model: test_hf.py",
 }
 
 

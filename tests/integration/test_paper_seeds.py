@@ -125,7 +125,7 @@ def test_printed_commands_have_the_seeds_of_their_cells(told, parse, tmp_path):
 def test_slurm_jobs_have_the_seeds_of_their_cells_and_wait_for_their_parents(told, parse, tmp_path):
     args = ["--scale", "paper", "--seeds", "2", "--schedules", "cosine", "--out", str(tmp_path / "out"), "--slurm"]
     lines = [line for line in told(*NAMES, *args) if "sbatch" in line]
-    subprocess.run(["bash", "-n", "-c", "\n".join(lines)], check=True)
+    subprocess.run(["bash", "-n"], input="\n".join(lines), text=True, check=True)
     form = r"(\w+)=\$\(sbatch --parsable --job-name=(\S+?)(?: --dependency=(\w+):\$(\w+))? tools/slurm.sh (.*)\)"
     jobs = [re.fullmatch(form, line).groups() for line in lines]
     commands = [shlex.split(words) for *_, words in jobs]
