@@ -345,11 +345,12 @@ def read_plan(config: str, words: dict[str, str | None]) -> Plan:
     file = Path(config) if config.endswith(".toml") else Path(__file__).parent / "configs" / f"{config}.toml"
     values = tomllib.loads(file.read_text()).get("plan", {})
     for f in fields(Plan):
-        word, value = words[f.name], values.get(f.name, getattr(Plan(), f.name))
+        word, planned = words[f.name], values.get(f.name, getattr(Plan(), f.name))
+        given, read = (planned, typed) if word is None else (word, parse)
         try:
-            values[f.name] = parse(f.type, word) if word else typed(f.type, value)
+            values[f.name] = read(f.type, given)
         except ValueError:
-            raise ValueError(f"plan.{f.name}: got {word or value!r}, expected {type_name(f.type)}") from None
+            raise ValueError(f"plan.{f.name}: got {given!r}, expected {type_name(f.type)}") from None
     return Plan(**values)
 
 
@@ -369,7 +370,7 @@ def main() -> None:
         segments = plan(o.paradigm, read_plan(o.config, vars(o)))
         if o.plot:
             draw({o.paradigm: segments}, o.plot)
-    except (ValueError, TypeError, OSError, ImportError) as e:
+    except (ValueError, TypeError, AttributeError, RecursionError, OSError, ImportError) as e:
         text = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e)
         for line in text.splitlines():
             print(f"schedule.py: error: {line}", file=sys.stderr)

@@ -127,7 +127,7 @@ def parse() -> tuple[argparse.Namespace, scales.Setup]:
     config.load(scale.config, overrides | ({"out": o.out} if o.out else {}), unknown)
     if wrong := [w for w in o.what if w not in (*ORDER, "status", "report")]:
         raise UserError(f"{wrong[0]}: expected status, report or some of {', '.join(ORDER)}")
-    schedules = list(dict.fromkeys(o.schedules.split(","))) if o.schedules else list(tables.MAIN)
+    schedules = list(dict.fromkeys(o.schedules.split(","))) if o.schedules is not None else list(tables.MAIN)
     if wrong := [n for n in schedules if n not in schedule.SCHEDULES]:
         raise UserError(f"--schedules: got {', '.join(wrong)}, expected some of {', '.join(schedule.SCHEDULES)}")
     for option, most in (("seeds", 100), ("jobs", 10_000), ("ranks", 10_000), ("limit", 10**9)):
@@ -162,7 +162,8 @@ def check_base_setting(s: scales.Setup) -> None:
 
 
 def check_training(request: graph.Request, machine: workers.Machine) -> None:
-    """Are there the GPUs and the data for all segments?"""
+    """Are there the device, the GPUs and the data for all segments?"""
+    pick_device(request.setup.base.train.device, 0)
     if 0 < machine.gpus < machine.ranks:
         raise UserError(f"--ranks: got {machine.ranks}, expected at most the {machine.gpus} GPUs of this machine")
     prepare.ship(request.setup.base.data.path)

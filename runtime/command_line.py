@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
     ) -> tuple[argparse.Namespace, Config]:
         """The script's own options, and the config with its overrides. `modes`: the default config of some --mode."""
         args, unknown = self.parse_known_args(argv)
-        name = args.config or (modes or {}).get(getattr(args, "mode", ""), default)
+        name = (modes or {}).get(getattr(args, "mode", ""), default) if args.config is None else args.config
         return args, load(name, given(args), unknown)
 
 

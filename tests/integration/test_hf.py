@@ -621,7 +621,10 @@ NORM, DOWN = "model__norm__weight", "model.layers.1.mlp.down_proj.weight"
         (weights(lm_head__weight=None), "lm_head.weight is missing"),
         (weights(**{NORM: torch.ones(31)}), "model.norm.weight has shape (31,), expected (32,)"),
         (weights(**{NORM: torch.ones(2, 16)}), "model.norm.weight has shape (2, 16), expected (32,)"),
-        (weights(**{NORM: torch.ones(32, dtype=torch.float64)}), "model.norm.weight: got F64, expected one of F32, BF16, F16"),
+        (
+            weights(**{NORM: torch.ones(32, dtype=torch.float64)}),
+            "model.norm.weight: got F64, expected one of F32, BF16, F16",
+        ),
         (weights(**{NORM: torch.full((32,), torch.inf)}), "model.norm.weight holds values that are not finite"),
         (weights(extra__lora_A=torch.ones(3)), "extra.lora_A is no part of a model that is served"),
         (lambda f: edit(f, tie_word_embeddings=True), "lm_head.weight is not model.embed_tokens.weight"),
