@@ -20,7 +20,7 @@ BLOCK = 1 << 24  # ids searched at a time, so that memory stays small
 
 def read_bin(file: Path, tok: Tokenizer) -> np.ndarray:
     """The ids of a token file, mapped into memory: nanoGPT's (uint16 alone) or llm.c's (after a header)."""
-    if not file.is_file():
+    if file.exists() and not file.is_file():
         raise UserError(f"{file}: is no file; expected token ids of nanoGPT or llm.c")
     size, head = file.stat().st_size, np.fromfile(file, "<i4", 256)
     magic, version, count = head[:3].tolist() if len(head) == 256 else (0, 0, 0)
