@@ -238,7 +238,7 @@ def problems(p: Plan, paradigm: str) -> list[str]:
         ("increments", p.increments, "1 step or more each", min(p.increments, default=1) > 0),
         ("max_lr", p.max_lr, "a finite number above 0", 0 < p.max_lr < math.inf),
         ("min_lr", p.min_lr, f"above 0 and at most max_lr = {p.max_lr}", p.min_lr is None or 0 < p.min_lr <= p.max_lr),
-        ("warmup", W, "0 or more, for inverse_sqrt 1 or more", (p.schedule == "inverse_sqrt") <= W),
+        ("warmup", W, "0 or more, for inverse_sqrt 1 or more", p.warmup >= int(p.schedule == "inverse_sqrt")),
         ("alpha", p.alpha, "above 0 and at most 1", p.alpha is None or 0 < p.alpha <= 1),
         ("decay_steps", p.decay_steps, "1 or more", p.decay_steps is None or p.decay_steps >= 1),
         ("decay_steps", p.decay_steps, f"none beside alpha = {p.alpha}", not p.decay_steps or p.alpha is None),

@@ -125,18 +125,17 @@ def to_device(arrays: tuple[Any, ...], device: torch.device) -> list[Tensor]:
     return [(h.pin_memory() if device.type == "cuda" else h).to(device, non_blocking=True) for h in host]
 
 
-def micro_batch_loss(model: torch.nn.Module, c: Config, data: Any, step: int, micro: int, world: World) -> Tensor:
+def micro_batch_loss(model: Any, c: Config, data: Any, step: int, micro: int, targets: int, world: World) -> Tensor:
     """Loss of one micro-batch, scaled so that the sum over micro-batches and the mean over ranks is the global mean.
 
-    DDP and FSDP2 take the mean of gradients over ranks, hence the factor `ranks`. The global batch has accumulation x
-    ranks x micro-batch rows: 1 and 8 GPUs see the same rows in the same step.
+    DDP and FSDP2 average gradients over ranks, hence the factor `ranks`. 1 and 8 GPUs see the same rows in a step.
     """
     rows = c.train.micro_batch
     first = (micro * world.ranks + world.rank) * rows
     x, y, *documents = to_device(data.batch(step, slice(first, first + rows)), world.device)
     if not documents:  # every token is a target
         return model(x, y) / (c.batch_sequences // (rows * world.ranks))
-    return model(x, y, "sum", *documents) * (world.ranks / data.targets(step))
+    return model(x, y, "sum", *documents) * (world.ranks / targets)
 
 
 @torch.no_grad()
@@ -204,10 +203,10 @@ def train(run: Run, data: Any, start: Start, file: BinaryIO | None, watchdog: Wa
             lr = segment.lr(step)  # a pure function of the step: the rate in a loaded optimizer is never used
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss = torch.zeros((), device=world.device)
+            loss, targets = torch.zeros((), device=world.device), data.targets(step)
             for micro in range(accumulation):
                 with distributed.sync_gradients(model, last=micro == accumulation - 1):
-                    part = micro_batch_loss(model, c, data, step, micro, world)
+                    part = micro_batch_loss(model, c, data, step, micro, targets, world)
                     part.backward()
                 loss += part.detach()
             norm = full_tensor(clip_grad_norm_(net.parameters(), t.clip))
