@@ -157,11 +157,8 @@ def load(name: str, overrides: dict[str, str] | None = None, unknown: list[str] 
 
     c = Config()
     known = flatten(c)
-    found = [
-        f"command line: unknown argument {a}; {suggest(a.lstrip('-'), list(known))}"
-        for a in unknown or []
-        if a[:1] == "-"
-    ]
+    flags = [a for a in unknown or [] if a.startswith("-")]
+    found = [f"command line: unknown argument {a}; {suggest(a.lstrip('-'), list(known))}" for a in flags]
     found = found or [f"command line: unexpected {a!r}; flags are --name value" for a in unknown or []]
     for where, k, v, read in given:
         if k not in known:

@@ -14,9 +14,9 @@ from typing import Any
 
 import schedule
 from paper.scales import Point, Run, Setting, Setup
+from runtime.runs import NAMES
 
 PAPER = json.loads((Path(__file__).parent.parent / "results" / "paper.json").read_text())
-NAMES = {"ptfs": "PTFS", "cpt": "CPT", "ours": "Ours"}
 VARIANTS = {"rewarm_max": "RewarmMax", "reset_max": "ResetMax", "keep_min": "KeepMin"}
 PAIRS = [("Ours", "CPT"), ("Ours", "PTFS"), ("CPT", "PTFS")]
 MAIN = ("cosine", "knee", "multistep")  # the paper's schedules

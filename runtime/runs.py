@@ -5,6 +5,8 @@ from typing import Any
 
 from runtime import checkpoint
 
+NAMES = {"ptfs": "PTFS", "cpt": "CPT", "ours": "Ours"}  # of the paradigms in tables
+
 
 def is_fine_tuned(meta: dict[str, Any]) -> bool:
     return "epochs" in meta["data"]  # which only a fine-tuning records

@@ -32,6 +32,7 @@ from runtime.command_line import Parser
 from runtime.device import pick_device, steady_malloc
 from runtime.distributed import World
 from runtime.errors import UserError, first_line, user_errors
+from runtime.runs import NAMES
 from sample import Sampling, generate
 from text.tokenizer import Tokenizer
 
@@ -58,7 +59,6 @@ READERS = ("csv", "json", "parquet", "text")  # builders of `datasets` that read
 # The metric that stands for a task: the first of these that it has, else its first one. Of several filters the first,
 # but for GSM8K the one that takes the last number of the answer.
 HEADLINE = ("exact_match,flexible-extract", "exact_match", "acc", "acc_norm", "f1")
-NAMES = {"ptfs": "PTFS", "cpt": "CPT", "ours": "Ours"}
 Result = dict[str, Any]  # of a task: value, se (None if the harness gives none), metric, n (questions)
 Results = dict[str, Result]  # by task
 Versions = dict[str, dict[int, Path]]  # the finished versions of a run, by folder
