@@ -35,7 +35,7 @@ def draw(logits: Tensor, how: Sampling, chance: list[np.random.Generator]) -> li
         return logits.argmax(-1).tolist()
     # float64, which MPS lacks, so that small temperatures and probabilities do not vanish
     logits = (logits.cpu() if logits.device.type == "mps" else logits).double()
-    scaled = (logits - logits.amax(-1, keepdim=True)) / how.temperature
+    scaled = (logits - logits.amax(-1, keepdim=True)) / max(how.temperature, 1e-300)  # 1 / it stays finite
     p, order = torch.softmax(scaled, -1).sort(descending=True, stable=True)
     edges = (p * (p.cumsum(-1) - p < how.top_p)).cumsum(-1)  # the first always stays
     u = torch.tensor([c.random() for c in chance], device=p.device)[:, None] * edges[:, -1:]
@@ -81,12 +81,21 @@ def generate(
 def continuations(
     path: Path, device: torch.device, prompts: list[str], length: int, how: Sampling, folder: str | None = None
 ) -> list[str]:
-    """Each prompt with the text of up to `length` tokens after it. `folder`: prepared data, for its tokenizer."""
+    """Each prompt with the text of up to `length` tokens after it. `folder`: prepared data, for its tokenizer.
+
+    Tokens are decoded after their prompt's, because a decoder may drop the space at the beginning of a text.
+    """
     net, meta = load_model(path, device)
     tok = resume.open_tokenizer(path, meta, folder)
     prompts = [clean(p) for p in prompts]
-    new = generate(net, [tok.encode(p) or [tok.eot] for p in prompts], length, {tok.eot}, how)
-    return [p + tok.decode(ids) for p, ids in zip(prompts, new, strict=True)]
+    read = [tok.encode(p) for p in prompts]
+    made = generate(net, [ids or [tok.start] for ids in read], length, {tok.eot}, how)
+    written = []
+    for p, ids, new in zip(prompts, read, made, strict=True):
+        before, whole = tok.decode(ids), tok.decode(ids + new)
+        # else the new bytes have made the prompt's last ones invalid, or the decoder is of another kind
+        written.append(p + (whole[len(before) :] if whole.startswith(before) else tok.decode(new)))
+    return written
 
 
 def main() -> None:

@@ -96,8 +96,9 @@ def prepare_examples(source: str, tok: Tokenizer, run: Path, quiet: bool = False
 
 
 def write_examples(files: list[Path], tok: Tokenizer, folder: Path, quiet: bool) -> dict[str, int]:
-    """Tokenize all examples into the files of `folder`; returns the numbers of examples, tokens and targets."""
-    counts = {"examples": 0, "tokens": 0, "targets": 0}
+    """Tokenize all examples into the files of `folder`; returns the numbers of examples, tokens and targets, and
+    whether some are messages (chat)."""
+    counts = {"examples": 0, "tokens": 0, "targets": 0, "chat": False}
     out = {name: open(folder / f"{name}.bin", "wb") for name in FILES}
     with progress_bar("tokenizing examples", sum(f.stat().st_size for f in files), quiet) as bar:
         examples = itertools.chain.from_iterable(documents(f, bar.update, parse) for f in files)
@@ -106,6 +107,7 @@ def write_examples(files: list[Path], tok: Tokenizer, folder: Path, quiet: bool)
                 counts["examples"] += 1
                 counts["tokens"] += len(ids)
                 counts["targets"] += sum(loss)
+                counts["chat"] |= any(isinstance(text, Marker) for text, _ in pieces)
                 h, _ = hashes("".join(text for text, _ in pieces))
                 row = {"ids": ids, "loss": loss, "ends": [counts["tokens"]], "held": [h < HELD_OUT * 2**64]}
                 for name, values in row.items():
@@ -216,6 +218,11 @@ class Examples:
         return x, y, documents
 
 
+def held_messages(seen: dict[str, Any]) -> bool | None:
+    """Were messages among the examples that a checkpoint's data records? None: older ones do not say."""
+    return seen.get("chat", None if "examples" in seen else False)
+
+
 class SFTData:
     """The data of `--mode sft`, read as data.Tokens: each row `epochs` times in batches of B, the last filled up."""
 
@@ -230,7 +237,9 @@ class SFTData:
         return 0, step
 
     def identity(self, step: int) -> dict[str, Any]:
-        return {**self.parent, "examples": self.examples.meta["source_sha256"], "epochs": self.epochs}
+        known = held_messages(self.parent), self.examples.meta.get("chat")
+        chat = True in known or (None if None in known else False)
+        return {**self.parent, "examples": self.examples.meta["source_sha256"], "epochs": self.epochs, "chat": chat}
 
     def _row_numbers(self, step: int) -> np.ndarray:
         return self.examples.order(np.arange(step * self.B, min((step + 1) * self.B, self.total)))
@@ -257,8 +266,11 @@ class MixedData(data.Tokens):
         self.examples, self.part, self.m, self.start = examples, part, int(part * self.B + 0.5), start
 
     def identity(self, step: int) -> dict[str, Any]:
-        mixed = {"examples": self.examples.meta["source_sha256"], "mix": self.part} if step > self.start else {}
-        return {**super().identity(step), **mixed}
+        found = super().identity(step)
+        if step > self.start:
+            meta = self.examples.meta
+            found |= {"examples": meta["source_sha256"], "mix": self.part, "chat": meta.get("chat")}
+        return found
 
     def _row_numbers(self, step: int) -> np.ndarray:
         return self.examples.order((step - self.start) * self.m + np.arange(self.m))

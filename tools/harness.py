@@ -10,9 +10,11 @@ Under torchrun each rank answers its part of the questions with a whole copy of 
 import contextlib
 import difflib
 import functools
+import itertools
 import json
 import logging
 import math
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -34,7 +36,9 @@ from runtime.distributed import World
 from runtime.errors import UserError, first_line, user_errors
 from runtime.runs import NAMES
 from sample import Sampling, generate
+from text.examples import held_messages
 from text.tokenizer import Tokenizer
+from tools.hf_tokenizer import end_ids
 
 try:
     import datasets
@@ -69,23 +73,30 @@ Versions = dict[str, dict[int, Path]]  # the finished versions of a run, by fold
 class LM(TemplateLM):
     """A model, whole on this rank, that answers `batch` rows side by side. T = context, N = scored tokens."""
 
-    def __init__(self, net: llama.Transformer, tok: Tokenizer, batch: int, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(
+        self, net: llama.Transformer, tok: Tokenizer, batch: int, rank: int = 0, ranks: int = 1, chat: bool = False
+    ) -> None:
         super().__init__()
         self.net, self.tok, self.batch = net, tok, batch
         self._rank, self._world_size, self._device = rank, ranks, net.embed.weight.device
-        self.end = tok.hf.id_to_token(tok.eot) if tok.hf else "<|endoftext|>"
+        self.end = tok.hf.id_to_token(tok.eos) if tok.hf else "<|endoftext|>"
+        self.ends = {tok.eot, tok.eos, *end_ids(tok, chat)}  # of an answer
+        self.before: list[int] = []  # what the tokenizer puts before every text
+        if tok.hf:
+            probe = tok.hf.encode("a")
+            self.before = list(itertools.compress(probe.ids, itertools.takewhile(bool, probe.special_tokens_mask)))
         self.drawn = 0  # batches drawn at random: each has a seed of its own
 
     @property
     def eot_token_id(self) -> int:
-        return self.tok.eot
+        return self.tok.eos
 
     @property
     def max_length(self) -> int:
         return self.net.config.context
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kw: Any) -> list[int]:
-        return self.tok.encode(string)
+        return self.before + self.tok.encode(string)
 
     def tok_decode(self, ids: list[int]) -> str:
         return self.tok.hf.decode(ids, skip_special_tokens=True) if self.tok.hf else self.tok.decode(ids)
@@ -94,7 +105,21 @@ class LM(TemplateLM):
         return tqdm(total=total, desc=what, unit="request", disable=True if self.rank else None, delay=2, leave=False)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=True)  # one bar is enough
+        return self._loglikelihood_tokens([self.split(r) for r in requests])
+
+    def split(self, r: Any) -> tuple[Any, list[int], list[int]]:
+        """((texts), ids of the question, ids of the answer): from the first token that the question alone has not.
+
+        A token that spans both is the answer's, as are spaces between them. UserError if the answer has no token.
+        """
+        question, answer = r.args
+        whole, alone = self.tok_encode(question + answer), self.tok_encode(question.rstrip())
+        n = next((i for i, (a, b) in enumerate(zip(whole, alone, strict=False)) if a != b), min(len(whole), len(alone)))
+        if not answer or n == len(whole):
+            raise problem(r, f"the answer {answer!r:.40} has no token to score")
+        if len(whole) - n > self.max_length:
+            raise problem(r, f"an answer of {len(whole) - n} tokens, a context of {self.max_length}")
+        return r.args, whole[:n] or [self.tok.start], whole[n:]
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: list[Any], **kw: Any) -> list[tuple[float, bool]]:
@@ -106,8 +131,6 @@ class LM(TemplateLM):
         n = self.max_length
         asked: dict[tuple[int, ...], list[int]] = {}  # {input: requests}
         for i, (_, context, continuation) in enumerate(requests):
-            if len(continuation) > n:
-                raise UserError(f"--tasks: an answer of {len(continuation)} tokens, a context of {n}; leave it out")
             asked.setdefault(tuple((context + continuation)[-n - 1 : -1]), []).append(i)
         order = sorted(asked, key=len, reverse=True)  # the largest batch comes first, should memory not suffice
         found = [(0.0, True)] * len(requests)
@@ -140,7 +163,10 @@ class LM(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Nats of whole texts: every token once, in windows as long as the context."""
         cut = functools.partial(get_rolling_token_windows, max_seq_len=self.max_length, context_len=1)
-        texts = [list(cut(self.tok_encode(r.args[0]), prefix_token=self.prefix_token_id)) for r in requests]
+        for r in requests:
+            if not self.tok.encode(r.args[0]):
+                raise problem(r, "its text has no token to score")
+        texts = [list(cut(self.tok_encode(r.args[0]), prefix_token=self.tok.start)) for r in requests]
         found = iter(self._loglikelihood_tokens([(None, *make_disjoint_window(w)) for ws in texts for w in ws]))
         return [math.fsum(next(found)[0] for _ in ws) for ws in texts]
 
@@ -149,7 +175,7 @@ class LM(TemplateLM):
         out = [""] * len(requests)
         alike: dict[str, list[tuple[list[int], int]]] = {}  # {settings: (context, request)}
         for i, r in enumerate(requests):
-            ids = self.tok_encode(r.args[0]) or [self.prefix_token_id]
+            ids = self.tok_encode(r.args[0]) or [self.tok.start]
             alike.setdefault(json.dumps(r.args[1], sort_keys=True), []).append((ids, i))
         with self.bar(len(requests), "answers") as bar:
             for settings, rows in alike.items():
@@ -163,7 +189,7 @@ class LM(TemplateLM):
                     self.drawn += 1
                     draws = Sampling(temperature, how.get("top_p", 1.0), self.drawn * self.world_size + self.rank)
                     prompts, stops = [ids[-room:] for ids, _ in part], functools.partial(self.stops, until)
-                    new = generate(self.net, prompts, how["max_gen_toks"], {self.tok.eot}, draws, stops)
+                    new = generate(self.net, prompts, how["max_gen_toks"], self.ends, draws, stops)
                     for (_, i), ids in zip(part, new, strict=True):
                         out[i] = postprocess_generated_text(self.tok_decode(ids), until, None)
                     bar.update(len(part))
@@ -188,6 +214,10 @@ class LM(TemplateLM):
         dist.barrier()
 
 
+def problem(r: Any, what: str) -> UserError:
+    return UserError(f"--tasks: {r.task_name}, question {r.doc_id} (from 0): {what}; correct it, or leave the task out")
+
+
 # ---- Tasks and their data --------------------------------------------------------------------------------------------
 
 
@@ -203,8 +233,8 @@ def local_copies(folder: str | None) -> Iterator[None]:
             kw["data_files"] = find_below(Path(folder), kw.get("data_files"))
         elif folder is not None:
             if not (local := Path(folder) / path).is_dir():
-                get = f"huggingface-cli download --repo-type dataset {path} --local-dir {local}"
-                raise UserError(f"--data_dir: there is no {local}; get it: {get}")
+                get = ["huggingface-cli", "download", "--repo-type", "dataset", path, "--local-dir", str(local)]
+                raise UserError(f"--data_dir: there is no {local}; get it: {shlex.join(get)}")
             path = str(local)
         try:
             return original(path, *args, **kw)
@@ -227,7 +257,7 @@ def find_below(folder: Path, files: Any) -> Any:
         return [find_below(folder, f) for f in files]
     if not (folder / files).is_file():
         owner = "/".join(Path(files).parts[:2])  # of the repository, in our own tasks
-        clone = f"git clone https://github.com/{owner} {folder / owner}"
+        clone = shlex.join(["git", "clone", f"https://github.com/{owner}", str(folder / owner)])
         raise UserError(f"--data_dir: there is no {folder / files}, which a task reads; for its own tasks: {clone}")
     return str(folder / files)
 
@@ -250,27 +280,19 @@ def catalogue(folders: tuple[Path, ...], everything: bool) -> Any:
     return TaskManager(include_path=list(folders), include_defaults=everything)
 
 
-def check_file(file: Path) -> None:
-    """UserError if a task file is missing, or if it or a file beside it, which it may include, would run Python."""
-    if not file.is_file():
-        raise UserError(f"--tasks {file}: there is no such file; expected a YAML file, or a task's name")
-    for other in sorted(file.parent.iterdir()):
-        yaml = other.is_file() and other.suffix in (".yaml", ".yml", "")
-        if yaml and b"!function" in other.read_bytes()[: 1 << 20]:
-            raise UserError(f"{other}: has a !function, which would run Python; expected a task without one")
-
-
 @functools.cache
 def load(names: tuple[str, ...], data_dir: str | None, num_fewshot: int | None) -> dict[str, Any]:
     """{name: the harness's task or group}, questions read; a file has the name that is in it.
 
-    num_fewshot is only a part of the cache's key: the harness writes it into the tasks.
+    A file is a program: its templates, its includes and its !function run. num_fewshot is only a part of the cache's
+    key: the harness writes it into the tasks.
     """
     if data_dir is not None and not Path(data_dir).is_dir():
         raise UserError(f"--data_dir {data_dir}: is no folder; expected one with local copies of the tasks' datasets")
     files = {n: Path(n) for n in names if n.endswith(".yaml")}
     for f in files.values():
-        check_file(f)
+        if not f.is_file():
+            raise UserError(f"--tasks {f}: there is no such file; expected a YAML file, or a task's name")
     with harness_errors(names):
         named = {n: load_yaml(files[n], resolve_func=False) if n in files else {"task": n} for n in names}
         wanted = [y.get("group") or y["task"] for y in named.values()]
@@ -353,7 +375,7 @@ def evaluate(
         with harness_errors(names):
             check(found, config.model_of(meta["config"]).context, limit, ranks)
         tok = resume.open_tokenizer(path, meta, data)
-        lm = LM(evaluation.load_model(path, device)[0], tok, batch, rank, ranks)
+        lm = LM(evaluation.load_model(path, device)[0], tok, batch, rank, ranks, bool(held_messages(meta["data"])))
     # the harness prints to stderr; it gets a small list of tasks, or it would make one of all that there are
     with distributed.lost_rank_errors(world), contextlib.redirect_stdout(sys.stderr), harness_errors(names):
         how = {"limit": limit, "num_fewshot": num_fewshot, "log_samples": False, "bootstrap_iters": 1000}
@@ -401,8 +423,8 @@ def main() -> None:
     a.add_argument("--batch", type=int, default=16, help="rows side by side [16]")
     o = a.parse_args()
     for key, low in (("limit", 1), ("num_fewshot", 0), ("batch", 1)):
-        if (value := getattr(o, key)) is not None and value < low:
-            raise UserError(f"--{key}: got {value}, expected {low} or more")
+        if (value := getattr(o, key)) is not None and not low <= value < 10**12:
+            raise UserError(f"--{key}: got {str(value)[:20]}, expected {low} or more, below 10^12")
     world = distributed.world_from_environment()
     device = pick_device(o.device, world.local_rank)
     world = replace(world, device=device)

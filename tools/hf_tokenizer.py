@@ -9,7 +9,8 @@ from typing import Any
 
 from runtime.errors import UserError
 from runtime.files import write_text
-from text.tokenizer import Tokenizer, copy_tokenizer
+from text.examples import END
+from text.tokenizer import Tokenizer, copy_tokenizer, json_object
 
 # ChatML: role and content of each message
 CHATML = (
@@ -83,21 +84,38 @@ def to_tokenizer_json(tok: Tokenizer) -> dict[str, Any]:
     }
 
 
-def write_tokenizer(tok: Tokenizer, folder: Path) -> None:
-    """Write the tokenizer as AutoTokenizer reads it; files that came with an imported one are copied."""
-    end, chat = "<|endoftext|>", {"chat_template": CHATML}
+def end_ids(tok: Tokenizer, chat: bool) -> list[int]:
+    """Ids that end an answer: after training on messages (`chat`) ours, else those of an imported generation_config."""
+    theirs = json_object(Path(tok.name) / "generation_config.json") if tok.is_folder and not chat else {}
+    given = theirs.get("eos_token_id")
+    found = [i for i in (given if isinstance(given, list) else [given]) if type(i) is int]
+    message = tok.special(END) if chat else None
+    return found or [tok.eot] + ([] if message is None else [message])
+
+
+def write_tokenizer(tok: Tokenizer, folder: Path, chat: bool) -> None:
+    """Write the tokenizer as AutoTokenizer reads it, an imported one with the files that came with it.
+
+    chat: the model was trained on messages, so our template is written, in place of an imported one.
+    """
+    end = "<|endoftext|>"
     if tok.is_folder:
         copy_tokenizer(Path(tok.name), folder)
-        end, chat = tok.hf.id_to_token(tok.eot), {}
+        end = tok.hf.id_to_token(tok.eot)
     else:
         write_text(folder / "tokenizer.json", json.dumps(to_tokenizer_json(tok), ensure_ascii=False))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "model_max_length": 10**30}
-    settings |= {"clean_up_tokenization_spaces": False, **chat}
+    settings |= {"clean_up_tokenization_spaces": False}
     generation = {"bos_token_id": None, "eos_token_id": tok.eot, "pad_token_id": tok.eot}
-    made: dict[str, Any] = {"tokenizer_config.json": settings, "generation_config.json": generation}
+    made: dict[str, dict[str, Any]] = {"tokenizer_config.json": settings, "generation_config.json": generation}
+    if tok.is_folder:
+        made = {name: json_object(Path(tok.name) / name) or content for name, content in made.items()}
+    if chat:
+        (folder / "chat_template.jinja").unlink(missing_ok=True)  # it would go before the one in the config
+        made["tokenizer_config.json"]["chat_template"] = CHATML
+        made["generation_config.json"]["eos_token_id"] = end_ids(tok, chat)
     for name, content in made.items():
-        if not (folder / name).exists():
-            write_text(folder / name, json.dumps(content, indent=1))
+        write_text(folder / name, json.dumps(content, indent=1))
 
 
 def check_tokenizer(tok: Tokenizer, folder: Path) -> None:

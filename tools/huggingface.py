@@ -9,6 +9,8 @@ computations than the model's here is refused. Nothing that is read is executed,
 
 import functools
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from runtime import checkpoint, resume
 from runtime.command_line import Parser
 from runtime.errors import UserError, user_errors
 from runtime.files import make_folder, sha256, write_text
+from text.examples import held_messages
 from text.tokenizer import Tokenizer, copy_tokenizer
 from tools.hf_config import SERVED, from_config, to_config
 from tools.hf_tokenizer import check_tokenizer, write_tokenizer
@@ -54,7 +57,8 @@ def import_model(source: str, out: str, quiet: bool = False) -> Path:
     made = checkpoint.path(target / "import", 0)
     if not quiet:
         print(f"{made}: {size:,} parameters, {len(headers)} tensors of {folder}")
-        print(f"Go on with: python train.py --config {target / 'model.toml'} --mode main (its data: see that file)")
+        go_on = shlex.join(["python", "train.py", "--config", str(target / "model.toml"), "--mode", "main"])
+        print(f"Go on with: {go_on} (its data: see that file)")
     return made
 
 
@@ -73,7 +77,7 @@ def model_toml(c: config.Config, source: str) -> str:
     shape = "".join(f"{k} = {json.dumps(v)}\n" for k, v in keys.items() if k != "context")
     batch = context * max(1, 65536 // context)
     text = functools.partial(json.dumps, ensure_ascii=False)
-    prepare = f"python data.py prepare --out .. --tokenizer {json.dumps(c.data.path)} --source .."
+    prepare = f"python data.py prepare --out .. --tokenizer {shlex.quote(c.data.path)} --source .."
     return f"""# A released model, by huggingface import of {json.dumps(source)}
 out = {text(c.out)}
 
@@ -102,7 +106,12 @@ def export_model(source: str, out: str, data: str | None = None, quiet: bool = F
         net, _ = load_model(path, torch.device("cpu"))
         c = net.config
         checkpoint.check_space(target.parent, 4 * c.parameters)
-        write_tokenizer(tok, work)
+        chat = held_messages(meta["data"])
+        if chat is None:
+            kept = "the template that came with its base" if tok.is_folder else "a ChatML template"
+            print(f"huggingface: {path} does not say if it was trained on messages; written: {kept}", file=sys.stderr)
+            chat = not tok.is_folder
+        write_tokenizer(tok, work, chat)
         tensors = to_hf(c, {name: p.detach() for name, p in net.named_parameters()})
         try:
             save_file(tensors, work / "model.safetensors", {"format": "pt"})
