@@ -27,7 +27,9 @@ import sample
 import train
 from runtime import checkpoint, distributed, resume
 from runtime.errors import UserError, user_errors
+from runtime.files import read_json, write_json
 from text import prepare, token_files
+from text.examples import Examples, SFTData, prepare_examples
 from text.tokenizer import Tokenizer
 from tools import hf_tokenizer, huggingface
 
@@ -205,13 +207,32 @@ def data_of(tmp_path_factory):
     return make
 
 
-def checkpoint_of(folder, tokenizer, data, **kw):
-    """A checkpoint of random weights trained on nothing, with this tokenizer."""
+def byte_level(folder, special, merges=(), before=None):
+    """Write a byte-level tokenizer.json with special tokens and merges of two letters; `before` begins each text."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*alphabet, *(a + b for a, b in merges)])}
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, list(merges)))
+    tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tok.decoder = tokenizers.decoders.ByteLevel()
+    tok.add_special_tokens(special)
+    if before:
+        ids = [(before, tok.token_to_id(before))]
+        tok.post_processor = tokenizers.processors.TemplateProcessing(f"{before} $A", special_tokens=ids)
+    folder.mkdir(exist_ok=True)
+    tok.save(str(folder / "tokenizer.json"))
+    return str(folder)
+
+
+def checkpoint_of(folder, tokenizer, data, noise=0.0, seen=None, **kw):
+    """A checkpoint of random weights with this tokenizer; `seen`: what it records of its data."""
     tok = Tokenizer(tokenizer)
     c = config.Config(model=config.Model(n_layer=1, n_head=2, hidden=8, vocab_size=tok.vocab_size, context=96, **kw))
     c.data.path = data
     torch.manual_seed(1)
-    net = model.Transformer(c.model)
+    net = model.Transformer(c.model).eval()
+    with torch.no_grad():
+        for p in net.parameters() if noise else ():
+            p.add_(noise * torch.randn_like(p))
     record = {
         "segment": "main",
         "version": 1,
@@ -221,7 +242,7 @@ def checkpoint_of(folder, tokenizer, data, **kw):
         "parent": None,
         "tokens": 0,
         "config": config.values(c),
-        "data": {"tokenizer": tok.sha256, "increments": []},
+        "data": {"tokenizer": tok.sha256, "increments": [], **(seen or {})},
     }
     (folder / "main").mkdir()
     checkpoint.save(folder / "main", 0, checkpoint.state(net), record)
@@ -281,8 +302,7 @@ def test_an_exported_tokenizer_gives_the_same_ids(name, tmp_path, monkeypatch, d
         assert [theirs.decode(i, clean_up_tokenization_spaces=False) for i in found] == many
     assert theirs(HARD[4]).input_ids == tok.encode(HARD[4])
     assert theirs.eos_token_id == tok.eot and theirs.convert_tokens_to_ids("<|endoftext|>") == tok.eot
-    said = theirs.apply_chat_template([{"role": "user", "content": "Hi\n"}], tokenize=False, add_generation_prompt=True)
-    assert said == "<|im_start|>user\nHi\n<|im_end|>\n<|im_start|>assistant\n"
+    assert theirs.chat_template is None and theirs.bos_token is None  # this model has seen no message
     back = Tokenizer(str(out))  # and is ours again: the same prepared data goes on
     assert (back.sha256, back.vocab_size, back.eot) == (tok.sha256, tok.vocab_size, tok.eot)
     assert (
@@ -330,6 +350,103 @@ def test_a_pattern_that_cannot_be_exported_is_found(tmp_path, monkeypatch, data_
     with pytest.raises(UserError, match="gives other ids for 'The whale, 1234567"):
         huggingface.export_model(str(made), str(tmp_path / "hf"), quiet=True)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Chat templates
+
+TALK = [
+    {"role": "system", "content": "Sums."},
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "And abab?"},
+    {"role": "assistant", "content": "c"},
+]
+TALKS, PAIRS = [{"prompt": "a", "response": "b"}, {"messages": TALK}], [{"prompt": "2 + 2 =", "response": " 4"}]
+END, MARKERS = "<|endoftext|>", ["<|im_start|>", "<|im_end|>"]
+
+
+def tuned(folder, tok, records, parent=None):
+    """The data of a fine-tuning on these examples."""
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    e = Examples(prepare_examples(str(folder / "a.jsonl"), tok, folder, quiet=True), 512, 1)
+    return SFTData(e, parent or {}, 1, 1)
+
+
+def base_files(folder, special):
+    """A tokenizer with a template of its own, in both places where transformers looks for one."""
+    named = byte_level(folder, special, [("a", "b")], "<s>")
+    settings = {"bos_token": {"__type": "AddedToken", "content": "<s>"}, "eos_token": END, "chat_template": "old"}
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8-sig")  # with a BOM
+    (folder / "chat_template.jinja").write_text("older still")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 300, "temperature": 0.6}))
+    return named
+
+
+def tokenizer_named(name, folder, data_of):
+    """(name of a tokenizer, a folder with it) for `bytes`, the shipped ranks, and imported ones."""
+    if name.startswith("base"):
+        return (base_files(folder, [END, "<s>", *(MARKERS if name == "base" else [])]),) * 2
+    return name, data_of(name)
+
+
+@pytest.mark.parametrize("name", ["bytes", str(prepare.RANKS), "base", "base without markers"])
+def test_the_exported_template_writes_the_tokens_of_training(name, tmp_path, data_of):
+    name, data = tokenizer_named(name, tmp_path / "tok", data_of)
+    sft = tuned(tmp_path / "sft", Tokenizer(name), TALKS)
+    made, tok, _ = checkpoint_of(tmp_path, name, data, seen=sft.identity(1))
+    out = huggingface.export_model(str(made), str(tmp_path / "hf"), quiet=True)
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    trained = sft.examples.ids[sft.examples.starts[1] :].tolist()
+    learned = sft.examples.loss[sft.examples.starts[1] :].tolist()
+    assert trained.pop() == tok.eot and any(learned)
+    asked = theirs.apply_chat_template(TALK[:-1], add_generation_prompt=True, return_dict=False)
+    # up to the last answer, of which transformers knows nothing yet
+    answer = len(trained) - learned[:-1][::-1].index(0)
+    assert asked == trained[:answer]
+    whole = theirs.apply_chat_template(TALK, return_dict=False)
+    assert whole == trained + tok.encode("\n")
+    markers = tok.special("<|im_end|>") is not None
+    generation = transformers.GenerationConfig.from_pretrained(out)
+    assert generation.eos_token_id == [tok.eot, *([tok.special("<|im_end|>")] if markers else [])]
+    if tok.is_folder:  # the rest is as it came
+        assert (theirs.bos_token, theirs.padding_side, generation.temperature) == ("<s>", "left", 0.6)
+
+
+@pytest.mark.parametrize("name", ["bytes", "base"])
+@pytest.mark.parametrize("seen", [{}, {"examples": "1", "epochs": 1, "chat": False}, {"examples": "1", "epochs": 1}])
+def test_a_template_that_was_not_trained_is_not_exported(name, seen, tmp_path, data_of, capsys):
+    name, data = tokenizer_named(name, tmp_path / "tok", data_of)
+    made, tok, _ = checkpoint_of(tmp_path, name, data, seen=seen)
+    out = huggingface.export_model(str(made), str(tmp_path / "hf"), quiet=True)
+    theirs, said = transformers.AutoTokenizer.from_pretrained(out), capsys.readouterr().err
+    older = "examples" in seen and "chat" not in seen  # of a checkpoint made before this was recorded
+    assert said.count("does not say if it was trained on messages") == older == len(said.splitlines())
+    generation = json.loads((out / "generation_config.json").read_text())
+    if tok.is_folder:
+        assert theirs.chat_template == "older still" and ("that came with its base" in said) == older
+        assert generation == {"eos_token_id": 300, "temperature": 0.6}
+        settings = json.loads((tmp_path / "tok" / "tokenizer_config.json").read_text(encoding="utf-8-sig"))
+        assert json.loads((out / "tokenizer_config.json").read_text()) == settings
+    else:
+        assert theirs.chat_template == (hf_tokenizer.CHATML if older else None)
+        assert generation["eos_token_id"] in (tok.eot, [tok.eot])
+
+
+def test_a_fine_tuning_of_a_fine_tuning_keeps_what_its_parent_saw(tmp_path):
+    tok, chats = Tokenizer("bytes"), {}
+    older = {"examples": "1", "epochs": 1}
+    for i, (records, parent) in enumerate(
+        (r, p) for r in (TALKS, PAIRS) for p in ({}, {**older, "chat": True}, {**older, "chat": False}, older)
+    ):
+        sft = tuned(tmp_path / str(i), tok, records, parent)
+        chats[i] = sft.identity(1)["chat"]
+        if i == 4:  # examples prepared before this was recorded
+            del sft.examples.meta["chat"]
+            assert sft.identity(1)["chat"] is None
+    assert list(chats.values()) == [True] * 4 + [False, True, False, None]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -447,6 +564,36 @@ def test_an_imported_model_is_trained_on_by_every_mode(imported, tmp_path, capsy
     check_logits(
         eval.load_model(last[0], torch.device("cpu"))[0], transformers.AutoModelForCausalLM.from_pretrained(out)
     )
+
+
+def test_messages_in_training_are_recorded_and_older_checkpoints_go_on(imported, tmp_path, capsys):
+    run, made, _ = imported
+    for name, records in (("talks", TALKS * 20), ("pairs", PAIRS * 20)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    talks, pairs = (("--data.sft", str(tmp_path / f"{name}.jsonl")) for name in ("talks", "pairs"))
+    long = ("--model.context", "96", "--train.batch_tokens", "192")
+    mix = ("--mode", "branch", "--version", "1", "--parent", str(made), "--data.decay_mix", "0.5", *long)
+    assert run(*mix, *talks, out="mix") == 0 and run(*mix, *pairs, out="plain") == 0
+    last = [sorted((tmp_path / out / "ours-cosine-mix0.5" / "v1").glob("step-*"))[-1] for out in ("mix", "plain")]
+    assert [checkpoint.read_meta(p)["data"]["chat"] for p in last] == [True, False]
+    tune = ("--mode", "sft", "--parent", str(last[0]), *pairs, *long, "--train.save_at", "2", "--data.epochs", "2")
+    assert run(*tune, out="sft") == 0
+    ends = sorted((tmp_path / "sft").glob("sft/**/step-*"))
+    metas = [checkpoint.read_meta(p) for p in ends]
+    assert [m["data"]["chat"] for m in metas] == [True] * len(ends)
+    out = huggingface.export_model(str(ends[-1]), str(tmp_path / "hf"), quiet=True)
+    assert transformers.AutoTokenizer.from_pretrained(out).chat_template == hf_tokenizer.CHATML
+
+    # As made before: the key is nowhere
+    for p, meta in zip(ends, metas, strict=True):
+        old = {k: v for k, v in meta["data"].items() if k != "chat"}
+        write_json(p / "meta.json", {**meta, "data": old}, ("pinned",))
+    (folder,) = (tmp_path / "sft").glob("examples-*")
+    write_json(folder / "meta.json", {k: v for k, v in read_json(folder / "meta.json").items() if k != "chat"})
+    capsys.readouterr()
+    assert run(*tune, out="sft") == 0 and "nothing to do" in capsys.readouterr().out
+    shutil.rmtree(ends[-1])
+    assert run(*tune, out="sft") == 0 and checkpoint.read_meta(ends[-1])["finished"]
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from test_hf import byte_level, checkpoint_of
 
 import config
 import model
 from bench import peers
 from runtime.errors import UserError, user_errors
 from text.tokenizer import Tokenizer
-from tools import harness
+from tools import harness, huggingface
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # of the ranks that are started
 lm_eval = pytest.importorskip("lm_eval")
@@ -84,7 +85,7 @@ def pair(request, tmp_path_factory):
 def requests(*args):
     from lm_eval.api.instance import Instance
 
-    return [Instance("loglikelihood", {}, a, i) for i, a in enumerate(args)]
+    return [Instance("loglikelihood", {}, a, i, ("t", 7, 1)) for i, a in enumerate(args)]
 
 
 def test_log_likelihoods_equal_those_of_the_harness(pair):
@@ -106,8 +107,125 @@ def test_log_likelihoods_equal_those_of_the_harness(pair):
     ids = pair[0].tok_encode("The whale")
     best = pair[0].net(torch.tensor([ids]))[0, -1].argmax().item()
     assert pair[0]._loglikelihood_tokens([(None, ids, [best]), (None, ids, [best ^ 1])])[0][1] is True
-    with pytest.raises(UserError, match="an answer of 97 tokens, a context of 96"):
+    with pytest.raises(UserError, match="t, question 7 .from 0.: an answer of 97 tokens, a context of 96"):
         pair[0].loglikelihood(requests(("x", "y" * 97)))
+
+
+END, MESSAGE, BEGIN = "<|endoftext|>", "<|im_end|>", "<s>"
+BEGINNINGS = {  # files beside tokenizer.json, the token that its post-processor puts before a text, the expected start
+    "ours": (None, None, END),
+    "llama": ({"bos_token": {"__type": "AddedToken", "content": BEGIN}, "eos_token": END}, BEGIN, BEGIN),
+    "bos, not added": ({"bos_token": BEGIN, "eos_token": MESSAGE}, None, BEGIN),
+    "qwen": ({"bos_token": None, "eos_token": MESSAGE}, None, MESSAGE),
+    "older files": ({}, BEGIN, BEGIN),
+}
+
+
+@pytest.fixture(scope="module", params=BEGINNINGS)
+def exported(request, tmp_path_factory):
+    """(ours, the harness's own adapter on the exported folder): checkpoints whose texts begin in different ways."""
+    pytest.importorskip("accelerate")
+    from lm_eval.models.huggingface import HFLM
+
+    torch.set_num_threads(1)
+    settings, before, start = BEGINNINGS[request.param]
+    folder = tmp_path_factory.mktemp("exported")
+    named = byte_level(folder / "tok", [END, MESSAGE, BEGIN], [("a", "b"), ("Ġ", "x")], before)
+    if settings is not None:
+        kept = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
+        (folder / "tok" / "tokenizer_config.json").write_text(json.dumps(kept))
+        (folder / "tok" / "generation_config.json").write_text(json.dumps({"eos_token_id": [256 + 2, 256 + 3]}))
+    if not settings and before:
+        (folder / "tok" / "special_tokens_map.json").write_text(json.dumps({"bos_token": BEGIN, "eos_token": END}))
+    made, tok, net = checkpoint_of(folder, named, named, noise=0.3)
+    assert tok.start == tok.special(start)
+    theirs = HFLM(
+        pretrained=str(huggingface.export_model(str(made), str(folder / "hf"), quiet=True)),
+        dtype="float32",
+        batch_size=3,
+        max_length=96,
+        device="cpu",
+    )
+    return harness.LM(net, tok, 3), theirs
+
+
+def test_texts_begin_as_in_the_harness(exported):
+    """With the tokenizer's own token where nothing is before a text, and with what its post-processor adds."""
+    ours, theirs = exported
+    texts = [("short",), ("a" * 96,), ("It was late, and the rain had not stopped. " * 7,), ("ab" * 97,)]
+    assert ours.loglikelihood_rolling(requests(*texts)) == pytest.approx(
+        theirs.loglikelihood_rolling(requests(*texts), disable_tqdm=True), abs=1e-3, rel=1e-6
+    )
+    pairs = [("", "no context"), ("The whale", " swims"), ("A or B? ", "A")]
+    pairs += [(" \n", "x")] if ours.before else []  # the harness's own cannot without a token before it
+    found = zip(ours.loglikelihood(requests(*pairs)), theirs.loglikelihood(requests(*pairs), True), strict=True)
+    for mine, other in found:
+        assert mine == (pytest.approx(other[0], abs=1e-4), other[1])
+    how = {"until": ["e"], "max_gen_toks": 60}
+    asked = [(text, how) for text in ("The ship", "One two three", "A", "größer als", "q", "zz", "To be", "or not")]
+    mine, other = (lm.generate_until(requests(*asked), disable_tqdm=True) for lm in exported)
+    assert mine == other and len({*mine}) > 4
+
+
+def nats(lm, before, after):
+    """Of the ids `after`, from the logits of the whole."""
+    with torch.no_grad():
+        logits = lm.net(torch.tensor([before + after[:-1]]))[0, len(before) - 1 :].log_softmax(-1)
+    return logits.gather(1, torch.tensor(after)[:, None]).sum().item()
+
+
+def test_a_token_that_spans_question_and_answer_is_the_answers(exported):
+    lm = exported[0]
+    ids = {token: lm.tok.hf.token_to_id(token) for token in ("ab", "b", "c", "d", "Ġx", "Ġ")}
+    begin = lm.before or [lm.tok.start]
+    for asked, before, after in (
+        (("cda", "b"), [*lm.before, ids["c"], ids["d"]], [ids["ab"]]),
+        (("a", "bc"), begin, [ids["ab"], ids["c"]]),  # nothing is left of the question
+        (("c ", "x"), [*lm.before, ids["c"]], [ids["Ġx"]]),
+        (("  ", "xd"), begin, [ids["Ġ"], ids["Ġx"], ids["d"]]),  # spaces alone are the answer's
+    ):
+        for beside in ([], [("other", " words")]):  # alone in its batch, and not
+            found = lm.loglikelihood(requests(asked, *beside))[0][0]
+            assert found == pytest.approx(nats(lm, before, after), abs=1e-4) and found < -0.5, asked
+
+
+def test_an_answer_or_text_of_nothing_is_refused(exported):
+    lm = exported[0]
+    for asked in (("A?", ""), ("A? ", ""), ("", "")):
+        for beside in ([], [("other", " words")]):
+            with pytest.raises(UserError, match="--tasks: t, question 7 .from 0.: the answer '' has no token") as e:
+                lm.loglikelihood(requests(*beside, asked))
+            assert len(str(e.value).splitlines()) == 1
+    with pytest.raises(UserError, match="t, question 7 .from 0.: its text has no token to score"):
+        lm.loglikelihood_rolling(requests(("some",), ("",)))
+
+
+def test_a_task_with_an_empty_choice_is_refused_by_name(tmp_path, trained):
+    task = {"task": "odd", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "odd.jsonl"}}}
+    task |= {"test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{text}}", "doc_to_target": 0}
+    task |= {"target_delimiter": "", "doc_to_choice": "{{choices}}"}
+    write(tmp_path / "odd.yaml", {**task, "metric_list": [{"metric": "acc"}]})  # JSON is YAML
+    questions = [{"text": "A?", "choices": ["a", "b"]}, {"text": "B?", "choices": ["b", ""]}]
+    write(tmp_path / "odd.jsonl", *questions)
+    with pytest.raises(UserError, match="^--tasks: odd, question 1 .from 0.: the answer '' has no token"):
+        harness.evaluate(trained, [str(tmp_path / "odd.yaml")], CPU, data_dir=str(tmp_path))
+    # the first question alone: a score without a standard error
+    found = harness.evaluate(trained, [str(tmp_path / "odd.yaml")], CPU, data_dir=str(tmp_path), limit=1)
+    assert found["odd"]["n"] == 1 and found["odd"]["se"] is None
+
+
+def test_a_task_file_is_a_program(tmp_path, trained):
+    (tmp_path / "words.py").write_text("def text(doc):\n    return doc['text'] + ' by Python'\n")
+    (tmp_path / "odd.yaml").write_text(
+        "task: program\ndataset_path: json\ndataset_kwargs: {data_files: {test: p.jsonl}}\ntest_split: test\n"
+        "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: !function words.text\n"
+        "metric_list: [{metric: byte_perplexity}]\n"
+    )
+    write(tmp_path / "p.jsonl", {"text": "read"})
+    name = str(tmp_path / "odd.yaml")
+    (task,) = harness.leaves(harness.load((name,), str(tmp_path), None))
+    assert task.doc_to_target(next(iter(task.eval_docs))) == "read by Python"
+    assert harness.evaluate(trained, [name], CPU, data_dir=str(tmp_path))["program"]["value"] > 1
 
 
 def test_whole_texts_in_windows_equal_those_of_the_harness(pair):
@@ -454,7 +572,7 @@ def test_without_the_harness(monkeypatch):
             "output_type: multiple_choice\n",
             "the harness cannot run it",
         ),
-        ("task: x\ndoc_to_text: !function utils.go\n", "has a !function, which would run Python"),
+        ("task: x\ndoc_to_text: !function utils.go\n", "the harness cannot run it .ImportError"),
         ("task: !!python/object/apply:os.system ['true']\n", "the harness cannot run it"),
     ],
 )

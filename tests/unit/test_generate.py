@@ -5,12 +5,15 @@ import operator
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from helpers import small
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 import model
 import sample
 from bench import peers
+from text.tokenizer import Tokenizer
 
 
 def net_of(**kw):
@@ -100,6 +103,78 @@ def test_longer_than_the_context():
         window = torch.tensor([(list(range(60)) * 3)[-48:]])
         assert out[0] == net(window)[0, -1].argmax().item()
         assert out[49] == net(torch.tensor([out[1:49]]))[0, -1].argmax().item()
+
+
+def sentencepiece(folder):
+    """A tokenizer.json in the style of Llama 2: words begin with ▁, and a decoder drops the first space."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{b:02X}>": b + 3 for b in range(256)}}
+    merges = [("▁", "T"), ("▁T", "h"), ("▁Th", "e"), ("▁", "w"), ("▁w", "a"), ("▁wa", "s")]
+    for token in [*"▁abcdefghijklmnopqrstuvwxyzT", *("".join(pair) for pair in merges)]:
+        vocab.setdefault(token, len(vocab))
+    tok = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tok.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tok.decoder = decoders.Sequence(parts)
+    tok.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tok.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tok.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": {"content": "<s>"}, "eos_token": "</s>"}')
+    return Tokenizer(str(folder)), tok
+
+
+@pytest.fixture
+def continued(monkeypatch):
+    """continued(tokenizer, prompts, new ids) -> (texts, the ids that the model read)."""
+
+    def call(tok, prompts, new):
+        asked = []
+        monkeypatch.setattr(sample, "load_model", lambda *a: (None, {}))
+        monkeypatch.setattr(sample.resume, "open_tokenizer", lambda *a: tok)
+        monkeypatch.setattr(sample, "generate", lambda net, ids, *a: asked.extend(ids) or [new] * len(ids))
+        return sample.continuations(None, torch.device("cpu"), prompts, 9, sample.GREEDY), asked
+
+    return call
+
+
+def test_the_first_space_of_a_continuation_stays(tmp_path, continued):
+    tok, theirs = sentencepiece(tmp_path)
+    new = tok.encode("x was it")[1:]
+    new = new[new.index(theirs.token_to_id("▁was")) :]
+    texts, asked = continued(tok, ["The", "The whale", "", "The ", "鯨", "x\n"], new)
+    assert texts == ["The was it", "The whale was it", "was it", "The  was it", "鯨 was it", "x\n was it"]
+    assert asked[2] == [1] and asked[0] == [theirs.token_to_id("▁The")]  # an empty text begins with <s>
+    # a byte that makes the prompt's last character invalid: the prompt stays as it was given
+    assert continued(tok, ["鯨"], [3 + 0x80, *new])[0] == ["鯨\ufffd was it"]
+
+
+def test_a_prompt_stays_as_given_where_its_tokens_say_less(tmp_path, continued):
+    _, theirs = sentencepiece(tmp_path)
+    theirs.normalizer = tokenizers.normalizers.Lowercase()
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    tok = Tokenizer(str(tmp_path))
+    new = [theirs.token_to_id("▁was")]
+    assert continued(tok, ["THE Whale"], new)[0] == ["THE Whale was"]
+
+
+def test_a_continuation_of_bytes_is_decoded_whole(tmp_path, continued):
+    tok = Tokenizer("bytes")
+    texts, asked = continued(tok, ["größer", "", "鯨"], list(" è鯨".encode()[:-1]))
+    assert texts == ["größer è\ufffd", " è\ufffd", "鯨 è\ufffd"] and asked[1] == [256]
+    byte = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
+    byte.pre_tokenizer, byte.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    byte.add_special_tokens(["<|endoftext|>"])
+    byte.save(str(tmp_path / "tokenizer.json"))
+    tok = Tokenizer(str(tmp_path))
+    new = tok.encode("x è鯨")[1:-1]
+    texts, asked = continued(tok, ["größer", "", "鯨 "], new)
+    assert texts == ["größer è\ufffd", " è\ufffd", "鯨  è\ufffd"] and asked[1] == [tok.eot]
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 5e-324])
+def test_draws_at_temperatures_whose_inverse_is_infinite(temperature):
+    chance = [np.random.default_rng((2**80, i)) for i in range(3)]
+    logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]]).repeat(3, 1)
+    assert sample.draw(logits, sample.Sampling(temperature, 1e-320), chance) == [1, 1, 1]
 
 
 def test_draws_follow_the_probabilities():
