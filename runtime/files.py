@@ -106,7 +106,7 @@ def lock(file: Path, busy: str, remove: bool = False) -> Iterator[None]:
     """
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "a") as f:
+        with open(file, "ab") as f:
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not os.path.samefile(f.fileno(), file):  # between open and flock its holder removed it
@@ -126,7 +126,7 @@ def lock(file: Path, busy: str, remove: bool = False) -> Iterator[None]:
 def is_locked(file: Path) -> bool:
     """Does another process hold this lock?"""
     try:
-        with open(file) as f:
+        with open(file, "rb") as f:
             fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
     except BlockingIOError:
