@@ -129,11 +129,11 @@ def model_of(recorded: dict[str, Any]) -> Model:
 
 
 def segments(paradigm: str, p: Plan) -> list[Segment]:
-    """schedule.plan, its problems as a UserError under the config's names."""
+    """schedule.plan, its problems as a UserError."""
     try:
         return plan(paradigm, p)
     except ValueError as e:
-        raise UserError("\n".join(f"plan.{line}" for line in str(e).splitlines())) from None
+        raise UserError(str(e)) from None
 
 
 def load(name: str, overrides: dict[str, str] | None = None, unknown: list[str] | None = None) -> Config:
@@ -147,7 +147,7 @@ def load(name: str, overrides: dict[str, str] | None = None, unknown: list[str] 
         have = ", ".join(sorted(f.stem for f in folder.glob("*.toml")))
         raise UserError(f"--config {name}: there is no {file}; expected a .toml file or one of {have}")
     try:
-        tree = tomllib.loads(file.read_text(encoding="utf-8"))
+        tree = tomllib.loads(file.read_text("utf-8-sig"))
     except (ValueError, RecursionError) as e:  # not TOML, not UTF-8
         raise UserError(f"{file}: not TOML: {e}") from None
     given: list[tuple[str, str, Any, Any]]  # where, key, value, its reader
@@ -201,6 +201,7 @@ def check(c: Config) -> list[str]:
         ("train.beta1", t.beta1, "below 1", t.beta1 < 1),
         ("train.beta2", t.beta2, "below 1", t.beta2 < 1),
         ("data.increments", c.data.increments, "steps of 1 or more each", min(c.data.increments, default=1) > 0),
+        ("train.save_at", t.save_at, "steps of 0 or more", min(t.save_at, default=0) >= 0),
         ("data.epochs", c.data.epochs, "at most 10000", c.data.epochs <= 10_000),
         ("data.decay_mix", c.data.decay_mix, "below 1", c.data.decay_mix < 1),
         ("model.n_head", m.n_head, f"a divisor of model.hidden = {m.hidden} with heads of an even size{near}", fits),

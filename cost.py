@@ -53,9 +53,9 @@ def main() -> None:
     a.add_argument("--json", action="store_true")
     a.add_config()
     o, c = a.parse_config()
-    if not (0 < o.mfu <= 1 and 0 < o.peak < math.inf and 0 <= o.price < math.inf):
-        got = f"got {o.mfu}, {o.peak} and {o.price}"
-        raise UserError(f"--mfu, --peak, --price: {got}, expected above 0 and at most 1, above 0, and 0 or more")
+    for name, low, high in (("mfu", 1e-4, 1), ("peak", 1e6, 1e21), ("price", 0, 1e9)):
+        if not low <= (got := getattr(o, name)) <= high:
+            raise UserError(f"--{name}: got {got:g}, expected {low:g} to {high:g}")
     rows = table(c, o.convention, o.mfu, o.peak, o.price)
     parameters, flops = c.model.parameters, c.model.flops_per_token()
     if o.json:

@@ -173,7 +173,7 @@ def plan(paradigm: str, p: Plan) -> list[Segment]:
     Raises ValueError, a line a problem, where `p` makes no sense.
     """
     if found := problems(p, paradigm):
-        raise ValueError("\n".join(found))
+        raise ValueError("\n".join(f"plan.{line}" for line in found))
     N, d, W = len(p.T), p.d, p.warmup
     part = SCHEDULES[p.schedule][1]
     tag = p.schedule if p.cycle is None else f"{p.schedule}-cycle{p.cycle:g}"
@@ -228,16 +228,16 @@ def round_half_up(part: float, steps: int) -> int:
 
 def problems(p: Plan, paradigm: str) -> list[str]:
     """The problems of a plan, one line each: key, value, expected."""
-    W, most = p.warmup, 10_000  # more versions are a typing error
+    W, most, longest = p.warmup, 10_000, 10**12  # more versions or steps are a typing error
     checks = [  # key, value, expected, valid
         ("paradigm", paradigm, f"one of {', '.join(PARADIGMS)}", paradigm in PARADIGMS),
         ("schedule", p.schedule, f"one of {', '.join(SCHEDULES)}", p.schedule in SCHEDULES),
         ("cpt_variant", p.cpt_variant, f"one of {', '.join(CPT_VARIANTS)}", p.cpt_variant in CPT_VARIANTS),
         ("versions", p.versions, f"1 to {most}", 1 <= p.versions <= most),
-        ("steps", p.steps, "1 or more", p.steps >= 1),
-        ("increments", p.increments, "1 step or more each", min(p.increments, default=1) > 0),
-        ("max_lr", p.max_lr, "a finite number above 0", 0 < p.max_lr < math.inf),
-        ("min_lr", p.min_lr, f"above 0 and at most max_lr = {p.max_lr}", p.min_lr is None or 0 < p.min_lr <= p.max_lr),
+        ("steps", p.steps, f"1 to {longest:g}", 1 <= p.steps <= longest),
+        ("increments", p.increments, f"1 to {longest:g} steps each", all(1 <= T <= longest for T in p.increments)),
+        ("max_lr", p.max_lr, "1e-20 to 1e100", 1e-20 <= p.max_lr <= 1e100),
+        ("min_lr", p.min_lr, f"1e-30 to max_lr = {p.max_lr}", p.min_lr is None or 1e-30 <= p.min_lr <= p.max_lr),
         ("warmup", W, "0 or more, for inverse_sqrt 1 or more", p.warmup >= int(p.schedule == "inverse_sqrt")),
         ("alpha", p.alpha, "above 0 and at most 1", p.alpha is None or 0 < p.alpha <= 1),
         ("decay_steps", p.decay_steps, "1 or more", p.decay_steps is None or p.decay_steps >= 1),
@@ -311,14 +311,14 @@ def parse(kind: Any, text: str) -> Any:
 
 def draw(plans: dict[str, list[Segment]], file: str) -> None:
     """Figure 1 for any plans: axes for each paradigm, a colour for each version, the main path dark."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito: for the colour-blind
-    fig, axes = plt.subplots(1, len(plans), figsize=(5 * len(plans), 3.4), sharey=True, squeeze=False)
-    for ax, (paradigm, segments) in zip(axes[0], plans.items(), strict=True):
+    fig = Figure(figsize=(5 * len(plans), 3.4))
+    if (kind := Path(file).suffix[1:].lower()) not in (kinds := fig.canvas.get_supported_filetypes()):
+        raise ValueError(f"--plot {file}: got the ending {kind!r}, expected one of {', '.join(kinds)}")
+    axes = fig.subplots(1, len(plans), sharey=True, squeeze=False)[0]
+    for ax, (paradigm, segments) in zip(axes, plans.items(), strict=True):
         # the longest first, so that the shorter runs of PTFS, equal to it in the warm-up, stay visible
         for g in sorted((g for g in segments if g.end > g.start), key=lambda g: g.start - g.end):
             steps = [*range(g.start, g.end, max(1, (g.end - g.start) // 2000)), g.end - 1]
@@ -328,30 +328,36 @@ def draw(plans: dict[str, list[Segment]], file: str) -> None:
             ax.plot(steps, [g.lr(s) for s in steps], color=colour, linewidth=width, label=label)
         ax.set_title(f"{TITLES.get(paradigm, paradigm)}: {sum(g.end - g.start for g in segments):,} steps", fontsize=10)
         ax.set(xlabel="step", ylim=(0, None))
-        ax.xaxis.set_major_locator(plt.MaxNLocator(5))
+        ax.locator_params(axis="x", nbins=5)
         ax.grid(alpha=0.25)
-    axes[0][0].set_ylabel("learning rate")
-    lines = {label: line for ax in axes[0] for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    axes[0].set_ylabel("learning rate")
+    lines = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     labels = sorted(lines)
     fig.legend([lines[k] for k in labels], labels, loc="lower center", ncols=len(labels), fontsize=9, frameon=False)
     fig.tight_layout(rect=(0, 0.07, 1, 1))
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(file, dpi=150)
-    plt.close(fig)
 
 
 def read_plan(config: str, words: dict[str, str | None]) -> Plan:
     """The plan of a config file, with words of the command line on top. ValueError names the key."""
     file = Path(config) if config.endswith(".toml") else Path(__file__).parent / "configs" / f"{config}.toml"
-    values = tomllib.loads(file.read_text()).get("plan", {})
-    for f in fields(Plan):
-        word, planned = words[f.name], values.get(f.name, getattr(Plan(), f.name))
-        given, read = (planned, typed) if word is None else (word, parse)
+    try:
+        planned = dict(tomllib.loads(file.read_text("utf-8-sig")).get("plan", {}))
+    except (ValueError, TypeError, RecursionError) as e:
+        raise ValueError(f"{file}: not the TOML of a config: {e}") from None
+    p, kinds = Plan(), {f.name: f.type for f in fields(Plan)}
+    given: list[Any] = [(k, v, typed) for k, v in planned.items()] + [
+        (k, words[k], parse) for k in kinds if words[k] is not None
+    ]
+    for k, value, read in given:
+        if k not in kinds:
+            raise ValueError(f"{file}: unknown key plan.{k}; expected one of {', '.join(kinds)}")
         try:
-            values[f.name] = read(f.type, given)
+            setattr(p, k, read(kinds[k], value))
         except ValueError:
-            raise ValueError(f"plan.{f.name}: got {given!r}, expected {type_name(f.type)}") from None
-    return Plan(**values)
+            raise ValueError(f"plan.{k}: got {value!r}, expected {type_name(kinds[k])}") from None
+    return p
 
 
 def main() -> None:
@@ -380,12 +386,15 @@ def main() -> None:
         for g in segments:
             print("\n".join(f"{g.name},{s},{g.lr(s)!r}" for s in range(g.start, g.end)))
         return
-    print(f"{'segment':32} {'parent':>16} {'start':>9} {'end':>9} {'steps':>9}   LR of first .. last update")
+    rows = [("segment", "parent", "start", "end", "steps", "LR of first .. last update")]
     for g in segments:
         parent = f"{g.parent[0]}@{g.parent[1]}" if g.parent else "-"
         lr = f"{g.lr(g.start):.6g} .. {g.lr(g.end - 1):.6g}" if g.end > g.start else "no updates"
-        print(f"{g.name:32} {parent:>16} {g.start:9,} {g.end:9,} {g.end - g.start:9,}   {lr}")
-    print(f"{'total':32} {'':16} {'':9} {'':9} {sum(g.end - g.start for g in segments):9,}")
+        rows.append((g.name, parent, f"{g.start:,}", f"{g.end:,}", f"{g.end - g.start:,}", lr))
+    rows.append(("total", "", "", "", f"{sum(g.end - g.start for g in segments):,}", ""))
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    for name, *cells, lr in rows:
+        print("  ".join([name.ljust(first), *map(str.rjust, cells, widths), f" {lr}"]).rstrip())
 
 
 if __name__ == "__main__":

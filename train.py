@@ -251,7 +251,7 @@ def main() -> None:
             distributed.join(world, c.train.timeout)
         asked = {"mode": o.mode, "version": o.version, "torch": torch.__version__, "ranks": world.ranks}
         distributed.check_same(asked | config.values(c), world, "start all with the same command, files and packages")
-        run, data = open_data(run, world, watchdog.beat)
+        run, data = open_data(run, world, watchdog.beat, Path(c.out))
         start = agree_on_start(run, data, world)
         if start.done == run.required:
             for step in start.done if world.rank == 0 else []:

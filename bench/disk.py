@@ -39,7 +39,7 @@ def run_data(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype)
     alone, ours = [], []  # tokens/s
     with tempfile.TemporaryDirectory(dir=o.dir) as name:
         folder = Path(name).absolute()
-        (folder / "text.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in docs))
+        (folder / "text.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in docs), "utf-8")
         for i in tqdm(range(rounds), desc="data", disable=None):
             began = time.perf_counter()
             count = sum(map(len, tokenizer.encoding.encode_ordinary_batch(docs, num_threads=o.jobs)))

@@ -279,5 +279,5 @@ def loss_peak(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype
 
 def resident(field: str) -> int:
     """Bytes of this process, now (VmRSS) or at most (VmHWM). getrusage would include its parent's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024

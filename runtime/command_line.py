@@ -61,6 +61,8 @@ def this_command(**changes: object) -> str:
     """The train.py command line of this process with some options changed: for errors that suggest a command."""
     argv, skip = [], False
     for a in sys.argv[1:]:
+        if a == "--dry_run":
+            continue
         if not skip and a.removeprefix("--").partition("=")[0] not in changes:
             argv.append(a)
             continue

@@ -1,5 +1,6 @@
 """Errors that the user can repair: one line each, exit code 2, no traceback."""
 
+import io
 import os
 import re
 import sys
@@ -13,12 +14,18 @@ class UserError(Exception):
     code = 2  # the exit code
 
 
+class Taken(UserError):
+    """A folder or lock that another process has, or had first."""
+
+
 @contextmanager
 def user_errors(program: str, show: bool = True, at_once: bool = False) -> Iterator[None]:
     """Turn UserError and OSError into "program: error: .." and an exit code, 2 unless the error has its own.
 
     `at_once`: end the process without waiting for its threads and destructors, which may hang in a collective.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where it is ASCII or Latin-1, and for names of bytes
     try:
         yield
         return

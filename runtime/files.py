@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from runtime.errors import UserError
+from runtime.errors import Taken
 
 LIMIT = 1 << 26  # bytes of a JSON or rank file; Llama 3's tokenizer.json has 17 MB
 STALE = 3600  # seconds after which a partial file is one that a killed process left
@@ -50,7 +50,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
 def write_text(file: Path, text: str) -> None:
     with replacing(file) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(file: Path, content: dict[str, Any], unhashed: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -102,17 +102,17 @@ def open_log(file: Path) -> BinaryIO:
 def lock(file: Path, busy: str, remove: bool = False) -> Iterator[None]:
     """Hold the lock `file`, created if missing and with `remove` deleted at the end. A crash releases it.
 
-    UserError(busy) if another process holds it.
+    Taken(busy) if another process holds it.
     """
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "a") as f:
+        with open(file, "ab") as f:
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not os.path.samefile(f.fileno(), file):  # between open and flock its holder removed it
                     continue
             except BlockingIOError:
-                raise UserError(busy) from None
+                raise Taken(busy) from None
             except FileNotFoundError:
                 continue
             try:
@@ -126,7 +126,7 @@ def lock(file: Path, busy: str, remove: bool = False) -> Iterator[None]:
 def is_locked(file: Path) -> bool:
     """Does another process hold this lock?"""
     try:
-        with open(file) as f:
+        with open(file, "rb") as f:
             fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
     except BlockingIOError:
@@ -158,16 +158,16 @@ def commit_folder(target: Path) -> None:
 def make_folder(target: Path) -> Iterator[Path]:
     """Yield an empty hidden folder that becomes `target` when the block ends; a block that raises leaves nothing.
 
-    UserError if `target` exists or another process is making it.
+    Taken if `target` exists or another process is making it.
     """
     if os.path.lexists(target):
-        raise UserError(f"{target}: is there already and is never overwritten; choose another --out")
+        raise Taken(f"{target}: is there already and is never overwritten; choose another --out")
     missing = [p for p in target.parents if not p.exists()]
     busy = f"{target}: another process is making it; wait for it or choose another --out"
     try:
         with lock(target.with_name(f".{target.name}.lock"), busy, remove=True):
             if os.path.lexists(target):
-                raise UserError(f"{target}: another process has just made it; choose another --out")
+                raise Taken(f"{target}: another process has just made it; choose another --out")
             partial = begin_folder(target)
             try:
                 yield partial
@@ -180,3 +180,12 @@ def make_folder(target: Path) -> Iterator[Path]:
         for parent in missing:
             with suppress(OSError):  # not empty: made, or another process has begun there
                 parent.rmdir()
+
+
+@contextmanager
+def wait_if_taken() -> Iterator[None]:
+    """For a loop that makes a folder: if another process has it in hand, wait a second in place of an error."""
+    try:
+        yield
+    except Taken:
+        time.sleep(1)

@@ -50,7 +50,7 @@ class Log:
         device = {"device": device_name(self.world.device), "ranks": self.world.ranks}
         how = {"dtype": str(self.dtype).removeprefix("torch."), "parallel": parallel, "kernels": kernels}
         peak = {"compiled": compiled, "peak_flops": self.peak, "peak_from": self.peak_source, "time": now}
-        self.write(where | source | device | how | peak | {"schedule.py": (ROOT / "schedule.py").read_text()})
+        self.write(where | source | device | how | peak | {"schedule.py": (ROOT / "schedule.py").read_text("utf-8")})
 
     def step(self, step: int, lr: float, loss: float, norm: float) -> None:
         """The record of update `step`, and the speed since the one before. The device has been waited for."""
@@ -117,7 +117,7 @@ def git_commit() -> str:
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The records of a segment's log; a line that a kill or a full disk cut short is skipped."""
     records = []
-    for line in (folder / "log.jsonl").read_text(errors="replace").splitlines():
+    for line in (folder / "log.jsonl").read_text("utf-8", errors="replace").splitlines():
         with suppress(json.JSONDecodeError):
             records.append(json.loads(line))
     return [r for r in records if isinstance(r, dict)]

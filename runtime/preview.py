@@ -1,28 +1,28 @@
-"""`train.py --dry_run`: a segment in words, without touching the disk or a device."""
+"""`train.py --dry_run`: a segment in words, and what the run would refuse; nothing is written, no device is touched."""
 
 import tempfile
 from pathlib import Path
 
-from runtime import checkpoint, resume
+import torch
+
+from runtime import resume
+from runtime.distributed import World
+from runtime.errors import UserError
 from runtime.resume import Run
-from text.examples import Examples, SFTData, prepare_examples
+from runtime.start import check_origin, check_start, find_start, open_data
+from text import prepare
 
 
 def preview(run: Run, kind: str, why: str, ranks: int) -> None:
-    """Print the segment, its LR at the milestones, sizes, the batch, and the tokens needed and there."""
+    """Print the segment, its LR at the milestones, sizes, the batch, and the tokens needed and there.
+
+    UserError at the end where the run would refuse; only checksums are not read.
+    """
+    run, problem = check(run)
     c, t, m = run.config, run.config.train, run.config.model
-    examples = None
-    if run.reads_examples:
-        with tempfile.TemporaryDirectory() as folder:
-            prepared = prepare_examples(c.data.sft, resume.examples_tokenizer(run), Path(folder))
-            examples = Examples(prepared, m.context, t.seed)
-            if run.segment.paradigm == "sft":
-                steps = SFTData(examples, run.meta["data"], c.batch_sequences, c.data.epochs).steps
-                run = resume.sft_run(c, run.meta, str(run.parent), steps)
     s, p, required = run.segment, run.plan, run.required
     tokens, flops = (s.end - s.start) * t.batch_tokens, m.flops_per_token()
-    planned = f"{s.parent[0]} at step {s.parent[1]:,}" if s.parent else t.base or "random weights"
-    print(f"segment      {s.name}: steps {s.start:,} .. {s.end:,} ({s.end - s.start:,}), from {run.parent or planned}")
+    print(f"segment      {s.name}: steps {s.start:,} .. {s.end:,} ({s.end - s.start:,}), {origin(run)}")
     milestones = {s.start, s.start + p.warmup - 1, *(p.end(i + 1) - 1 for i in range(len(p.T))), *required, s.end - 1}
     rates = [f"update {i:>9,}: {s.lr(i):.6g}" for i in sorted(milestones) if s.start <= i < s.end]
     print("LR           " + "\n             ".join(rates))
@@ -40,24 +40,37 @@ def preview(run: Run, kind: str, why: str, ranks: int) -> None:
         f"batch        {t.batch_tokens:,} tokens = micro-batch {t.micro_batch} x context {m.context} x "
         f"accumulation {accumulation} x {ranks} rank{'s' * (ranks > 1)}"
     )
-    if examples:
-        print(f"examples     {examples}")
-    if (step := resume.resume_step(run.folder, required)) is not None:
-        print(f"goes on      from {checkpoint.path(run.folder, step)}")
-    if s.paradigm != "sft":
-        preview_data(run, tokens)
+    if s.paradigm != "sft" and prepare.ships(c.data.path):
+        print(f"data         {c.data.path}: not there yet, the text that ships with the project will be prepared")
+    elif s.paradigm != "sft" and (Path(c.data.path) / "meta.json").exists():
+        for name, need, there in resume.open_tokens(c, p).needs(s.start, s.end):
+            print(f"data         {Path(c.data.path) / name}.bin: {need:,} tokens needed, {there:,} there")
+    if problem:
+        raise problem
 
 
-def preview_data(run: Run, read: int) -> None:
-    """Print the tokens that the segment needs of each increment, and those there."""
-    c = run.config
-    if not (Path(c.data.path) / "meta.json").exists():
-        make = f"python data.py prepare --out {c.data.path} --tokenizer NAME --source TEXT"
-        print(f"data         {c.data.path}: not there yet; {read:,} tokens are read; make it: {make}")
-        return
-    tokens = resume.open_tokens(c, run.plan)
-    if (size := tokens.meta["vocab_size"]) != c.model.vocab_size:
-        print(f"data         {tokens.folder}: its vocabulary is {size:,}: train.py would refuse")
-    for name, need, there in tokens.needs(run.segment.start, run.segment.end):
-        short = "; too few: train.py would refuse" if there < need and not c.data.repeat else ""
-        print(f"data         {tokens.folder / name}.bin: {need:,} tokens needed, {there:,} there{short}")
+def check(run: Run) -> tuple[Run, UserError | None]:
+    """The run (a fine-tuning has its number of steps only now), and the error with which it would end at its start."""
+    sft, alone = run.segment.paradigm == "sft", World(0, 0, 1, torch.device("cpu"))
+    try:
+        if not sft and prepare.ships(run.config.data.path):
+            check_origin(run)
+        else:
+            with tempfile.TemporaryDirectory() as scratch:
+                run, tokens = open_data(run, alone, lambda doing: None, Path(scratch))
+                check_start(run, tokens, find_start(run, tokens), checksums=False)
+    except UserError as e:
+        if sft:  # without examples there is nothing to say
+            raise
+        return run, e
+    return run, None
+
+
+def origin(run: Run) -> str:
+    """Where training begins, in words."""
+    own = resume.resume_step(run.folder, run.required)
+    if own == run.required[-1]:
+        return "finished"
+    if own is not None:
+        return f"goes on from {run.folder} at step {own:,}"
+    return f"from {run.origin or 'random weights'}"

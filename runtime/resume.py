@@ -46,6 +46,15 @@ class Run:
         return Path(self.config.out) / self.segment.name
 
     @property
+    def origin(self) -> Path | None:
+        """The checkpoint that a new segment starts from: the given one, or the planned one; None: random weights."""
+        if self.segment.parent and not self.parent:
+            name, step = self.segment.parent
+            return checkpoint.path(Path(self.config.out) / name, step)
+        given = self.parent or self.config.train.base
+        return Path(given) if given else None
+
+    @property
     def required(self) -> list[int]:
         """Steps to save and keep: where other segments fork off, the end, and those of train.save_at."""
         s = self.segment

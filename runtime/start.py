@@ -15,21 +15,27 @@ from runtime import checkpoint, resume
 from runtime.command_line import this_command
 from runtime.distributed import World, broadcast, check_same, raise_on_all_ranks
 from runtime.errors import UserError
-from runtime.files import lock, open_log, write_text
+from runtime.files import is_locked, lock, open_log, write_text
 from runtime.resume import Run
 from text import prepare, token_files
 from text.examples import Examples, MixedData, SFTData, prepare_examples
 
+BUSY = "{}: another process is training here; wait for it or choose another --out"
 
-def open_data(run: Run, world: World, beat: Callable[[str], None]) -> tuple[Run, Tokens | SFTData]:
-    """The data that the segment reads: enough of it, and of this vocabulary. Fine-tuning gets its number of steps."""
+
+def open_data(run: Run, world: World, beat: Callable[[str], None], home: Path) -> tuple[Run, Tokens | SFTData]:
+    """The data that the segment reads: enough of it, and of this vocabulary. Fine-tuning gets its number of steps.
+
+    home: where the folder of prepared examples is, or is made.
+    """
     c, segment = run.config, run.segment
     sft = segment.paradigm == "sft"
     tokens: Any = None
     if not sft:
         beat("checking data")
         with raise_on_all_ranks(world):
-            if world.rank == 0:
+            if world.rank == 0 and prepare.ships(c.data.path):
+                check_origin(run)  # before anything is written
                 prepare.ship(c.data.path)
         with raise_on_all_ranks(world):
             tokens = resume.open_tokens(c, run.plan, MixedData if run.reads_examples else Tokens)
@@ -44,7 +50,7 @@ def open_data(run: Run, world: World, beat: Callable[[str], None]) -> tuple[Run,
         folder = ""
         with raise_on_all_ranks(world):
             if world.rank == 0:
-                folder = str(prepare_examples(c.data.sft, resume.examples_tokenizer(run), Path(c.out)))
+                folder = str(prepare_examples(c.data.sft, resume.examples_tokenizer(run), home))
         folder = broadcast(folder, world.ranks)
         with raise_on_all_ranks(world):
             examples = Examples(Path(folder), c.model.context, c.train.seed)
@@ -70,56 +76,83 @@ class Start:
     parent: dict[str, Any] | None = None  # to record: segment, step and hash of the parent's checkpoint
 
 
-def find_start(run: Run, tokens: Tokens | SFTData, maker: str) -> Start:
+def check_origin(run: Run) -> None:
+    """UserError, with the command that makes it, if the checkpoint that a new segment starts from is missing."""
+    s, origin = run.segment, run.origin
+    begun = resume.resume_step(run.folder, run.required) is not None
+    if begun or not origin or (origin / "meta.json").exists():
+        return
+    makers = {"branch": {"mode": "main", "version": s.version}, "cpt": {"mode": "cpt", "version": s.version - 1}}
+    maker = this_command(**makers.get(s.paradigm, {}))
+    raise UserError(f"{origin}: is not there, and {s.name} starts from it; make it: {maker}")
+
+
+def find_start(run: Run, tokens: Tokens | SFTData) -> Start:
     """Where training begins: the segment's own last checkpoint, its parent's, or random weights.
 
-    `maker` is the command that makes a missing parent. A given parent must be what this config would have made, or an
-    imported model; train.base is an imported model in place of random weights; fine-tuning starts from any checkpoint.
+    A given parent must be what this config would have made, or an imported model; train.base is an imported model in
+    place of random weights; fine-tuning starts from any checkpoint.
     """
-    c, s, folder = run.config, run.segment, run.folder
+    c, s, folder, origin = run.config, run.segment, run.folder, run.origin
     for f in sorted(folder.glob("step-*")):
         if checkpoint.STEP.fullmatch(f.name) and (f.is_symlink() or not (f / "meta.json").is_file()):
             raise UserError(f"{f}: in the way of a checkpoint and not one (no meta.json); restore it or move it away")
     there = checkpoint.steps(folder)
     done = [r for r in run.required if r in there]
-    given = run.parent or (c.train.base if not s.parent else "")
-    parent = checkpoint.read_meta(Path(given)) if given and (Path(given) / "meta.json").exists() else None
-    if parent and there:
+    given = bool(run.parent) or not s.parent
+    parent = checkpoint.read_meta(origin) if origin and (origin / "meta.json").exists() else None
+    if parent and there and given:
         begun = checkpoint.read_meta(checkpoint.path(folder, there[0])).get("parent") or {}
         if begun.get("hash") != parent["hash"]:
-            raise UserError(f"--parent {given}: {folder} was begun from another; leave it out, or choose another --out")
+            raise UserError(
+                f"--parent {origin}: {folder} was begun from another; leave it out, or choose another --out"
+            )
     for step in there:  # all of them: one folder never holds two runs
         if step <= s.end or s.paradigm == "sft":  # a main path may be longer; fine-tuning of another length is another
             resume.check_lineage(checkpoint.path(folder, step), c, s, tokens)
     if (last := resume.resume_step(folder, run.required)) is not None:
-        origin = checkpoint.path(folder, last)
-        return Start(last, done, str(origin), False, checkpoint.read_meta(origin).get("parent"))
+        own = checkpoint.path(folder, last)
+        return Start(last, done, str(own), False, checkpoint.read_meta(own).get("parent"))
 
-    if parent and (parent["segment"] == resume.IMPORT or s.paradigm == "sft"):
-        resume.check_model(Path(given), parent, c, tokens.meta["tokenizer_sha256"])
-        return Start(s.start, done, given, True, {k: parent[k] for k in ("segment", "step", "hash")})
-    if not s.parent:
-        if given:
-            raise UserError(f"train.base {given}: not an imported model, and {s.name} starts from no other")
+    check_origin(run)
+    if not origin or not parent:
         return Start(s.start, done)
+    known = {k: parent[k] for k in ("segment", "step", "hash")}
+    if parent["segment"] == resume.IMPORT or s.paradigm == "sft":
+        resume.check_model(origin, parent, c, tokens.meta["tokenizer_sha256"])
+        return Start(s.start, done, str(origin), True, known)
+    if not s.parent:
+        raise UserError(f"train.base {origin}: not an imported model, and {s.name} starts from no other")
     name, step = s.parent
-    origin = Path(given or checkpoint.path(Path(c.out) / name, step))
-    if not (origin / "meta.json").exists():
-        raise UserError(f"{origin}: is not there, and {s.name} starts from it; make it: {maker}")
-    meta = resume.check_lineage(origin, c, next(g for g in run.segments if g.name == name), tokens)
-    if meta["step"] != step:
-        raise UserError(f"{origin}: is at step {meta['step']}, expected the {step} at which {s.name} leaves {name}")
-    return Start(s.start, done, str(origin), False, {"segment": name, "step": step, "hash": meta["hash"]})
+    resume.check_lineage(origin, c, next(g for g in run.segments if g.name == name), tokens)
+    if parent["step"] != step:
+        raise UserError(f"{origin}: is at step {parent['step']}, expected the {step} at which {s.name} leaves {name}")
+    return Start(s.start, done, str(origin), False, known)
+
+
+def check_start(run: Run, tokens: Tokens | SFTData, start: Start, checksums: bool = True) -> None:
+    """UserError if a file to be read is damaged or does not fit the model, or the disk is too full."""
+    c = run.config
+    if isinstance(tokens, Tokens):
+        names = [name for name, _, _ in tokens.needs(start.step, run.segment.end)]
+        token_files.check_files(tokens.folder, [*names, "val"], checksums and c.data.verify)
+    if start.origin:
+        checkpoint.verify(Path(start.origin), checksums)
+        with torch.device("meta"):  # shapes alone
+            net = Transformer(c.model)
+            optimizer = None if start.weights_only else torch.optim.AdamW(net.parameters())
+            checkpoint.fits(Path(start.origin), checkpoint.state(net, optimizer))
+    checkpoint.check_space(run.folder, checkpoint.BYTES * c.model.parameters)
+    if is_locked(run.folder / ".lock"):
+        raise UserError(BUSY.format(run.folder))
 
 
 def agree_on_start(run: Run, tokens: Tokens | SFTData, world: World) -> Start:
     """find_start as rank 0 sees it: other machines may see an older state of a shared disk for a while."""
-    v = run.segment.version
-    makers = {"branch": {"mode": "main", "version": v}, "cpt": {"mode": "cpt", "version": v - 1}}
     found: dict[str, Any] = {}
     with raise_on_all_ranks(world):
         if world.rank == 0:
-            found = vars(find_start(run, tokens, this_command(**makers.get(run.segment.paradigm, {}))))
+            found = vars(find_start(run, tokens))
     return Start(**broadcast(found, world.ranks))
 
 
@@ -131,19 +164,9 @@ def claim(run: Run, tokens: Tokens | SFTData, start: Start, world: World) -> Ite
         log = None
         with raise_on_all_ranks(world):
             if world.rank == 0:
-                if isinstance(tokens, Tokens):
-                    names = [name for name, _, _ in tokens.needs(start.step, run.segment.end)]
-                    token_files.check_files(tokens.folder, [*names, "val"], c.data.verify)
-                if start.origin:
-                    checkpoint.verify(Path(start.origin))
-                    with torch.device("meta"):  # shapes alone
-                        net = Transformer(c.model)
-                        optimizer = None if start.weights_only else torch.optim.AdamW(net.parameters())
-                        checkpoint.fits(Path(start.origin), checkpoint.state(net, optimizer))
-                checkpoint.check_space(folder, checkpoint.BYTES * c.model.parameters)
-                busy = f"{folder}: another process is training here; wait for it or choose another --out"
-                held.enter_context(lock(folder / ".lock", busy))
-                if start != find_start(run, tokens, ""):
+                check_start(run, tokens, start)
+                held.enter_context(lock(folder / ".lock", BUSY.format(folder)))
+                if start != find_start(run, tokens):
                     raise UserError(f"{folder}: another process has just trained here; call this again")
                 log = held.enter_context(open_log(folder / "log.jsonl"))
                 if not (Path(c.out) / "config.toml").exists():

@@ -24,7 +24,7 @@ import numpy as np
 import data
 from kernels.cross_entropy import IGNORE
 from runtime.errors import UserError
-from runtime.files import make_folder, read_json, sha256, write_json
+from runtime.files import make_folder, read_json, sha256, wait_if_taken, write_json
 from text.sources import clean, documents, files_of, hashes, progress_bar
 from text.tokenizer import Tokenizer
 
@@ -76,8 +76,8 @@ def prepare_examples(source: str, tok: Tokenizer, run: Path, quiet: bool = False
         raise UserError(f"data.sft {wrong[0]}: is no file of examples, expected .jsonl, which may be compressed")
     sha = hashlib.sha256("".join(sha256(f) for f in files).encode()).hexdigest()
     folder = run / f"examples-{hashlib.sha256(f'1 {sha} {tok.sha256}'.encode()).hexdigest()[:12]}"
-    if not folder.exists():
-        with make_folder(folder) as partial:
+    while not folder.exists():
+        with wait_if_taken(), make_folder(folder) as partial:
             counts = write_examples(files, tok, partial, quiet)
             if not counts["examples"]:
                 raise UserError(f"data.sft {source}: holds no example")

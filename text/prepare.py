@@ -23,7 +23,7 @@ import numpy as np
 
 import config
 from runtime.errors import UserError
-from runtime.files import begin_folder, fsync, lock, make_folder, write_json
+from runtime.files import begin_folder, fsync, lock, make_folder, wait_if_taken, write_json
 from text import token_files
 from text.sources import all_documents, hashes, local_files
 from text.tokenizer import Tokenizer
@@ -203,11 +203,17 @@ def prepare(
     return meta
 
 
+def ships(out: str) -> bool:
+    """Is `out` the place of the text that ships with the project, and still empty?"""
+    return out == config.Data().path and not Path(out).exists()
+
+
 def ship(out: str) -> None:
-    """Prepare the text that ships with the project, if `out` is its place and does not exist."""
-    if out == config.Data().path and not Path(out).exists():
-        print(f"{out}: not there yet, so the text that ships with the project is prepared")
-        prepare(out, [str(TEXT)])
+    """Prepare the text that ships with the project if `ships(out)`; wait if another process is at it."""
+    while ships(out):
+        print(f"{out}: not there yet, so the text that ships with the project is prepared", flush=True)
+        with wait_if_taken():
+            prepare(out, [str(TEXT)])
 
 
 def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: int = 0, quiet: bool = False) -> None:

@@ -1,11 +1,21 @@
-"""Processes that make one folder, or take one lock, at the same time."""
+"""Processes that make one folder, or take one lock, or train in one run, at the same time."""
 
+import json
 import multiprocessing
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+from conftest import BASE, ROOT
+
+import config
+from runtime import checkpoint
 from runtime.errors import UserError
 from runtime.files import lock, make_folder
+from text import prepare
+from text.examples import prepare_examples
+from text.tokenizer import Tokenizer
 
 
 def contend(folder, start, said):
@@ -64,3 +74,57 @@ def test_a_lock_that_is_removed_is_never_held_twice(tmp_path):
     for p in processes:
         p.join()
     assert all(together == 0 and taken > 0 for together, taken in results), results
+
+
+def share(cwd, start, said):
+    """Prepare the text that ships, and then examples, at the same time as others."""
+    os.chdir(cwd)
+    prepare.TEXT = Path("text.jsonl")
+    start.wait(60)
+    try:
+        prepare.ship(config.Data().path)
+        said.put(str(prepare_examples("examples.jsonl", Tokenizer("bytes"), Path("run"), quiet=True)))
+    except Exception as e:
+        said.put(repr(e))
+
+
+def test_what_several_runs_need_is_prepared_once_and_the_others_wait(tmp_path):
+    rows = [{"prompt": f"{i} + 1 =", "response": str(i + 1)} for i in range(50)]
+    (tmp_path / "examples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"document {i} " * 9}) + "\n" for i in range(200)))
+    spawn = multiprocessing.get_context("spawn")
+    start, said = spawn.Barrier(3), spawn.Queue()
+    makers = [spawn.Process(target=share, args=(str(tmp_path), start, said)) for _ in range(3)]
+    for p in makers:
+        p.start()
+    folders = {said.get(timeout=120) for _ in makers}
+    for p in makers:
+        p.join()
+    (made,) = folders  # the same for all, and no error
+    assert sorted(f.name for f in (tmp_path / made).iterdir()) == sorted(
+        ["meta.json", "ids.bin", "loss.bin", "ends.bin", "held.bin"]
+    )
+    assert [f.name for f in (tmp_path / "data").iterdir()] == ["demo"] and len(list((tmp_path / "run").iterdir())) == 1
+
+
+EIGHT = """
+import json, sys
+import soak  # imports all once; the eight are forks of this process
+runs = [soak.Run(argv, log=soak.Path(sys.argv[2])) for argv in json.loads(sys.argv[1])]
+print([code for run in runs for code in run.wait()])
+"""
+
+
+def test_eight_segments_of_one_run_start_at_once(prepared, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    common = ["--config", "tiny", *BASE, "--data.path", str(prepared), "--out", str(out), "--mode", "ptfs"]
+    made = [(name, version) for name in ("cosine", "knee") for version in "1234"]
+    argvs = [[*common, "--version", v, "--plan.schedule", name] for name, v in made]
+    command = [sys.executable, "-c", EIGHT, json.dumps(argvs), str(log)]
+    r = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tests")
+    assert r.stdout.strip() == str([0] * 8), r.stderr + log.read_text()
+    for name, v in made:
+        (step,) = checkpoint.steps(folder := out / f"ptfs-{name}" / f"v{v}")
+        assert step == 10 * int(v) and checkpoint.read_meta(checkpoint.path(folder, step))["finished"]
+    config.load(str(out / "config.toml"))  # written by one of them, whole
+    assert sorted(f.name for f in out.iterdir()) == ["config.toml", "ptfs-cosine", "ptfs-knee"]

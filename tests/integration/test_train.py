@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -812,12 +813,15 @@ def test_dry_run_of_every_config_touches_nothing(name, ranks, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     for k, v in {"WORLD_SIZE": ranks, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(k, str(v))
-    for mode in MODES.values():
+    for kind, mode in MODES.items():
         monkeypatch.setattr(sys, "argv", ["train.py", "--config", name, *mode, "--dry_run"])
-        train.main()
-        out = capsys.readouterr().out
+        ready = name in ("tiny", "sft") and kind in ("main", "ptfs")  # the text that ships would be prepared
+        with nullcontext() if ready else pytest.raises(SystemExit, match="2"):
+            train.main()
+        out, err = capsys.readouterr()
         c = config.load(name)
-        assert f"{c.model.parameters:,}" in out and f"x {ranks} rank" in out and "not there yet" in out
+        assert f"{c.model.parameters:,}" in out and f"x {ranks} rank" in out
+        assert "not there yet" in out if ready else ("is not there" in err or "no prepared data" in err)
     assert list(tmp_path.iterdir()) == []
     assert (
         f"{c.train.batch_tokens:,} tokens = micro-batch {c.train.micro_batch} x context {c.model.context} x "
@@ -832,6 +836,61 @@ def test_dry_run_says_tokens_needed_and_there(train_cli, capsys, tmp_path):
         "v2.bin: 2,561 tokens needed" in out and "update         1: 0.004" in out and "update        19: 0.0004" in out
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def damage(file):
+    file.write_bytes(file.read_bytes()[:-2])
+
+
+REFUSED = {  # what is wrong: (arguments, what is done to the folders of run and data, part of the error)
+    "an ordinary checkpoint as base": (
+        ("--mode", "ptfs", "--version", "2", "--train.base", "{main}"),
+        None,
+        "train.base",
+    ),
+    "a parent where there is none": (("--mode", "main", "--parent", "{main}"), None, "--parent: main has none"),
+    "a parent at another step": (("--mode", "branch", "--version", "2", "--parent", "{main}"), None, "is at step 4"),
+    "no parent": (("--mode", "cpt", "--version", "2"), None, "is not there"),
+    "another seed": (("--mode", "main", "--train.seed", "7"), None, "train.seed: 1 there, 7 here"),
+    "too little text": (("--mode", "ptfs", "--version", "1", "--plan.steps", "2000"), None, "are needed"),
+    "another vocabulary": (("--mode", "ptfs", "--version", "1", "--model.vocab_size", "258"), None, "got 258"),
+    "no data": (("--mode", "ptfs", "--version", "1", "--data.path", "nowhere"), None, "no prepared data"),
+    "a token file cut short": (MODES["ptfs"], lambda run, d: damage(d / "v2.bin"), "v2.bin: got"),
+    "a checkpoint cut short": (("--mode", "main"), lambda run, d: damage(next(run.glob("main/*/*.safe*"))), "expected"),
+    "a file in the way": (
+        MODES["ptfs"],
+        lambda run, d: (run / FOLDER["ptfs"] / "step-000010").mkdir(parents=True),
+        "in the way",
+    ),
+    "no examples": (
+        ("--mode", "branch", "--version", "1", "--data.decay_mix", "0.5", "--data.sft", "no.jsonl"),
+        None,
+        "no.jsonl",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_dry_run_refuses_what_the_run_refuses(what, prepared, train_cli, capsys, tmp_path):
+    args, spoil, part = REFUSED[what]
+    assert train_cli("--mode", "main", "--version", "1") == 0
+    shutil.copytree(prepared, d := tmp_path / "data")
+    if spoil:
+        spoil(tmp_path / "run", d)
+    args = [a.format(main=tmp_path / "run" / "main" / "step-000004") for a in args]
+    capsys.readouterr()
+    before, errors = sorted(tmp_path.rglob("*")), []
+    for dry in (["--dry_run"], []):
+        assert train_cli(*args, *dry, data=d) == 2
+        errors.append(capsys.readouterr().err)
+        assert sorted(tmp_path.rglob("*")) == before
+    assert errors[0] == errors[1] and part in errors[0]
+
+
+def test_a_dry_run_refuses_a_folder_that_is_taken(train_cli, capsys, tmp_path):
+    with lock(tmp_path / "run" / "main" / ".lock", ""):
+        for dry in ((), ("--dry_run",)):
+            assert train_cli("--mode", "main", *dry) == 2 and "another process is training" in capsys.readouterr().err
 
 
 def test_without_arguments_it_says_what_it_takes(monkeypatch, capsys, tmp_path):
