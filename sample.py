@@ -16,6 +16,7 @@ from runtime.command_line import Parser
 from runtime.device import pick_device, steady_malloc
 from runtime.errors import UserError, user_errors
 from text.sources import clean
+from text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -81,21 +82,20 @@ def generate(
 def continuations(
     path: Path, device: torch.device, prompts: list[str], length: int, how: Sampling, folder: str | None = None
 ) -> list[str]:
-    """Each prompt with the text of up to `length` tokens after it. `folder`: prepared data, for its tokenizer.
-
-    Tokens are decoded after their prompt's, because a decoder may drop the space at the beginning of a text.
-    """
+    """Each prompt with the text of up to `length` tokens after it. `folder`: prepared data, for its tokenizer."""
     net, meta = load_model(path, device)
     tok = resume.open_tokenizer(path, meta, folder)
     prompts = [clean(p) for p in prompts]
     read = [tok.encode(p) for p in prompts]
     made = generate(net, [ids or [tok.start] for ids in read], length, {tok.eot}, how)
-    written = []
-    for p, ids, new in zip(prompts, read, made, strict=True):
-        before, whole = tok.decode(ids), tok.decode(ids + new)
-        # else the new bytes have made the prompt's last ones invalid, or the decoder is of another kind
-        written.append(p + (whole[len(before) :] if whole.startswith(before) else tok.decode(new)))
-    return written
+    return [p + continuation(tok, ids, new) for p, ids, new in zip(prompts, read, made, strict=True)]
+
+
+def continuation(tok: Tokenizer, prompt: list[int], new: list[int]) -> str:
+    """The text of the ids `new` after a prompt's: decoded alone, they may lose the space that they begin with."""
+    before, whole = tok.decode(prompt), tok.decode(prompt + new)
+    # a new byte can make the prompt's last character invalid
+    return whole[len(before) :] if whole.startswith(before) else tok.decode(new)
 
 
 def main() -> None:
@@ -107,8 +107,8 @@ def main() -> None:
     a.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of this probability [1]")
     a.add_argument("--seed", type=int, default=1, help="of the continuations [1]")
     o = a.parse_args()
-    if min(o.length, o.seed) < 0:
-        raise UserError(f"--length, --seed: got {o.length} and {o.seed}, expected 0 or more")
+    if not 0 <= o.length <= 10**9 or o.seed < 0:
+        raise UserError(f"--length, --seed: got {o.length} and {o.seed}, expected 0 to 10^9, and 0 or more")
     if not (o.temperature >= 0 and 0 < o.top_p <= 1):  # nan is refused too
         raise UserError(f"--temperature, --top_p: got {o.temperature} and {o.top_p}, expected 0 or more and 0 < p <= 1")
     device = pick_device(o.device, 0)

@@ -96,8 +96,7 @@ def prepare_examples(source: str, tok: Tokenizer, run: Path, quiet: bool = False
 
 
 def write_examples(files: list[Path], tok: Tokenizer, folder: Path, quiet: bool) -> dict[str, int]:
-    """Tokenize all examples into the files of `folder`; returns the numbers of examples, tokens and targets, and
-    whether some are messages (chat)."""
+    """Tokenize all examples into the files of `folder`; returns their numbers, and if some are messages ("chat")."""
     counts = {"examples": 0, "tokens": 0, "targets": 0, "chat": False}
     out = {name: open(folder / f"{name}.bin", "wb") for name in FILES}
     with progress_bar("tokenizing examples", sum(f.stat().st_size for f in files), quiet) as bar:
@@ -238,8 +237,8 @@ class SFTData:
 
     def identity(self, step: int) -> dict[str, Any]:
         known = held_messages(self.parent), self.examples.meta.get("chat")
-        chat = True in known or (None if None in known else False)
-        return {**self.parent, "examples": self.examples.meta["source_sha256"], "epochs": self.epochs, "chat": chat}
+        own = {"epochs": self.epochs, "chat": True in known or (None if None in known else False)}
+        return {**self.parent, "examples": self.examples.meta["source_sha256"], **own}
 
     def _row_numbers(self, step: int) -> np.ndarray:
         return self.examples.order(np.arange(step * self.B, min((step + 1) * self.B, self.total)))
@@ -266,11 +265,9 @@ class MixedData(data.Tokens):
         self.examples, self.part, self.m, self.start = examples, part, int(part * self.B + 0.5), start
 
     def identity(self, step: int) -> dict[str, Any]:
-        found = super().identity(step)
-        if step > self.start:
-            meta = self.examples.meta
-            found |= {"examples": meta["source_sha256"], "mix": self.part, "chat": meta.get("chat")}
-        return found
+        meta = self.examples.meta
+        mixed = {"examples": meta["source_sha256"], "mix": self.part, "chat": meta.get("chat")}
+        return {**super().identity(step), **(mixed if step > self.start else {})}
 
     def _row_numbers(self, step: int) -> np.ndarray:
         return self.examples.order((step - self.start) * self.m + np.arange(self.m))

@@ -41,8 +41,8 @@ class Tokenizer:
         else:
             self.encoding = self._load_ranks() if self.is_file else self._load_encoding()
             self.eot, self.vocab_size = self.encoding.eot_token, self.encoding.n_vocab
-        if not self.is_folder:
-            self.start = self.eos = self.eot
+        if not self.is_folder:  # as transformers has them: end of an answer, token before a text
+            self.eos = self.start = self.eot
 
     def _load_ranks(self) -> Any:
         import tiktoken
@@ -95,11 +95,12 @@ class Tokenizer:
         if end is None:
             raise UserError(f"{file}: has no token that ends a document; expected one of {', '.join(ENDS)}")
         self.eot, self.vocab_size = known[end], max(rows, 1 + max(known.values()))
-        # the ids that transformers ends an answer at, and puts before a text to predict its first token
-        named = named_tokens(folder)
-        bos, eos = known.get(named.get("bos_token")), known.get(named.get("eos_token"))
-        self.eos = self.eot if eos is None else eos
-        self.start = self.eos if bos is None else bos
+        named = json_object(folder / "tokenizer_config.json")
+        if "added_tokens_decoder" not in named:  # an older folder, in which another file names the special tokens
+            named |= json_object(folder / "special_tokens_map.json")
+        eos, bos = (t.get("content") if isinstance(t, dict) else t for t in map(named.get, ("eos_token", "bos_token")))
+        self.eos = known[eos] if isinstance(eos, str) and eos in known else self.eot
+        self.start = known[bos] if isinstance(bos, str) and bos in known else self.eos
         self.sha256 = hashlib.sha256(content).hexdigest()
         # `tools.huggingface export` records which tokenizer this tokenizer.json reproduces: data prepared with it fits
         made = config.get("pathswitch")
@@ -145,15 +146,6 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in [*HF_FILES.split(), "config.json"]:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-
-
-def named_tokens(folder: Path) -> dict[str, str]:
-    """{"bos_token": text, ..}: the special tokens that a Hugging Face folder names, as transformers reads them."""
-    found = json_object(folder / "tokenizer_config.json")
-    if "added_tokens_decoder" not in found:  # an older folder: another file has them
-        found |= json_object(folder / "special_tokens_map.json")
-    texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in found.items()}
-    return {k: text for k, text in texts.items() if isinstance(text, str)}
 
 
 def json_object(file: Path) -> dict[str, Any]:

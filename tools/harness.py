@@ -2,15 +2,13 @@
 
 The harness (https://github.com/EleutherAI/lm-evaluation-harness) has the questions, prompts and metrics; it asks a
 model through `LM`, which answers as the harness's own adapter `hf` would. configs/tasks adds tasks of our own.
-    python -m tools.harness out/tiny/base-s1 --tasks gsm8k,mmlu     a run's versions, or checkpoints
-
 Under torchrun each rank answers its part of the questions with a whole copy of the model.
+    python -m tools.harness out/tiny/base-s1 --tasks gsm8k,mmlu     a run's versions, or checkpoints
 """
 
 import contextlib
 import difflib
 import functools
-import itertools
 import json
 import logging
 import math
@@ -77,23 +75,19 @@ class LM(TemplateLM):
         self, net: llama.Transformer, tok: Tokenizer, batch: int, rank: int = 0, ranks: int = 1, chat: bool = False
     ) -> None:
         super().__init__()
-        self.net, self.tok, self.batch = net, tok, batch
+        self.net, self.tok, self.batch, self.max_length = net, tok, batch, net.config.context
         self._rank, self._world_size, self._device = rank, ranks, net.embed.weight.device
         self.end = tok.hf.id_to_token(tok.eos) if tok.hf else "<|endoftext|>"
         self.ends = {tok.eot, tok.eos, *end_ids(tok, chat)}  # of an answer
         self.before: list[int] = []  # what the tokenizer puts before every text
         if tok.hf:
-            probe = tok.hf.encode("a")
-            self.before = list(itertools.compress(probe.ids, itertools.takewhile(bool, probe.special_tokens_mask)))
+            text = tok.hf.encode("a")
+            self.before = text.ids[: text.special_tokens_mask.index(0)]
         self.drawn = 0  # batches drawn at random: each has a seed of its own
 
     @property
     def eot_token_id(self) -> int:
         return self.tok.eos
-
-    @property
-    def max_length(self) -> int:
-        return self.net.config.context
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kw: Any) -> list[int]:
         return self.before + self.tok.encode(string)
@@ -110,15 +104,14 @@ class LM(TemplateLM):
     def split(self, r: Any) -> tuple[Any, list[int], list[int]]:
         """((texts), ids of the question, ids of the answer): from the first token that the question alone has not.
 
-        A token that spans both is the answer's, as are spaces between them. UserError if the answer has no token.
+        A token that spans both is the answer's, as are spaces between them. UserError if it has none, or too many.
         """
         question, answer = r.args
         whole, alone = self.tok_encode(question + answer), self.tok_encode(question.rstrip())
-        n = next((i for i, (a, b) in enumerate(zip(whole, alone, strict=False)) if a != b), min(len(whole), len(alone)))
-        if not answer or n == len(whole):
-            raise problem(r, f"the answer {answer!r:.40} has no token to score")
-        if len(whole) - n > self.max_length:
-            raise problem(r, f"an answer of {len(whole) - n} tokens, a context of {self.max_length}")
+        n = next((i for i, (a, b) in enumerate(zip(whole, alone, strict=False)) if a != b), len(alone))
+        size = len(whole) - n if answer else 0
+        if not 0 < size <= self.max_length:
+            raise problem(r, f"an answer {answer!r:.40} of {max(size, 0)} tokens, expected 1 to {self.max_length}")
         return r.args, whole[:n] or [self.tok.start], whole[n:]
 
     @torch.no_grad()
@@ -128,10 +121,9 @@ class LM(TemplateLM):
         Equal inputs are read once: the answers A, B, C and D to a question differ in their last token only. Rows are
         padded on their right, after the tokens that are scored, and the head reads only the scored places.
         """
-        n = self.max_length
         asked: dict[tuple[int, ...], list[int]] = {}  # {input: requests}
         for i, (_, context, continuation) in enumerate(requests):
-            asked.setdefault(tuple((context + continuation)[-n - 1 : -1]), []).append(i)
+            asked.setdefault(tuple((context + continuation)[-self.max_length - 1 : -1]), []).append(i)
         order = sorted(asked, key=len, reverse=True)  # the largest batch comes first, should memory not suffice
         found = [(0.0, True)] * len(requests)
         with self.bar(len(requests), "log-likelihoods") as bar:
@@ -163,9 +155,8 @@ class LM(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Nats of whole texts: every token once, in windows as long as the context."""
         cut = functools.partial(get_rolling_token_windows, max_seq_len=self.max_length, context_len=1)
-        for r in requests:
-            if not self.tok.encode(r.args[0]):
-                raise problem(r, "its text has no token to score")
+        if empty := [r for r in requests if not self.tok.encode(r.args[0])]:
+            raise problem(empty[0], "its text has no token to score")
         texts = [list(cut(self.tok_encode(r.args[0]), prefix_token=self.tok.start)) for r in requests]
         found = iter(self._loglikelihood_tokens([(None, *make_disjoint_window(w)) for ws in texts for w in ws]))
         return [math.fsum(next(found)[0] for _ in ws) for ws in texts]
@@ -233,8 +224,8 @@ def local_copies(folder: str | None) -> Iterator[None]:
             kw["data_files"] = find_below(Path(folder), kw.get("data_files"))
         elif folder is not None:
             if not (local := Path(folder) / path).is_dir():
-                get = ["huggingface-cli", "download", "--repo-type", "dataset", path, "--local-dir", str(local)]
-                raise UserError(f"--data_dir: there is no {local}; get it: {shlex.join(get)}")
+                get = f"huggingface-cli download --repo-type dataset {path} --local-dir {shlex.quote(str(local))}"
+                raise UserError(f"--data_dir: there is no {local}; get it: {get}")
             path = str(local)
         try:
             return original(path, *args, **kw)
@@ -257,7 +248,7 @@ def find_below(folder: Path, files: Any) -> Any:
         return [find_below(folder, f) for f in files]
     if not (folder / files).is_file():
         owner = "/".join(Path(files).parts[:2])  # of the repository, in our own tasks
-        clone = shlex.join(["git", "clone", f"https://github.com/{owner}", str(folder / owner)])
+        clone = f"git clone https://github.com/{owner} {shlex.quote(str(folder / owner))}"
         raise UserError(f"--data_dir: there is no {folder / files}, which a task reads; for its own tasks: {clone}")
     return str(folder / files)
 
@@ -284,15 +275,14 @@ def catalogue(folders: tuple[Path, ...], everything: bool) -> Any:
 def load(names: tuple[str, ...], data_dir: str | None, num_fewshot: int | None) -> dict[str, Any]:
     """{name: the harness's task or group}, questions read; a file has the name that is in it.
 
-    A file is a program: its templates, its includes and its !function run. num_fewshot is only a part of the cache's
-    key: the harness writes it into the tasks.
+    A file is a program: its !function, templates and includes run. num_fewshot is only part of the cache's key: the
+    harness writes it into the tasks.
     """
     if data_dir is not None and not Path(data_dir).is_dir():
         raise UserError(f"--data_dir {data_dir}: is no folder; expected one with local copies of the tasks' datasets")
     files = {n: Path(n) for n in names if n.endswith(".yaml")}
-    for f in files.values():
-        if not f.is_file():
-            raise UserError(f"--tasks {f}: there is no such file; expected a YAML file, or a task's name")
+    if missing := [n for n, f in files.items() if not f.is_file()]:
+        raise UserError(f"--tasks {missing[0]}: there is no such file; expected a YAML file, or a task's name")
     with harness_errors(names):
         named = {n: load_yaml(files[n], resolve_func=False) if n in files else {"task": n} for n in names}
         wanted = [y.get("group") or y["task"] for y in named.values()]
@@ -345,12 +335,9 @@ def headline(metrics: dict[str, Any]) -> Result:
     key = next((k for first in HEADLINE for k in keys if first in (k, k.split(",")[0])), keys[0])
     metric, _, how = key.partition(",")
     se = metrics.get(f"{metric}_stderr,{how}")
-    return {
-        "value": float(metrics[key]),
-        "se": float(se) if isinstance(se, float) and math.isfinite(se) else None,
-        "metric": metric if how == "none" else f"{metric} ({how})",
-        "n": metrics["sample_len"],
-    }
+    se = float(se) if isinstance(se, float) and math.isfinite(se) else None
+    name = metric if how == "none" else f"{metric} ({how})"
+    return {"value": float(metrics[key]), "se": se, "metric": name, "n": metrics["sample_len"]}
 
 
 def evaluate(
@@ -399,10 +386,8 @@ def table(title: str, labels: list[str], rows: list[tuple[list[str], Results]]) 
 
 def row_names(run: Path, versions: Versions) -> dict[str, str]:
     """{folder: PTFS, CPT or Ours} in this order; with its schedule if there are several, and (SFT) if fine-tuned."""
-    kinds = {}
-    for folder, found in versions.items():
-        last = found[max(found)]
-        kinds[folder] = runs.paradigm(run, last), runs.is_fine_tuned(checkpoint.read_meta(last))
+    last = {folder: found[max(found)] for folder, found in versions.items()}
+    kinds = {f: (runs.paradigm(run, p), runs.is_fine_tuned(checkpoint.read_meta(p))) for f, p in last.items()}
     names = {}
     for folder, (kind, tuned) in sorted(kinds.items(), key=lambda item: ([*NAMES, ""].index(item[1][0]), item[0])):
         several = list(kinds.values()).count((kind, tuned)) > 1
@@ -415,9 +400,7 @@ def main() -> None:
     a = Parser(prog="python -m tools.harness", description=__doc__)
     a.add_checkpoints()
     a.add_argument("--tasks", metavar="NAME,..", required=True, help="of the harness, of configs/tasks, or YAML files")
-    a.add_argument(
-        "--data_dir", metavar="DIR", help="copies of the datasets, each in DIR/its name on the hub [the hub]"
-    )
+    a.add_argument("--data_dir", metavar="DIR", help="copies of datasets, each in DIR/its name on the hub [the hub]")
     a.add_argument("--limit", type=int, help="the first questions of each task only, as a trial")
     a.add_argument("--num_fewshot", type=int, help="examples before each question [as the task says]")
     a.add_argument("--batch", type=int, default=16, help="rows side by side [16]")
@@ -463,9 +446,7 @@ def print_results(known: dict[Path, Results], versions: Versions | None, run: Pa
         title, labels = f"Downstream tasks: {run}", ["Ver.", "TP"]
         names = row_names(run, versions)
         every = sorted({v for vs in versions.values() for v in vs})
-        rows = [
-            ([f"V{v}", name], known[versions[n][v]]) for v in every for n, name in names.items() if v in versions[n]
-        ]
+        rows = [([f"V{v}", names[n]], known[versions[n][v]]) for v in every for n in names if v in versions[n]]
     record = table(title, labels, rows)
     lines = ["| " + " | ".join(row) + " |" for row in (record["header"], *record["rows"])]
     lines.insert(1, "|" + " --- |" * len(labels) + " ---: |" * (len(record["header"]) - len(labels)))

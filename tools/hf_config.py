@@ -43,25 +43,12 @@ def to_config(c: config.Model) -> dict[str, Any]:
     own: dict[str, Any] = {"attention_bias": False, "mlp_bias": False, "head_dim": c.hidden // c.n_head}
     if c.qkv_bias:
         own = {"use_sliding_window": False, "sliding_window": None}
-    return {
-        "architectures": [kind],
-        "model_type": SERVED[kind],
-        **own,
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden,
-        "intermediate_size": c.ffn or 4 * c.hidden,
-        "num_hidden_layers": c.n_layer,
-        "num_attention_heads": c.n_head,
-        "num_key_value_heads": c.n_kv_head or c.n_head,
-        "hidden_act": "silu",
-        "max_position_embeddings": c.context,
-        "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope_theta,
-        "rope_scaling": scaling,
-        "tie_word_embeddings": c.tied,
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-    }
+    widths = {"hidden_size": c.hidden, "intermediate_size": c.ffn or 4 * c.hidden, "vocab_size": c.vocab_size}
+    heads = {"num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head or c.n_head}
+    depth = {"num_hidden_layers": c.n_layer, "max_position_embeddings": c.context, "tie_word_embeddings": c.tied}
+    rope = {"rope_theta": c.rope_theta, "rope_scaling": scaling}
+    fixed = {"hidden_act": "silu", "attention_dropout": 0.0, "initializer_range": 0.02, "rms_norm_eps": c.norm_eps}
+    return {"architectures": [kind], "model_type": SERVED[kind], **own, **widths, **heads, **depth, **rope, **fixed}
 
 
 @dataclass

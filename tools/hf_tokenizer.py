@@ -2,8 +2,6 @@
 
 import json
 import re
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -71,26 +69,19 @@ def to_tokenizer_json(tok: Tokenizer) -> dict[str, Any]:
     bpe = dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
     bpe |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": not plain}
     vocab = {spell(token): rank for token, rank in ranks.items()} | dict(added)
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": text, **flags} for text, i in added],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": before},
-        "post_processor": None,
-        "decoder": level,
-        "model": {"type": "BPE", **bpe, "vocab": vocab, "merges": merges},
-    }
+    tokens = [{"id": i, "content": text, **flags} for text, i in added]
+    first = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": tokens, "normalizer": None}
+    last = {"decoder": level, "model": {"type": "BPE", **bpe, "vocab": vocab, "merges": merges}}
+    return {**first, "pre_tokenizer": {"type": "Sequence", "pretokenizers": before}, "post_processor": None, **last}
 
 
 def end_ids(tok: Tokenizer, chat: bool) -> list[int]:
-    """Ids that end an answer: after training on messages (`chat`) ours, else those of an imported generation_config."""
-    theirs = json_object(Path(tok.name) / "generation_config.json") if tok.is_folder and not chat else {}
-    given = theirs.get("eos_token_id")
-    found = [i for i in (given if isinstance(given, list) else [given]) if type(i) is int]
-    message = tok.special(END) if chat else None
-    return found or [tok.eot] + ([] if message is None else [message])
+    """Ids that end an answer: as an imported generation_config.json says, but ours after training on messages."""
+    found = [tok.eot, tok.special(END)] if chat else [tok.eot]
+    if tok.is_folder and not chat:
+        given = json_object(Path(tok.name) / "generation_config.json").get("eos_token_id", tok.eot)
+        found = given if isinstance(given, list) else [given]
+    return [i for i in found if type(i) is int]
 
 
 def write_tokenizer(tok: Tokenizer, folder: Path, chat: bool) -> None:
@@ -98,12 +89,11 @@ def write_tokenizer(tok: Tokenizer, folder: Path, chat: bool) -> None:
 
     chat: the model was trained on messages, so our template is written, in place of an imported one.
     """
-    end = "<|endoftext|>"
     if tok.is_folder:
         copy_tokenizer(Path(tok.name), folder)
-        end = tok.hf.id_to_token(tok.eot)
     else:
         write_text(folder / "tokenizer.json", json.dumps(to_tokenizer_json(tok), ensure_ascii=False))
+    end = tok.hf.id_to_token(tok.eot) if tok.hf else "<|endoftext|>"
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "model_max_length": 10**30}
     settings |= {"clean_up_tokenization_spaces": False}
     generation = {"bos_token_id": None, "eos_token_id": tok.eot, "pad_token_id": tok.eot}
@@ -119,10 +109,7 @@ def write_tokenizer(tok: Tokenizer, folder: Path, chat: bool) -> None:
 
 
 def check_tokenizer(tok: Tokenizer, folder: Path) -> None:
-    """UserError if a written tokenizer gives other ids than `tok`. Needs the package tokenizers, else only warns."""
-    if find_spec("tokenizers") is None:
-        print("huggingface: the package tokenizers is missing: the exported tokenizer is not checked", file=sys.stderr)
-        return
+    """UserError if a written tokenizer gives other ids than `tok`, or the package tokenizers is missing."""
     written = Tokenizer(str(folder))
     for sample in SAMPLES:
         if written.encode(sample) != tok.encode(sample) or written.eot != tok.eot:

@@ -57,8 +57,8 @@ def import_model(source: str, out: str, quiet: bool = False) -> Path:
     made = checkpoint.path(target / "import", 0)
     if not quiet:
         print(f"{made}: {size:,} parameters, {len(headers)} tensors of {folder}")
-        go_on = shlex.join(["python", "train.py", "--config", str(target / "model.toml"), "--mode", "main"])
-        print(f"Go on with: {go_on} (its data: see that file)")
+        file = shlex.quote(str(target / "model.toml"))
+        print(f"Go on with: python train.py --config {file} --mode main (its data: see that file)")
     return made
 
 
@@ -77,7 +77,8 @@ def model_toml(c: config.Config, source: str) -> str:
     shape = "".join(f"{k} = {json.dumps(v)}\n" for k, v in keys.items() if k != "context")
     batch = context * max(1, 65536 // context)
     text = functools.partial(json.dumps, ensure_ascii=False)
-    prepare = f"python data.py prepare --out .. --tokenizer {shlex.quote(c.data.path)} --source .."
+    tokenizer = " ".join(shlex.quote(c.data.path).splitlines())  # a comment has one line
+    prepare = f"python data.py prepare --out .. --tokenizer {tokenizer} --source .."
     return f"""# A released model, by huggingface import of {json.dumps(source)}
 out = {text(c.out)}
 
@@ -106,11 +107,9 @@ def export_model(source: str, out: str, data: str | None = None, quiet: bool = F
         net, _ = load_model(path, torch.device("cpu"))
         c = net.config
         checkpoint.check_space(target.parent, 4 * c.parameters)
-        chat = held_messages(meta["data"])
-        if chat is None:
-            kept = "the template that came with its base" if tok.is_folder else "a ChatML template"
+        if (chat := held_messages(meta["data"])) is None:
+            kept, chat = ("the template of its base", False) if tok.is_folder else ("a ChatML template", True)
             print(f"huggingface: {path} does not say if it was trained on messages; written: {kept}", file=sys.stderr)
-            chat = not tok.is_folder
         write_tokenizer(tok, work, chat)
         tensors = to_hf(c, {name: p.detach() for name, p in net.named_parameters()})
         try:

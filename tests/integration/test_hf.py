@@ -6,6 +6,7 @@ import lzma
 import os
 import pickle
 import random
+import shlex
 import shutil
 import sys
 
@@ -426,7 +427,7 @@ def test_a_template_that_was_not_trained_is_not_exported(name, seen, tmp_path, d
     assert said.count("does not say if it was trained on messages") == older == len(said.splitlines())
     generation = json.loads((out / "generation_config.json").read_text())
     if tok.is_folder:
-        assert theirs.chat_template == "older still" and ("that came with its base" in said) == older
+        assert theirs.chat_template == "older still" and ("the template of its base" in said) == older
         assert generation == {"eos_token_id": 300, "temperature": 0.6}
         settings = json.loads((tmp_path / "tok" / "tokenizer_config.json").read_text(encoding="utf-8-sig"))
         assert json.loads((out / "tokenizer_config.json").read_text()) == settings
@@ -812,6 +813,29 @@ def test_what_cannot_be_imported_is_refused_by_name(tmp_path, monkeypatch, capsy
         and said.startswith("huggingface: error: ")
     ), said
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_a_byte_order_mark_is_read(plain, tmp_path, name):
+    shutil.copytree(plain, tmp_path / "hf")
+    index()(tmp_path / "hf")
+    file = tmp_path / "hf" / name
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    marked = huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True)
+    bare = huggingface.import_model(str(plain), str(tmp_path / "y"), quiet=True)
+    assert all(torch.equal(w, tensors(bare)[k]) for k, w in tensors(marked).items())
+
+
+@pytest.mark.parametrize("name", ["a b $c 'd'", "two\nlines"])
+def test_printed_commands_are_quoted(plain, tmp_path, name, monkeypatch, capsys):
+    out = tmp_path / name
+    monkeypatch.setattr(sys, "argv", ["huggingface", "import", str(plain), "--out", str(out)])
+    huggingface.main()
+    words = shlex.split(capsys.readouterr().out.partition("Go on with: ")[2])
+    assert words[2:6] == ["--config", str(out / "model.toml"), "--mode", "main"]
+    assert config.load(str(out / "model.toml")).out == str(out)
+    comment = next(line for line in (out / "model.toml").read_text().splitlines() if "--tokenizer" in line)
+    assert shlex.split(comment.partition("--tokenizer")[2])[0] == str(out / "tokenizer").replace("\n", " ")
 
 
 def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path, second_save_fails, data_of, plain):

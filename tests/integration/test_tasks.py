@@ -107,7 +107,7 @@ def test_log_likelihoods_equal_those_of_the_harness(pair):
     ids = pair[0].tok_encode("The whale")
     best = pair[0].net(torch.tensor([ids]))[0, -1].argmax().item()
     assert pair[0]._loglikelihood_tokens([(None, ids, [best]), (None, ids, [best ^ 1])])[0][1] is True
-    with pytest.raises(UserError, match="t, question 7 .from 0.: an answer of 97 tokens, a context of 96"):
+    with pytest.raises(UserError, match="t, question 7 .from 0.: an answer 'y* of 97 tokens, expected 1 to 96"):
         pair[0].loglikelihood(requests(("x", "y" * 97)))
 
 
@@ -193,7 +193,9 @@ def test_an_answer_or_text_of_nothing_is_refused(exported):
     lm = exported[0]
     for asked in (("A?", ""), ("A? ", ""), ("", "")):
         for beside in ([], [("other", " words")]):
-            with pytest.raises(UserError, match="--tasks: t, question 7 .from 0.: the answer '' has no token") as e:
+            with pytest.raises(
+                UserError, match="--tasks: t, question 7 .from 0.: an answer '' of 0 tokens, expected 1 to"
+            ) as e:
                 lm.loglikelihood(requests(*beside, asked))
             assert len(str(e.value).splitlines()) == 1
     with pytest.raises(UserError, match="t, question 7 .from 0.: its text has no token to score"):
@@ -207,7 +209,7 @@ def test_a_task_with_an_empty_choice_is_refused_by_name(tmp_path, trained):
     write(tmp_path / "odd.yaml", {**task, "metric_list": [{"metric": "acc"}]})  # JSON is YAML
     questions = [{"text": "A?", "choices": ["a", "b"]}, {"text": "B?", "choices": ["b", ""]}]
     write(tmp_path / "odd.jsonl", *questions)
-    with pytest.raises(UserError, match="^--tasks: odd, question 1 .from 0.: the answer '' has no token"):
+    with pytest.raises(UserError, match="^--tasks: odd, question 1 .from 0.: an answer '' of 0 tokens, expected 1 to"):
         harness.evaluate(trained, [str(tmp_path / "odd.yaml")], CPU, data_dir=str(tmp_path))
     # the first question alone: a score without a standard error
     found = harness.evaluate(trained, [str(tmp_path / "odd.yaml")], CPU, data_dir=str(tmp_path), limit=1)
@@ -519,6 +521,13 @@ def test_the_harness_has_the_papers_tasks_and_loads_local_copies(tmp_path):
         (["--tasks", "c3", "--data_dir", "nowhere"], "--data_dir nowhere: is no folder"),
         (["--tasks", "c3", "--data_dir", FIXTURES], "--repo-type dataset clue/clue --local-dir"),
         (["--tasks", "csl", "--data_dir", FIXTURES], "git clone https://github.com/ydli-ai/CSL"),
+        (["--tasks", "c3", "--data_dir", "{spaced}"], "--local-dir '{spaced}/clue/clue'"),
+        (
+            ["--tasks", "csl", "--data_dir", "{spaced}"],
+            "git clone https://github.com/ydli-ai/CSL '{spaced}/ydli-ai/CSL'",
+        ),
+        (["--tasks", "c3", "--limit", "9" * 200], "--limit: got 99999999999999999999, expected 1 or more, below 10^12"),
+        (["--tasks", "c3", "--num_fewshot", str(10**12)], "--num_fewshot: got 1000000000000, expected 0 or more"),
         (["--tasks", "csl"], "--data_dir: not given, but a task reads"),
         (["--tasks", "c3"], "the dataset clue/clue cannot be read"),
         (["--tasks", ","], "--tasks: got no name"),
@@ -531,6 +540,8 @@ def test_the_harness_has_the_papers_tasks_and_loads_local_copies(tmp_path):
 )
 def test_bad_input(tmp_path, monkeypatch, capsys, args, words):
     (tmp_path / "meta.json").write_text("{}")  # no model is read before all this is known
+    (spaced := tmp_path / "a b").mkdir()
+    args, words = [str(a).replace("{spaced}", str(spaced)) for a in args], words.replace("{spaced}", str(spaced))
     if "is no checkpoint" in words:
         (tmp_path / "meta.json").unlink()
         args, tmp_path = [tmp_path, *args], FIXTURES
