@@ -73,7 +73,7 @@ def read_json(file: Path, unhashed: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def read_toml(flag: str, name: str, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """A .toml file, or the one of this name in `folder`, and its content. UserError if there is none or it is damaged."""
+    """(file, content) of a .toml file, or of the one of this name in `folder`. UserError if it cannot be read."""
     file = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
     if not file.is_file():
         have = ", ".join(sorted(f.stem for f in folder.glob("*.toml")))
