@@ -8,12 +8,12 @@ resumed run may change it, since no result depends on it.
 import difflib
 import json
 import math
-import tomllib
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError
+from runtime.files import read_toml
 from schedule import Plan, Segment, key, parse, plan, type_name, typed
 
 
@@ -141,15 +141,7 @@ def load(name: str, overrides: dict[str, str] | None = None, unknown: list[str] 
 
     UserError lists every problem, also the arguments that the command line could not place (`unknown`).
     """
-    folder = Path(__file__).parent / "configs"
-    file = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
-    if not file.is_file():
-        have = ", ".join(sorted(f.stem for f in folder.glob("*.toml")))
-        raise UserError(f"--config {name}: there is no {file}; expected a .toml file or one of {have}")
-    try:
-        tree = tomllib.loads(file.read_text("utf-8-sig"))
-    except (ValueError, RecursionError) as e:  # not TOML, not UTF-8
-        raise UserError(f"{file}: not TOML: {e}") from None
+    file, tree = read_toml("--config", name, Path(__file__).parent / "configs")
     given: list[tuple[str, str, Any, Any]]  # where, key, value, its reader
     given = [(str(file), k, v, typed) for k, v in tree.items() if not isinstance(v, dict)]
     given += [(str(file), f"{s}.{k}", v, typed) for s, t in tree.items() if isinstance(t, dict) for k, v in t.items()]

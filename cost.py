@@ -16,7 +16,7 @@ from typing import Any
 import config
 import schedule
 from config import Config
-from runtime.command_line import Parser
+from runtime.command_line import Parser, aligned
 from runtime.errors import UserError, user_errors
 
 PEAK = 989e12  # FLOP/s of an H100 in bf16
@@ -66,13 +66,12 @@ def main() -> None:
         f"{parameters:,} parameters, {flops / 1e9:.4g} GFLOP a token, {c.train.batch_tokens:,} tokens a step; "
         f"counted as in {o.convention}"
     )
-    price = f" {'price':>12}" if o.price else ""
-    sums = f"{'tokens':>10} {'FLOPs':>10} {'GPU-hours':>11}{price}"
-    print(f"{'paradigm':8} {'steps':>10} {'in T':>8} {'relative':>9} {sums}")
+    lines = [["paradigm", "steps", "in T", "relative", "tokens", "FLOPs", "GPU-hours", *["price"] * bool(o.price)]]
     for r in rows:
-        price = f" {r['price']:12,.0f}" if o.price else ""
-        sums = f"{r['tokens']:10.4g} {r['flops']:10.4g} {r['gpu_hours']:11,.4g}{price}"
-        print(f"{r['paradigm']:8} {r['steps']:10,} {r['T']:7.4g}T {r['relative']:8.2f}x {sums}")
+        sums = [f"{r['tokens']:.4g}", f"{r['flops']:.4g}", f"{r['gpu_hours']:,.4g}"]
+        price = [f"{r['price']:,.0f}"] * bool(o.price)
+        lines.append([r["paradigm"], f"{r['steps']:,}", f"{r['T']:.4g}T", f"{r['relative']:.2f}x", *sums, *price])
+    print(aligned(lines))
     print(f"GPU-hours at {o.mfu:.0%} of {o.peak:.4g} FLOP/s")
 
 

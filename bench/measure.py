@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import config
+from runtime.command_line import aligned
 from runtime.errors import UserError
 
 Row = dict[str, Any]
@@ -99,10 +100,7 @@ def require(what: str, need: float, have: float, fix: str) -> None:
 def table(rows: list[Row]) -> None:
     """Print one line a row, a column for each key that has a number or a text in some row."""
     keys = list(dict.fromkeys(k for row in rows for k, v in row.items() if isinstance(v, (str, int, float))))
-    lines = [keys] + [[text(row.get(k)) for k in keys] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print(aligned([keys, *([text(row.get(k)) for k in keys] for row in rows)]))
 
 
 def text(value: Any) -> str:

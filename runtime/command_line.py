@@ -69,3 +69,9 @@ def this_command(**changes: object) -> str:
         skip = not skip and "=" not in a
     options = [word for k, v in changes.items() for word in (f"--{k}", str(v))]
     return shlex.join(["python", "train.py", *argv, *options])
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """A table as text: the first column flush left, the others right."""
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return "\n".join("  ".join([name.ljust(first), *map(str.rjust, cells, widths)]) for name, *cells in rows)

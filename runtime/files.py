@@ -8,12 +8,13 @@ import secrets
 import shutil
 import stat
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from runtime.errors import Taken
+from runtime.errors import Taken, UserError
 
 LIMIT = 1 << 26  # bytes of a JSON or rank file; Llama 3's tokenizer.json has 17 MB
 STALE = 3600  # seconds after which a partial file is one that a killed process left
@@ -69,6 +70,18 @@ def read_json(file: Path, unhashed: tuple[str, ...] = ()) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("hash") != content_hash(content, unhashed):
         raise ValueError("its hash does not fit its content")
     return content
+
+
+def read_toml(flag: str, name: str, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """(file, content) of a .toml file, or of the one of this name in `folder`. UserError if it cannot be read."""
+    file = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
+    if not file.is_file():
+        have = ", ".join(sorted(f.stem for f in folder.glob("*.toml")))
+        raise UserError(f"{flag} {name}: there is no {file}; expected a .toml file or one of {have}")
+    try:
+        return file, tomllib.loads(file.read_text("utf-8-sig"))
+    except (ValueError, RecursionError) as e:  # not TOML, not UTF-8
+        raise UserError(f"{file}: not TOML: {e}") from None
 
 
 def content_hash(content: dict[str, Any], unhashed: tuple[str, ...] = ()) -> str:
