@@ -71,12 +71,15 @@ Versions = dict[str, dict[int, Path]]  # the finished versions of a run, by fold
 class LM(TemplateLM):
     """A model, whole on this rank, that answers `batch` rows side by side. T = context, N = scored tokens."""
 
+    eot_token_id = None  # abstract in TemplateLM; for its own loglikelihood, which is replaced here
+
     def __init__(
         self, net: llama.Transformer, tok: Tokenizer, batch: int, rank: int = 0, ranks: int = 1, chat: bool = False
     ) -> None:
         super().__init__()
         self.net, self.tok, self.batch, self.max_length = net, tok, batch, net.config.context
         self._rank, self._world_size, self._device = rank, ranks, net.embed.weight.device
+        self.bar = functools.partial(tqdm, unit="request", disable=True if rank else None, delay=2, leave=False)
         self.end = tok.hf.id_to_token(tok.eos) if tok.hf else "<|endoftext|>"
         self.ends = {tok.eot, tok.eos, *end_ids(tok, chat)}  # of an answer
         self.before: list[int] = []  # what the tokenizer puts before every text
@@ -85,18 +88,11 @@ class LM(TemplateLM):
             self.before = text.ids[: text.special_tokens_mask.index(0)]
         self.drawn = 0  # batches drawn at random: each has a seed of its own
 
-    @property
-    def eot_token_id(self) -> int:
-        return self.tok.eos
-
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kw: Any) -> list[int]:
         return self.before + self.tok.encode(string)
 
     def tok_decode(self, ids: list[int]) -> str:
         return self.tok.hf.decode(ids, skip_special_tokens=True) if self.tok.hf else self.tok.decode(ids)
-
-    def bar(self, total: int, what: str) -> Any:
-        return tqdm(total=total, desc=what, unit="request", disable=True if self.rank else None, delay=2, leave=False)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return self._loglikelihood_tokens([self.split(r) for r in requests])
@@ -126,7 +122,7 @@ class LM(TemplateLM):
             asked.setdefault(tuple((context + continuation)[-self.max_length - 1 : -1]), []).append(i)
         order = sorted(asked, key=len, reverse=True)  # the largest batch comes first, should memory not suffice
         found = [(0.0, True)] * len(requests)
-        with self.bar(len(requests), "log-likelihoods") as bar:
+        with self.bar(total=len(requests), desc="log-likelihoods") as bar:
             for start in range(0, len(order), self.batch):
                 part = order[start : start + self.batch]
                 T = len(part[0])
@@ -168,7 +164,7 @@ class LM(TemplateLM):
         for i, r in enumerate(requests):
             ids = self.tok_encode(r.args[0]) or [self.tok.start]
             alike.setdefault(json.dumps(r.args[1], sort_keys=True), []).append((ids, i))
-        with self.bar(len(requests), "answers") as bar:
+        with self.bar(total=len(requests), desc="answers") as bar:
             for settings, rows in alike.items():
                 how = normalize_gen_kwargs(json.loads(settings), NEW)
                 until = [s for s in handle_stop_sequences(how["until"], eos=self.end) if s]
@@ -201,8 +197,7 @@ class LM(TemplateLM):
         dist.gather_object(obj, parts, dst)
         return parts
 
-    def barrier(self) -> None:
-        dist.barrier()
+    barrier = staticmethod(dist.barrier)
 
 
 def problem(r: Any, what: str) -> UserError:
@@ -409,9 +404,8 @@ def main() -> None:
         if (value := getattr(o, key)) is not None and not low <= value < 10**12:
             raise UserError(f"--{key}: got {str(value)[:20]}, expected {low} or more, below 10^12")
     world = distributed.world_from_environment()
-    device = pick_device(o.device, world.local_rank)
-    world = replace(world, device=device)
-    steady_malloc(device)
+    world = replace(world, device=pick_device(o.device, world.local_rank))
+    steady_malloc(world.device)
     if world.ranks > 1:
         distributed.join(world, 1800)
     names = list(dict.fromkeys(n for n in o.tasks.split(",") if n))
@@ -423,7 +417,7 @@ def main() -> None:
     paths = list(dict.fromkeys(p for vs in versions.values() for p in vs.values()) if versions else o.path)
     known: dict[Path, Results] = {}
     for p in paths:
-        known[p] = evaluate(p, names, device, o.data, o.data_dir, o.limit, o.num_fewshot, o.batch)
+        known[p] = evaluate(p, names, world.device, o.data, o.data_dir, o.limit, o.num_fewshot, o.batch)
         if world.rank == 0:
             se = {n: "" if r["se"] is None else f" (SE {r['se']:.2g})" for n, r in known[p].items()}
             said = ", ".join(f"{n} {r['value']:.4g}{se[n]}" for n, r in known[p].items())

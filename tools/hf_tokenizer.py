@@ -46,19 +46,16 @@ def to_tokenizer_json(tok: Tokenizer) -> dict[str, Any]:
     A token that is a whole word is taken at once (ignore_merges), as tiktoken does. Special tokens are in the
     vocabulary too, which keeps their ids if there are gaps. Text never becomes one: the pattern cuts it.
     """
-    char = unicode_of_bytes()
-
-    def spell(b: bytes) -> str:
-        return "".join(char[i] for i in b)
-
     plain = tok.name == "bytes"
     ranks = {bytes([i]): i for i in range(256)} if plain else tok.encoding._mergeable_ranks
     ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
     special = {"<|endoftext|>": 256} if plain else tok.encoding._special_tokens
+    char = unicode_of_bytes()
+    spelled = {token: token.decode("latin-1").translate(char) for token in ranks}
     merges = []
     for token in ranks:
         cuts = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
-        merges += [[spell(a), spell(b)] for a, b in sorted(cuts, key=lambda cut: (ranks[cut[0]], ranks[cut[1]]))]
+        merges += [[spelled[a], spelled[b]] for a, b in sorted(cuts, key=lambda cut: (ranks[cut[0]], ranks[cut[1]]))]
     level: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     before = [level]
     if not plain:
@@ -68,7 +65,7 @@ def to_tokenizer_json(tok: Tokenizer) -> dict[str, Any]:
     added = sorted(special.items(), key=lambda item: item[1])
     bpe = dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
     bpe |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": not plain}
-    vocab = {spell(token): rank for token, rank in ranks.items()} | dict(added)
+    vocab = {spelled[token]: rank for token, rank in ranks.items()} | dict(added)
     tokens = [{"id": i, "content": text, **flags} for text, i in added]
     first = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": tokens, "normalizer": None}
     last = {"decoder": level, "model": {"type": "BPE", **bpe, "vocab": vocab, "merges": merges}}
@@ -77,18 +74,14 @@ def to_tokenizer_json(tok: Tokenizer) -> dict[str, Any]:
 
 def end_ids(tok: Tokenizer, chat: bool) -> list[int]:
     """Ids that end an answer: as an imported generation_config.json says, but ours after training on messages."""
-    found = [tok.eot, tok.special(END)] if chat else [tok.eot]
+    found: Any = [tok.eot, tok.special(END)] if chat else tok.eot
     if tok.is_folder and not chat:
-        given = json_object(Path(tok.name) / "generation_config.json").get("eos_token_id", tok.eot)
-        found = given if isinstance(given, list) else [given]
-    return [i for i in found if type(i) is int]
+        found = json_object(Path(tok.name) / "generation_config.json").get("eos_token_id", tok.eot)
+    return [i for i in (found if isinstance(found, list) else [found]) if type(i) is int]
 
 
 def write_tokenizer(tok: Tokenizer, folder: Path, chat: bool) -> None:
-    """Write the tokenizer as AutoTokenizer reads it, an imported one with the files that came with it.
-
-    chat: the model was trained on messages, so our template is written, in place of an imported one.
-    """
+    """Write the tokenizer as AutoTokenizer reads it, an imported one with its files; `chat`: with our template."""
     if tok.is_folder:
         copy_tokenizer(Path(tok.name), folder)
     else:

@@ -77,8 +77,7 @@ def model_toml(c: config.Config, source: str) -> str:
     shape = "".join(f"{k} = {json.dumps(v)}\n" for k, v in keys.items() if k != "context")
     batch = context * max(1, 65536 // context)
     text = functools.partial(json.dumps, ensure_ascii=False)
-    tokenizer = " ".join(shlex.quote(c.data.path).splitlines())  # a comment has one line
-    prepare = f"python data.py prepare --out .. --tokenizer {tokenizer} --source .."
+    prepare = f"python data.py prepare --out .. --tokenizer {shlex.quote(c.data.path)} --source .."
     return f"""# A released model, by huggingface import of {json.dumps(source)}
 out = {text(c.out)}
 
@@ -86,7 +85,7 @@ out = {text(c.out)}
 {shape}context = {context} # at most {m.context}; shorter sequences may be trained
 
 [data]
-path = {text(f"data/{Path(c.out).name}")} # {prepare}
+path = {text(f"data/{Path(c.out).name}")} # {" ".join(prepare.splitlines())}
 
 [plan]
 max_lr = 1e-4 # of a model that has learned already; see also steps, warmup
