@@ -118,6 +118,7 @@ BEGINNINGS = {  # files beside tokenizer.json, the token that its post-processor
     "bos, not added": ({"bos_token": BEGIN, "eos_token": MESSAGE}, None, BEGIN),
     "qwen": ({"bos_token": None, "eos_token": MESSAGE}, None, MESSAGE),
     "older files": ({}, BEGIN, BEGIN),
+    "trained on messages": ({"eos_token": END}, None, END),
 }
 
 
@@ -137,7 +138,10 @@ def exported(request, tmp_path_factory):
         (folder / "tok" / "generation_config.json").write_text(json.dumps({"eos_token_id": [256 + 2, 256 + 3]}))
     if not settings and before:
         (folder / "tok" / "special_tokens_map.json").write_text(json.dumps({"bos_token": BEGIN, "eos_token": END}))
-    made, tok, net = checkpoint_of(folder, named, named, noise=0.3)
+    chat = request.param == "trained on messages"
+    if chat:
+        (folder / "tok" / "generation_config.json").write_text(json.dumps({"eos_token_id": 256 + 2}))
+    made, tok, net = checkpoint_of(folder, named, named, noise=0.3, seen={"examples": "1", "chat": chat})
     assert tok.start == tok.special(start)
     theirs = HFLM(
         pretrained=str(huggingface.export_model(str(made), str(folder / "hf"), quiet=True)),
@@ -146,7 +150,7 @@ def exported(request, tmp_path_factory):
         max_length=96,
         device="cpu",
     )
-    return harness.LM(net, tok, 3), theirs
+    return harness.LM(net, tok, 3, chat=chat), theirs
 
 
 def test_texts_begin_as_in_the_harness(exported):
