@@ -119,16 +119,17 @@ def write_examples(files: list[Path], tok: Tokenizer, folder: Path, quiet: bool)
 def encode(batch: list[list[Piece]], tok: Tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
     """(token ids, is each part of a response?) of each example."""
     markers = {str(m): i for m in (START, END) if (i := tok.special(m)) is not None}
-    if len(markers) < 2:  # then they are text, which is encoded with its neighbours: a token may span both
-        markers = {}
-        batch = [[("".join(t for t, _ in run), r) for r, run in itertools.groupby(e, lambda p: p[1])] for e in batch]
-    encoded = iter(tok.encode_many([text for pieces in batch for text, _ in pieces], os.cpu_count() or 1))
-    for pieces in batch:
+    token: Any = Marker if len(markers) == 2 else ()  # else markers are text, too
+    # texts side by side are encoded together, as the template gives them: a token may span both
+    runs = [itertools.groupby(e, lambda p: (p[1], isinstance(p[0], token))) for e in batch]
+    joined = [[("".join(t for t, _ in run), learned, marker) for (learned, marker), run in e] for e in runs]
+    encoded = iter(tok.encode_many([text for pieces in joined for text, _, _ in pieces], os.cpu_count() or 1))
+    for pieces in joined:
         ids: list[int] = []
         loss: list[bool] = []
-        for text, learned in pieces:
+        for text, learned, marker in pieces:
             plain = next(encoded)
-            new = [markers[text]] if markers and isinstance(text, Marker) else plain
+            new = [markers[text]] if marker else plain
             ids += new
             loss += [learned] * len(new)
         yield [*ids, tok.eot], [*loss, True]

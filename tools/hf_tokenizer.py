@@ -7,7 +7,7 @@ from typing import Any
 
 from runtime.errors import UserError
 from runtime.files import write_text
-from text.examples import END
+from text.examples import END, START
 from text.tokenizer import Tokenizer, copy_tokenizer, json_object
 
 # ChatML: role and content of each message
@@ -74,7 +74,8 @@ def to_tokenizer_json(tok: Tokenizer) -> dict[str, Any]:
 
 def end_ids(tok: Tokenizer, chat: bool) -> list[int]:
     """Ids that end an answer: as an imported generation_config.json says, but ours after training on messages."""
-    found: Any = [tok.eot, tok.special(END)] if chat else tok.eot
+    markers = [tok.hf.token_to_id(m) for m in (START, END)] if chat and tok.hf else [None]
+    found: Any = tok.eot if None in markers else [tok.eot, markers[1]]
     if tok.is_folder and not chat:
         found = json_object(Path(tok.name) / "generation_config.json").get("eos_token_id", tok.eot)
     return [i for i in (found if isinstance(found, list) else [found]) if type(i) is int]

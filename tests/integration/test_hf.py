@@ -360,7 +360,7 @@ TALK = [
     {"role": "system", "content": "Sums."},
     {"role": "user", "content": "2 + 2?"},
     {"role": "assistant", "content": "4"},
-    {"role": "user", "content": "And abab?"},
+    {"role": "user", "content": "\n\nAnd abab?"},  # a token can span two newlines
     {"role": "assistant", "content": "c"},
 ]
 TALKS, PAIRS = [{"prompt": "a", "response": "b"}, {"messages": TALK}], [{"prompt": "2 + 2 =", "response": " 4"}]
@@ -377,7 +377,7 @@ def tuned(folder, tok, records, parent=None):
 
 def base_files(folder, special):
     """A tokenizer with a template of its own, in both places where transformers looks for one."""
-    named = byte_level(folder, special, [("a", "b")], "<s>")
+    named = byte_level(folder, special, [("a", "b"), ("Ċ", "Ċ")], "<s>")
     settings = {"bos_token": {"__type": "AddedToken", "content": "<s>"}, "eos_token": END, "chat_template": "old"}
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8-sig")  # with a BOM
@@ -409,9 +409,9 @@ def test_the_exported_template_writes_the_tokens_of_training(name, tmp_path, dat
     assert asked == trained[:answer]
     whole = theirs.apply_chat_template(TALK, return_dict=False)
     assert whole == trained + tok.encode("\n")
-    markers = tok.special("<|im_end|>") is not None
+    message = tok.hf.token_to_id("<|im_end|>") if tok.hf else None
     generation = transformers.GenerationConfig.from_pretrained(out)
-    assert generation.eos_token_id == [tok.eot, *([tok.special("<|im_end|>")] if markers else [])]
+    assert generation.eos_token_id == [tok.eot, *([] if message is None else [message])]
     if tok.is_folder:  # the rest is as it came
         assert (theirs.bos_token, theirs.padding_side, generation.temperature) == ("<s>", "left", 0.6)
 

@@ -142,7 +142,7 @@ def exported(request, tmp_path_factory):
     if chat:
         (folder / "tok" / "generation_config.json").write_text(json.dumps({"eos_token_id": 256 + 2}))
     made, tok, net = checkpoint_of(folder, named, named, noise=0.3, seen={"examples": "1", "chat": chat})
-    assert tok.start == tok.special(start)
+    assert tok.start == tok.hf.token_to_id(start)
     theirs = HFLM(
         pretrained=str(huggingface.export_model(str(made), str(folder / "hf"), quiet=True)),
         dtype="float32",
