@@ -104,10 +104,7 @@ def check(o: argparse.Namespace, c: config.Config) -> None:
 
 def plot(result: Row, file: str) -> None:
     """Draw one bar a row: tokens/s of `step`, seconds forward and backward of `kernels`; in words the bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     key, unit = ("tokens_per_second", "tokens/s") if result["bench"] == "step" else ("both", "seconds, both passes")
     rows = [r for r in result["rows"] if r.get(key)][::-1]
@@ -116,7 +113,8 @@ def plot(result: Row, file: str) -> None:
     labels = [
         text(r[key]) + "".join(f"; missed {b['what']}" for b in r.get("bars", []) if not b["reached"]) for r in rows
     ]
-    figure, ax = plt.subplots(figsize=(9, 2 + len(rows) / 4), layout="constrained")
+    figure = Figure(figsize=(9, 2 + len(rows) / 4), layout="constrained")
+    ax = figure.subplots()
     drawn = ax.barh(names, [r[key] for r in rows], color=colors)
     ax.bar_label(drawn, labels, padding=3)
     ax.set(xmargin=0.3, xlabel=unit, title="\n".join([result["device"], *(show([b]) for b in result.get("bars", []))]))

@@ -17,18 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data import Tokens
-from runtime import checkpoint
+from runtime import checkpoint, distributed
 from runtime.checkpoint import Saver
-from runtime.distributed import (
-    RankLost,
-    World,
-    broadcast,
-    check_replicas,
-    local_part,
-    mean_over_ranks,
-    raise_on_all_ranks,
-    rank0_error,
-)
+from runtime.distributed import RankLost, World, mean_over_ranks, raise_on_all_ranks, rank0_error
 from runtime.errors import UserError, describe
 from runtime.logger import Log, read_log, warn
 from runtime.resume import Run
@@ -93,7 +84,7 @@ class Guard:
         losses: list[float] = []
         if run.config.train.spike is not None and world.rank == 0:
             losses = [r["loss"] for r in read_log(run.folder) if "loss" in r and r["step"] < start]
-        self.recent: deque[float] = deque(broadcast(losses[-20:], world.ranks), maxlen=20)
+        self.recent: deque[float] = deque(distributed.broadcast(losses[-20:], world.ranks), maxlen=20)
 
     def __enter__(self) -> "Guard":
         self.handlers = {n: signal.signal(n, self.on_signal) for n in SIGNALS}
@@ -158,6 +149,10 @@ class Guard:
             self.saver.wait()
         return checkpoint.last(self.run.folder)
 
+    def stopped(self, message: str) -> UserError:
+        """An error of all ranks, with the last checkpoint."""
+        return rank0_error(f"{message} {self.last_good()}", self.world)
+
     def skip_bad_step(self, step: int, loss: Tensor, norm: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """Let the device skip this update if loss or norm is not finite, or an earlier one was not."""
         self.numbers = mean_over_ranks(torch.stack([loss, norm]), self.world)
@@ -169,11 +164,8 @@ class Guard:
         """Wait for the device: the last step's loss and gradient norm. UserError if a step was not finite."""
         if (wrong := int(self.bad.item())) < self.never:
             loss, norm = self.bad_numbers.tolist()
-            raise rank0_error(
-                f"step {wrong}: loss {loss:.6g}, gradient norm {norm:.6g}: stopped before the update. "
-                f"{self.place(wrong)}; lower plan.max_lr or look at that text. {self.last_good()}",
-                self.world,
-            )
+            what = f"loss {loss:.6g}, gradient norm {norm:.6g}: stopped before the update. {self.place(wrong)}"
+            raise self.stopped(f"step {wrong}: {what}; lower plan.max_lr or look at that text.")
         loss, norm = self.numbers.tolist()
         return loss, norm
 
@@ -181,23 +173,17 @@ class Guard:
         """UserError if the loss is train.spike above the median of the last 20 logged losses; it needs at least 5."""
         spike = self.run.config.train.spike
         if spike is not None and len(self.recent) >= 5 and loss > (usual := statistics.median(self.recent)) + spike:
-            raise rank0_error(
-                f"step {step}: loss {loss:.4g}, more than train.spike = {spike:g} above {usual:.4g}, the median before"
-                f" it. {self.place(step)}. {self.last_good()}",
-                self.world,
-            )
+            what = f"more than train.spike = {spike:g} above {usual:.4g}, the median before it. {self.place(step)}"
+            raise self.stopped(f"step {step}: loss {loss:.4g}, {what}.")
         self.recent.append(loss)
 
     def check_weights(self, net: torch.nn.Module, shards: int, step: int) -> None:
         """UserError unless all copies of the weights are equal, and finite. `shards`: ranks that hold one copy."""
         gc.collect()
-        check_replicas(net, shards, self.world, step)
-        finite = torch.stack([local_part(w).isfinite().all() for w in net.parameters()]).all().float()
+        distributed.check_replicas(net, shards, self.world, step)
+        finite = torch.stack([distributed.local_part(w).isfinite().all() for w in net.parameters()]).all().float()
         if mean_over_ranks(finite, self.world) < 1:  # a finite gradient, and a step too large
-            raise rank0_error(
-                f"step {step}: weights that are not finite; not saved. Lower plan.max_lr. {self.last_good()}",
-                self.world,
-            )
+            raise self.stopped(f"step {step}: weights that are not finite; not saved. Lower plan.max_lr.")
 
     def place(self, step: int) -> str:
         """The batch of a step, in words."""
