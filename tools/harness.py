@@ -82,10 +82,8 @@ class LM(TemplateLM):
         self.bar = functools.partial(tqdm, unit="request", disable=True if rank else None, delay=2, leave=False)
         self.end = tok.hf.id_to_token(tok.eos) if tok.hf else "<|endoftext|>"
         self.ends = {tok.eot, tok.eos, *end_ids(tok, chat)}  # of an answer
-        self.before: list[int] = []  # what the tokenizer puts before every text
-        if tok.hf:
-            text = tok.hf.encode("a")
-            self.before = text.ids[: text.special_tokens_mask.index(0)]
+        text = tok.hf.encode("a") if tok.hf else None
+        self.before = text.ids[: text.special_tokens_mask.index(0)] if text else []  # what it puts before every text
         self.drawn = 0  # batches drawn at random: each has a seed of its own
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kw: Any) -> list[int]:
