@@ -9,7 +9,7 @@ independent, so a document is the unit, and two checkpoints are compared documen
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import data
 import kernels
 from model import Transformer
 from runtime import checkpoint
-from runtime.command_line import Parser
+from runtime.command_line import Parser, aligned
 from runtime.device import pick_device, steady_malloc
 from runtime.errors import UserError, user_errors
 from runtime.runs import finished
@@ -52,23 +52,23 @@ class Score:
         return self.ppl * (self.nats - self.loss * self.tokens) / self.tokens.sum()
 
     @property
-    def se(self) -> float:
+    def se(self) -> float | None:
         """Standard error of `ppl` over documents."""
-        return float(np.sqrt((self.influence**2).sum()))
+        return standard_error(self.influence)
 
-    def minus(self, other: "Score") -> tuple[float, float]:
+    def minus(self, other: "Score") -> tuple[float, float | None]:
         """Difference of the PPLs and its standard error; paired, so a document that is hard for both models cancels."""
-        return self.ppl - other.ppl, float(np.sqrt(((self.influence - other.influence) ** 2).sum()))
+        return self.ppl - other.ppl, standard_error(self.influence - other.influence)
 
 
-def appl(ppls: dict[int, float], versions: Sequence[int]) -> float:
-    """Mean PPL over `versions`, which are 2..N in Figure 2."""
-    return sum(ppls[v] for v in versions) / len(versions)
+def standard_error(influence: np.ndarray) -> float | None:
+    """From the part of each document. None for a single one: its part is 0, which says nothing."""
+    return float(np.sqrt((influence**2).sum())) if len(influence) > 1 else None
 
 
-def common(runs: Iterable[dict[int, Any]]) -> list[int]:
-    """Versions after the first that every run has: only means over the same versions can be compared."""
-    return sorted(set.intersection(*(set(r) for r in runs)) - {1})
+def appl(ppls: dict[int, float], versions: Sequence[int]) -> float | None:
+    """Mean PPL over `versions`, 2..N in Figure 2. None if one is missing: means over others cannot be compared."""
+    return sum(ppls[v] for v in versions) / len(versions) if versions and ppls.keys() >= {*versions} else None
 
 
 def load_model(path: Path, device: torch.device) -> tuple[Transformer, dict[str, Any]]:
@@ -90,7 +90,7 @@ def open_data(path: Path, meta: dict[str, Any], folder: str | None, context: int
     c = config.model_of(meta["config"])
     if not 0 <= context <= c.context:
         raise UserError(f"--context: got {context}, expected at most {c.context}, the context of {path}")
-    tokens = data.Tokens(folder or meta["config"]["data.path"], context or c.context, 1, [1], 0)
+    tokens = data.Tokens(meta["config"]["data.path"] if folder is None else folder, context or c.context, 1, [1], 0)
     if (tokens.meta["tokenizer_sha256"], tokens.meta["vocab_size"]) != (meta["data"]["tokenizer"], c.vocab_size):
         raise UserError(f"--data {tokens.folder}: its tokenizer is not that of {path}; choose the data of its training")
     return tokens
@@ -111,7 +111,10 @@ def score(path: Path, device: torch.device, folder: str | None = None, quiet: bo
             x, y = (torch.from_numpy(a).to(device) for a in arrays)
             losses.append(net(x, y, reduction="none").flatten().cpu().numpy().astype(np.float64))
             bar.update(y.numel())
-    return Score(np.bincount(document, np.concatenate(losses)), np.bincount(document))
+    scored = Score(np.bincount(document, np.concatenate(losses)), np.bincount(document))
+    if not scored.loss < 700:  # exp overflows at 710; not a number is not below
+        raise UserError(f"{path}: {scored.loss:g} nats a token, no perplexity; its training diverged, leave it out")
+    return scored
 
 
 def chosen(paths: list[Path]) -> dict[str, dict[int, Path]] | None:
@@ -125,41 +128,35 @@ def chosen(paths: list[Path]) -> dict[str, dict[int, Path]] | None:
     return None
 
 
-def print_run(scores: dict[str, dict[int, Score]], shared: list[int], as_json: bool) -> None:
-    """A row for each paradigm: PPL (standard error) of its versions, and APPL if it has all `shared` versions."""
-    ppl = {name: {v: s.ppl for v, s in row.items()} for name, row in scores.items()}
-    mean = {n: appl(row, shared) if shared and row.keys() >= set(shared) else math.nan for n, row in ppl.items()}
-    if as_json:
-        rows = {n: {"ppl": ppl[n], "se": {v: s.se for v, s in scores[n].items()}, "appl": mean[n]} for n in scores}
-        print(json.dumps({**rows, "appl_versions": shared}, indent=1))
-        return
-    columns = sorted({v for row in scores.values() for v in row})
-    over = " of " + ", ".join(f"V{v}" for v in shared) if shared else ""
-    table = [["PPL (SE)", *(f"V{v}" for v in columns), f"APPL{over}"]]
-    for n, row in scores.items():
-        cells = [f"{row[v].ppl:.2f} ({row[v].se:.2f})" if v in row else "-" for v in columns]
-        table.append([n, *cells, "-" if math.isnan(mean[n]) else f"{mean[n]:.2f}"])
-    first, *widths = (max(map(len, column)) for column in zip(*table, strict=True))
-    for name, *cells in table:
-        print("  ".join([name.ljust(first), *(c.rjust(w) for c, w in zip(cells, widths, strict=True))]))
-    print(f"SE over {len(row[max(row)].nats)} documents")
+def of_run(run: dict[str, dict[int, Path]], known: dict[Path, Score]) -> tuple[dict[str, Any], list[str]]:
+    """A row for each paradigm, for JSON and as text: PPL (SE) of its versions, and APPL if it has all of the table."""
+    columns = sorted({v for versions in run.values() for v in versions})
+    later = [v for v in columns if v > 1]
+    documents = len(next(iter(known.values())).nats)
+    head, form = ("PPL (SE)", "{:.2f} ({:.2f})") if documents > 1 else ("PPL", "{:.2f}")
+    table = [[head, *(f"V{v}" for v in columns), f"APPL of {', '.join(f'V{v}' for v in later) or 'none'}"]]
+    rows: dict[str, Any] = {}
+    for name, versions in run.items():
+        ppl, se = {v: known[p].ppl for v, p in versions.items()}, {v: known[p].se for v, p in versions.items()}
+        mean = appl(ppl, later)
+        rows[name] = {"ppl": ppl, "se": se, "appl": mean}
+        cells = [form.format(ppl[v], se[v]) if v in ppl else "-" for v in columns]
+        table.append([name, *cells, "-" if mean is None else f"{mean:.2f}"])
+    last = f"SE over {documents} documents" if documents > 1 else "one document, so no SE"
+    return {**rows, "appl_versions": later}, [aligned(table), last]
 
 
-def print_checkpoints(scores: dict[Path, Score], as_json: bool) -> None:
-    """A line for each checkpoint, with its difference from the first one."""
-    if len({(len(s.nats), s.tokens.sum()) for s in scores.values()}) > 1:
-        raise UserError("the checkpoints have different validation sets; choose the data of one of them with --data")
-    first, rows = next(iter(scores.values())), {}
+def of_checkpoints(scores: dict[Path, Score]) -> tuple[dict[str, Any], list[str]]:
+    """A row for each checkpoint, for JSON and as text, there with its difference from the first one."""
+    first, rows, lines = next(iter(scores.values())), {}, []
     for name, s in scores.items():
-        tokens, documents = int(s.tokens.sum()), len(s.nats)
-        rows[str(name)] = {"ppl": s.ppl, "se": s.se, "loss": s.loss, "tokens": tokens, "documents": documents}
+        size = {"tokens": int(s.tokens.sum()), "documents": len(s.nats)}
+        rows[str(name)] = {"ppl": s.ppl, "se": s.se, "loss": s.loss, **size}
         difference, se = s.minus(first)
-        against = f"   {difference:+.3f} (SE {se:.3f}) against the first" if s is not first else ""
-        ppl = f"PPL {s.ppl:.3f} (SE {s.se:.3f} over {documents} documents)"
-        if not as_json:
-            print(f"{name}: {ppl}, {s.loss:.4f} nats a token, {tokens:,} tokens{against}")
-    if as_json:
-        print(json.dumps(rows, indent=1))
+        over = "one document, no SE" if s.se is None else f"SE {s.se:.3f} over {len(s.nats)} documents"
+        against = f"   {difference:+.3f}{'' if se is None else f' (SE {se:.3f})'} against the first" * (s is not first)
+        lines.append(f"{name}: PPL {s.ppl:.3f} ({over}), {s.loss:.4f} nats a token, {size['tokens']:,} tokens{against}")
+    return rows, lines
 
 
 def main() -> None:
@@ -171,14 +168,12 @@ def main() -> None:
     steady_malloc(device)
     run = chosen(o.path)
     paths = sorted({p for versions in run.values() for p in versions.values()}) if run else o.path
+    texts = {open_data(p, checkpoint.read_meta(p), o.data, o.context).meta["val"]["sha256"]["bin"] for p in paths}
+    if len(texts) > 1:
+        raise UserError("the checkpoints have different validation sets; choose the data of one of them with --data")
     known = {p: score(p, device, o.data, context=o.context) for p in paths}
-    if run:
-        # APPL leaves out rows that read examples: there may be fine-tunings and mixed branches of some versions only
-        plain = [row for row in run.values() if "examples" not in checkpoint.read_meta(row[max(row)])["data"]]
-        scores = {name: {v: known[p] for v, p in row.items()} for name, row in run.items()}
-        print_run(scores, common(plain or list(run.values())), o.json)
-    else:
-        print_checkpoints(known, o.json)
+    rows, lines = of_run(run, known) if run else of_checkpoints(known)
+    print(json.dumps(rows, indent=1) if o.json else "\n".join(lines))
 
 
 if __name__ == "__main__":

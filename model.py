@@ -23,6 +23,7 @@ from kernels.cross_entropy import linear_cross_entropy
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope, rope_table, scaling
 from kernels.swiglu import swiglu
+from runtime.errors import UserError, user_errors
 
 
 class Linear(nn.Linear):
@@ -178,3 +179,8 @@ class Transformer(nn.Module):
         shape = (c.n_layer, rows, size, c.n_kv_head or c.n_head, c.hidden // c.n_head)
         k = torch.zeros(shape, dtype=self.dtype, device=device)
         return Cache(k, torch.zeros_like(k), torch.zeros(rows, dtype=torch.int64, device=device))
+
+
+if __name__ == "__main__":
+    with user_errors("model.py"):
+        raise UserError("no command; python train.py trains a model, python sample.py lets it write")

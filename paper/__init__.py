@@ -1,1 +1,7 @@
-"""Every table and figure of the paper as a command: `python -m paper table3`."""
+"""Every table and figure of the paper as a command: `python -m paper table3`. Its modules are none."""
+
+import sys
+
+if sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2].startswith("paper."):
+    print(f"usage: python -m paper WHAT ..; {sys.orig_argv[2]} is no command", file=sys.stderr)
+    sys.exit(2)

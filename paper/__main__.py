@@ -6,8 +6,7 @@
     python -m paper table8 --scale paper       the paper's own settings: the plan, its cost, the commands to submit
     python -m paper table4 --sft FILE.jsonl    fine-tune each version, then the harness's downstream tasks
 
-Tables: 1 to 13. Figures: 1 to 6, and `loss`, all losses of the base setting over steps. Segments that tables share are
-trained once. Scales are files in configs/scales. Results go to out/<scale>/results, a picture beside each table.
+Tables: 1 to 13. Figures: 1 to 6, and `loss`. Scales: files in configs/scales. Results go to out/<scale>/results.
 """
 
 import argparse
@@ -32,24 +31,7 @@ from runtime.logger import read_log
 from text import prepare
 from text.sources import optional
 
-FIGURES = {"fig2": "table3", "loss": "table3"}  # drawn from a table; fig1, fig3 and fig6 need plans alone
 NINE = ",".join(downstream.NINE)
-OPTIONS: dict[str, dict[str, Any]] = {
-    "what": {"nargs": "+", "help": f"status, report, or some of {', '.join(ORDER)}"},
-    "--scale": {"default": "tiny", "help": "a name in configs/scales/ or a .toml file [tiny]"},
-    "--seeds": {"type": int, "default": 1, "help": "repeat with so many seeds, from train.seed on [1]"},
-    "--schedules": {"help": f"for the tables that compare them [{','.join(tables.MAIN)}]"},
-    "--jobs": {"type": int, "help": "segments side by side [as many as GPUs or cores allow]"},
-    "--ranks": {"type": int, "help": "processes of a segment [the scale's]"},
-    "--run": {"choices": ("yes", "no"), "help": "train what is missing, or print its plan and cost [the scale's]"},
-    "--sft": {"metavar": "FILE", "help": "table4, table11: fine-tune each version on these examples first [do not]"},
-    "--tasks": {"default": NINE, "help": f"table4, table11: tasks of the harness [{NINE}]"},
-    "--data_dir": {"help": "table4, table11: folder of local copies of the tasks' data [the hub]"},
-    "--limit": {"type": int, "help": "table4, table11: so many examples of each task [all]"},
-    "--num_fewshot": {"type": int, "help": "table4, table11: examples in the prompt [as each task says]"},
-    "--slurm": {"action": "store_true", "help": "print plans as SLURM jobs that wait for each other"},
-    "--mfu": {"type": float, "default": 0.4, "help": "part of a GPU's peak that training reaches, for plans [0.4]"},
-}
 
 
 def main() -> None:
@@ -61,19 +43,25 @@ def main() -> None:
         return
 
     check_base_setting(s)
-    names = [w for w in ORDER if w in o.what] or ORDER  # `status` alone: of all
-    needed = {FIGURES.get(name, name) for name in names}
+    asked = [w for w in ORDER if w in o.what]
+    overruled = {name: tables.overruled(s, name) for name in asked or ORDER}  # `status` alone: of all that it can be of
+    refuse([line for lines in overruled.values() for line in lines if asked])
+    names = [name for name in overruled if not overruled[name]]
+    needed = {tables.DRAWN_FROM.get(name, name) for name in names}
     seeds = [s.base.train.seed + i for i in range(o.seeds)]
     request = graph.Request(s, [n for n in tables.TABLES if n in needed], seeds)
     gpus = torch.cuda.device_count() if s.base.train.device in ("auto", "cuda") else 0
     ranks = o.ranks or s.scale.ranks
     jobs = o.jobs or max(1, (gpus * s.scale.per_gpu or os.cpu_count() or 1) // ranks)
-    machine = workers.Machine(jobs, gpus, ranks)
+    machine = workers.Machine(jobs, gpus, ranks, o.mfu)
     refuse([line for node in request.nodes.values() for line in distributed.batch_problems(node.config, ranks)])
     if "status" in o.what:
-        plans.print_status(request, machine, o.mfu)
+        plans.print_status(request, machine)
+        print("".join(f"\n{name} left out: {'; '.join(lines)}" for name, lines in overruled.items() if lines))
         return
 
+    given = [k for k in ("sft", "data_dir", "limit", "num_fewshot") if getattr(o, k) is not None]
+    refuse([f"--{k}: is for table4 and table11; ask for one, or leave it out" for k in given if not request.downstream])
     began = time.perf_counter()
     graph.check_lineage(request.nodes)
     todo = graph.left(request.nodes)[0]
@@ -83,11 +71,10 @@ def main() -> None:
     if request.downstream and (may_train or not todo):
         downstream.check(tasks)
     if todo and not may_train:
-        plans.print_plan(request, machine.ranks, o.mfu, o.slurm)
-        if o.sft and request.downstream:
-            named = " and ".join(request.downstream)
-            print(f"Then this command with --run no prints the fine-tunings of {named}; --run yes trains them, too.")
-        raise plans.not_trained(", ".join(names), len(todo), len(request.nodes), "segments")
+        if o.sft:
+            print("Fine-tunings are planned when their versions are trained.")
+        plans.print_plan(request, names, machine, o.slurm)
+        return
     optional("matplotlib", "matplotlib", "drawing")
     if todo:
         check_training(request, machine)
@@ -100,26 +87,40 @@ def main() -> None:
             workers.run(request.nodes, s.root, machine)
         made = score(request, machine)
         for name in request.downstream:
-            made[name] = downstream.make(request, name, tasks, machine, may_train)
+            made |= downstream.make(request, name, tasks, machine, not may_train, o.slurm)
+        unmade = [name for name in request.downstream if name not in made]
         if request.nodes:
             save_logs(request)
         if "table9" in names:
             made["table9"] = tables.table9(s)
-        for name in names:
+        for name in [n for n in names if n not in unmade]:
             publish(name, request, made)
-        page = report.page(request.results)
-    print(f"{page}: all of it; {plans.duration(time.perf_counter() - began)}, {machine.jobs} side by side")
-
-
-# ---- The command line ------------------------------------------------------------------------------------------------
+        if names != unmade:
+            took = f"{plans.duration(time.perf_counter() - began)}, {machine.jobs} side by side"
+            print(f"{report.page(request.results)}: all of it; {took}")
+    if unmade:
+        print(f"{', '.join(unmade)}: the fine-tunings printed above are {plans.NOT_TRAINED}")
 
 
 def parse() -> tuple[argparse.Namespace, scales.Setup]:
     """The options, and the scale with the keys and schedules that they choose. UserError if one makes no sense."""
     usage = "python -m paper WHAT .. [--scale NAME] [--seeds N] [--run yes|no] [--OPTION ..] [--section.key VALUE ..]"
     parser = Parser(prog="python -m paper", description=__doc__, usage=usage)
-    for name, settings in OPTIONS.items():
-        parser.add_argument(name, **settings)
+    add = parser.add_argument
+    add("what", nargs="+", help=f"status, report, or some of {', '.join(ORDER)}")
+    add("--scale", default="tiny", help="a name in configs/scales/ or a .toml file [tiny]")
+    add("--seeds", type=int, default=1, help="repeat with so many seeds, from train.seed on [1]")
+    add("--schedules", help=f"for the tables that compare them [{','.join(tables.MAIN)}]")
+    add("--jobs", type=int, help="segments side by side [as many as GPUs or cores allow]")
+    add("--ranks", type=int, help="processes of a segment [the scale's]")
+    add("--run", choices=("yes", "no"), help="train what is missing, or print its plan and cost [the scale's]")
+    add("--sft", metavar="FILE", help="table4, table11: fine-tune each version on these examples first [do not]")
+    add("--tasks", default=NINE, help=f"table4, table11: tasks of the harness [{NINE}]")
+    add("--data_dir", help="table4, table11: folder of local copies of the tasks' data [the hub]")
+    add("--limit", type=int, help="table4, table11: so many examples of each task [all]")
+    add("--num_fewshot", type=int, help="table4, table11: examples in the prompt [as each task says]")
+    add("--slurm", action="store_true", help="print plans as SLURM jobs that wait for each other")
+    add("--mfu", type=float, default=0.4, help="part of a GPU's peak that training reaches, for plans [0.4]")
     parser.add_config(name=False)
     o, unknown = parser.parse_known_intermixed_args()
     scale = scales.load_scale(o.scale)
@@ -133,12 +134,10 @@ def parse() -> tuple[argparse.Namespace, scales.Setup]:
     for option, most in (("seeds", 100), ("jobs", 10_000), ("ranks", 10_000), ("limit", 10**9)):
         if (value := getattr(o, option)) is not None and not 1 <= value <= most:
             raise UserError(f"--{option}: got {value}, expected 1 to {most}")
-    if not 0 < o.mfu <= 1:
-        raise UserError(f"--mfu: got {o.mfu}, expected above 0 and at most 1")
+    if not 0.001 <= o.mfu <= 1:
+        raise UserError(f"--mfu: got {o.mfu}, expected 0.001 to 1")
     return o, scales.Setup(scale, overrides, schedules, o.out)
 
-
-# ---- Refusals, before anything is trained ----------------------------------------------------------------------------
 
 # The keys that tables vary themselves, or that a later call may raise
 VARIED = ("plan.schedule", "plan.alpha", "plan.decay_steps", "plan.cpt_variant", "plan.versions", "train.seed")
@@ -167,26 +166,20 @@ def check_training(request: graph.Request, machine: workers.Machine) -> None:
     if 0 < machine.gpus < machine.ranks:
         raise UserError(f"--ranks: got {machine.ranks}, expected at most the {machine.gpus} GPUs of this machine")
     prepare.ship(request.setup.base.data.path)
-    nodes = request.nodes.values()
-    refuse([line for node in nodes for line in node.tokens.problems(node.segment.start, node.segment.end)])
-
-
-# ---- Results ---------------------------------------------------------------------------------------------------------
+    parts = [(n.tokens, n.segment) for n in request.nodes.values()]
+    refuse([line for tokens, segment in parts for line in tokens.problems(segment.start, segment.end)])
 
 
 def score(request: graph.Request, machine: workers.Machine) -> dict[str, dict[str, Any]]:
     """The records of all tables of perplexities."""
-    asked = {n: t for n, t in request.tables.items() if n not in request.downstream}
-    if not asked:
-        return {}
-    device = request.setup.base.train.device
+    cells = {name: where for name, where in request.checkpoints.items() if name not in request.downstream}
+    paths = sorted({p for where in cells.values() for of_seeds in where.values() for p in of_seeds})
+    device, made = request.setup.base.train.device, {}
     steady_malloc(pick_device(device, 0))
-    paths = sorted({p for name in asked for of_seeds in request.checkpoints[name].values() for p in of_seeds})
-    known = measure.scores(paths, request.setup.root / "scores", machine.jobs, device)
-    made = {}
-    for name, table in asked.items():
-        found = {cell: [known[p] for p in of_seeds] for cell, of_seeds in request.checkpoints[name].items()}
-        record = measure.measure(table, found, request.seeds, request.setup.columns)
+    known = measure.scores(paths, request.setup.root / "scores", machine.jobs, device) if paths else {}
+    for name, where in cells.items():
+        found = {cell: [known[p] for p in of_seeds] for cell, of_seeds in where.items()}
+        record = measure.measure(request.tables[name], found, request.seeds, request.setup.columns)
         made[name] = {**record, "made": measure.provenance(request, name)}
     return made
 
@@ -194,7 +187,7 @@ def score(request: graph.Request, machine: workers.Machine) -> dict[str, dict[st
 def save_logs(request: graph.Request) -> None:
     """All logs of the root in one file, {"cell": name of the node, ..} a line."""
     root = request.setup.root
-    with replacing(request.results / "logs.jsonl.xz") as partial, lzma.open(partial, "wt") as f:
+    with replacing(request.results / "logs.jsonl.xz") as partial, lzma.open(partial, "wt", encoding="utf-8") as f:
         for log in sorted(root.glob("*/**/log.jsonl")):
             name = log.parent.relative_to(root).as_posix()
             f.writelines(json.dumps({"cell": name, **r}) + "\n" for r in read_log(log.parent))
@@ -210,9 +203,10 @@ def publish(name: str, request: graph.Request, made: dict[str, dict[str, Any]]) 
     if name == "table9":
         return
     file, s = str(results / f"{name}.png"), request.setup
-    from_plans = {"fig1": figures.paradigms, "fig3": figures.schedules, "fig6": figures.variants}
-    if name in from_plans:
-        from_plans[name](s, file)
+    if name == "fig3":
+        figures.schedules(s, file)
+    elif name in ("fig1", "fig6"):
+        schedule.draw({title: s.segments(run, 1) for title, run in tables.from_plans(s, name).items()}, file)
     elif name in ("fig4", "fig5"):
         figures.stages(made[name], figures.paths(request, name), file)
     elif name in tables.DOWNSTREAM:

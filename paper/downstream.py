@@ -26,6 +26,7 @@ from text.examples import Examples, SFTData, prepare_examples
 # The paper's tasks: their names in the harness, and in the paper
 IN_HARNESS = "c3 gsm8k mmlu csl ceval-valid bbh cmmlu gaokao agieval".split()
 NINE = dict(zip(IN_HARNESS, "C3 GSM8K MMLU CSL C-EVAL BBH CMMLU GAOKAO AGIEval".split(), strict=True))
+Made = dict[str, dict[str, Any]]  # records by table
 Scores = dict[str, dict[str, Any]]  # {name as asked for: {task (its own name), value, se, metric, n}}
 
 
@@ -42,7 +43,7 @@ def check(tasks: Tasks) -> None:
     """Refuse wrong tasks, data and examples before anything is trained."""
     from tools import harness  # needs a package that the rest does not
 
-    if tasks.sft and not Path(tasks.sft).is_file():
+    if tasks.sft is not None and not Path(tasks.sft).is_file():
         raise UserError(f"--sft {tasks.sft}: is not there; expected a .jsonl file of examples")
     if not tasks.names:
         raise UserError("--tasks: got no name, expected some such as gsm8k,mmlu")
@@ -126,20 +127,21 @@ def record(of: tables.Table, found: dict[Cell, list[Scores]], names: list[str], 
             average = f"{p['AVG']:.2f}" if set(names) == set(NINE) else "-"
             made["rows"].append([*[p["scale"]] * several, p["version"], f"{p['paradigm']} (paper)", *shown, average])
     scores = [{"of": list(k), "seeds": v} for k, v in found.items()]
-    return {**made, "name": of.name, "notes": [*made["notes"], note], "means": means, "scores": scores}
+    return {**made, "name": of.name, "notes": [*made["notes"], *of.notes, note], "means": means, "scores": scores}
 
 
-def make(request: Request, name: str, tasks: Tasks, machine: workers.Machine, may_train: bool) -> dict[str, Any]:
-    """The record of a table: fine-tune its trained versions, if there are examples, and ask them."""
+def make(request: Request, name: str, tasks: Tasks, machine: workers.Machine, print_only: bool, slurm: bool) -> Made:
+    """{name: record} of a table: its versions, fine-tuned if there are examples, asked. {} if the plan is printed."""
     s, where = request.setup, request.checkpoints[name]
     paths = list(dict.fromkeys(p for of_seeds in where.values() for p in of_seeds))
     results, how = {p: p for p in paths}, "not fine-tuned"
     if tasks.sft:
         found, results = tunings(s, {p: request.settings[p] for p in paths}, tasks.sft, machine.ranks)
         todo = graph.left(found)[0]
-        if todo and not may_train:
-            print("\n".join(plans.torchrun_lines(found, todo, machine.ranks)))
-            raise plans.not_trained(name, len(todo), len(found), "fine-tunings")
+        if todo and print_only:
+            print(f"{name}: {len(todo)} of {len(found)} fine-tunings to do")
+            plans.print_commands(found, todo, machine, slurm)
+            return {}
         if todo:
             workers.run(found, s.root, machine)
         c = next(iter(found.values())).config
@@ -147,4 +149,4 @@ def make(request: Request, name: str, tasks: Tasks, machine: workers.Machine, ma
     known = {p: scores(result, tasks, s.root / "tasks", s.base.train.device) for p, result in results.items()}
     shown = {cell: [known[p] for p in of_seeds] for cell, of_seeds in where.items()}
     limits = "".join(f"; {k} {v}" for k, v in tasks.options.items() if k != "data_dir" and v is not None)
-    return record(request.tables[name], shown, tasks.names, f"Scale {s.scale.name}, versions {how}{limits}.")
+    return {name: record(request.tables[name], shown, tasks.names, f"Scale {s.scale.name}, versions {how}{limits}.")}

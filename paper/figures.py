@@ -9,7 +9,7 @@ from typing import Any
 
 import schedule
 from paper import graph, tables
-from paper.scales import Run, Setting, Setup
+from paper.scales import Setup
 
 LEGEND = {"fontsize": 8, "frameon": False}
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito: safe for the colour-blind
@@ -44,27 +44,17 @@ def distinct(rows: list[dict[str, Any]], key: str) -> list[str]:
     return list(dict.fromkeys(r[key] for r in rows))
 
 
-def paradigms(s: Setup, file: str) -> None:
-    """Figure 1: the paths of the three paradigms."""
-    schedule.draw({x: s.segments(Run(x), 1) for x in schedule.PARADIGMS}, file)
-
-
 def schedules(s: Setup, file: str) -> None:
     """Figure 3: the schedules, each over a whole run of T steps."""
     fig, (ax,) = canvas(1, 5)
-    for i, name in enumerate(s.schedules):
-        first = s.segments(Run("ptfs", Setting(keys={"plan.schedule": name})), 1)[0]
-        style = {"color": COLOURS[i % 6], "linestyle": ("-", "--", "-.", ":")[i % 4], "label": name}
-        ax.plot(range(first.end), [first.lr(t) for t in range(first.end)], **style)
+    for i, (name, run) in enumerate(tables.from_plans(s, "fig3").items()):
+        first = s.segments(run, 1)[0]
+        steps = [*range(0, first.end, max(1, first.end // 10_000)), first.end - 1]
+        look = {"color": COLOURS[i % 6], "linestyle": ("-", "--", "-.", ":")[i % 4], "label": name}
+        ax.plot(steps, [first.lr(t) for t in steps], **look)
     ax.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
     ax.legend(**LEGEND)
     finish(fig, file)
-
-
-def variants(s: Setup, file: str) -> None:
-    """Figure 6: the learning rates of CPT's variants."""
-    runs = {title: Run("cpt", Setting(keys={"plan.cpt_variant": v})) for v, title in tables.VARIANTS.items()}
-    schedule.draw({title: s.segments(run, 1) for title, run in runs.items()}, file)
 
 
 def paths(request: graph.Request, name: str) -> dict[str, list[float]]:

@@ -6,8 +6,10 @@ import os
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -35,9 +37,9 @@ def scores(checkpoints: list[Path], kept: Path, jobs: int, device: str) -> dict[
         meta = checkpoint.read_meta(path)
         tokens = evaluation.open_data(path, meta, None)
         file = kept / f"{meta['hash'][:24]}-{tokens.meta['val']['sha256']['bin'][:8]}.npz"
-        if file.exists():
-            with np.load(file) as stored:
-                return evaluation.Score(stored["nats"], stored["tokens"])
+        # not there yet, or damaged
+        with suppress(OSError, ValueError, LookupError, EOFError, BadZipFile), np.load(file) as stored:
+            return evaluation.Score(stored["nats"], stored["tokens"])
         s = evaluation.score(path, pick_device(device, 0), quiet=True)
         with replacing(file) as partial, open(partial, "wb") as f:
             np.savez(f, nats=s.nats, tokens=s.tokens)
@@ -49,14 +51,13 @@ def scores(checkpoints: list[Path], kept: Path, jobs: int, device: str) -> dict[
         return dict(zip(checkpoints, found, strict=True))
 
 
-def combine(found: Scores, factors: Factors) -> tuple[float, float]:
+def combine(found: Scores, factors: Factors) -> tuple[float, float | None]:
     """A sum of PPLs times factors, and its standard error: over seeds, paired; with one seed, over documents."""
     seeds = range(len(next(iter(found.values()))))
     values = [sum(f * found[k][i].ppl for k, f in factors.items()) for i in seeds]
     if len(values) > 1:
         return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-    influence = sum(f * found[k][0].influence for k, f in factors.items())
-    return values[0], float(np.sqrt(np.sum(influence**2)))
+    return values[0], evaluation.standard_error(np.sum([f * found[k][0].influence for k, f in factors.items()], axis=0))
 
 
 def judge(found: Scores, claim: Claim, seeds: int, paper: dict[Cell, float]) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def judge(found: Scores, claim: Claim, seeds: int, paper: dict[Cell, float]) -> 
     for where, factors in claim.below_zero.items():
         value, se = combine(found, factors)
         printed = sum(f * paper[k] for k, f in factors.items()) if factors.keys() <= paper.keys() else None
-        verdict = {"holds": value < 0, "clear": abs(value) > times * se}
+        verdict = {"holds": value < 0, "clear": se is not None and abs(value) > times * se}
         parts.append({"where": where, "value": value, "se": se, **verdict, "paper": printed})
     contradicted = any(p["clear"] and not p["holds"] for p in parts)
     holds = all(p["clear"] and p["holds"] for p in parts)

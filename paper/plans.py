@@ -9,8 +9,8 @@ from paper import graph, tables
 from paper.graph import Graph, Node, Request
 from paper.workers import Machine
 from runtime import checkpoint
-from runtime.errors import UserError
 
+NOT_TRAINED = "not trained yet; when they are, this command makes the tables, or it trains them with --run yes"
 JOB_HOURS = 20  # of training in a SLURM job, whose limit in tools/slurm.sh is 24
 
 
@@ -26,7 +26,7 @@ def gpu_hours(flops: float, mfu: float) -> str:
     return f"{float(f'{flops / (mfu * cost.PEAK) / 3600:.3g}'):,g} GPU-hours"
 
 
-def print_status(request: Request, machine: Machine, mfu: float) -> None:
+def print_status(request: Request, machine: Machine) -> None:
     spent = [(node, *graph.trained(node.log())) for node in request.nodes.values()]
     flops_done = sum(tokens * node.config.model.flops_per_token() for node, tokens, _ in spent)
     seconds = sum(seconds for *_, seconds in spent)
@@ -36,7 +36,7 @@ def print_status(request: Request, machine: Machine, mfu: float) -> None:
         line = f"{len(nodes)} segments, {len(nodes) - len(todo)} done"
         if not todo:
             return line
-        needs = gpu_hours(flops, mfu)
+        needs = gpu_hours(flops, machine.mfu)
         if flops_done:
             time = duration(seconds / flops_done * flops / machine.jobs)
             needs = f"{time} of training at the pace so far, {machine.jobs} side by side"
@@ -44,71 +44,67 @@ def print_status(request: Request, machine: Machine, mfu: float) -> None:
 
     for name, nodes in request.nodes_of.items():
         print(f"{name:8} {left(nodes)}")
-    print("\n" + "\n".join(status(request.nodes)))
+    print("\n" + "\n".join(status(request)))
     print(f"\nall      {left(request.nodes)}")
 
 
-def status(nodes: Graph) -> list[str]:
-    """A line for each folder of segments: which are done, running, stopped, to do."""
+def status(request: Request) -> list[str]:
+    """A line for each folder of segments: which are done, done for some tables, running, stopped, to do."""
     folders: dict[str, list[str]] = {}
-    for name, node in sorted(nodes.items()):
+    for name, node in sorted(request.nodes.items()):
         folder = name if node.is_main else Path(name).parent.as_posix()
         label = f"{node.steps:,} steps" if node.is_main else f"v{node.segment.version}"
         part = node.reached() / node.steps
         stopped = f"stopped {part:.0%}" if part else "to do"
         state = "done" if node.done() else f"running {part:.0%}" if node.at_work() else stopped
+        needed = {table: nodes[name].required for table, nodes in request.nodes_of.items() if name in nodes}
+        missing = {table: [f"{s:,}" for s in sorted(steps) if not node.saved(s)] for table, steps in needed.items()}
+        if not node.done() and (done := [table for table, steps in missing.items() if not steps]):
+            lacks = [f"steps {', '.join(steps)} missing for {table}" for table, steps in missing.items() if steps]
+            state = "; ".join([*["running"] * node.at_work(), f"done for {', '.join(done)}", *lacks])
+            label += ":"
         folders.setdefault(folder, []).append(f"{label} {state}")
     return [f"  {folder:40} " + ", ".join(states) for folder, states in folders.items()]
 
 
-def print_plan(request: Request, ranks: int, mfu: float, slurm: bool) -> None:
+def print_plan(request: Request, names: list[str], machine: Machine, slurm: bool) -> None:
     """Steps, tokens and cost of the tables asked for, and the commands that train their segments."""
-    nodes = request.nodes
+    nodes, ranks, mfu = request.nodes, machine.ranks, machine.mfu
     for name, own in request.nodes_of.items():
         steps, flops = sum(n.steps for n in own.values()), sum(n.steps * n.step_flops for n in own.values())
         tokens = tables.count(sum(n.steps * n.config.train.batch_tokens for n in own.values()))
-        print(
-            f"{name}: {len(own)} segments, {steps:,} steps, {tokens} tokens, {gpu_hours(flops, mfu)}; "
-            f"{len(graph.left(own)[0])} segments to do"
-        )
-    todo, left, flops = graph.left(nodes)
-    speed = mfu * cost.PEAK * ranks
+        todo = f"{len(graph.left(own)[0])} segments to do"
+        print(f"{name}: {len(own)} segments, {steps:,} steps, {tokens} tokens, {gpu_hours(flops, mfu)}; {todo}")
+    missing, left, flops = graph.left(nodes)
     disk = sum(len(n.required) * checkpoint.BYTES * n.config.model.parameters for n in nodes.values())
-    print(
-        f"To do, each segment once: {len(todo)} segments, {left:,} steps, {gpu_hours(flops, mfu)} "
-        f"at {mfu:.0%} of {cost.PEAK / 1e12:.0f} TFLOP/s, an H100's peak (--mfu);\n"
-        f"{duration(flops / speed)} one after another on {ranks} GPU{'s' * (ranks > 1)}; "
-        f"{disk / 1e9:,.3g} GB of checkpoints that are kept."
-    )
+    peak = f"{mfu:.0%} of {cost.PEAK / 1e12:.0f} TFLOP/s, an H100's peak (--mfu)"
+    time = f"{duration(flops / (mfu * cost.PEAK * ranks))} one after another on {ranks} GPU{'s' * (ranks > 1)}"
+    print(f"To do, each segment once: {len(missing)} segments, {left:,} steps, {gpu_hours(flops, mfu)} at {peak};")
+    print(f"{time}; {disk / 1e9:,.3g} GB of checkpoints that are kept.")
     for path in sorted({node.config.data.path for node in nodes.values()}):
         if not (Path(path) / "meta.json").exists():
             configs = [node.config for node in nodes.values() if node.config.data.path == path]
             reads = [(T, c) for c in configs for T in c.data.increments or c.plan.T]
             most = max(min(T, c.data.unique or T) * c.train.batch_tokens for T, c in reads)
-            print(
-                f"Data: {path} is not there yet, and up to {tables.count(most)} tokens of an increment are read: "
-                f"python data.py prepare --out {path} --help"
-            )
-    print("Any line can be given again, and goes on. When all are done, this command makes the tables.\n")
-    print("\n".join(slurm_lines(nodes, todo, speed) if slurm else torchrun_lines(nodes, todo, ranks)))
+            how = f"python data.py prepare --out {shlex.quote(path)} --help"
+            print(f"Data: {path} is not there yet; at most {tables.count(most)} tokens of an increment are read: {how}")
+    print("Any line can be given again, and goes on.\n")
+    print_commands(nodes, missing, machine, slurm)
+    if ready := [n for n in names if not graph.left(request.nodes_of.get(tables.DRAWN_FROM.get(n, n), {}))[0]]:
+        print(f"{', '.join(ready)}: nothing is missing; this command without the others makes them now")
+    print(f"{', '.join(names)}: {len(missing)} of {len(nodes)} segments are {NOT_TRAINED}")
 
 
-def not_trained(names: str, left: int, total: int, kind: str) -> UserError:
-    how = "train them as printed above, or here with --run yes"
-    return UserError(f"{names}: {left} of {total} {kind} are not trained yet; {how}")
-
-
-def torchrun_lines(nodes: Graph, todo: list[Node], ranks: int) -> list[str]:
-    """The commands that train these nodes one after another, parents first."""
+def print_commands(nodes: Graph, todo: list[Node], machine: Machine, slurm: bool) -> None:
+    """The commands that train these nodes one after another, parents first, or as SLURM jobs."""
+    ranks = machine.ranks
     start = f"torchrun --nproc_per_node {ranks} train.py" if ranks > 1 else "python train.py"
-    return [f"{start} {shlex.join(graph.command(nodes, node))}" for node in todo]
+    lines = [f"{start} {shlex.join(graph.command(nodes, node))}" for node in todo]
+    print("\n".join(slurm_lines(nodes, todo, machine.mfu * cost.PEAK * ranks) if slurm else lines))
 
 
 def slurm_lines(nodes: Graph, todo: list[Node], flops_per_second: float) -> list[str]:
-    """The same as SLURM jobs that wait for each other.
-
-    A job that would take too long at this speed is submitted several times: each goes on where the one before stopped.
-    """
+    """SLURM jobs that wait for each other. One that is too long is several: each goes on where the last stopped."""
     lines: list[str] = []
     jobs: dict[tuple[str, int], str] = {}  # (node, step): the job that saves it
     for node in todo:

@@ -4,6 +4,7 @@ import base64
 import json
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from paper.plans import duration
@@ -45,7 +46,8 @@ def gaps(record: dict[str, Any]) -> Matrix:
     grouped = any(d["group"] for d in record["differences"])
     rows = [[*["group"] * grouped, "difference", *record["columns"]]]
     for d in record["differences"]:
-        cells = [f"{d['value'][c]:+.2f} ({d['se'][c]:.2f}), {d['relative'][c]:+.1%}" for c in record["columns"]]
+        se = {c: "" if v is None else f" ({v:.2f})" for c, v in d["se"].items()}
+        cells = [f"{d['value'][c]:+.2f}{se[c]}, {d['relative'][c]:+.1%}" for c in record["columns"]]
         rows.append([*[d["group"]] * grouped, " - ".join(d["minus"]), *cells])
     return rows
 
@@ -54,10 +56,12 @@ def words(record: dict[str, Any]) -> list[str]:
     """Paragraphs: what was measured, notes, and how it was made."""
     if "seeds" not in record:
         return record.get("notes", [])
-    n, m = len(record["seeds"]), record["made"]
+    n, m, documents = len(record["seeds"]), record["made"], record["documents"]
     spread = "One seed" if n == 1 else f"Mean ± standard deviation over {n} seeds"
     paired = f"differences paired by {'document' if n == 1 else 'seed'} (standard error)"
-    measured = f"PPL on {record['tokens']:,} tokens of {record['documents']} held-out documents."
+    if n == documents == 1:
+        paired = "with one document as well no difference has a standard error, and no statement is judged"
+    measured = f"PPL on {record['tokens']:,} tokens of {documents} held-out document{'s' * (documents > 1)}."
     took = f"{m['segments']} segments, {m['steps']:,} steps, {duration(m['seconds'])} of training, summed over segments"
     commits = f"commit {', '.join(m['commits']) or 'unknown'}"
     made = "; ".join([f"Scale {m['scale']}", took, *m["devices"], *m["versions"], commits, m["date"]])
@@ -73,7 +77,8 @@ def statements(record: dict[str, Any]) -> list[tuple[str, str]]:
             if not (p["holds"] and p["clear"]):
                 printed = f" (the paper's {p['paper']:+.2f})" if p["paper"] is not None else ""
                 against = " against it" if p["clear"] else ""
-                others.append(f"{p['where']} {p['value']:+.2f} ± {p['se']:.2f}{printed}{against}")
+                se = "" if p["se"] is None else f" ± {p['se']:.2f}"
+                others.append(f"{p['where']} {p['value']:+.2f}{se}{printed}{against}")
         n, holds = len(c["parts"]), sum(p["holds"] for p in c["parts"])
         text = f"{c['text']}: in {holds} of {n}, clearly in {n - len(others)}"
         out.append((c["verdict"], text + (f"; not clearly: {'; '.join(others)}" if others else "")))
@@ -105,33 +110,7 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n".join(out) + "\n"
 
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; }
-h2 { font-size: 1.15rem; margin: 3rem 0 .6rem; border-top: 1px solid #ddd; padding-top: 1.2rem; }
-table { border-collapse: collapse; margin: .8rem 0; display: block; overflow-x: auto; }
-table { font-size: .86rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .22rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee; }
-th { border-bottom: 1px solid #888; font-weight: 600; }
-td.text, th.text { text-align: left; } tr.group td { border-top: 1px solid #bbb; } .paper { color: #777; }
-img { max-width: 100%; height: auto; margin: .8rem 0; } p.small { color: #666; font-size: .82rem; }
-ul { padding-left: 0; list-style: none; } li { margin: .3rem 0; padding-left: 4.6rem; position: relative; }
-li b { position: absolute; left: 0; width: 4rem; text-align: center; border-radius: 3px; font-size: .74rem;
-  line-height: 1.45rem; color: #fff; }
-.HOLDS { background: #00795a; } .FAILS { background: #b84a00; } .OPEN { background: #777; }
-nav a { margin-right: .8rem; white-space: nowrap; }
-pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .78rem; }
-"""
-PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>Learning-rate path switching: results</title><style>{style}</style></head><body>
-<h1>Learning-rate path switching: tables and figures of the paper, measured here</h1>
-<p>Perplexity (PPL) of versions of a language model trained from scratch (PTFS), continually (CPT) and by path
-switching (ours), beside the numbers that <a href="https://arxiv.org/abs/2410.04103">the paper</a> prints for its own
-model and data. Lower is better.</p>
-<p class="small">{legend}</p><nav>{links}</nav>
-{body}<h2>Settings</h2>{settings}</body></html>
-"""
+PAGE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
 
 
 def table_html(rows: Matrix) -> str:
@@ -150,17 +129,18 @@ def table_html(rows: Matrix) -> str:
     return f"<table>{''.join(lines)}</table>\n"
 
 
-def section(name: str, title: str, record: dict[str, Any] | None, picture: bytes | None) -> str:
+def section(name: str, record: dict[str, Any], picture: bytes | None) -> str:
     """One table or figure: numbers, claims, picture; below them the differences and how it was made."""
-    out = f'<h2 id="{name}">{escape(title)}</h2>\n'
-    if record:
+    title, measured = escape(record["title"]), "rows" in record
+    out = f'<h2 id="{name}">{title}</h2>\n'
+    if measured:
         claims = (f'<li><b class="{v}">{v}</b>{escape(text)}</li>\n' for v, text in statements(record))
         out += f"{table_html(grid(record))}<ul>{''.join(claims)}</ul>\n"
     if picture:
         width = int.from_bytes(picture[16:20]) * 100 // 150  # drawn at 150 dots an inch; so all letters have one size
         source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-        out += f'<img alt="{escape(title)}" width="{width}" src="{source}">\n'
-    if record:
+        out += f'<img alt="{title}" width="{width}" src="{source}">\n'
+    if measured:
         if rows := gaps(record):
             out += f"<details><summary>Paired differences</summary>{table_html(rows)}</details>\n"
         out += "".join(f'<p class="small">{escape(paragraph)}</p>\n' for paragraph in words(record))
@@ -173,16 +153,20 @@ def page(results: Path) -> Path:
     settings: dict[str, None] = {}
     for name in ORDER:
         file, drawn = results / f"{name}.json", results / f"{name}.png"
-        record = json.loads(file.read_text()) if file.exists() else None
-        if not record and not drawn.exists():
+        if not file.exists() and not drawn.exists():
             continue
-        title = record["title"] if record else CAPTIONS[name]
-        body += section(name, title, record, drawn.read_bytes() if drawn.exists() else None)
-        links += f'<a href="#{name}">{escape(title.partition(":")[0])}</a> '
-        if record and "made" in record:
-            settings[f"<pre>{escape(json.dumps(record['made']['config'], indent=1))}</pre>"] = None
+        try:
+            record: dict[str, Any] = {"title": CAPTIONS.get(name, name)}
+            if file.exists():
+                record = json.loads(file.read_text(encoding="utf-8"))
+            links += f'<a href="#{name}">{escape(record["title"].partition(":")[0])}</a> '
+            body += section(name, record, drawn.read_bytes() if drawn.exists() else None)
+            if "made" in record:
+                settings[f"<pre>{escape(json.dumps(record['made']['config'], indent=1))}</pre>"] = None
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise UserError(f"{file}: is damaged; delete it, and ask for {name} again") from None
     if not body:
-        raise UserError(f"{results}: no table or figure is there yet; make some: python -m paper table3 fig2")
-    text = PAGE.format(style=STYLE, legend=LEGEND, links=links, body=body, settings="".join(settings))
+        raise UserError(f"{results}: no table or figure is there yet; ask for some, such as table3 and fig2")
+    text = PAGE.substitute(legend=LEGEND, links=links, body=body, settings="".join(settings))
     write_text(results / "report.html", text)
     return results / "report.html"

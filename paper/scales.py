@@ -6,7 +6,6 @@ top of both. A *run* is a paradigm under a setting; a *point* is one of its chec
 
 import functools
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import config
 import cost
 import schedule
 from runtime.errors import UserError
+from runtime.files import read_toml
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Setting:
     name: str = "base"
     keys: Mapping[str, str] = field(default_factory=dict)
     config: str = ""  # empty: the scale's
+    derived: tuple[str, ...] = ("plan.steps", "plan.versions")  # keys made from the command line's, or without effect
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,8 @@ FREE = ("data.path", "data.repeat", "data.epochs", "plan.max_lr", "plan.min_lr",
 
 def load_scale(name: str) -> Scale:
     """A scale by its name in configs/scales/ or as a .toml file. UserError names what is wrong with it."""
-    folder = Path(__file__).parent.parent / "configs" / "scales"
-    file = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
-    if not file.is_file():
-        known = ", ".join(sorted(f.stem for f in folder.glob("*.toml")))
-        raise UserError(f"--scale {name}: there is no {file}; expected a .toml file or one of {known}")
-    try:
-        tree = {"sft": {}, **tomllib.loads(file.read_text(encoding="utf-8"))}
-    except ValueError as e:
-        raise UserError(f"{file}: not TOML: {e}") from None
+    file, tree = read_toml("--scale", name, Path(__file__).parent.parent / "configs" / "scales")
+    tree = {"sft": {}, **tree}
     for key in [*TYPES, *tree]:
         value, needed = tree.get(key), key in ("ranks", "per_gpu", "sizes")
         if type(value) is not TYPES.get(key) or (needed and not value):
@@ -115,12 +109,13 @@ class Setup:
         self.scale, self.overrides, self.schedules = scale, overrides, schedules
         self.root = Path(out or f"out/{scale.name}")
         self.base = c = config.load(scale.config, overrides)
-        values = config.values(c)
-        for key in ("plan.increments", "data.increments", "data.sft", "data.decay_mix", "train.save_at"):
-            if values[key]:
-                raise UserError(f"{key}: got {values[key]}, but the tables choose their own; leave it out")
-        if not 2 <= c.plan.versions <= 100:
-            raise UserError(f"plan.versions: got {c.plan.versions}, expected 2 to 100: the tables start at version 2")
+        values, default = config.values(c), config.values(config.Config())
+        chosen = "plan.increments data.increments data.sft data.epochs data.decay_mix train.save_at".split()
+        if wrong := [f"{k}: got {values[k]}" for k in chosen if values[k] != default[k]]:
+            raise UserError(f"{wrong[0]}, but the tables choose their own; leave it out")
+        for key, value, low, high in (("versions", c.plan.versions, 2, 100), ("steps", c.plan.steps, 1, 10**9)):
+            if not low <= value <= high:
+                raise UserError(f"plan.{key}: got {value}, expected {low} to {high}")
         for name in {*schedules, c.plan.schedule}:  # refuse an impossible plan before anything is trained
             for paradigm in schedule.PARADIGMS:
                 config.segments(paradigm, replace(c.plan, schedule=name))
@@ -134,6 +129,16 @@ class Setup:
 
     def config(self, run: Run, seed: int) -> config.Config:
         return self._config(run.setting.config or self.scale.config, tuple(self.keys(run, seed).items()))
+
+    def overruled(self, run: Run) -> dict[str, str]:
+        """The keys of the command line that a run's setting sets to another value: {key: that value}."""
+        setting, given = run.setting, config.values(self.base)
+        made = config.values(self.config(run, self.base.train.seed))
+        if setting.config:  # a size: its rows are named after the model of its config
+            size, base = (config.values(self._config(name, ())) for name in (setting.config, self.scale.config))
+            made |= {k: v for k, v in size.items() if k.startswith("model.") and v != base[k]}
+        keys = [k for k in self.overrides if made[k] != given[k] and k not in setting.derived]
+        return {k: setting.keys.get(k, str(made[k])) for k in keys}
 
     def segments(self, run: Run, seed: int) -> list[schedule.Segment]:
         return config.segments(run.paradigm, self.config(run, seed).plan)

@@ -16,7 +16,7 @@ import schedule
 from paper.scales import Point, Run, Setting, Setup
 from runtime.runs import NAMES
 
-PAPER = json.loads((Path(__file__).parent.parent / "results" / "paper.json").read_text())
+PAPER = json.loads((Path(__file__).parent.parent / "results" / "paper.json").read_text(encoding="utf-8"))
 VARIANTS = {"rewarm_max": "RewarmMax", "reset_max": "ResetMax", "keep_min": "KeepMin"}
 PAIRS = [("Ours", "CPT"), ("Ours", "PTFS"), ("CPT", "PTFS")]
 MAIN = ("cosine", "knee", "multistep")  # the paper's schedules
@@ -237,7 +237,8 @@ def table8(s: Setup) -> Table:
     rows = []
     for max_lr in ("5e-5", "1e-4", "3e-4", "5e-4", "8e-4"):
         lr = f"{s.base.plan.max_lr * float(max_lr) / 3e-4:.3g}"
-        setting = Setting(keys=COSINE) if max_lr == "3e-4" else Setting(f"lr-{lr}", {**COSINE, "plan.max_lr": lr})
+        other = Setting(f"lr-{lr}", {**COSINE, "plan.max_lr": lr}, derived=("plan.max_lr",))
+        setting = Setting(keys=COSINE) if max_lr == "3e-4" else other
         rows += paradigm_rows(s, {"max_lr": lr}, setting, "rewarm_max", table="table8_max_lr_cosine", max_lr=max_lr)
     claims = ours_is_best(groups(rows), s.columns)
     return Table("table8", "Table 8: maximal learning rates", s.columns, rows, claims, PAIRS, [REWARM])
@@ -246,8 +247,8 @@ def table8(s: Setup) -> Table:
 def table9(s: Setup) -> dict[str, Any]:
     """The record of Table 9, the sizes of a scale: from their configs, since nothing is trained for it."""
     rows = []
-    for size, setting in s.scale.sizes.items():
-        c = s.config(Run("ptfs", setting), s.base.train.seed)
+    for size, run in from_plans(s, "table9").items():
+        c = s.config(run, s.base.train.seed)
         shape = (c.model.hidden, c.model.n_head, c.model.n_layer, c.model.parameters)
         rows.append([size, f"{c.plan.max_lr:g}", *(f"{n:,}" for n in shape)])
     header = "size max_lr hidden heads layers parameters".split()
@@ -274,9 +275,13 @@ def table11(s: Setup) -> Table:
     rows = [
         *paradigm_rows(s, {"scale": f"{own}-{count(total)}"}, Setting(keys=COSINE)),
         *paradigm_rows(s, {"scale": f"{own}-{count(4 * total)}"}, Setting(f"steps-{4 * s.T}", long)),
-        *paradigm_rows(s, {"scale": f"{large}-{count(total)}"}, replace(of, keys={**of.keys, **COSINE})),
+        *paradigm_rows(s, {"scale": f"{large}-{count(total)}"}, replace(of, keys={**of.keys, **COSINE}), "rewarm_max"),
     ]
-    return Table("table11", "Table 11: downstream tasks, with more data and a larger model", s.columns, rows)
+    title, note = (
+        "Table 11: downstream tasks, with more data and a larger model",
+        f"CPT of {large} is RewarmMax, Table 6's.",
+    )
+    return Table("table11", title, s.columns, rows, notes=[note])
 
 
 def table12(s: Setup) -> Table:
@@ -316,30 +321,38 @@ def table13(s: Setup) -> Table:
     return Table("table13", title, list(columns), rows, ours_is_best([""], list(columns), 1.0), PAIRS)
 
 
-MEASURED = (
-    table1,
-    fig4,
-    fig5,
-    table2,
-    table3,
-    table4,
-    table5,
-    table6,
-    table7,
-    table8,
-    table10,
-    table11,
-    table12,
-    table13,
-)
-TABLES: dict[str, Callable[[Setup], Table]] = {f.__name__: f for f in MEASURED}
+ALL = (table1, fig4, fig5, table2, table3, table4, table5, table6, table7, table8, table10, table11, table12, table13)
+TABLES: dict[str, Callable[[Setup], Table]] = {f.__name__: f for f in ALL}
 DOWNSTREAM = ("table4", "table11")  # their numbers are scores of tasks, not perplexities: downstream.py makes them
+DRAWN_FROM = {"fig2": "table3", "loss": "table3"}
 # All tables and figures, in the paper's order
 ORDER = (
     "fig1 fig2 fig3 table1 fig4 fig5 table2 table3 table4 table5 "
     "table6 table7 table8 table9 fig6 table10 table11 table12 table13 loss"
 ).split()
 ORDER += [name for name in TABLES if name not in ORDER]
+
+
+def from_plans(s: Setup, name: str) -> dict[str, Run]:
+    """The runs whose plans alone make Figures 1, 3 and 6 and Table 9, by paradigm, schedule, variant or size."""
+    of: dict[str, dict[str, Run]] = {
+        "fig1": {x: Run(x) for x in schedule.PARADIGMS},
+        "fig3": {x: Run("ptfs", Setting(keys={"plan.schedule": x})) for x in s.schedules},
+        "fig6": {title: Run("cpt", Setting(keys={"plan.cpt_variant": v})) for v, title in VARIANTS.items()},
+        "table9": {size: Run("ptfs", setting) for size, setting in s.scale.sizes.items()},
+    }
+    return of.get(name, {})
+
+
+def overruled(s: Setup, name: str) -> list[str]:
+    """Keys of the command line that a table or figure sets itself, a line each: it would ignore what was given."""
+    name = DRAWN_FROM.get(name, name)
+    points = [p for r in TABLES[name](s).rows for p in (*r.points.values(), *r.also)] if name in TABLES else []
+    runs = [p.run for p in points] or from_plans(s, name).values()
+    found = {k: v for run in runs for k, v in s.overruled(run).items()}
+    got = {k: f"{k}: got {s.overrides[k]}, but {name} sets {v}" for k, v in found.items()}
+    more = {"plan.schedule": "choose those to compare with --schedules, "}
+    return [f"{line}; {more.get(k, '')}leave it out, or ask for other tables" for k, line in got.items()]
 
 
 def count(n: float) -> str:

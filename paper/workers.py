@@ -25,6 +25,7 @@ class Machine:
     jobs: int  # segments side by side
     gpus: int
     ranks: int  # processes of a segment
+    mfu: float = 0.4  # part of a GPU's peak that training reaches, for plans
 
 
 class Workers:
@@ -76,7 +77,7 @@ class Workers:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(str((slot * ranks + r) % gpus) for r in range(ranks))
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
         command = [sys.executable, *torchrun, str(TRAIN), *graph.command(self.nodes, self.nodes[name])]
-        with open(self.file(name), "a") as f:
+        with open(self.file(name), "a", encoding="utf-8") as f:
             # in a session of its own: Ctrl-C reaches this process alone, which hands it on once
             return subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, env=env, start_new_session=True)
 
@@ -91,7 +92,7 @@ class Workers:
             if child.returncode and (node.done() or node.at_work()):
                 self.waiting.insert(0, name)  # the child of a call that was killed took the lock first
             elif child.returncode:
-                printed = self.file(name).read_text(errors="replace").strip().splitlines()
+                printed = self.file(name).read_text(encoding="utf-8", errors="replace").strip().splitlines()
                 lines = [f"exit code {child.returncode}", *printed]
                 self.failed[name] = next((t for t in reversed(lines) if "error: " in t), lines[-1])
 

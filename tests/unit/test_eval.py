@@ -14,7 +14,7 @@ import eval as evaluation
 import sample
 from runtime import checkpoint, runs
 from runtime.errors import UserError, user_errors
-from runtime.files import write_json
+from runtime.files import sha256, write_json
 from text import prepare, token_files
 
 CPU = torch.device("cpu")
@@ -97,10 +97,75 @@ def test_standard_errors_are_those_of_a_bootstrap_over_documents():
 
 def test_appl():
     assert evaluation.appl({1: 99.0, 2: 20.0, 3: 22.0, 4: 27.0}, range(2, 5)) == 23.0
-    assert evaluation.common([{1: 0, 2: 0, 3: 0, 5: 0}, {1: 0, 2: 0, 3: 0, 4: 0}]) == [
-        2,
-        3,
-    ]  # a mean over others would not compare
+    assert evaluation.appl({1: 99.0, 2: 20.0, 4: 27.0}, range(2, 5)) is None  # a mean over others would not compare
+    assert evaluation.appl({1: 99.0}, []) is None
+
+
+def test_appl_of_a_run_is_over_all_versions_of_the_table():
+    """39.80 of V2 to V4 was 35.76, that of V4 alone, once a run had a row with V4 alone."""
+    ppl = {"ours": {1: 64.37, 2: 44.65, 3: 38.99, 4: 35.76}, "mixed": {4: 36.43}, "cpt": {1: 67.41, 2: 48.1, 3: 41.42}}
+    tokens = np.array([100, 300])
+    known = {
+        f"{n} {v}": evaluation.Score(math.log(x) * tokens, tokens) for n, row in ppl.items() for v, x in row.items()
+    }
+    rows, lines = evaluation.of_run({n: {v: f"{n} {v}" for v in row} for n, row in ppl.items()}, known)
+    assert rows["ours"]["appl"] == pytest.approx((44.65 + 38.99 + 35.76) / 3)
+    assert rows["mixed"]["appl"] is rows["cpt"]["appl"] is None and rows["appl_versions"] == [2, 3, 4]
+    text = "\n".join(lines).splitlines()
+    assert text[0].endswith("APPL of V2, V3, V4")
+    assert [line.split()[-1] for line in text[1:4]] == ["39.80", "-", "-"]
+    assert "NaN" not in json.dumps(rows)
+
+
+def test_one_document_has_no_standard_error(trained, prepared, tmp_path, cli):
+    """The influence of a single document is 0 by construction, which is no certainty."""
+    one = evaluation.Score(np.array([300.0]), np.array([100]))
+    assert one.se is None and one.minus(evaluation.Score(np.array([310.0]), np.array([100])))[1] is None
+    shutil.copytree(prepared, tmp_path / "d")
+    ids = np.fromfile(prepared / "val.bin", "<u2")
+    ids = ids[: list(ids).index(256) + 1]
+    ids.tofile(tmp_path / "d" / "val.bin")
+    meta = token_files.read_meta(prepared)
+    sums = {**meta["val"]["sha256"], "bin": sha256(tmp_path / "d" / "val.bin")}
+    val = {**meta["val"], "documents": 1, "tokens": len(ids), "sha256": sums}
+    write_json(tmp_path / "d" / "meta.json", {**meta, "val": val})
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    said = cli(trained, other, "--data", tmp_path / "d")
+    assert "SE " not in said.replace("no SE", "") and said.count("(one document, no SE)") == 2
+    assert said.count("+0.000 against the first") == 1
+    (row, _) = json.loads(cli(trained, other, "--data", tmp_path / "d", "--json")).values()
+    assert row["se"] is None and row["documents"] == 1
+    run = cli(tmp_path / "run", "--data", tmp_path / "d")
+    assert run.startswith("PPL  ") and "(" not in run and run.endswith("one document, so no SE\n")
+    (by_version, _) = json.loads(cli(tmp_path / "run", "--data", tmp_path / "d", "--json")).values()
+    assert by_version["se"] == {"1": None}
+
+
+def test_checkpoints_of_other_held_out_text_are_not_compared(trained, prepared, tmp_path, cli):
+    """As many documents and tokens, but another text: refused before anything is scored."""
+    shutil.copytree(prepared, tmp_path / "d")
+    ids = np.fromfile(prepared / "val.bin", "<u2")
+    ids[5] += 1
+    ids.tofile(tmp_path / "d" / "val.bin")
+    meta = token_files.read_meta(prepared)
+    sums = {**meta["val"]["sha256"], "bin": sha256(tmp_path / "d" / "val.bin")}
+    write_json(tmp_path / "d" / "meta.json", {**meta, "val": {**meta["val"], "sha256": sums}})
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    meta = checkpoint.read_meta(other)
+    meta["config"]["data.path"] = str(tmp_path / "d")
+    write_json(other / "meta.json", {k: v for k, v in meta.items() if k != "hash"}, checkpoint.UNHASHED)
+    assert "have different validation sets" in cli(trained, other, code=2)
+    assert cli(trained, other, "--data", tmp_path / "d").count("PPL") == 2
+
+
+def test_a_model_without_a_perplexity_is_refused(trained, monkeypatch):
+    for factor in (1e4, float("nan")):  # exp of 50,000 nats overflows; JSON has no NaN
+        with monkeypatch.context() as m:
+            m.setattr(evaluation.Transformer, "forward", lambda net, x, y, reduction, f=factor: y.double() * 0 + f)
+            with pytest.raises(UserError, match="nats a token, no perplexity"):
+                evaluation.score(trained, CPU, quiet=True)
 
 
 def test_a_table_of_a_run_and_single_checkpoints(trained, train_cli, tmp_path, cli):
@@ -110,7 +175,8 @@ def test_a_table_of_a_run_and_single_checkpoints(trained, train_cli, tmp_path, c
     one = json.loads(cli(trained, tmp_path / "run" / "cpt-cosine" / "v2" / "step-000020", "--json"))
     ppls = [v["ppl"] for v in one.values()]
     assert table["ptfs-cosine"]["ppl"] == {"1": ppls[0]} and table["cpt-cosine"]["ppl"] == {"1": ppls[0], "2": ppls[1]}
-    assert table["appl_versions"] == [] and math.isnan(table["cpt-cosine"]["appl"])  # PTFS has no version 2 here
+    assert table["appl_versions"] == [2] and table["cpt-cosine"]["appl"] == ppls[1]
+    assert table["ptfs-cosine"]["appl"] is None  # it has no version 2 here
     assert train_cli("--mode", "ptfs", "--version", "2") == 0
     assert json.loads(cli(run, "--json"))["cpt-cosine"]["appl"] == ppls[1]
     text = cli(run)
@@ -168,6 +234,7 @@ def test_bad_input(trained, tmp_path, prepared, cli):
         ([tmp_path / "empty"], "no run with a finished version"),
         ([trained, tmp_path / "empty"], "is no checkpoint"),
         ([trained, "--data", tmp_path / "empty"], "no prepared data"),
+        ([trained, "--data", ""], "no prepared data"),
         ([trained, "--context", "x"], "invalid int value"),
         ([trained, "--context", "64"], "--context: got 64, expected at most 32"),
         ([trained, "--context", "-1"], "--context: got -1, expected at most 32"),
