@@ -12,7 +12,7 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import UserError, user_errors
+from runtime.errors import UserError
 from runtime.files import read_toml
 from schedule import Plan, Segment, key, parse, plan, type_name, typed
 
@@ -215,5 +215,4 @@ def to_toml(c: Config) -> str:
 
 
 if __name__ == "__main__":
-    with user_errors("config.py"):
-        raise UserError("no command; every key and its default: python train.py --help")
+    raise SystemExit("config.py: no command; every key and its default: python train.py --help")

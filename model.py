@@ -23,7 +23,6 @@ from kernels.cross_entropy import linear_cross_entropy
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope, rope_table, scaling
 from kernels.swiglu import swiglu
-from runtime.errors import UserError, user_errors
 
 
 class Linear(nn.Linear):
@@ -182,5 +181,4 @@ class Transformer(nn.Module):
 
 
 if __name__ == "__main__":
-    with user_errors("model.py"):
-        raise UserError("no command; python train.py trains a model, python sample.py lets it write")
+    raise SystemExit("model.py: no command; python train.py trains a model, python sample.py lets it write")

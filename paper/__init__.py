@@ -1,4 +1,4 @@
-"""Every table and figure of the paper as a command: `python -m paper table3`. Its modules are none."""
+"""Every table and figure of the paper as a command: `python -m paper table3`; only the package is a command."""
 
 import sys
 

@@ -89,11 +89,11 @@ def scores(path: Path, tasks: Tasks, kept: Path, device: str) -> Scores:
     kept.mkdir(parents=True, exist_ok=True)
     known: Scores = {}
     for name in tasks.names:
-        # a task file is another task if its folder, or the folder of the data, has changed
+        # a task file is another task if its folder, or the folder of the data, has changed; 2: how answers are scored
         near = [Path(name).parent, Path(tasks.options["data_dir"] or ".")] if name.endswith(".yaml") else []
         files = sorted(f for folder in near for f in folder.iterdir() if f.is_file())
         stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        file = kept / f"{digest([checkpoint.read_meta(path)['hash'], name, tasks.options, stamps])[:16]}.json"
+        file = kept / f"{digest([2, checkpoint.read_meta(path)['hash'], name, tasks.options, stamps])[:16]}.json"
         try:
             known[name] = read_json(file)["score"]
         except (FileNotFoundError, ValueError):  # not asked yet, or its hash does not fit
