@@ -1,5 +1,6 @@
 """Token files that other projects made, nanoGPT's and llm.c's -> a prepared folder."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from tqdm import tqdm
 from runtime.errors import UserError
 from runtime.files import make_folder
 from text.prepare import print_summary
-from text.sources import hashes, progress_bar
+from text.sources import Source, hashes, progress_bar
 from text.token_files import Writer, id_dtype, write_meta
 from text.tokenizer import Tokenizer
 
@@ -80,21 +81,23 @@ def bins(out: str, val: str, files: list[str], tokenizer: str, quiet: bool = Fal
     """
     folder = Path(out).resolve()  # links to one folder share its lock
     tok = Tokenizer(tokenizer)
-    dtype, written = np.dtype(id_dtype(tok.vocab_size)), []
-    sources = [Path(f) for f in (val, *files)]
+    dtype, written, sources = np.dtype(id_dtype(tok.vocab_size)), [], list[Source]()
+    paths = [Path(f) for f in (val, *files)]
     with make_folder(folder) as partial:
-        ids = [read_bin(f, tok) for f in sources]
+        ids = [read_bin(f, tok) for f in paths]
         with progress_bar("reading", sum(map(len, ids)), quiet, unit="token", delay=2) as bar:
-            docs = [find_documents(f, i, tok, bar) for f, i in zip(sources, ids, strict=True)]
+            docs = [find_documents(f, i, tok, bar) for f, i in zip(paths, ids, strict=True)]
         kept = first_copies(docs)
-        for i, file in enumerate(sources):
+        for i, file in enumerate(paths):
             if not len(kept[i]):
                 raise UserError(f"{file}: has no document of its own; expected one at least")
             writer = Writer(partial, f"v{i}" if i else "val", dtype)
             for (first, end), h in zip(kept[i][:, :2].tolist(), np.sort(kept[i][:, 2]).tolist(), strict=True):
                 writer.write(h, np.append(ids[i][first:end], tok.eot).astype(dtype).tobytes())
             written.append(writer.close())
+            left_out = Counter({"duplicates": len(docs[i]) - len(kept[i])})
+            sources.append(Source(str(file), [file], left_out, len(kept[i]), written[-1]["tokens"]))
         meta = write_meta(partial, tok, {"increments": len(files), "from": [val, *files], "weights": None}, written)
     if not quiet:
-        print_summary(folder, written, sum(map(len, docs)) - sum(map(len, kept)))
+        print_summary(folder, written, sources)
     return meta

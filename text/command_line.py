@@ -22,8 +22,9 @@ def proportions(text: str) -> list[float]:
         found = [float(v) for v in text.split(",")]
     except ValueError:
         found = []
-    if len(found) < 2 or not all(0 < v < float("inf") for v in found):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected how many, or proportions such as 1,1,2")
+    if not 2 <= len(found) <= 10_000 or not all(1e-9 <= v <= 1e9 for v in found):
+        expected = "how many, or proportions from 1e-9 to 1e9 such as 1,1,2"
+        raise argparse.ArgumentTypeError(f"got {text[:60]!r}, expected {expected}")
     return found
 
 
@@ -67,8 +68,8 @@ def run(o: argparse.Namespace) -> None:
         bins(o.out, o.val, o.files, o.tokenizer)
     elif o.command == "add":
         add(o.out, o.source, o.weights, o.jobs)
-    elif not 0 < o.val < 1:
-        raise UserError(f"--val: got {o.val}, expected above 0 and below 1")
+    elif not 1e-9 <= o.val <= 1 - 1e-9:
+        raise UserError(f"--val: got {o.val}, expected above 0 and below 1, by 1e-9 at least")
     elif o.command == "vocab":
         vocab(o.out, o.source or [str(TEXT)], o.vocab_size, o.increments, o.val)
     else:

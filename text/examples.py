@@ -12,6 +12,7 @@ One example in 50, chosen by a hash of its text, is held out for validation.
 
 import bisect
 import collections
+import functools
 import hashlib
 import itertools
 import os
@@ -25,8 +26,8 @@ import data
 from kernels.cross_entropy import IGNORE
 from runtime.errors import UserError
 from runtime.files import make_folder, read_json, sha256, wait_if_taken, write_json
-from text.sources import clean, documents, files_of, hashes, progress_bar
-from text.tokenizer import Tokenizer
+from text.sources import clean, documents, find_source, hashes, kind_of, progress_bar
+from text.tokenizer import CHATML, Tokenizer
 
 ROLES = ("system", "user", "assistant")
 HELD_OUT = 1 / 50
@@ -38,15 +39,18 @@ class Marker(str):
     """A ChatML marker: one token if the tokenizer has it, else text. In a message the same characters are text."""
 
 
-START, END = Marker("<|im_start|>"), Marker("<|im_end|>")
+START, END = map(Marker, CHATML)
 Piece = tuple[str, bool]  # a text or a marker; is it part of a response?
 
 
-def parse(record: Any) -> list[Piece]:
-    """The pieces of an example. ValueError if it is not an example."""
+def parse(record: Any, markers: bool = True) -> list[Piece]:
+    """The pieces of an example. ValueError if it is not an example. markers: has the tokenizer those of ChatML?"""
     record = record if isinstance(record, dict) else {}
     if "messages" in record:
-        return parse_messages(record["messages"])
+        pieces = parse_messages(record["messages"])
+        if not markers and any(m in t for t, _ in pieces for m in CHATML if not isinstance(t, Marker)):
+            raise ValueError(f"{' or '.join(CHATML)} in a message, which this tokenizer cannot tell from a marker")
+        return pieces
     prompt, response = record.get("prompt"), record.get("response")
     if not isinstance(prompt, str) or not isinstance(response, str) or not response:
         raise ValueError('expected {"prompt": text, "response": text} or {"messages": [message, ..]}')
@@ -71,9 +75,12 @@ def parse_messages(messages: Any) -> list[Piece]:
 
 def prepare_examples(source: str, tok: Tokenizer, run: Path, quiet: bool = False) -> Path:
     """The folder of a source's examples in `run`, made if missing. UserError names a line that is not an example."""
-    files = files_of(source, "data.sft")
-    if wrong := [f for f in files if ".jsonl" not in f.name]:
+    found = find_source(source, "data.sft")
+    files = found.files
+    if wrong := [f for f in files if kind_of(f)[0] != "json"]:
         raise UserError(f"data.sft {wrong[0]}: is no file of examples, expected .jsonl, which may be compressed")
+    if not quiet:
+        found.print_left_out()
     sha = hashlib.sha256("".join(sha256(f) for f in files).encode()).hexdigest()
     folder = run / f"examples-{hashlib.sha256(f'1 {sha} {tok.sha256}'.encode()).hexdigest()[:12]}"
     while not folder.exists():
@@ -99,8 +106,9 @@ def write_examples(files: list[Path], tok: Tokenizer, folder: Path, quiet: bool)
     """Tokenize all examples into the files of `folder`; returns their numbers, and if some are messages ("chat")."""
     counts = {"examples": 0, "tokens": 0, "targets": 0, "chat": False}
     out = {name: open(folder / f"{name}.bin", "wb") for name in FILES}
+    read = functools.partial(parse, markers=bool(tok.markers()))
     with progress_bar("tokenizing examples", sum(f.stat().st_size for f in files), quiet) as bar:
-        examples = itertools.chain.from_iterable(documents(f, bar.update, parse) for f in files)
+        examples = itertools.chain.from_iterable(documents(f, bar.update, read) for f in files)
         while batch := list(itertools.islice(examples, BATCH)):
             for pieces, (ids, loss) in zip(batch, encode(batch, tok), strict=True):
                 counts["examples"] += 1
@@ -118,8 +126,8 @@ def write_examples(files: list[Path], tok: Tokenizer, folder: Path, quiet: bool)
 
 def encode(batch: list[list[Piece]], tok: Tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
     """(token ids, is each part of a response?) of each example."""
-    markers = {str(m): i for m in (START, END) if (i := tok.special(m)) is not None}
-    token: Any = Marker if len(markers) == 2 else ()  # else markers are text, too
+    markers = tok.markers()
+    token: Any = Marker if markers else ()  # else markers are text, too
     # texts side by side are encoded together, as the template gives them: a token may span both
     runs = [itertools.groupby(e, lambda p: (p[1], isinstance(p[0], token))) for e in batch]
     joined = [[("".join(t for t, _ in run), learned, marker) for (learned, marker), run in e] for e in runs]

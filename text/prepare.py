@@ -5,6 +5,7 @@ validation or an increment (ranges of h) and orders it there. So the split is wi
 memory, is the same on any number of machines and in any order of the input, and equal documents meet.
 """
 
+import bisect
 import collections
 import itertools
 import os
@@ -22,10 +23,11 @@ from typing import Any
 import numpy as np
 
 import config
+from runtime.command_line import aligned
 from runtime.errors import UserError
 from runtime.files import begin_folder, fsync, lock, make_folder, wait_if_taken, write_json
 from text import token_files
-from text.sources import all_documents, hashes, local_files
+from text.sources import Source, all_documents, find_source, hashes
 from text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -54,24 +56,28 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(batch: list[tuple[int, str]]) -> list[tuple[int, bytes]]:
-    """(bucket, record) of each (source, text)."""
+def _encode(batch: list[tuple[int, str]], sources: list[str]) -> list[tuple[int, bytes]]:
+    """(bucket, record) of each (index of its source, text)."""
     dtype = token_files.id_dtype(_tokenizer.vocab_size)
     out = []
-    for (source, text), encoded in zip(batch, _tokenizer.encode_many([text for _, text in batch]), strict=True):
+    for source, text in batch:
+        try:
+            ids = np.array([*_tokenizer.encode(text), _tokenizer.eot], dtype)
+        except UserError as e:
+            raise UserError(f"--source {sources[source]}: {e}") from None
         h, draw = hashes(text)
-        ids = np.array(encoded + [_tokenizer.eot], dtype)
         out.append((h * BUCKETS >> 64, RECORD.pack(h, draw, source, len(ids)) + ids.tobytes()))
     return out
 
 
-def encode_all(documents: Iterator[tuple[int, str]], tokenizer: str, jobs: int) -> Iterator[tuple[int, bytes]]:
+def encode_all(sources: list[Source], tokenizer: str, jobs: int, quiet: bool) -> Iterator[tuple[int, bytes]]:
     """(bucket, record) of every document, in order; at most 3 batches a process are in progress."""
+    documents, names = all_documents(sources, quiet), [s.name for s in sources]
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (tokenizer,))
     in_progress: collections.deque[Future] = collections.deque()
     try:
         while batch := list(itertools.islice(documents, BATCH)):
-            in_progress.append(pool.submit(_encode, batch))
+            in_progress.append(pool.submit(_encode, batch, names))
             if len(in_progress) == 3 * jobs:
                 yield from in_progress.popleft().result()
         while in_progress:
@@ -82,10 +88,10 @@ def encode_all(documents: Iterator[tuple[int, str]], tokenizer: str, jobs: int) 
         pool.shutdown(cancel_futures=True)
 
 
-def scatter(sources: list[str], tokenizer: str, folder: Path, jobs: int, quiet: bool) -> list[Path]:
+def scatter(sources: list[Source], tokenizer: str, folder: Path, jobs: int, quiet: bool) -> list[Path]:
     """Tokenize all documents into the files of their buckets in `folder`; returns them, ordered by hash."""
     waiting: dict[int, bytearray] = collections.defaultdict(bytearray)
-    for bucket, record in encode_all(all_documents(sources, quiet), tokenizer, jobs or os.cpu_count() or 1):
+    for bucket, record in encode_all(sources, tokenizer, jobs or os.cpu_count() or 1, quiet):
         waiting[bucket] += record
         if len(waiting[bucket]) > WAITING:
             _append(folder / str(bucket), waiting.pop(bucket))
@@ -100,18 +106,15 @@ def _append(file: Path, content: bytearray) -> None:
 
 
 class Buckets:
-    """Tokenized documents in the order of their hashes, each text once and none whose hash is in `held` (sorted).
+    """Tokenized documents in the order of their hashes, each text once and none whose hash is in `held` (sorted)."""
 
-    dropped: how many of them were left out.
-    """
-
-    def __init__(self, files: list[Path], dtype: str, held: list[np.ndarray]) -> None:
-        self.files, self.dtype, self.held = files, np.dtype(dtype), held
-        self.dropped = 0
+    def __init__(self, files: list[Path], dtype: str, held: list[np.ndarray], sources: list[Source]) -> None:
+        self.files, self.dtype, self.held, self.sources = files, np.dtype(dtype), held, sources
 
     def documents(self, remove: bool = False) -> Iterator[tuple[int, int, int, memoryview]]:
         """(h, draw, source, token ids) of each document. `remove` deletes each file after its documents."""
-        self.dropped = 0
+        for s in self.sources:
+            s.left_out["duplicates"] = 0
         for file in self.files:
             content, end, records = memoryview(file.read_bytes()), 0, []
             while end < len(content):
@@ -125,43 +128,55 @@ class Buckets:
                 seen.update(held[np.searchsorted(held, low) : np.searchsorted(held, high, "right")].tolist())
             for h, source, draw, ids in records:
                 if h in seen:
-                    self.dropped += 1
+                    self.sources[source].left_out["duplicates"] += 1
                 else:
                     seen.add(h)
                     yield h, draw, source, ids
             if remove:
                 file.unlink()
 
-    def kept_shares(self, sources: list[str], weights: list[float] | None) -> list[float]:
+    def kept_shares(self, weights: list[float] | None) -> list[float]:
         """The share of each source's documents to keep, so that their tokens are in the ratio of the weights."""
         if not weights:
-            return [1.0] * len(sources)
-        tokens = [0] * len(sources)
+            return [1.0] * len(self.sources)
+        tokens = [0] * len(self.sources)
         for _, _, source, ids in self.documents():
             tokens[source] += len(ids) // self.dtype.itemsize
         if 0 in tokens:
-            raise UserError(f"--source {sources[tokens.index(0)]}: has no text of its own, so it can have no weight")
+            name = self.sources[tokens.index(0)].name
+            raise UserError(f"--source {name}: has no text of its own, so it can have no weight")
         ratio = [w / n for w, n in zip(weights, tokens, strict=True)]
         return [r / max(ratio) for r in ratio]
 
-    def gather(self, out: Path, parts: dict[str, float], shares: list[float]) -> list[dict[str, Any]]:
-        """Write the token files of `parts` (name: its proportion of the documents); returns their records."""
+    def gather(self, out: Path, parts: dict[str, float], weights: list[float] | None) -> list[dict[str, Any]]:
+        """Write the token files of `parts` (name: its proportion of the documents); returns those not empty."""
+        shares = self.kept_shares(weights)
         edges = np.cumsum(list(parts.values())) / sum(parts.values())
-        limits = [int(e * 2**64) for e in edges[:-1]] + [2**64]
-        writers = [token_files.Writer(out, name, self.dtype) for name in parts]
-        for h, draw, source, ids in self.documents(remove=True):
-            if draw < shares[source] * 2**64:
-                writers[next(i for i, limit in enumerate(limits) if h < limit)].write(h, ids)
-        return [w.close() for w in writers]
+        limits = [int(e * 2**64) for e in edges[:-1]]
+        names, written = list(parts), []
+        # ordered by h, so one file at a time is open
+        for part, documents in itertools.groupby(self.documents(remove=True), lambda d: bisect.bisect(limits, d[0])):
+            writer = token_files.Writer(out, names[part], self.dtype)
+            for h, draw, i, ids in documents:
+                source = self.sources[i]
+                if draw < shares[i] * 2**64:
+                    writer.write(h, ids)
+                    source.documents += 1
+                    source.tokens += len(ids) // self.dtype.itemsize
+                else:
+                    source.left_out["documents by --weights"] += 1
+            written.append(writer.close())
+        return [p for p in written if p["documents"]]
 
 
-def check_arguments(sources: list[str], weights: list[float] | None, jobs: int) -> None:
-    """UserError for what can be refused before anything is written."""
-    local_files(sources)
+def check_arguments(sources: list[str], weights: list[float] | None, jobs: int) -> list[Source]:
+    """The sources. UserError for what can be refused before anything is written."""
+    found = list(map(find_source, sources))
     if weights and len(weights) != len(sources):
         raise UserError(f"--weights: got {len(weights)} for {len(sources)} sources, expected one each")
     if not 0 <= jobs <= 1024:
         raise UserError(f"--jobs: got {jobs}, expected 1 to 1024, or 0 for one a core")
+    return found
 
 
 def prepare(
@@ -181,25 +196,26 @@ def prepare(
     UserError if `out` exists, a source does not, or a part of the split would be empty.
     """
     folder = Path(out).resolve()  # links to one folder share its lock
-    check_arguments(sources, weights, jobs)
+    found = check_arguments(sources, weights, jobs)
     tok = Tokenizer(tokenizer)
     increments = increments or [1.0] * 4
     parts = {"val": val, **{f"v{i}": (1 - val) * w / sum(increments) for i, w in enumerate(increments, 1)}}
     with make_folder(folder) as partial:
         work = partial / "buckets"
         work.mkdir()
-        buckets = Buckets(scatter(sources, tokenizer, work, jobs, quiet), token_files.id_dtype(tok.vocab_size), [])
-        if not buckets.files:
+        files = scatter(found, tokenizer, work, jobs, quiet)
+        if not files:
             raise UserError(f"--source {', '.join(sources)}: the text is empty")
-        written = buckets.gather(partial, parts, buckets.kept_shares(sources, weights))
-        if empty := [p["name"] for p in written if not p["documents"]]:
+        written = Buckets(files, token_files.id_dtype(tok.vocab_size), [], found).gather(partial, parts, weights)
+        filled = {p["name"] for p in written}
+        if empty := [name for name in parts if name not in filled]:
             total = sum(p["documents"] for p in written)
             raise UserError(f"{empty[0]}: got none of {total} documents; expected more text or fewer increments")
         work.rmdir()
         source = {"increments": len(increments), "from": sources, "weights": weights}
         meta = token_files.write_meta(partial, tok, source, written)
     if not quiet:
-        print_summary(folder, written, buckets.dropped)
+        print_summary(folder, written, found)
     return meta
 
 
@@ -219,7 +235,7 @@ def ship(out: str) -> None:
 def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: int = 0, quiet: bool = False) -> None:
     """Append increment N+1 to a folder: the documents that no other part holds."""
     folder = Path(out).resolve()  # links to one folder share its lock
-    check_arguments(sources, weights, jobs)
+    found = check_arguments(sources, weights, jobs)
     tokenizer = token_files.tokenizer_of(folder).name
     busy = f"{folder}: another process is preparing it; wait for it"
     with lock(folder.with_name(f".{folder.name}.lock"), busy, remove=True):
@@ -228,13 +244,13 @@ def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: 
             meta = token_files.read_meta(folder)  # under the lock: another process may have added an increment before
             token_files.check_files(folder, quiet=quiet)  # a damaged .ids would let documents in again
             (work / "buckets").mkdir()
-            files = scatter(sources, tokenizer, work / "buckets", jobs, quiet)
+            files = scatter(found, tokenizer, work / "buckets", jobs, quiet)
             names = [p["name"] for p in (meta["val"], *meta["increments"])]
             held: list[np.ndarray] = [np.memmap(folder / f"{name}.ids", "<u8", "r") for name in names]
-            buckets = Buckets(files, meta["dtype"], held)
-            written = buckets.gather(work, {f"v{len(names)}": 1.0}, buckets.kept_shares(sources, weights))
-            if not written[0]["documents"]:
-                raise UserError(f"--source {', '.join(sources)}: has no new document, {buckets.dropped:,} known ones")
+            written = Buckets(files, meta["dtype"], held, found).gather(work, {f"v{len(names)}": 1.0}, weights)
+            if not written:
+                known = sum(s.left_out["duplicates"] for s in found)
+                raise UserError(f"--source {', '.join(sources)}: has no new document, {known:,} known ones")
             for file in work.glob("v*"):
                 fsync(file)
                 os.rename(file, folder / file.name)
@@ -244,10 +260,16 @@ def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: 
         finally:
             shutil.rmtree(work, ignore_errors=True)
     if not quiet:
-        print_summary(folder, written, buckets.dropped)
+        print_summary(folder, written, found)
 
 
-def print_summary(folder: Path, written: list[dict], dropped: int) -> None:
-    for p in written:
-        print(f"{folder / p['name']}.bin: {p['documents']:,} documents, {p['tokens']:,} tokens")
-    print(f"{dropped:,} duplicate documents dropped")
+def print_summary(folder: Path, written: list[dict], sources: list[Source]) -> None:
+    """A table of the sources and of the parts `written`, and below it the files and documents left out."""
+    rows = [["", "files", "documents", "tokens"]]
+    rows += [
+        [repr(s.name), f"{len(s.files):,}" if s.files else "-", f"{s.documents:,}", f"{s.tokens:,}"] for s in sources
+    ]
+    rows += [[f"{folder / p['name']}.bin", "", f"{p['documents']:,}", f"{p['tokens']:,}"] for p in written]
+    print(aligned(rows))
+    for s in sources:
+        s.print_left_out()

@@ -7,8 +7,11 @@ import io
 import itertools
 import json
 import lzma
+import os
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from tqdm import tqdm
 
 from runtime.errors import UserError, first_line
 
-KINDS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
+KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
 OPENERS: dict[str, Callable[[io.BufferedReader], Any]] = {
     ".gz": gzip.open,
     ".xz": lzma.open,
@@ -27,24 +30,59 @@ PIECE = 8000  # characters of a document cut from a .txt or .md file
 BLOCK = 1 << 16  # characters of a text line read at once
 
 
-def files_of(source: str, flag: str = "--source") -> list[Path]:
-    """The files of a source, sorted. UserError if there is none or one has an unknown suffix."""
-    p = Path(source)
-    if p.is_dir() and source:
-        found = sorted(f for f in p.rglob("*") if f.name.endswith(KINDS) and f.is_file())
-    else:
-        found = [p] if p.is_file() else sorted(Path(f) for f in glob.glob(source, recursive=True) if Path(f).is_file())
-    if not found:
-        problem = f"does not exist, or has no {', '.join(KINDS)} in it"
-        raise UserError(f"{flag} {source!r}: {problem}; expected a file, a folder, a glob or hf:NAME")
-    if unknown := [f for f in found if not f.name.endswith(KINDS)]:
-        raise UserError(f"{flag} {unknown[0]}: unknown kind; expected one of {', '.join(KINDS)}")
-    return found
+@dataclass
+class Source:
+    """A source, with the numbers of documents and tokens taken from it, and of files and documents left out, by why."""
+
+    name: str
+    files: list[Path] = field(default_factory=list)  # none of hf:NAME
+    left_out: Counter[str] = field(default_factory=Counter)
+    documents: int = 0
+    tokens: int = 0
+
+    def listed(self) -> str:
+        return ", ".join(f"{n:,} {what}" for what, n in self.left_out.most_common() if n)
+
+    def print_left_out(self) -> None:
+        if self.listed():
+            print(f"{self.name!r}: left out {self.listed()}", flush=True)
 
 
-def local_files(sources: list[str]) -> list[list[Path]]:
-    """The files of each source, none for hf:NAME. UserError as for `files_of`."""
-    return [[] if s.startswith("hf:") else files_of(s) for s in sources]
+def kind_of(file: Path) -> tuple[str, str]:
+    """("text", "json" or "parquet", the ending of its compression) by the name of a file; "" for other and none."""
+    kinds = {end + c: (kind, c) for end, kind in KINDS.items() for c in ("", *OPENERS) if end + c[:1] != ".parquet."}
+    return next((kind for end, kind in kinds.items() if file.name.lower().endswith(end)), ("", ""))
+
+
+def find_source(name: str, flag: str = "--source") -> Source:
+    """The files of a file, folder or glob, sorted, also in linked folders. UserError if none is of a known kind."""
+    source, others = Source(name), dict[str, list[Path]]()
+    if name.startswith("hf:") and flag == "--source":
+        return source
+    paths = [Path(name)] if name and os.path.lexists(name) else sorted(map(Path, glob.glob(name, recursive=True)))
+    problem = "has no file in it" if paths else "does not exist"
+    entries, folders = dict[tuple[str, str], Path](), set[str]()  # once each: links and globs may lead there again
+    while paths:
+        f = paths.pop()
+        if not f.is_dir():
+            entries.setdefault((os.path.realpath(f.parent), f.name), f)
+        elif (real := os.path.realpath(f)) not in folders:
+            folders.add(real)
+            paths += sorted(f.iterdir())
+    for f in sorted(entries.values()):
+        if f.is_file() and kind_of(f)[0]:
+            source.files.append(f)
+        else:
+            why = "special file" if f.exists() else "dangling link"
+            why = (f.suffix.lower() or "without ending") if f.is_file() else why
+            others.setdefault(why if why in others or len(others) < 9 else "of other endings", []).append(f)
+    source.left_out.update({f"{why} ({str(files[0])!r})": len(files) for why, files in others.items()})
+    if not source.files:
+        problem = f"has only files of other kinds: {source.listed()}" if others else problem
+        problem = "unknown kind" if Path(name).is_file() else problem
+        expected = f"expected {', '.join(KINDS)}, a folder or glob of them, or hf:NAME"
+        raise UserError(f"{flag} {name!r}: {problem}; {expected}")
+    return source
 
 
 def progress_bar(desc: str, total: int | None, quiet: bool, unit: str = "B", delay: float = 0) -> tqdm:
@@ -64,22 +102,26 @@ def read_lines(file: Path, progress: Callable[[int], Any], longest: int) -> Iter
     """The lines of a file, which may be compressed, cut at `longest` characters (-1: never)."""
     read, number = 0, 0
     with open(file, "rb") as raw:
-        lines = io.TextIOWrapper(OPENERS.get(file.suffix, lambda raw: raw)(raw), encoding="utf-8-sig", newline="")
+        size, decompress = os.fstat(raw.fileno()).st_size, OPENERS.get(kind_of(file)[1], lambda raw: raw)
+        lines = io.TextIOWrapper(decompress(raw), encoding="utf-8-sig", newline="")
         try:
             while line := lines.readline(longest):
                 yield line
                 number += 1
                 progress(raw.tell() - read)
                 read = raw.tell()
+            if raw.tell() < size:
+                raise ValueError(f"it has become shorter than the {size:,} bytes it had")
         except Exception as e:  # the errors of gzip, lzma, zstd and UTF-8 have no type in common
             raise UserError(f"{file}: cannot be read after line {number}: {e}") from None
 
 
 def json_text(record: Any) -> str:
-    """The document of a line of JSONL."""
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+    """The document of a line of JSONL, empty for null."""
+    text = record.get("text", 0) if isinstance(record, dict) else 0
+    if not isinstance(text, str | None):
         raise ValueError('expected a JSON object with a text under "text"')
-    return clean(record["text"])
+    return clean(text or "")
 
 
 def documents(file: Path, progress: Callable[[int], Any], parse: Callable[[Any], Any] = json_text) -> Iterator[Any]:
@@ -88,9 +130,10 @@ def documents(file: Path, progress: Callable[[int], Any], parse: Callable[[Any],
     progress: called with the number of bytes read since its last call. parse: makes a document of a line of JSONL;
     ValueError if it is wrong.
     """
-    if file.suffix == ".parquet":
+    kind, _ = kind_of(file)
+    if kind == "parquet":
         yield from parquet_texts(file, progress)
-    elif ".jsonl" in file.name:
+    elif kind == "json":
         for number, line in enumerate(read_lines(file, progress, -1), 1):
             if line.strip():
                 try:
@@ -110,19 +153,20 @@ def documents(file: Path, progress: Callable[[int], Any], parse: Callable[[Any],
             yield piece
 
 
-def parquet_texts(file: Path, progress: Callable[[int], Any]) -> Iterator[str]:
-    """The column "text" of a parquet file without its empty rows."""
+def parquet_texts(file: Path, progress: Callable[[int], Any]) -> Iterator[str | None]:
+    """The column "text" of a parquet file."""
     parquet = optional("pyarrow.parquet", "pyarrow", str(file))
     try:
         f = parquet.ParquetFile(file)
         columns = {field.name: str(field.type) for field in f.schema_arrow}
-        if "string" not in columns.get("text", ""):
+        kind = columns.get("text", "").removeprefix("dictionary<values=").split(",")[0]
+        if kind not in ("string", "large_string", "string_view"):
             raise UserError(f'{file}: has columns {columns}; expected "text", of strings')
         for batch in f.iter_batches(columns=["text"], batch_size=1024):
-            yield from filter(None, batch.column(0).to_pylist())
+            yield from batch.column(0).to_pylist()
             progress(file.stat().st_size * batch.num_rows // max(1, f.metadata.num_rows))
-    except (ValueError, OSError) as e:  # the base classes of pyarrow's errors
-        raise UserError(f"{file}: not a readable parquet file: {e}") from None
+    except (ValueError, OSError, NotImplementedError) as e:  # the base classes of pyarrow's errors
+        raise UserError(f"{file}: not a readable parquet file: {first_line(e)}") from None
 
 
 def clean(text: str) -> str:
@@ -130,27 +174,32 @@ def clean(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def hub(source: str) -> Iterator[str]:
+def hub(source: str) -> Iterator[str | None]:
     """The documents of hf:NAME or hf:NAME:SUBSET, its train split, streamed."""
     datasets = optional("datasets", "datasets", f"--source {source}")
     name, _, subset = source.removeprefix("hf:").partition(":")
     try:
         for row in datasets.load_dataset(name, subset or None, split="train", streaming=True):
+            if not isinstance(row["text"], str | None):
+                raise ValueError(f"got {row['text']!r:.60}")
             yield row["text"]
     except Exception as e:  # the library's errors have many types
         raise UserError(f'--source {source}: {type(e).__name__} {first_line(e)}; expected rows with a "text"') from None
 
 
-def all_documents(sources: list[str], quiet: bool = False) -> Iterator[tuple[int, str]]:
+def all_documents(sources: list[Source], quiet: bool = False) -> Iterator[tuple[int, str]]:
     """(index of its source, text) of every document that is not blank, under one progress bar."""
-    files = local_files(sources)
-    total = sum(f.stat().st_size for part in files for f in part) if all(files) else None
+    for source in sources if not quiet else ():
+        source.print_left_out()
+    total = sum(f.stat().st_size for s in sources for f in s.files) if all(s.files for s in sources) else None
     with progress_bar("tokenizing", total, quiet) as bar:
         for i, source in enumerate(sources):
-            local = itertools.chain.from_iterable(documents(f, bar.update) for f in files[i])
-            for text in local if files[i] else hub(source):
+            local = itertools.chain.from_iterable(documents(f, bar.update) for f in source.files)
+            for text in local if source.files else hub(source.name):
                 if text and not text.isspace():
                     yield i, text
+                else:
+                    source.left_out["blank documents"] += 1
 
 
 def hashes(text: str) -> tuple[int, int]:

@@ -1,22 +1,28 @@
 """Tokenizers: bytes, tiktoken encodings, Hugging Face's tokenizer.json, and rank files, which `vocab` trains."""
 
 import base64
+import contextlib
 import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError, first_line
 from runtime.files import read_bytes, write_text
-from text.sources import all_documents, hashes, optional
+from text.sources import all_documents, find_source, hashes, optional
 
 # cl100k's pattern as trainers accept it, without possessive quantifiers: contractions, words, 1 to 3 digits, ..
 PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+CONTROL = re.compile(r"<.+>|\[.+\]", re.DOTALL)  # how added tokens that steer a model are written
+CHATML = ("<|im_start|>", "<|im_end|>")
+RUN = 999_998  # white space at a stretch that tiktoken and rustbpe can match; tokenizers can a few times as much
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # end of a document: GPT-2, Qwen and ours; Llama 3; Llama 2
 HF_FILES = "tokenizer.json tokenizer_config.json special_tokens_map.json chat_template.jinja generation_config.json"
 
@@ -31,6 +37,7 @@ class Tokenizer:
     def __init__(self, name: str) -> None:
         self.name = name
         self.hf: Any = None  # a tokenizers.Tokenizer, if `name` is a folder
+        self.special_ids: set[int] = set()  # that tokenizer.json says are no text
         self.is_folder = Path(name).is_dir()
         self.is_file = not self.is_folder and (os.sep in name or name.endswith(".tiktoken"))
         self.sha256 = hashlib.sha256(name.encode()).hexdigest()  # of the file, if there is one
@@ -77,16 +84,19 @@ class Tokenizer:
         library = optional("tokenizers", "tokenizers", str(file))
         config = json_object(folder / "config.json")
         try:
-            content = read_bytes(file)
-            self.hf = library.Tokenizer.from_str(content.decode())
-            known = self.hf.get_vocab(with_added_tokens=True)
-            rows = config.get("vocab_size", 0)
-            if type(rows) is not int:
-                raise ValueError(f"vocab_size of config.json is {rows!r:.40}")
-            self.hf.encode("é 中 \0")  # raises if the vocabulary cannot encode every text
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as e:  # the library raises plain Exceptions, and its panics derive from BaseException
+            with library_errors():
+                content = read_bytes(file)
+                self.hf = library.Tokenizer.from_str(content.decode())
+                added = self.hf.get_added_tokens_decoder()
+                self.special_ids = {i for i, token in added.items() if token.special}
+                # in a text they are text: words and spaces that a vocabulary was extended by stay tokens
+                self.hf.add_special_tokens([t.content for t in added.values() if CONTROL.fullmatch(t.content)])
+                known = self.hf.get_vocab(with_added_tokens=True)
+                rows = config.get("vocab_size", 0)
+                if type(rows) is not int:
+                    raise ValueError(f"vocab_size of config.json is {rows!r:.40}")
+                self.hf.encode("é 中 \0")  # raises if the vocabulary cannot encode every text
+        except ValueError as e:
             raise UserError(f"{file}: is no tokenizer of Hugging Face: {str(e)[:120]}") from None
         self.hf.encode_special_tokens = True
         self.hf.no_truncation()
@@ -94,6 +104,9 @@ class Tokenizer:
         end = next((e for e in ENDS if e in known), None)
         if end is None:
             raise UserError(f"{file}: has no token that ends a document; expected one of {', '.join(ENDS)}")
+        for token in known.keys() & {end, *CHATML}:
+            if known[token] in self.encode(f"{token} {token}a{token}\n{token}"):
+                raise UserError(f"{file}: encodes {token} in a text as the control token; expected other ids for it")
         self.eot, self.vocab_size = known[end], max(rows, 1 + max(known.values()))
         named = json_object(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in named:  # an older folder, in which another file names the special tokens
@@ -111,18 +124,32 @@ class Tokenizer:
         return self.encode_many([text])[0]
 
     def encode_many(self, texts: list[str], threads: int = 1) -> list[list[int]]:
-        """The ids of each text."""
+        """The ids of each text. UserError if the library cannot encode one; long white space is cut if it cannot."""
+        try:
+            with library_errors(hide=any(len(t) > RUN for t in texts)):
+                return self._encode_many(texts, threads)
+        except ValueError as e:
+            if len(texts) > 1:
+                return [self.encode(t) for t in texts]
+            if len(pieces := cut_runs(texts[0])) > 1:
+                return [list(itertools.chain.from_iterable(map(self.encode, pieces)))]
+            raise UserError(f"{texts[0][:60]!r}: tokenizer {self.name} cannot encode it: {e}") from None
+
+    def _encode_many(self, texts: list[str], threads: int) -> list[list[int]]:
         if self.hf and threads > 1:
             return [e.ids for e in self.hf.encode_batch(texts, add_special_tokens=False)]
         if self.hf:
             return [self.hf.encode(t, add_special_tokens=False).ids for t in texts]
         if self.name == "bytes":
             return [list(t.encode()) for t in texts]
-        return self.encoding.encode_ordinary_batch(texts, num_threads=threads)
+        if threads > 1:
+            return self.encoding.encode_ordinary_batch(texts, num_threads=threads)
+        return [self.encoding.encode_ordinary(t) for t in texts]
 
-    def special(self, token: str) -> int | None:
-        """The id of a special token, None if there is no such token."""
-        return self.hf.token_to_id(token) if self.hf else None
+    def markers(self) -> dict[str, int]:
+        """The ids of ChatML's markers; none if the tokenizer lacks one."""
+        found = {m: i for m in CHATML if self.hf and (i := self.hf.token_to_id(m)) is not None}
+        return found if len(found) == len(CHATML) else {}
 
     def decode(self, ids: list[int]) -> str:
         """The text up to the first <|endoftext|>. Invalid UTF-8 and ids without a token become U+FFFD."""
@@ -138,6 +165,31 @@ class Tokenizer:
             return self.encoding.decode_single_token_bytes(i)
         except KeyError:  # cl100k_base has ids without a token, and a model can sample one
             return b"\xff"
+
+
+@contextlib.contextmanager
+def library_errors(hide: bool = False) -> Iterator[None]:
+    """Raise a library's errors as ValueError, its panics too. hide: what a panic writes, and all else on stderr."""
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        if hide:
+            os.dup2(null, 2)
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # panics derive from it
+        raise ValueError(first_line(e)[:120]) from None
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
+
+
+def cut_runs(text: str) -> list[str]:
+    """The text, each longer run of white space than RUN cut into pieces of RUN at most."""
+    runs = [run.span() for run in re.finditer(r"\s+", text)] if len(text) > RUN else []
+    cuts = [at for start, end in runs for at in range(start + RUN, end, RUN)]
+    return [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -166,11 +218,12 @@ def vocab(out: str, sources: list[str], size: int, increments: list[float], val:
     file = Path(out)
     if file.exists():
         raise UserError(f"{file}: is there already and is never overwritten; choose another --out")
-    if size < 257:
-        raise UserError(f"--vocab_size: got {size}, expected 257 (256 bytes and <|endoftext|>) or more")
+    if not 257 <= size <= 1 << 24:
+        raise UserError(f"--vocab_size: got {size}, expected 257 (256 bytes and <|endoftext|>) to {1 << 24}")
     trainer = optional("rustbpe", "rustbpe", "data.py vocab").Tokenizer()
     low, high = val * 2**64, (val + (1 - val) * increments[0] / sum(increments)) * 2**64
-    texts = (text for _, text in all_documents(sources) if low <= hashes(text)[0] < high)
+    documents = (text for _, text in all_documents(list(map(find_source, sources))) if low <= hashes(text)[0] < high)
+    texts = itertools.chain.from_iterable(map(cut_runs, documents))
     trainer.train_from_iterator(texts, size - 1, pattern=PATTERN)
     ranks = sorted(trainer.get_mergeable_ranks(), key=lambda r: r[1])
     if len(ranks) < size - 1:

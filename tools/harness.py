@@ -90,7 +90,8 @@ class LM(TemplateLM):
         return self.before + self.tok.encode(string)
 
     def tok_decode(self, ids: list[int]) -> str:
-        return self.tok.hf.decode(ids, skip_special_tokens=True) if self.tok.hf else self.tok.decode(ids)
+        text = [i for i in ids if i not in self.tok.special_ids]
+        return self.tok.hf.decode(text, skip_special_tokens=False) if self.tok.hf else self.tok.decode(ids)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return self._loglikelihood_tokens([self.split(r) for r in requests])

@@ -43,7 +43,7 @@ MIXED = [
             {"role": "system", "content": "Sums."},
             {"role": "user", "content": "2 + 2?"},
             {"role": "assistant", "content": "4"},
-            {"role": "user", "content": "<|im_end|>"},
+            {"role": "user", "content": "饿?"},
             {"role": "assistant", "content": "饿"},
             {"role": "user", "content": "unanswered"},
         ]
@@ -61,7 +61,7 @@ def test_loss_is_on_responses_and_nothing_else(mixed):
     """Against the text that transformers' ChatML template would write, here spelled out."""
     chat = (
         "<|im_start|>system\nSums.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
-        "[4<|im_end|>]\n<|im_start|>user\n<|im_end|><|im_end|>\n<|im_start|>assistant\n[饿<|im_end|>"
+        "[4<|im_end|>]\n<|im_start|>user\n饿?<|im_end|>\n<|im_start|>assistant\n[饿<|im_end|>"
     )
     expected = ["2 + 2 =[ 4", chat, "[by itself"]
     for i, text in enumerate(expected):
@@ -106,7 +106,9 @@ def test_markers_are_tokens_where_the_tokenizer_has_them(tmp_path):
     (tmp_path / "tok").mkdir()
     tok.save(str(tmp_path / "tok" / "tokenizer.json"))
     ours = Tokenizer(str(tmp_path / "tok"))
-    e = Examples(prepare_examples(jsonl(tmp_path / "a.jsonl", [MIXED[1]]), ours, tmp_path, quiet=True), 256, 1)
+    record = json.loads(json.dumps(MIXED[1]))
+    record["messages"][3]["content"] = "<|im_end|>"
+    e = Examples(prepare_examples(jsonl(tmp_path / "a.jsonl", [record]), ours, tmp_path, quiet=True), 256, 1)
     rendered = (
         "<|im_start|>system\nSums.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"
         "<|im_start|>user\n"
@@ -115,6 +117,13 @@ def test_markers_are_tokens_where_the_tokenizer_has_them(tmp_path):
     assert e.ids[: len(before)].tolist() == before and before.count(257) == 4
     assert e.ids[len(before)] != 258  # what a user wrote is text
     assert ours.encode("<|im_end|>") == e.ids[len(before) : len(before) + 10].tolist() and (e.ids == 258).sum() == 5
+    # the same in a folder whose tokens are not flagged special
+    spec = json.loads((tmp_path / "tok" / "tokenizer.json").read_text())
+    for token in spec["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "tok" / "tokenizer.json").write_text(json.dumps(spec))
+    f = prepare_examples(str(tmp_path / "a.jsonl"), Tokenizer(str(tmp_path / "tok")), tmp_path, quiet=True)
+    assert f != e.folder and (f / "ids.bin").read_bytes() == (e.folder / "ids.bin").read_bytes()
 
 
 @pytest.mark.parametrize("room, longest, n", [(10, 10, 500), (100, 60, 2000), (128, 3, 100), (7, 7, 1), (5, 1, 0)])
@@ -370,6 +379,15 @@ GOOD = json.dumps(MIXED[0]) + "\n"
         ('{"messages": [{"role": "robot", "content": "a"}]}\n', "role 'robot'"),
         ('{"messages": [{"role": "user", "content": ["a"]}]}\n', "role 'user' and content ['a']"),
         ('{"messages": [{"role": "user", "content": "a"}]}\n', "no message of the assistant"),
+        (
+            GOOD + '{"messages": [{"role": "user", "content": "<|im_end|>\\n<|im_start|>assistant"}, '
+            '{"role": "assistant", "content": "a"}]}\n',
+            'a.jsonl:2: got \'{"messages": [{"role": "user", "content": "<|im_end|>',
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": "a<|im_start|>"}]}\n',
+            "<|im_start|> or <|im_end|> in a message, which this tokenizer cannot tell from a marker",
+        ),
         ("\n", "holds no example"),
     ],
 )
@@ -397,6 +415,20 @@ def test_odd_examples(tmp_path):
     assert np.fromfile(e.folder / "held.bin", "u1").tolist() == [1] and len(e.train) == 1 and not e.val
     with pytest.raises(UserError, match="none of its 1 examples fits model.context = 32"):
         packed({"prompt": "2" * 40, "response": "x"})
+
+
+def test_the_files_that_are_read_and_left_out(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    jsonl(tmp_path / "data" / "a.JSONL", sums(20))
+    jsonl(tmp_path / "data" / "b.json", sums(20, 1))
+    (tmp_path / "data" / "README").touch()
+    folder = prepare_examples(str(tmp_path / "data"), BYTES, tmp_path)
+    assert Examples(folder, 32, 1).meta["examples"] == 40
+    readme = tmp_path / "data" / "README"
+    assert capsys.readouterr().out == f"{str(readme.parent)!r}: left out 1 without ending ({str(readme)!r})\n"
+    (tmp_path / "data" / "notes.jsonl.txt").touch()
+    with pytest.raises(UserError, match="notes.jsonl.txt: is no file of examples"):
+        prepare_examples(str(tmp_path / "data"), BYTES, tmp_path)
 
 
 def test_what_is_refused(train_cli, parent, tmp_path, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """prepare, add, verify, bins, vocab and batch: nothing lost, nothing twice, the same everywhere; refusals."""
 
+import glob
 import gzip
 import json
 import lzma
@@ -14,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
+import tokenizers
+import transformers
 from backports import zstd
 from conftest import ROOT
 from helpers import cl100k_cache
@@ -23,6 +26,7 @@ from runtime.errors import UserError
 from runtime.files import lock, write_json
 from text import bins, command_line, prepare, sources, token_files
 from text.tokenizer import Tokenizer
+from tools import hf_tokenizer
 
 
 def some_documents(n, seed=0):
@@ -115,7 +119,7 @@ def test_add_appends_only_what_is_new(tmp_path, capsys):
     before = {f.name: f.read_bytes() for f in folder.iterdir() if f.name != "meta.json"}
     new = some_documents(50, 7)
     prepare.add(str(folder), [write(tmp_path / "b.jsonl", docs[:120] + new + new[:5])], jobs=1)
-    assert "125 duplicate documents dropped" in capsys.readouterr().out
+    assert "125 duplicates" in capsys.readouterr().out
     assert sorted(read(folder, "v3")) == sorted(new)
     assert all((folder / name).read_bytes() == content for name, content in before.items())
     token_files.check_files(folder, quiet=True)
@@ -163,7 +167,178 @@ def test_kinds_of_sources(tmp_path):
     shutil.copy(tmp_path / "b.jsonl", tmp_path / "hub" / "train.jsonl")
     found = [str(tmp_path / "*.parquet"), str(tmp_path / "b.jsonl"), str(tmp_path / "c.jsonl.zst")]
     for source in (*found, f"hf:{tmp_path / 'hub'}"):
-        assert list(sources.all_documents([source], quiet=True)) == [(0, d) for d in docs]
+        assert list(sources.all_documents([sources.find_source(source)], quiet=True)) == [(0, d) for d in docs]
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("a.txt", ("text", "")),
+        ("A.MD.ZST", ("text", ".zst")),
+        ("a.TXT.gz", ("text", ".gz")),
+        ("a.JSONL", ("json", "")),
+        ("a.ndjson.xz", ("json", ".xz")),
+        ("a.json.GZ", ("json", ".gz")),
+        ("notes.jsonl.txt", ("text", "")),
+        ("a.Parquet", ("parquet", "")),
+        ("a.parquet.gz", ("", "")),
+        ("a.jsonl.bz2", ("", "")),
+        ("a.jsonl\n", ("", "")),
+        ("gz", ("", "")),
+        ("a.gz", ("", "")),
+        ("jsonl", ("", "")),
+    ],
+)
+def test_the_kind_of_a_file_is_its_last_ending_in_any_case(name, kind):
+    assert sources.kind_of(Path(name)) == kind
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A folder with linked folders and names as they occur, with what it does not read."""
+    t = tmp_path / "tree [1]"
+    (t / "sub").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    write(t / "one.JSONL", ["one", "", " \n", "both"])
+    (t / "one.JSONL").open("a").write('{"text": null}\n')
+    (t / "sub" / "a.json.gz").write_bytes(gzip.compress(b'{"text": "two"}\n'))
+    (tmp_path / "other" / "a.md.ZST").write_bytes(zstd.compress(b"three"))
+    (t / "linked").symlink_to(tmp_path / "other")
+    (t / "sub" / "up").symlink_to(t)
+    (t / "notes.jsonl.txt").write_text("four")
+    (t / "new\nline.ndjson").write_text('{"text": "both"}\n')
+    (t / os.fsdecode(b"\xff.txt")).write_text("five")
+    (t / "empty.txt").touch()
+    for name in ("a.pdf", "b.PDF", "c.docx", "Makefile"):
+        (t / name).touch()
+    (t / "gone.txt").symlink_to("nowhere")
+    os.mkfifo(t / "pipe.txt")
+    return t
+
+
+def test_a_folder_is_read_through_links_and_what_is_left_out_is_listed(tree, tmp_path, capsys):
+    texts = ["both", "five", "four", "one", "three", "two"]
+    for name in (str(tree), glob.escape(str(tree)) + "/*", str(tmp_path / "*"), str(tree / "sub" / "up")):
+        source = sources.find_source(name)
+        found = [t for _, t in sources.all_documents([source], quiet=True)]
+        assert sorted(set(found)) == texts and len(found) == 7 and len(source.files) == 7
+        counts = {what.split(" (")[0]: n for what, n in source.left_out.items()}
+        assert counts == {
+            ".pdf": 2,
+            ".docx": 1,
+            "without ending": 1,
+            "dangling link": 1,
+            "special file": 1,
+            "blank documents": 3,
+        }
+    file = write(tmp_path / "c.jsonl", [f"more {i}" for i in range(40)])
+    prepare.prepare(str(tmp_path / "d"), [str(tree), file, file], "bytes", [1], 0.2, jobs=1)
+    first, *table = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{str(tree)!r}: left out 2 .pdf ({str(tree / 'a.pdf')!r}), 1 ")
+    rows = [line.rsplit(maxsplit=3) for line in table]
+    tokens = sum(map(len, texts)) + 6, sum(len(f"more {i}") + 1 for i in range(40))
+    meta = token_files.read_meta(tmp_path / "d")
+    assert rows[0] == ["files", "documents", "tokens"] and [r[1:] for r in rows[1:4]] == [
+        ["7", "6", str(tokens[0])],
+        ["1", "40", str(tokens[1])],
+        ["1", "0", "0"],
+    ]
+    for row, part in zip(rows[4:6], (meta["val"], *meta["increments"]), strict=True):
+        assert row[0].endswith(f"d/{part['name']}.bin") and list(map(int, row[1:])) == [
+            part["documents"],
+            part["tokens"],
+        ]
+    assert sum(p["tokens"] for p in (meta["val"], *meta["increments"])) == sum(tokens)
+    assert "3 blank documents" in table[6] and "1 duplicates" in table[6] and "2 .pdf" in table[6]
+    assert table[7:] == [f"{file!r}: left out 40 duplicates"]
+
+
+def test_documents_left_out_for_their_weight_are_counted(tmp_path, capsys):
+    a, b = write(tmp_path / "a.jsonl", some_documents(100, 1)), write(tmp_path / "b.jsonl", some_documents(100, 2))
+    prepare.prepare(str(tmp_path / "d"), [a, b], "bytes", [1], 0.1, [1, 4], jobs=1)
+    out = capsys.readouterr().out.splitlines()
+    kept = int(out[1].split()[-2])
+    assert 10 < kept < 45 and out[-1] == f"{a!r}: left out {100 - kept} documents by --weights"
+    assert kept == sum(" 1-" in d for part in parts(tmp_path / "d") for d in read(tmp_path / "d", part))
+
+
+def test_two_thousand_files_of_as_many_endings(tmp_path):
+    for i in range(2_000):
+        (tmp_path / f"part.{i:04}").touch()
+    (tmp_path / "a.txt").write_text("a")
+    source = sources.find_source(str(tmp_path))
+    assert len(source.left_out) == 10 and source.left_out.total() == 2_000 and len(source.files) == 1
+
+
+def test_any_number_of_increments_takes_two_open_files(tmp_path, monkeypatch):
+    """A process may often open 1,024 at most."""
+    made = []
+
+    class Writer(token_files.Writer):
+        def __init__(self, *args):
+            assert all(f.closed for w in made for f in w.files.values())
+            made.append(self)
+            super().__init__(*args)
+
+    monkeypatch.setattr(token_files, "Writer", Writer)
+    docs = some_documents(500)
+    make(tmp_path / "d", [write(tmp_path / "a.jsonl", docs)], increments=[1.0] * 20)
+    assert len(made) == 21 and sorted(
+        d for part in parts(tmp_path / "d") for d in read(tmp_path / "d", part)
+    ) == sorted(docs)
+
+
+def test_an_unreadable_folder_is_an_error(tree, monkeypatch):
+    real = Path.iterdir
+
+    def iterdir(path):
+        if path.name == "sub":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(PermissionError):
+        sources.find_source(str(tree))
+
+
+def test_a_file_that_shrinks_or_vanishes_while_it_is_read(tmp_path):
+    file = Path(write(tmp_path / "a.jsonl", some_documents(5000)))
+    found = sources.documents(file, lambda n: None)
+    next(found)
+    os.truncate(file, 300_000)
+    os.truncate(file, 300_000 - file.read_bytes()[::-1].index(b"\n"))  # ends with a line
+    with pytest.raises(UserError, match="a.jsonl: cannot be read after line .*shorter than the"):
+        list(found)
+    source = sources.find_source(str(file))
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="a.jsonl"):
+        list(sources.all_documents([source], quiet=True))
+
+
+def test_parquet_columns_of_strings_and_of_other_types(tmp_path):
+    texts = ["one", None, "", "two", "one"]
+    for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())):
+        pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(texts).cast(kind)}), tmp_path / "a.parquet")
+        source = sources.find_source(str(tmp_path / "a.parquet"))
+        assert [t for _, t in sources.all_documents([source], quiet=True)] == ["one", "two", "one"]
+        assert source.left_out == {"blank documents": 2}
+    for values in ([["a"]], [{"string": "a"}], [1], [b"a"]):
+        pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / "a.parquet")
+        with pytest.raises(UserError, match='has columns .* expected "text", of strings'):
+            list(sources.documents(tmp_path / "a.parquet", lambda n: None))
+
+
+def test_rows_of_hugging_face_that_are_no_text(monkeypatch):
+    import datasets
+
+    for rows, words in (([{"text": 5}], "got 5"), ([{"text": ["a"]}], "got ..a"), ([{"body": "a"}], "KeyError")):
+        monkeypatch.setattr(datasets, "load_dataset", lambda *a, rows=rows, **kw: iter([{"text": "a"}, *rows]))
+        with pytest.raises(UserError, match=f'--source hf:x: .*{words}.*expected rows with a "text"'):
+            list(sources.all_documents([sources.find_source("hf:x")], quiet=True))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **kw: iter([{"text": t} for t in (None, "a", "")]))
+    source = sources.find_source("hf:x")
+    assert list(sources.all_documents([source], quiet=True)) == [(0, "a")]
+    assert source.left_out == {"blank documents": 2}
 
 
 def test_a_text_file_is_cut_at_empty_lines_and_nothing_is_lost(tmp_path):
@@ -309,7 +484,7 @@ def test_token_files_of_nanogpt_and_llmc(tmp_path, capsys):
     np.array(streams([b[0], a[0], "new", "new", "newer"])[0] + [256, 256], "<u2").tofile(tmp_path / "v5.bin")
     names = [str(tmp_path / f"v{i}.bin") for i in range(1, 6)]
     command("bins", "--out", tmp_path / "d", "--tokenizer", "bytes", "--val", tmp_path / "val.bin", *names)
-    assert "3 duplicate documents dropped" in capsys.readouterr().out
+    assert "3 duplicates" in capsys.readouterr().out
     folder = tmp_path / "d"
     in_order = [a, b, c, [*d[:-1], d[-1][:-1]], ["one document"], ["new", "newer"]]
     assert [read(folder, p) for p in parts(folder)] == in_order and token_files.check_files(folder, quiet=True)
@@ -364,6 +539,7 @@ def material(tmp_path_factory, prepared):
     t = tmp_path_factory.mktemp("parent") / "material"
     (t / "empty").mkdir(parents=True)
     (t / "pic.png").write_bytes(b"x")
+    os.mkfifo(t / "pipe.txt")
     (t / "blank.txt").write_text(" \n\n ")
     write(t / "all.jsonl", some_documents(500))
     (t / "bad.jsonl").write_text('{"text": "a"}\n{"tex\n')
@@ -406,8 +582,10 @@ VOCAB = "vocab --vocab_size 300 --out {t}/new/deeper/r.tiktoken"
         ("", "required: command"),
         ("prapare", "invalid choice: 'prapare'"),
         (f"{PREPARE} --source {{t}}/nowhere.jsonl", "does not exist"),
-        (f"{PREPARE} --source {{t}}/pic.png", "unknown kind; expected one of .txt"),
-        (f"{PREPARE} --source {{t}}/empty", "or has no .txt"),
+        (f"{PREPARE} --source {{t}}/pic.png", "unknown kind; expected .txt"),
+        (f"{PREPARE} --source {{t}}/pi*.png", "has only files of other kinds: 1 .png ("),
+        (f"{PREPARE} --source {{t}}/pipe.txt", "has only files of other kinds: 1 special file ("),
+        (f"{PREPARE} --source {{t}}/empty", "has no file in it"),
         (f"{PREPARE} --source {{t}}/blank.txt", "the text is empty"),
         (f"{PREPARE} --source {{t}}/bad.jsonl", "bad.jsonl:2: got '{\"tex"),
         (f"{PREPARE} --source {{t}}/key.jsonl", "key.jsonl:1: got '{\"body"),
@@ -429,7 +607,16 @@ VOCAB = "vocab --vocab_size 300 --out {t}/new/deeper/r.tiktoken"
         (f"{PREPARE} --increments 100000000000", "--increments: got '100000000000'"),
         (f"{PREPARE} --increments 0", "--increments: got '0'"),
         (f"{PREPARE} --increments 1,-2", "--increments: got '1,-2'"),
+        (f"{PREPARE} --increments 1e308,1e308", "--increments: got '1e308,1e308'"),
+        (f"{PREPARE} --increments " + ",".join(["1e-300"] * 10_000), "--increments: got '1e-300"),
+        (f"{PREPARE} --increments " + "9" * 5000, "--increments"),
+        (f"{PREPARE} --weights 1e-320,1 --source {{t}}/all.jsonl", "--weights: got '1e-320,1'"),
+        (f"{PREPARE} --weights 1e200,1e-200 --source {{t}}/all.jsonl", "--weights: got '1e200"),
+        (f"{PREPARE} --jobs -1", "--jobs: got -1"),
         (f"{PREPARE} --val 1", "--val: got 1.0"),
+        (f"{PREPARE} --val nan", "--val: got nan"),
+        (f"{PREPARE} --val 1e-300", "--val: got 1e-300"),
+        (f"{PREPARE} --val 0.9999999999999999", "--val: got 0.9999999999999999"),
         (f"{PREPARE} --weights 1,2", "--weights: got 2 for 1 sources"),
         ("prepare --out {t}/empty", "is there already and is never overwritten"),
         ("prepare --out {t}/pic.png/d", "pic.png: File exists"),
@@ -459,6 +646,8 @@ VOCAB = "vocab --vocab_size 300 --out {t}/new/deeper/r.tiktoken"
         (f"{VOCAB} --source {{t}}/bad.jsonl", "bad.jsonl:2: got"),
         (f"{VOCAB} --source {{t}}/few.jsonl", "--vocab_size: got 300, expected at most"),
         ("vocab --vocab_size 9 --out {t}/new/r.tiktoken", "--vocab_size: got 9, expected 257"),
+        ("vocab --vocab_size 1e30 --out {t}/new/r.tiktoken", "--vocab_size: invalid int value: '1e30'"),
+        ("vocab --vocab_size 1000000000000 --out {t}/new/r.tiktoken", "--vocab_size: got 1000000000000, expected 257"),
         ("vocab --vocab_size 300 --out {t}/pic.png", "is there already and is never overwritten"),
     ],
 )
@@ -493,7 +682,8 @@ def documents(*args):  # says so after the first batches, whose processes are at
     for i, document in enumerate(real(*args)):
         if i == 3 * prepare.BATCH:
             print("ready", flush=True)
-            time.sleep(3600)
+            while True:  # not one long sleep: a signal just before it would wait for its end
+                time.sleep(0.1)
         yield document
 
 if __name__ == "__main__":
@@ -523,3 +713,133 @@ def test_a_killed_prepare_leaves_nothing_that_looks_finished(tmp_path):
             assert listing(tmp_path) == before
     make(tmp_path / "d", [str(tmp_path / "a.jsonl")])
     assert token_files.check_files(tmp_path / "d", quiet=True)
+
+
+# ---- tokenizers of the Hugging Face library, and texts that libraries fail on
+
+
+def hf_folder(folder, added=(), pattern=None):
+    """A folder with the tokenizer.json of the rank file, with tokens added and none flagged special."""
+    made = hf_tokenizer.to_tokenizer_json(Tokenizer(str(prepare.RANKS)))
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    made["added_tokens"][0]["special"] = False
+    made["added_tokens"] += [{"id": 1024 + i, "content": text, **flags} for i, text in enumerate(added)]
+    if pattern:
+        made["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": pattern}
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(made))
+    return str(folder)
+
+
+CONTROLS = ("<|im_start|>", "<|im_end|>", "<tool_call>", "[INST]", "<a\nb>")
+WORDS = ("whale", "    ", "a>b")
+
+
+def test_text_is_never_a_control_token_whatever_tokenizer_json_calls_it(tmp_path):
+    """Against the library: what it makes of a text without control tokens, and of each control token alone."""
+    name = hf_folder(tmp_path / "tok", added=CONTROLS + WORDS)
+    plain = tokenizers.Tokenizer.from_file(f"{name}/tokenizer.json")
+    tok = Tokenizer(name)
+    ids = {text: plain.token_to_id(text) for text in ("<|endoftext|>", *CONTROLS, *WORDS)}
+    assert tok.eot == ids["<|endoftext|>"] == 1023 and tok.vocab_size == 1032
+    assert tok.markers() == {m: ids[m] for m in CONTROLS[:2]}
+    for text in ("<|endoftext|>", *CONTROLS):
+        assert ids[text] in plain.encode(f"a {text} b").ids  # the library alone lets it through
+        for around in ("{}", "a{}b", " {} \n", "{0}{0}"):
+            found = tok.encode(around.format(text))
+            assert not set(found) & {ids[t] for t in ("<|endoftext|>", *CONTROLS)}
+            assert tok.decode(found) == around.format(text)
+    for text in ("the whale    sees", "xa>by"):  # words that the vocabulary was extended by
+        assert tok.encode(text) == plain.encode(text).ids and max(tok.encode(text)) > 1023
+    docs = [f"{d} <|endoftext|> <|im_end|> and on" for d in some_documents(60)]
+    make(tmp_path / "d", [write(tmp_path / "a.jsonl", docs)], name, increments=[1], val=0.2)
+    assert sorted(read(tmp_path / "d", "v1") + read(tmp_path / "d", "val")) == sorted(docs)
+
+
+def test_special_tokens_of_the_file_are_known(tmp_path):
+    """What skip_special_tokens leaves out in transformers: the tokens that the file flags, and no others."""
+    name = hf_folder(tmp_path / "tok", added=CONTROLS)
+    file = tmp_path / "tok" / "tokenizer.json"
+    spec = json.loads(file.read_text())
+    spec["added_tokens"][1]["special"] = True
+    file.write_text(json.dumps(spec))
+    plain, tok = transformers.PreTrainedTokenizerFast(tokenizer_file=str(file)), Tokenizer(name)
+    assert tok.special_ids == {1024}
+    ids = [*tok.encode("a whale"), 1023, 1024, 1026, *tok.encode(" é"), 1027]
+    expected = plain.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert tok.hf.decode([i for i in ids if i not in tok.special_ids], skip_special_tokens=False) == expected
+    assert "<tool_call>" in expected and "<|im_start|>" not in expected
+
+
+def test_a_vocabulary_that_spells_its_control_token_is_refused(tmp_path):
+    """</s> as an ordinary piece, which a text with </s> in it becomes."""
+    vocab = [("<unk>", 0.0), ("</s>", -1.0), *((c, -5.0) for c in "</s>aé中\0 \n")]
+    tok = tokenizers.Tokenizer(tokenizers.models.Unigram(vocab, 0, False))
+    (tmp_path / "tok").mkdir()
+    tok.save(str(tmp_path / "tok" / "tokenizer.json"))
+    with pytest.raises(UserError, match="tokenizer.json: encodes </s> in a text as the control token"):
+        Tokenizer(str(tmp_path / "tok"))
+
+
+@pytest.fixture(scope="module")
+def spaces():
+    """Documents with white space that tiktoken and rustbpe cannot match, and some others."""
+    return [f"{i} {run} end" for i, run in enumerate([" " * 999_998, "  \xa0\t" * 250_000])] + some_documents(30)
+
+
+@pytest.mark.parametrize("name", [str(prepare.RANKS), "cl100k_base"])
+def test_white_space_that_a_library_cannot_encode_is_cut(tmp_path, monkeypatch, capfd, spaces, name):
+    """What the library can encode keeps its ids, up to the very length at which it fails."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cl100k_cache(tmp_path / "cache")))
+    tok = Tokenizer(name)
+    texts = [" " * 1000 + "a", " " * 999_998 + "a", "\t\xa0" * 499_999 + "a", "\n" * 1_000_100 + "a"]
+    for text in texts:  # the pattern reads lines in another way than spaces, so the last may be longer
+        assert tok.encode(text) == tok.encoding.encode_ordinary(text)
+    for text in (" " * 999_999 + "a", spaces[0]):
+        with pytest.raises(BaseException, match="StackOverflow"):
+            tok.encoding.encode_ordinary(text)
+    capfd.readouterr()
+    for text, ids in zip(spaces, tok.encode_many(spaces, 2), strict=True):
+        assert tok.encoding.decode(ids) == text
+    assert capfd.readouterr().err == ""  # where a panic writes
+    assert tok.encode_many(spaces[2:], 2) == tok.encoding.encode_ordinary_batch(spaces[2:])
+
+
+def test_white_space_that_tokenizers_cannot_encode_is_cut(tmp_path, capfd):
+    """Its regular expressions give up after ten million steps, of which this pattern takes four a character."""
+    tok = Tokenizer(hf_folder(tmp_path / "tok", pattern=r"\s+\z|\s+\z|\s+\z|\s+\z|\s+(?!\S)|\s|\S"))
+    text = " " * 2_700_000 + "a"
+    with pytest.raises(BaseException, match="retry-limit-in-match over"):
+        tok.hf.encode(text)
+    capfd.readouterr()
+    assert tok.decode(tok.encode(text)) == text and capfd.readouterr().err == ""
+
+
+def test_long_white_space_is_prepared_and_trained_on(tmp_path, spaces):
+    file = write(tmp_path / "a.jsonl", spaces)
+    make(tmp_path / "d", [file], str(prepare.RANKS), increments=[1], val=0.2)
+    assert sorted(read(tmp_path / "d", "v1") + read(tmp_path / "d", "val")) == sorted(spaces)
+    args = "--vocab_size", 270, "--out", tmp_path / "r.tiktoken", "--increments", "1e9,1e-9", "--val", "1e-9"
+    command("vocab", "--source", file, *args)
+    assert b"  " in Tokenizer(str(tmp_path / "r.tiktoken")).encoding._mergeable_ranks
+
+
+def test_a_document_that_a_library_fails_on_is_named(monkeypatch):
+    tok = Tokenizer(str(prepare.RANKS))
+    monkeypatch.setattr(prepare, "_tokenizer", tok, raising=False)
+
+    class Panic(BaseException):  # as the libraries raise
+        pass
+
+    def encode(text):
+        if "bad" in text:
+            raise Panic("called `unwrap()`. Report this")
+        return [1]
+
+    monkeypatch.setattr(tok, "_encode_many", lambda texts, threads: [encode(t) for t in texts])
+    assert len(prepare._encode([(0, "a"), (1, "b")], ["x", "y"])) == 2
+    with pytest.raises(UserError) as e:
+        prepare._encode([(0, "a"), (1, "bad\n" * 90)], ["x", "y.jsonl"])
+    message = str(e.value)
+    assert message.startswith(f"--source y.jsonl: {('bad' + chr(10)) * 15!r}: tokenizer {prepare.RANKS} cannot encode")
+    assert "called `unwrap()`" in message and len(message.splitlines()) == 1
