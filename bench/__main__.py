@@ -1,7 +1,6 @@
 """Speed and memory beside peers: every ratio is of numbers measured in the same run.
 
     python -m bench step --size 203m     a training step: ours, Hugging Face's Llama, with Liger, nanoGPT's shape
-    python -m bench step --memory        peak memory of the loss, in chunks and with all logits at once
     python -m bench kernels              each kernel beside PyTorch, torch.compile, Liger and its bar
     python -m bench data                 the reader, and the shard writer beside tiktoken alone
     python -m bench checkpoint           save, its stall and load beside a plain write, copy and read of the same bytes
@@ -33,7 +32,7 @@ from bench import kernels as kernel_rows
 from bench.kernels import CASES
 from bench.measure import Row, show, table, text
 from runtime import logger
-from runtime.command_line import Parser, given
+from runtime.command_line import Parser
 from runtime.device import device_name, pick_device
 from runtime.errors import UserError, user_errors
 from runtime.files import write_text
@@ -48,7 +47,6 @@ OPTIONS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("kernels", "--only", {"nargs": "+", "choices": CASES, "default": CASES}, "some of the kernels"),
     ("step", "--peers", {"nargs": "*", "choices": peers.PEERS}, "which peers, if any [all; on a CPU hf nanogpt]"),
     ("step", "--micro", {"nargs": "+", "type": int}, "micro-batches to try [16 32 8 4; on a CPU 8 16 4]"),
-    ("step", "--memory", {"action": "store_true"}, "peak memory of the loss [model.vocab_size 100277]"),
     ("step", "--minutes", {"type": float, "default": 10.0}, "no round begins later; a third is for --micro [10]"),
     ("step", "--steps", {"type": int, "default": 20}, "timed updates of a round [20]"),
     ("step", "--warmup", {"type": int, "default": 10}, "updates before them [10]"),
@@ -67,7 +65,7 @@ LOWEST = {"micro": 1, "steps": 1, "rounds": 1, "jobs": 1, "megabytes": 0.1, "min
 def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
     """The options and the config. UserError for an option that cannot work, before anything is touched."""
     top = Parser(prog="bench", description=__doc__)
-    top.set_defaults(row=None, plot=None, dir=None, memory=False)
+    top.set_defaults(row=None, plot=None, dir=None)
     commands = top.add_subparsers(dest="verb", required=True, parser_class=Parser)
     for verb in VERBS:
         command = commands.add_parser(verb, usage=f"bench {verb} [--flag VALUE ..] [--section.key VALUE ..]")
@@ -80,8 +78,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
     o, c = top.parse_config(argv, default=default)
     if o.verb == "kernels":
         o.sizes = o.sizes or ([o.config] if o.config else ["203m", "608m", "1.2b", "3.1b"] if cuda else ["tiny"])
-    if o.memory and "model.vocab_size" not in given(o):
-        c.model.vocab_size = 100277
     check(o, c)
     return o, c
 
@@ -94,8 +90,8 @@ def check(o: argparse.Namespace, c: config.Config) -> None:
     for key in ("json", "plot"):
         if (file := getattr(o, key)) and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
             raise UserError(f"--{key}: got {file}, expected a file in a folder that exists")
-    if o.plot and (o.memory or Path(o.plot).suffix != ".png"):
-        raise UserError(f"--plot: got {o.plot}, expected a .png file, and no --memory")
+    if o.plot and Path(o.plot).suffix != ".png":
+        raise UserError(f"--plot: got {o.plot}, expected a .png file")
     if o.plot:
         optional("matplotlib", "matplotlib", "--plot")
     if c.train.device == "mps":

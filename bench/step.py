@@ -4,7 +4,6 @@ import gc
 import itertools
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ import kernels
 import model as llama
 from bench import peers
 from bench.measure import Row, fresh_row, require, roofs, square_product, timed, total_memory, verdict
-from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from runtime.device import peak_flops, steady_malloc
 from runtime.errors import UserError
 
@@ -30,7 +28,6 @@ BARS = {
     (48, 1536): (39.9e3, 1.14, 0.75),
     (40, 2048): (29.7e3, 1.14, 0.85),
 }
-TOKENS = 2048  # of --memory
 CPU_BARS = (0.50, 1.1)  # MFU of the matrix product, speed relative to nanoGPT's shape
 
 
@@ -114,8 +111,6 @@ class Trainer:
 
 
 def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
-    if o.memory:
-        return loss_memory(c, device, dtype)
     cuda = device.type == "cuda"
     o.micro = o.micro or ([16, 32, 8, 4] if cuda else [8, 16, 4])
     if any(n % m for m in o.micro for n in (o.micro[0], c.batch_sequences) if m <= n):
@@ -155,8 +150,6 @@ def measure_rounds(o: Any, rows: dict[str, Row]) -> None:
 
 def row(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
     """One row, in this process: its loss and fastest micro-batch (with --updates 0 the first one), then its speed."""
-    if o.memory:
-        return loss_peak(o, c, device, dtype)
     cuda = device.type == "cuda"
     if o.row.startswith("ours"):  # as train.py does; a peer runs as its users run it
         steady_malloc(device)
@@ -246,38 +239,3 @@ def bars_of(rows: dict[str, Row], c: config.Config, cuda: bool) -> list[Row]:
         bars += verdict(f"{name}: part of the matmul", rows[name].get("mfu"), CPU_BARS[0])
         bars += verdict(f"{name}: to nanogpt", median_ratio(rows[name], rows.get("nanogpt", {})), CPU_BARS[1])
     return bars
-
-
-def loss_memory(c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
-    """Peak memory of the loss, forward and backward: logits in chunks, and all of them at once."""
-    h, V = c.model.hidden, c.model.vocab_size
-    need = 4.0 * (2 * V * h + 2 * TOKENS * h + 4 * TOKENS * V)
-    require("--memory: the loss with all logits", need, total_memory(device), "lower model.vocab_size")
-    rows = [Row(row=name) | fresh_row("--row", name) for name in ("chunked", "all logits")]
-    peaks = [row.get("peak_bytes") for row in rows]
-    for row, peak in zip(rows, peaks, strict=True):
-        row["memory_ratio"] = peaks[0] / peak if peaks[0] and peak else None
-    print(f"peak memory of the loss of {TOKENS:,} tokens, hidden {h:,}, vocabulary {V:,}, without its inputs")
-    return {"tokens": TOKENS, "hidden": h, "vocab_size": V, "rows": rows}
-
-
-def loss_peak(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
-    """One row of `loss_memory`, in this process."""
-    h, V, cuda = c.model.hidden, c.model.vocab_size, device.type == "cuda"
-    x = torch.randn(TOKENS, h, device=device, dtype=dtype, requires_grad=True)
-    # small, as at the start of training: large logits give denormal probabilities, which are slow on a CPU
-    w = (0.02 * torch.randn(V, h, device=device)).requires_grad_()
-    y = torch.randint(0, V, (TOKENS,), device=device)
-    (x[:64] @ w[:64].type_as(x).T).sum()  # the first product allocates buffers of the library
-    before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
-    if o.row == "chunked":
-        linear_cross_entropy(x, w, y).backward()
-    else:
-        linear_cross_entropy_ref(x, w.type_as(x), y).backward()
-    return {"peak_bytes": (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before}
-
-
-def resident(field: str) -> int:
-    """Bytes of this process, now (VmRSS) or at most (VmHWM). getrusage would include its parent's."""
-    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024

@@ -124,14 +124,6 @@ def test_rounds_of_rows_in_turn_and_a_row_whose_process_dies(run, monkeypatch):
     assert [r["tokens_per_second"] for r in rows["hf"]["rounds"]] == [300, 500] and "rounds" not in rows["ours-compile"]
 
 
-def test_memory(run):
-    code, result, _ = run("step", "--memory", "--model.vocab_size", "20000", "--train.device", "cpu")
-    rows = by_row(result)
-    assert code == 0 and result["vocab_size"] == 20000
-    assert rows["all logits"]["peak_bytes"] > 2 * 2048 * 20000 * 4  # the logits and their gradient
-    assert rows["chunked"]["peak_bytes"] < 2048 * 20000 * 4
-
-
 def test_kernels(run, monkeypatch, tmp_path):
     without(monkeypatch, "liger_kernel")
     monkeypatch.setattr(torch, "compile", lambda f, **kw: f)  # a C++ compiler would take a minute
@@ -225,7 +217,6 @@ def test_checkpoint(run, tmp_path, monkeypatch):
     "args, said",
     [
         (["step", "--size", "3.1b", "--model.n_layer", "100000"], "take a smaller --size"),
-        (["step", "--memory", "--model.vocab_size", "1000000000"], "lower model.vocab_size"),
         (["checkpoint", "--size", "3.1b", "--model.n_layer", "1000000"], "take a smaller --size or another --dir"),
         (["step", "--peers", "jax"], "invalid choice: 'jax'"),
         (["step", "--micro", "8", "3"], "expected divisors of the batch of 32 sequences"),
@@ -236,7 +227,6 @@ def test_checkpoint(run, tmp_path, monkeypatch):
         (["checkpoint", "--dir", "nowhere"], "nowhere: No such file"),
         (["kernels", "--json", "."], "--json: got ., expected a file in a folder that exists"),
         (["kernels", "--plot", "roof.foo"], "--plot: got roof.foo, expected a .png file"),
-        (["step", "--memory", "--plot", "m.png"], "no --memory"),
         (["stride"], "invalid choice"),
     ],
     ids=str,
