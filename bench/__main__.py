@@ -29,7 +29,6 @@ import config
 import kernels
 from bench import disk, evaluation, peers, step
 from bench import kernels as kernel_rows
-from bench.kernels import CASES
 from bench.measure import Row, show, table, text
 from runtime import logger
 from runtime.command_line import Parser
@@ -44,7 +43,12 @@ VERBS |= {"data": disk.run_data, "checkpoint": disk.run_checkpoint}
 OPTIONS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("step data checkpoint eval", "--size", {"dest": "config"}, "a name in configs/ or a .toml file, as --config"),
     ("kernels", "--size", {"dest": "sizes", "nargs": "+"}, "names in configs/ [203m to 3.1b; on a CPU tiny]"),
-    ("kernels", "--only", {"nargs": "+", "choices": CASES, "default": CASES}, "some of the kernels"),
+    (
+        "kernels",
+        "--only",
+        {"nargs": "+", "choices": kernel_rows.CASES, "default": kernel_rows.CASES},
+        "some of the kernels",
+    ),
     ("step", "--peers", {"nargs": "*", "choices": peers.PEERS}, "which peers, if any [all; on a CPU hf nanogpt]"),
     ("step", "--micro", {"nargs": "+", "type": int}, "micro-batches to try [16 32 8 4; on a CPU 8 16 4]"),
     ("step", "--minutes", {"type": float, "default": 10.0}, "no round begins later; a third is for --micro [10]"),
@@ -78,11 +82,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
     o, c = top.parse_config(argv, default=default)
     if o.verb == "kernels":
         o.sizes = o.sizes or ([o.config] if o.config else ["203m", "608m", "1.2b", "3.1b"] if cuda else ["tiny"])
-    check(o, c)
-    return o, c
-
-
-def check(o: argparse.Namespace, c: config.Config) -> None:
     for key, low in LOWEST.items():
         value = getattr(o, key, None)
         if value is not None and not low <= min(value if isinstance(value, list) else [value]) < math.inf:
@@ -96,6 +95,7 @@ def check(o: argparse.Namespace, c: config.Config) -> None:
         optional("matplotlib", "matplotlib", "--plot")
     if c.train.device == "mps":
         raise UserError("train.device: got mps, expected auto, cuda or cpu")
+    return o, c
 
 
 def plot(result: Row, file: str) -> None:
@@ -106,9 +106,8 @@ def plot(result: Row, file: str) -> None:
     rows = [r for r in result["rows"] if r.get(key)][::-1]
     names = [" ".join(r[k] for k in ("size", "kernel", "row") if k in r) for r in rows]
     colors = ["#0072B2" if r["row"].startswith(("ours", "triton")) else "#E69F00" for r in rows]
-    labels = [
-        text(r[key]) + "".join(f"; missed {b['what']}" for b in r.get("bars", []) if not b["reached"]) for r in rows
-    ]
+    missed = [[f"missed {b['what']}" for b in r.get("bars", []) if not b["reached"]] for r in rows]
+    labels = ["; ".join([text(r[key]), *which]) for r, which in zip(rows, missed, strict=True)]
     figure = Figure(figsize=(9, 2 + len(rows) / 4), layout="constrained")
     ax = figure.subplots()
     drawn = ax.barh(names, [r[key] for r in rows], color=colors)
@@ -136,12 +135,11 @@ def main() -> None:
     table(found["rows"])
     print(show(found.get("bars", [])))
     result = {"bench": o.verb, "device": name, "dtype": str(dtype), "threads": torch.get_num_threads()}
-    result |= {"python": platform.python_version(), "triton": None}
-    packages = [p for p in ("torch", "triton", "transformers", "liger-kernel") if find_spec(p.replace("-", "_"))]
-    result |= {p: version(p) for p in packages}
+    result |= {"python": platform.python_version(), "date": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    for package in ("torch", "triton", "transformers", "liger-kernel"):
+        result[package] = version(package) if find_spec(package.replace("-", "_")) else None
     command = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
-    result |= {"date": time.strftime("%Y-%m-%dT%H:%M:%S"), "commit": logger.git_commit(), "command": command}
-    result |= {"config": config.values(c), **found}
+    result |= {"commit": logger.git_commit(), "command": command, "config": config.values(c), **found}
     if o.json:
         write_text(Path(o.json), json.dumps(result, indent=1) + "\n")
     if o.plot:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from itertools import product
 from typing import Any
 
 import torch
@@ -44,34 +45,29 @@ BARS: tuple[tuple[str, str, str, float | dict[int, float]], ...] = (
 
 
 def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
-    sequences = 8 if device.type == "cuda" else 2
+    cuda = device.type == "cuda"
+    sequences = 8 if cuda else 2
     models = {size: config.load(size, given(o)).model for size in o.sizes}
     floors = roofs(device, dtype)
     rows: list[Row] = []
-    for size, m in tqdm(models.items(), desc="kernels", disable=None):
-        for case in o.only:
-            torch._dynamo.reset()  # or its limit of recompilations would end in eager rows
-            torch.manual_seed(0)
-            found: dict[str, Row] = {}
-            for name, (call, inputs) in candidates(case, m, sequences, device, dtype).items():
-                row = Row(size=size, kernel=case, row=name) | measure(name, call, inputs, device)
-                if not row["note"]:
-                    row |= rates(row, m, sequences, dtype.itemsize, floors["copy_bytes_per_second"])
-                found[name] = row
-            bars = kernel_bars(case, m, found)
-            found["triton"] |= {"bars": bars, "bar": show(bars) or None}
-            rows += found.values()
+    for (size, m), case in tqdm(list(product(models.items(), o.only)), desc="kernels", disable=None):
+        torch._dynamo.reset()  # or its limit of recompilations would end in eager rows
+        torch.manual_seed(0)
+        found: dict[str, Row] = {}
+        for name, (call, inputs) in candidates(case, m, sequences, device, dtype).items():
+            row = found[name] = Row(size=size, kernel=case, row=name, note=missing(name, cuda))
+            if row["note"]:
+                continue
+            try:
+                row |= times(call, inputs, device)
+            except Exception as e:  # this device or shape cannot run it; the other rows go on
+                row["note"] = f"failed: {first_line(e)[:120]}"
+            else:
+                row |= rates(row, m, sequences, dtype.itemsize, floors["copy_bytes_per_second"])
+        bars = kernel_bars(case, m, found)
+        found["triton"] |= {"bars": bars, "bar": show(bars) or None}
+        rows += found.values()
     return {"floors": floors, "sequences": sequences, "rows": rows}
-
-
-def measure(name: str, call: Callable[..., Any], inputs: list[Tensor], device: torch.device) -> Row:
-    """Seconds and bytes of a row, or a note of why there are none."""
-    if note := missing(name, device.type == "cuda"):
-        return {"note": note}
-    try:
-        return {"note": None} | times(call, inputs, device)
-    except Exception as e:  # this device or shape cannot run it; the other rows go on
-        return {"note": f"failed: {first_line(e)[:120]}"}
 
 
 def times(call: Callable[..., Any], inputs: list[Tensor], device: torch.device) -> Row:
@@ -160,9 +156,10 @@ def rates(row: Row, m: config.Model, B: int, item: int, copy: float) -> Row:
         "cross_entropy": (6 * M * V * h, 0),
     }[case]
     amounts = {"forward": forward, "backward": backward, "both": forward + backward}
-    if case not in ("attention", "cross_entropy"):
-        return {f"{d}_of_copy": n / row[d] / copy for d, n in amounts.items()}
-    return {f"{d}_tflops": n / row[d] / 1e12 for d, n in amounts.items() if d == "both" or case == "attention"}
+    if case == "cross_entropy":
+        amounts = {"both": forward}
+    measure, unit = ("tflops", 1e12) if case in ("attention", "cross_entropy") else ("of_copy", copy)
+    return {f"{d}_{measure}": n / row[d] / unit for d, n in amounts.items()}
 
 
 def kernel_bars(case: str, m: config.Model, rows: dict[str, Row]) -> list[Row]:

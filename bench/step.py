@@ -15,7 +15,7 @@ import config
 import kernels
 import model as llama
 from bench import peers
-from bench.measure import Row, fresh_row, require, roofs, square_product, timed, total_memory, verdict
+from bench.measure import Row, fresh_row, require, roofs, square_product, total_memory, verdict
 from runtime.device import peak_flops, steady_malloc
 from runtime.errors import UserError
 
@@ -88,8 +88,12 @@ class Trainer:
         compiling = seconds[0] - statistics.median(seconds) if self.compiled else None
         return {"loss": losses[-1], "compile_seconds": compiling}
 
-    def speed(self, sequences: int, micro: int, warmup: int, steps: int) -> float:
-        """Tokens/s of the median of `steps` updates after `warmup` others; on a GPU by device events."""
+    def speed(self, micro: int, warmup: int, steps: int) -> float:
+        """Tokens/s of the median of `steps` updates after `warmup` others; on a GPU by device events.
+
+        An update is on a GPU one micro-batch, on a CPU the batch of the config.
+        """
+        sequences = micro if self.cuda else max(micro, self.c.batch_sequences)
 
         def mark() -> Any:
             if self.cuda:
@@ -122,8 +126,9 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
     rows = {name: Row(row=name, note=peers.missing(name, cuda)) for name in names}
     floors = roofs(device, dtype, c.model)
     torch.cuda.empty_cache()  # for the processes of the rows
-    own = (0.0, "the 1024^3 product before and after the row, one thread")  # each row measures it
-    peak, source = peak_flops(device, dtype) if cuda else own
+    peak, source = 0.0, "the 1024^3 product before and after the row, one thread"  # on a CPU each row measures it
+    if cuda:
+        peak, source = peak_flops(device, dtype)
     measure_rounds(o, rows)
     compare(rows, c, peak)
     what = f"{peak / 1e12:,.4g} TFLOP/s, {source}" if peak else source
@@ -154,46 +159,40 @@ def row(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
     if o.row.startswith("ours"):  # as train.py does; a peer runs as its users run it
         steady_malloc(device)
     trainer = Trainer(o.row, c, device, dtype)
-    # an update's sequences: on a GPU one micro-batch, on a CPU the batch of the config
-    sequences = 0 if cuda else max(o.micro[0], c.batch_sequences)
-    found = fastest_micro(o, trainer, sequences) if o.updates else Row(micro=o.micro[0])
-    _, product, flops = square_product(device, dtype)
-    roof = [] if cuda else [timed(product, device)]
-    speed = trainer.speed(sequences or found["micro"], found["micro"], o.warmup, o.steps)
-    roof += [] if cuda else [timed(product, device)]
-    return found | {"tokens_per_second": speed, "roof": flops / statistics.mean(roof) if roof else None}
+    found = fastest_micro(o, trainer) if o.updates else Row(micro=o.micro[0])
+    before = 0.0 if cuda else square_product(device, dtype)[1]
+    speed = trainer.speed(found["micro"], o.warmup, o.steps)
+    roof = None if cuda else statistics.harmonic_mean([before, square_product(device, dtype)[1]])
+    return found | {"tokens_per_second": speed, "roof": roof}
 
 
-def fastest_micro(o: Any, trainer: Trainer, sequences: int) -> Row:
+def fastest_micro(o: Any, trainer: Trainer) -> Row:
     """The loss after --updates and the fastest of the micro-batches that memory and --minutes allow."""
-    out, until = Row(no_memory=[], no_time=[], tried=[]), time.perf_counter() + o.minutes * 60
+    loss, tried, no_memory, no_time = Row(), list[Row](), list[int](), list[int]()
+    until = time.perf_counter() + o.minutes * 60
     for micro in o.micro:
-        if micro > min(out["no_memory"], default=micro):
-            out["no_memory"].append(micro)
-        elif out["tried"] and time.perf_counter() > until:
-            out["no_time"].append(micro)
+        if micro > min(no_memory, default=micro):
+            no_memory.append(micro)
+        elif tried and time.perf_counter() > until:
+            no_time.append(micro)
         else:
             try:
-                if "loss" not in out:
-                    out |= trainer.losses(o.micro[0], micro, o.updates)
-                out["tried"].append(attempt(trainer, sequences or micro, micro))
+                loss = loss or trainer.losses(o.micro[0], micro, o.updates)
+                trainer.speed(micro, 2, 1)
+                if trainer.cuda:
+                    torch.cuda.reset_peak_memory_stats()
+                rate = trainer.speed(micro, 1, 5)
+                peak = torch.cuda.max_memory_allocated() if trainer.cuda else None
+                tried.append(Row(micro=micro, tokens_per_second=rate, peak_bytes=peak))
             except torch.OutOfMemoryError:
-                out["no_memory"].append(micro)
+                no_memory.append(micro)
             # outside of the handler, whose exception holds the tensors
             trainer.optimizer.zero_grad(set_to_none=True)
             gc.collect()
             torch.cuda.empty_cache()
-    assert out["tried"], "no micro-batch fits into memory"
-    return out | {"micro": max(out["tried"], key=lambda t: t["tokens_per_second"])["micro"]}
-
-
-def attempt(trainer: Trainer, sequences: int, micro: int) -> Row:
-    trainer.speed(sequences, micro, 2, 1)
-    if trainer.cuda:
-        torch.cuda.reset_peak_memory_stats()
-    rate = trainer.speed(sequences, micro, 1, 5)
-    peak = torch.cuda.max_memory_allocated() if trainer.cuda else None
-    return {"micro": micro, "tokens_per_second": rate, "peak_bytes": peak}
+    assert tried, "no micro-batch fits into memory"
+    fastest = max(tried, key=lambda t: t["tokens_per_second"])["micro"]
+    return loss | {"no_memory": no_memory, "no_time": no_time, "tried": tried, "micro": fastest}
 
 
 def median_ratio(a: Row, b: Row) -> float | None:
@@ -212,9 +211,9 @@ def compare(rows: dict[str, Row], c: config.Config, peak: float) -> None:
             continue
         row["tokens_per_second"] = statistics.median(r["tokens_per_second"] for r in row["rounds"])
         row["ours_ratio"] = median_ratio(ours, row)
-        for key, causal in (("mfu", True), ("mfu_published", False)):
-            flops = c.model.flops_per_token(causal)
-            row[key] = statistics.median(r["tokens_per_second"] * flops / (peak or r["roof"]) for r in row["rounds"])
+        tokens_per_flop = statistics.median(r["tokens_per_second"] / (peak or r["roof"]) for r in row["rounds"])
+        row["mfu"] = tokens_per_flop * c.model.flops_per_token()
+        row["mfu_published"] = tokens_per_flop * c.model.flops_per_token(causal=False)
         mine, theirs = ({t["micro"]: t["peak_bytes"] for t in r.get("tried", [])} for r in (ours, row))
         row["peak_bytes"] = theirs.get(row["micro"])
         both = [m for m in mine.keys() & theirs.keys() if theirs[m]]

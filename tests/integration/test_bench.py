@@ -232,7 +232,7 @@ def test_checkpoint(run, tmp_path, monkeypatch):
     ids=str,
 )
 def test_what_cannot_run_is_refused_before_it_begins(run, monkeypatch, args, said):
-    for module in (measure, step, kernels):
+    for module in (measure, kernels):
         monkeypatch.setattr(module, "timed", lambda *a: pytest.fail("it ran"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     code, result, text = run(*args, *([] if args == ["stride"] else ["--train.device", "cpu"]))
@@ -248,12 +248,12 @@ def test_the_fastest_micro_batch_that_fits():
         def losses(self, sequences, micro, updates):
             return {"loss": 1.0}
 
-        def speed(self, sequences, micro, warmup, steps):
+        def speed(self, micro, warmup, steps):
             if micro == 16:
                 raise torch.OutOfMemoryError
             return {8: 10.0, 4: 20.0}[micro]
 
-    found = step.fastest_micro(Namespace(micro=[16, 32, 8, 4], minutes=1, updates=1), Trainer(), 0)
+    found = step.fastest_micro(Namespace(micro=[16, 32, 8, 4], minutes=1, updates=1), Trainer())
     assert found["micro"] == 4 and found["no_memory"] == [16, 32] and [t["micro"] for t in found["tried"]] == [8, 4]
 
 
