@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import lzma
 import os
 import shutil
 import statistics
@@ -24,7 +23,7 @@ from bench.measure import Row, child, require, show, total_memory, verdict
 from runtime import checkpoint
 from runtime.errors import UserError
 from runtime.files import sha256
-from text import prepare
+from text import prepare, sources
 from text.tokenizer import Tokenizer
 
 STALL, WHOLE, FIRST = "stall of an asynchronous save", "whole asynchronous save", "the first one, which allocates"
@@ -72,8 +71,7 @@ def run_data(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype)
 
 def documents(megabytes: float) -> list[str]:
     """Our corpus in documents of 8,000 characters; each pass over it is cut elsewhere: the writer drops equal ones."""
-    with lzma.open(prepare.TEXT, "rt", encoding="utf-8") as f:
-        text = "".join(json.loads(line)["text"] for line in f)
+    text = "".join(sources.documents(prepare.TEXT, lambda read: None))
     starts = [k for i in range(80) for k in range(97 * i, len(text), 8000)]
     return [text[k : k + 8000] for k in starts[: round(megabytes * 125)]]
 

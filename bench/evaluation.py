@@ -8,6 +8,7 @@ import statistics
 import timeit
 from collections.abc import Callable
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
     tokens = {name: sum(len(q) + len(a) - 1 for q, a in x) for name, x in asked.items()}
     tokens["written answers"] = BATCH * new
     rtol = 1e-3 if dtype == torch.float32 else 0.05
-    for name, (ours, theirs) in calls.items():  # which also warms up
+    for name, (ours, theirs) in calls.items():  # the first calls, which warm up
         if not np.allclose(ours(), theirs(), rtol):
             raise UserError(f"bench eval: {name}: ours and transformers disagree, so there is nothing to compare")
     seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
@@ -82,18 +83,16 @@ def our_nats(lm: harness.LM, requests: list[Request]) -> list[float]:
 @torch.no_grad()
 def their_nats(peer: Any, requests: list[Request], device: torch.device) -> list[float]:
     """Nats of each answer by transformers. Answers of one token to the same question share a row."""
-    out = [0.0] * len(requests)
-    read: dict[tuple[int, ...], list[int]] = {}  # {row: requests}
-    for i, (question, answer) in enumerate(requests):
-        read.setdefault((*question, *answer[:-1]), []).append(i)
-    for k in range(0, len(read), BATCH):
-        part = list(read)[k : k + BATCH]
-        logp = peer(torch.tensor(part, device=device)).logits.log_softmax(-1)
-        for row, key in zip(logp, part, strict=True):
-            for i in read[key]:
-                target = torch.tensor(requests[i][1], device=device)
-                out[i] = row[-len(target) :].gather(1, target[:, None]).sum().item()
-    return out
+    rows = [(ids, list(same)) for ids, same in groupby(requests, lambda request: request[0] + request[1][:-1])]
+    nats = []
+    for k in range(0, len(rows), BATCH):
+        part = rows[k : k + BATCH]
+        logp = peer(torch.tensor([ids for ids, _ in part], device=device)).logits.log_softmax(-1)
+        for row, (_, same) in zip(logp, part, strict=True):
+            for _, answer in same:
+                target = torch.tensor(answer, device=device)
+                nats.append(row[-len(target) :].gather(1, target[:, None]).sum().item())
+    return nats
 
 
 def written(peer: Any, prompts: list[list[int]], new: int, device: torch.device) -> list[list[int]]:

@@ -23,25 +23,19 @@ Call = tuple[Callable[..., Any], list[Tensor]]  # a function and its inputs
 CASES = ("rms_norm", "add_rms_norm", "rope", "attention", "swiglu", "cross_entropy")
 HF_LLAMA = "transformers.models.llama.modeling_llama"
 
-# (cases, directions, measure, bar): a part of the copy, TFLOP/s of an H100, or speed relative to another row.
-# {width: bar} where it depends on the width, for attention on the size of a head.
-BARS: tuple[tuple[str, str, str, float | dict[int, float]], ...] = (
-    ("rms_norm add_rms_norm", "forward", "of_copy", {512: 0.75, 1024: 0.85, 1536: 0.89, 2048: 0.91}),
-    ("rms_norm add_rms_norm", "forward", "compile", 1.25),
-    ("rms_norm add_rms_norm", "forward", "liger", 1.0),
-    ("rms_norm add_rms_norm", "backward", "of_copy", {512: 0.70, 1024: 0.78, 1536: 0.82, 2048: 0.85}),
-    ("rms_norm add_rms_norm", "backward", "compile", 1.6),
-    ("rope", "forward backward", "of_copy", 0.80),
-    ("rope", "forward backward", "hf", 5.0),
-    ("swiglu", "forward backward", "of_copy", 0.90),
-    ("swiglu", "forward backward", "torch", 1.6),
-    ("swiglu", "forward backward", "compile", 1.0),
-    ("attention", "forward", "tflops", {64: 340, 96: 320, 128: 320}),
-    ("attention", "both", "tflops", {64: 275}),
-    ("attention", "forward both", "sdpa flash", 1.2),
-    ("cross_entropy", "both", "tflops", {512: 380, 1024: 500, 1536: 550, 2048: 590}),
-    ("cross_entropy", "both", "liger", {512: 2.0, 2048: 1.3}),
-)
+# {case and direction: {measure: bar}}: a part of the copy, TFLOP/s of an H100, or speed relative to another row;
+# {width: bar} where it depends on the width, for attention on the size of a head. add_rms_norm has those of rms_norm.
+BARS: dict[str, dict[str, Any]] = {
+    "rms_norm forward": {"of_copy": {512: 0.75, 1024: 0.85, 1536: 0.89, 2048: 0.91}, "compile": 1.25, "liger": 1.0},
+    "rms_norm backward": {"of_copy": {512: 0.70, 1024: 0.78, 1536: 0.82, 2048: 0.85}, "compile": 1.6},
+    "rope forward": {"of_copy": 0.80, "hf": 5.0},
+    "rope backward": {"of_copy": 0.80, "hf": 5.0},
+    "swiglu forward": {"of_copy": 0.90, "torch": 1.6, "compile": 1.0},
+    "swiglu backward": {"of_copy": 0.90, "torch": 1.6, "compile": 1.0},
+    "attention forward": {"tflops": {64: 340, 96: 320, 128: 320}, "sdpa flash": 1.2},
+    "attention both": {"tflops": {64: 275}, "sdpa flash": 1.2},
+    "cross_entropy both": {"tflops": {512: 380, 1024: 500, 1536: 550, 2048: 590}, "liger": {512: 2.0, 2048: 1.3}},
+}
 
 
 def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
@@ -166,9 +160,9 @@ def kernel_bars(case: str, m: config.Model, rows: dict[str, Row]) -> list[Row]:
     """The bars of a case, for its triton row."""
     found, ours = [], rows["triton"]
     width = m.hidden // m.n_head if case == "attention" else m.hidden
-    for cases, directions, measure, bar in BARS:
-        wanted = bar.get(width) if isinstance(bar, dict) else bar
-        for d in directions.split() if case in cases.split() else ():
+    for d in ("forward", "backward", "both"):
+        for measure, bar in BARS.get(f"{case.removeprefix('add_')} {d}", {}).items():
+            wanted = bar.get(width) if isinstance(bar, dict) else bar
             if measure in ("of_copy", "tflops"):
                 found += verdict(f"{d} {measure}", ours.get(f"{d}_{measure}"), wanted)
             elif d in ours and d in rows.get(measure, {}):

@@ -89,17 +89,15 @@ class Trainer:
         return {"loss": losses[-1], "compile_seconds": compiling}
 
     def speed(self, micro: int, warmup: int, steps: int) -> float:
-        """Tokens/s of the median of `steps` updates after `warmup` others; on a GPU by device events.
-
-        An update is on a GPU one micro-batch, on a CPU the batch of the config.
-        """
-        sequences = micro if self.cuda else max(micro, self.c.batch_sequences)
+        """Tokens/s of the median of `steps` updates after `warmup` others; on a GPU by device events."""
 
         def mark() -> Any:
             if self.cuda:
                 return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
             return time.perf_counter()
 
+        # an update is on a GPU one micro-batch, on a CPU the batch of the config
+        sequences = micro if self.cuda else max(micro, self.c.batch_sequences)
         x, y = self.ids(sequences, 0)
         gc.disable()  # as train.py does
         marks = []
@@ -130,10 +128,11 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
     if cuda:
         peak, source = peak_flops(device, dtype)
     measure_rounds(o, rows)
-    compare(rows, c, peak)
+    measured = {name: row for name, row in rows.items() if not row["note"]}
+    compare(measured, c, peak)
     what = f"{peak / 1e12:,.4g} TFLOP/s, {source}" if peak else source
     print(f"MFU of {what}, attention with its causal half; mfu_published: with all of it. loss: of update {o.updates}.")
-    found = {"rows": list(rows.values()), "bars": bars_of(rows, c, cuda)}
+    found = {"rows": list(rows.values()), "bars": bars_of(measured, c, cuda)}
     return {"floors": floors, "peak_flops": peak or None, "peak_from": source} | found
 
 
@@ -196,8 +195,8 @@ def fastest_micro(o: Any, trainer: Trainer) -> Row:
 
 
 def median_ratio(a: Row, b: Row) -> float | None:
-    """The median over rounds of a's speed relative to b's; None if either has a note in place of speeds."""
-    if a.get("note", "left out") or b.get("note", "left out"):
+    """The median over rounds of a's speed relative to b's; None if either is empty, as it was not measured."""
+    if not a or not b:
         return None
     rounds = zip(a["rounds"], b["rounds"], strict=True)
     return statistics.median(x["tokens_per_second"] / y["tokens_per_second"] for x, y in rounds)
@@ -205,10 +204,8 @@ def median_ratio(a: Row, b: Row) -> float | None:
 
 def compare(rows: dict[str, Row], c: config.Config, peak: float) -> None:
     """Add medians, MFUs and ratios of the rounds. `peak`: FLOP/s of the device; 0: each round has its own "roof"."""
-    ours = rows["ours"]
+    ours = rows.get("ours", {})
     for name, row in rows.items():
-        if row["note"]:
-            continue
         row["tokens_per_second"] = statistics.median(r["tokens_per_second"] for r in row["rounds"])
         row["ours_ratio"] = median_ratio(ours, row)
         tokens_per_flop = statistics.median(r["tokens_per_second"] / (peak or r["roof"]) for r in row["rounds"])
@@ -228,13 +225,13 @@ def compare(rows: dict[str, Row], c: config.Config, peak: float) -> None:
 
 def bars_of(rows: dict[str, Row], c: config.Config, cuda: bool) -> list[Row]:
     if cuda:
+        ours, hf = rows.get("ours", {}), rows.get("hf-compile", {})
         speed, ratio, memory = BARS.get((c.model.n_layer, c.model.hidden), (None, None, None))
-        hf = rows.get("hf-compile", {})
-        bars = verdict("tokens/s (an H100's)", rows["ours"].get("tokens_per_second"), speed)
+        bars = verdict("tokens/s (an H100's)", ours.get("tokens_per_second"), speed)
         bars += verdict("to hf-compile", hf.get("ours_ratio"), ratio)
         return bars + verdict("memory to hf-compile", hf.get("memory_ratio"), memory, at_most=True)
     bars = []
-    for name in ("ours", "ours-compile"):
-        bars += verdict(f"{name}: part of the matmul", rows[name].get("mfu"), CPU_BARS[0])
+    for name in [name for name in rows if name not in peers.PEERS]:
+        bars += verdict(f"{name}: part of the matmul", rows[name]["mfu"], CPU_BARS[0])
         bars += verdict(f"{name}: to nanogpt", median_ratio(rows[name], rows.get("nanogpt", {})), CPU_BARS[1])
     return bars
