@@ -97,5 +97,6 @@ def their_nats(peer: Any, requests: list[Request], device: torch.device) -> list
 
 def written(peer: Any, prompts: list[list[int]], new: int, device: torch.device) -> list[list[int]]:
     """`new` ids after each prompt, by transformers."""
-    how = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+    peer.generation_config.eos_token_id = None  # to `generate` too every id is like any other
+    how = {"max_new_tokens": new, "do_sample": False, "use_cache": True, "pad_token_id": 0}
     return peer.generate(torch.tensor(prompts, device=device), **how)[:, len(prompts[0]) :].tolist()

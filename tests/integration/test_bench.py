@@ -12,8 +12,9 @@ import torch.nn as nn
 
 import config
 import model
+import sample
 from bench import __main__ as bench
-from bench import kernels, measure, peers, step
+from bench import evaluation, kernels, measure, peers, step
 from runtime import checkpoint
 from runtime.errors import user_errors
 
@@ -291,6 +292,16 @@ def test_hugging_face_with_our_weights_has_our_loss(kw):
     x, y = torch.randint(0, 61, (2, 3, 24))
     theirs = peers.hugging_face(c, ours)(input_ids=x, labels=y, shift_labels=y).loss
     torch.testing.assert_close(theirs, ours(x, y), rtol=1e-5, atol=0)  # fp32 rounding over two blocks
+
+
+def test_answers_hold_the_same_ids_also_the_one_that_transformers_ends_at():
+    torch.manual_seed(0)
+    ours = model.Transformer(small()).eval()
+    prompts = torch.randint(0, 61, (8, 4)).tolist()
+    found = sample.generate(ours, prompts, 16, set())
+    peer = peers.hugging_face(ours.config, ours).eval()
+    assert any(peer.config.eos_token_id in ids for ids in found)
+    assert evaluation.written(peer, prompts, 16, torch.device("cpu")) == found
 
 
 def test_bytes_and_flops_by_hand():
