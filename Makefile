@@ -35,7 +35,6 @@ bench: $(if $(filter .venv/%,$(PY)),.venv/dev)
 	mkdir -p results/gpu
 	$(PY) -m bench kernels --json results/gpu/kernels.json --plot results/gpu/kernels.png
 	for size in $(SIZES); do $(PY) -m bench step --size $$size --json results/gpu/step-$$size.json --plot results/gpu/step-$$size.png || exit; done
-	$(PY) -m bench step --memory --size 203m --json results/gpu/memory.json
 	$(PY) -m bench checkpoint --size 1.2b --json results/gpu/checkpoint.json
 	$(PY) -m bench eval --size 203m --json results/gpu/eval-203m.json
 

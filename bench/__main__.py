@@ -1,7 +1,6 @@
 """Speed and memory beside peers: every ratio is of numbers measured in the same run.
 
     python -m bench step --size 203m     a training step: ours, Hugging Face's Llama, with Liger, nanoGPT's shape
-    python -m bench step --memory        peak memory of the loss, in chunks and with all logits at once
     python -m bench kernels              each kernel beside PyTorch, torch.compile, Liger and its bar
     python -m bench data                 the reader, and the shard writer beside tiktoken alone
     python -m bench checkpoint           save, its stall and load beside a plain write, copy and read of the same bytes
@@ -30,10 +29,9 @@ import config
 import kernels
 from bench import disk, evaluation, peers, step
 from bench import kernels as kernel_rows
-from bench.kernels import CASES
 from bench.measure import Row, show, table, text
 from runtime import logger
-from runtime.command_line import Parser, given
+from runtime.command_line import Parser
 from runtime.device import device_name, pick_device
 from runtime.errors import UserError, user_errors
 from runtime.files import write_text
@@ -45,10 +43,14 @@ VERBS |= {"data": disk.run_data, "checkpoint": disk.run_checkpoint}
 OPTIONS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("step data checkpoint eval", "--size", {"dest": "config"}, "a name in configs/ or a .toml file, as --config"),
     ("kernels", "--size", {"dest": "sizes", "nargs": "+"}, "names in configs/ [203m to 3.1b; on a CPU tiny]"),
-    ("kernels", "--only", {"nargs": "+", "choices": CASES, "default": CASES}, "some of the kernels"),
+    (
+        "kernels",
+        "--only",
+        {"nargs": "+", "choices": kernel_rows.CASES, "default": kernel_rows.CASES},
+        "some of the kernels",
+    ),
     ("step", "--peers", {"nargs": "*", "choices": peers.PEERS}, "which peers, if any [all; on a CPU hf nanogpt]"),
     ("step", "--micro", {"nargs": "+", "type": int}, "micro-batches to try [16 32 8 4; on a CPU 8 16 4]"),
-    ("step", "--memory", {"action": "store_true"}, "peak memory of the loss [model.vocab_size 100277]"),
     ("step", "--minutes", {"type": float, "default": 10.0}, "no round begins later; a third is for --micro [10]"),
     ("step", "--steps", {"type": int, "default": 20}, "timed updates of a round [20]"),
     ("step", "--warmup", {"type": int, "default": 10}, "updates before them [10]"),
@@ -67,7 +69,7 @@ LOWEST = {"micro": 1, "steps": 1, "rounds": 1, "jobs": 1, "megabytes": 0.1, "min
 def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
     """The options and the config. UserError for an option that cannot work, before anything is touched."""
     top = Parser(prog="bench", description=__doc__)
-    top.set_defaults(row=None, plot=None, dir=None, memory=False)
+    top.set_defaults(row=None, plot=None, dir=None)
     commands = top.add_subparsers(dest="verb", required=True, parser_class=Parser)
     for verb in VERBS:
         command = commands.add_parser(verb, usage=f"bench {verb} [--flag VALUE ..] [--section.key VALUE ..]")
@@ -80,13 +82,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
     o, c = top.parse_config(argv, default=default)
     if o.verb == "kernels":
         o.sizes = o.sizes or ([o.config] if o.config else ["203m", "608m", "1.2b", "3.1b"] if cuda else ["tiny"])
-    if o.memory and "model.vocab_size" not in given(o):
-        c.model.vocab_size = 100277
-    check(o, c)
-    return o, c
-
-
-def check(o: argparse.Namespace, c: config.Config) -> None:
     for key, low in LOWEST.items():
         value = getattr(o, key, None)
         if value is not None and not low <= min(value if isinstance(value, list) else [value]) < math.inf:
@@ -94,12 +89,13 @@ def check(o: argparse.Namespace, c: config.Config) -> None:
     for key in ("json", "plot"):
         if (file := getattr(o, key)) and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
             raise UserError(f"--{key}: got {file}, expected a file in a folder that exists")
-    if o.plot and (o.memory or Path(o.plot).suffix != ".png"):
-        raise UserError(f"--plot: got {o.plot}, expected a .png file, and no --memory")
+    if o.plot and Path(o.plot).suffix != ".png":
+        raise UserError(f"--plot: got {o.plot}, expected a .png file")
     if o.plot:
         optional("matplotlib", "matplotlib", "--plot")
     if c.train.device == "mps":
         raise UserError("train.device: got mps, expected auto, cuda or cpu")
+    return o, c
 
 
 def plot(result: Row, file: str) -> None:
@@ -110,9 +106,8 @@ def plot(result: Row, file: str) -> None:
     rows = [r for r in result["rows"] if r.get(key)][::-1]
     names = [" ".join(r[k] for k in ("size", "kernel", "row") if k in r) for r in rows]
     colors = ["#0072B2" if r["row"].startswith(("ours", "triton")) else "#E69F00" for r in rows]
-    labels = [
-        text(r[key]) + "".join(f"; missed {b['what']}" for b in r.get("bars", []) if not b["reached"]) for r in rows
-    ]
+    missed = [[f"missed {b['what']}" for b in r.get("bars", []) if not b["reached"]] for r in rows]
+    labels = ["; ".join([text(r[key]), *which]) for r, which in zip(rows, missed, strict=True)]
     figure = Figure(figsize=(9, 2 + len(rows) / 4), layout="constrained")
     ax = figure.subplots()
     drawn = ax.barh(names, [r[key] for r in rows], color=colors)
@@ -140,12 +135,11 @@ def main() -> None:
     table(found["rows"])
     print(show(found.get("bars", [])))
     result = {"bench": o.verb, "device": name, "dtype": str(dtype), "threads": torch.get_num_threads()}
-    result |= {"python": platform.python_version(), "triton": None}
-    packages = [p for p in ("torch", "triton", "transformers", "liger-kernel") if find_spec(p.replace("-", "_"))]
-    result |= {p: version(p) for p in packages}
+    result |= {"python": platform.python_version(), "date": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    for package in ("torch", "triton", "transformers", "liger-kernel"):
+        result[package] = version(package) if find_spec(package.replace("-", "_")) else None
     command = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
-    result |= {"date": time.strftime("%Y-%m-%dT%H:%M:%S"), "commit": logger.git_commit(), "command": command}
-    result |= {"config": config.values(c), **found}
+    result |= {"commit": logger.git_commit(), "command": command, "config": config.values(c), **found}
     if o.json:
         write_text(Path(o.json), json.dumps(result, indent=1) + "\n")
     if o.plot:

@@ -2,14 +2,13 @@
 
 import itertools
 import json
-import lzma
 import os
 import shutil
 import statistics
 import tempfile
 import time
+import timeit
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from bench.measure import Row, child, require, show, total_memory, verdict
 from runtime import checkpoint
 from runtime.errors import UserError
 from runtime.files import sha256
-from text import prepare
+from text import prepare, sources
 from text.tokenizer import Tokenizer
 
 STALL, WHOLE, FIRST = "stall of an asynchronous save", "whole asynchronous save", "the first one, which allocates"
@@ -51,16 +50,20 @@ def run_data(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype)
                 raise UserError(f"--megabytes {o.megabytes:g}: data.py could not prepare that text: {said}")
             alone.append(count / (middle - began))
             ours.append(count / (time.perf_counter() - middle))
-        reads = read_speeds(c, str(folder / "0"), rounds)
+        tokens = data.Tokens(f"{folder}/0", c.model.context, c.batch_sequences, [10**9], c.train.seed, repeat=True)
+        steps = itertools.count()
+        timer = timeit.Timer(lambda: tokens.batch(next(steps)))
+        batches, _ = timer.autorange()  # of at least 0.2 seconds; the first maps the file into memory
+        seconds = statistics.median(timer.repeat(rounds, batches))
+    reader = batches * c.batch_sequences * c.model.context / seconds
     writer = statistics.median(a / b for a, b in zip(ours, alone, strict=True))
-    reader = statistics.median(reads[1:])  # the first round maps the file into memory
     bars = verdict("writer", writer, 0.90) + verdict("reader", reader, 30e6)
     beside = {"ratio": writer, "to": "tiktoken", "bar": show(bars[:1])}
-    shape = f"{c.batch_sequences} x {c.model.context}"
-    rows: list[Row] = [
-        {"row": f"tiktoken alone, {o.jobs} threads", "tokens_per_second": statistics.median(alone)},
-        {"row": f"data.py prepare, {o.jobs} processes", "tokens_per_second": statistics.median(ours)} | beside,
-        {"row": f"reader, {shape} a batch", "tokens_per_second": reader, "bar": show(bars[1:])},
+    batch = f"{c.batch_sequences} x {c.model.context} a batch"
+    rows = [
+        Row(row=f"tiktoken alone, {o.jobs} threads", tokens_per_second=statistics.median(alone)),
+        Row(row=f"data.py prepare, {o.jobs} processes", tokens_per_second=statistics.median(ours)) | beside,
+        Row(row=f"reader, {batch}", tokens_per_second=reader, bar=show(bars[1:])),
     ]
     print(f"{len(docs):,} documents, {count:,} tokens by {prepare.RANKS.name}")
     return {"documents": len(docs), "tokens": count, "jobs": o.jobs, "rows": rows, "bars": bars}
@@ -68,22 +71,9 @@ def run_data(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype)
 
 def documents(megabytes: float) -> list[str]:
     """Our corpus in documents of 8,000 characters; each pass over it is cut elsewhere: the writer drops equal ones."""
-    with lzma.open(prepare.TEXT, "rt", encoding="utf-8") as f:
-        text = "".join(json.loads(line)["text"] for line in f)
-    starts = itertools.chain.from_iterable(range(97 * i, len(text), 8000) for i in range(80))
-    return [text[k : k + 8000] for k in itertools.islice(starts, round(megabytes * 125))]
-
-
-def read_speeds(c: config.Config, folder: str, rounds: int) -> list[float]:
-    """Tokens/s of the reader, in rounds of half a second after one more."""
-    tokens = data.Tokens(folder, c.model.context, c.batch_sequences, [10**9], c.train.seed, repeat=True)
-    speeds, steps = [], itertools.count()
-    for _ in range(rounds + 1):
-        began, n = time.perf_counter(), 0
-        while time.perf_counter() < began + 0.5:
-            n += tokens.batch(next(steps))[0].size
-        speeds.append(n / (time.perf_counter() - began))
-    return speeds
+    text = "".join(sources.documents(prepare.TEXT, lambda read: None))
+    starts = [k for i in range(80) for k in range(97 * i, len(text), 8000)]
+    return [text[k : k + 8000] for k in starts[: round(megabytes * 125)]]
 
 
 def run_checkpoint(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
@@ -120,12 +110,8 @@ def checkpoint_seconds(state: dict[str, Tensor], folder: Path, rounds: int) -> d
     record = {"segment": "", "version": 1, "path": {}, "finished": False, "pinned": False, "config": {}, "data": {}}
     seconds: dict[str, list[float]] = {}
 
-    def clock(*calls: tuple[str, Callable[[], Any]]) -> None:
-        """Make the calls; note under each name the seconds from the first call's start to this call's end."""
-        began = time.perf_counter()
-        for name, call in calls:
-            call()
-            seconds.setdefault(name, []).append(time.perf_counter() - began)
+    def clock(name: str, call: Callable[[], Any]) -> None:
+        seconds.setdefault(name, []).append(timeit.timeit(call, number=1))
 
     def copy() -> None:
         for name, t in state.items():
@@ -140,19 +126,20 @@ def checkpoint_seconds(state: dict[str, Tensor], folder: Path, rounds: int) -> d
             f.flush()
             os.fsync(f.fileno())
 
-    begin = partial(saver.save, 0, state, record)
-    clock((FIRST, begin))
+    clock(FIRST, lambda: saver.save(0, state, record))
     saver.wait()
     for _ in tqdm(range(rounds), desc="checkpoint", disable=None):
         shutil.rmtree(saved)  # a save leaves an existing checkpoint as it is
-        clock((COPY, copy))
-        clock((STALL, begin), (WHOLE, saver.wait))
+        clock(COPY, copy)
+        clock(STALL, lambda: saver.save(0, state, record))
+        clock(WHOLE, saver.wait)
+        seconds[WHOLE][-1] += seconds[STALL][-1]
         shutil.rmtree(saved)
         plain.unlink(missing_ok=True)  # freeing its pages is no part of a write
-        clock((WRITE, write))
-        clock(("save", partial(checkpoint.save, segment, 0, state, record)))
-        clock((HASH, partial(sha256, plain)))
-        clock(("verify", partial(checkpoint.verify, saved)))
-        clock((READ, plain.read_bytes))
-        clock(("load", partial(checkpoint.load, saved, state)))
+        clock(WRITE, write)
+        clock("save", lambda: checkpoint.save(segment, 0, state, record))
+        clock(HASH, lambda: sha256(plain))
+        clock("verify", lambda: checkpoint.verify(saved))
+        clock(READ, plain.read_bytes)
+        clock("load", lambda: checkpoint.load(saved, state))
     return seconds

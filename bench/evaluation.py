@@ -5,9 +5,10 @@ read the question once for all four. Written answers are half a context after a 
 """
 
 import statistics
-import time
+import timeit
 from collections.abc import Callable
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -54,14 +55,22 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
     calls["written answers"] = partial(generate, net, prompts, new, set()), partial(written, peer, prompts, new, device)
     tokens = {name: sum(len(q) + len(a) - 1 for q, a in x) for name, x in asked.items()}
     tokens["written answers"] = BATCH * new
-    rows: list[Row] = []
-    bars: list[Row] = []
-    for name, seconds in measure(calls, rounds, 1e-3 if dtype == torch.float32 else 0.05).items():
-        ours, theirs = (tokens[name] / statistics.median(s) for s in seconds)
-        bar = verdict(name, ours / theirs, 1.0)
-        beside = {"ratio": ours / theirs, "to": "transformers", "bar": show(bar)}
-        rows.append(Row(row=f"{name}: ours", tokens_per_second=ours) | beside)
-        rows.append(Row(row=f"{name}: transformers", tokens_per_second=theirs))
+    rtol = 1e-3 if dtype == torch.float32 else 0.05
+    for name, (ours, theirs) in calls.items():  # the first calls, which warm up
+        if not np.allclose(ours(), theirs(), rtol):
+            raise UserError(f"bench eval: {name}: ours and transformers disagree, so there is nothing to compare")
+    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
+    for _ in tqdm(range(rounds), desc="eval", disable=None):
+        for name, sides in calls.items():
+            for call, times in zip(sides, seconds[name], strict=True):
+                times.append(timeit.timeit(call, number=1))  # it makes a list, so a device has ended its work
+    rows, bars = list[Row](), list[Row]()
+    for name, both in seconds.items():
+        speed, peers_speed = (tokens[name] / statistics.median(times) for times in both)
+        bar = verdict(name, speed / peers_speed, 1.0)
+        beside = {"ratio": speed / peers_speed, "to": "transformers", "bar": show(bar)}
+        rows.append(Row(row=f"{name}: ours", tokens_per_second=speed) | beside)
+        rows.append(Row(row=f"{name}: transformers", tokens_per_second=peers_speed))
         bars += bar
     print(f"{BATCH} rows of {T}; tokens are counted once an answer, of written answers the new ones")
     return {"batch": BATCH, "rounds": rounds, "rows": rows, "bars": bars}
@@ -74,36 +83,20 @@ def our_nats(lm: harness.LM, requests: list[Request]) -> list[float]:
 @torch.no_grad()
 def their_nats(peer: Any, requests: list[Request], device: torch.device) -> list[float]:
     """Nats of each answer by transformers. Answers of one token to the same question share a row."""
-    out = [0.0] * len(requests)
-    read: dict[tuple[int, ...], list[int]] = {}  # {row: requests}
-    for i, (question, answer) in enumerate(requests):
-        read.setdefault((*question, *answer[:-1]), []).append(i)
-    for k in range(0, len(read), BATCH):
-        part = list(read)[k : k + BATCH]
-        logp = peer(torch.tensor(part, device=device)).logits.log_softmax(-1)
-        for row, key in zip(logp, part, strict=True):
-            for i in read[key]:
-                target = torch.tensor(requests[i][1], device=device)
-                out[i] = row[-len(target) :].gather(1, target[:, None]).sum().item()
-    return out
+    rows = [(ids, list(same)) for ids, same in groupby(requests, lambda request: request[0] + request[1][:-1])]
+    nats = []
+    for k in range(0, len(rows), BATCH):
+        part = rows[k : k + BATCH]
+        logp = peer(torch.tensor([ids for ids, _ in part], device=device)).logits.log_softmax(-1)
+        for row, (_, same) in zip(logp, part, strict=True):
+            for _, answer in same:
+                target = torch.tensor(answer, device=device)
+                nats.append(row[-len(target) :].gather(1, target[:, None]).sum().item())
+    return nats
 
 
 def written(peer: Any, prompts: list[list[int]], new: int, device: torch.device) -> list[list[int]]:
     """`new` ids after each prompt, by transformers."""
-    how = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+    peer.generation_config.eos_token_id = None  # to `generate` too every id is like any other
+    how = {"max_new_tokens": new, "do_sample": False, "use_cache": True, "pad_token_id": 0}
     return peer.generate(torch.tensor(prompts, device=device), **how)[:, len(prompts[0]) :].tolist()
-
-
-def measure(calls: Calls, rounds: int, rtol: float) -> dict[str, tuple[list[float], list[float]]]:
-    """{name: seconds of each round, ours and theirs}, after one to warm up. UserError if the sides disagree."""
-    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
-    for i in tqdm(range(rounds + 1), desc="eval", disable=None):
-        for name, sides in calls.items():
-            found = []
-            for call, times in zip(sides, seconds[name], strict=True):
-                began = time.perf_counter()
-                found.append(np.array(call(), dtype=np.float64))  # made of a list, so a device has ended its work
-                times += [time.perf_counter() - began] if i else []
-            if not np.allclose(found[0], found[1], rtol):
-                raise UserError(f"bench eval: {name}: ours and transformers disagree, so there is nothing to compare")
-    return seconds

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from itertools import product
 from typing import Any
 
 import torch
@@ -22,56 +23,45 @@ Call = tuple[Callable[..., Any], list[Tensor]]  # a function and its inputs
 CASES = ("rms_norm", "add_rms_norm", "rope", "attention", "swiglu", "cross_entropy")
 HF_LLAMA = "transformers.models.llama.modeling_llama"
 
-# (cases, directions, measure, bar): a part of the copy, TFLOP/s of an H100, or speed relative to another row.
-# {width: bar} where it depends on the width, for attention on the size of a head.
-BARS: tuple[tuple[str, str, str, float | dict[int, float]], ...] = (
-    ("rms_norm add_rms_norm", "forward", "of_copy", {512: 0.75, 1024: 0.85, 1536: 0.89, 2048: 0.91}),
-    ("rms_norm add_rms_norm", "forward", "compile", 1.25),
-    ("rms_norm add_rms_norm", "forward", "liger", 1.0),
-    ("rms_norm add_rms_norm", "backward", "of_copy", {512: 0.70, 1024: 0.78, 1536: 0.82, 2048: 0.85}),
-    ("rms_norm add_rms_norm", "backward", "compile", 1.6),
-    ("rope", "forward backward", "of_copy", 0.80),
-    ("rope", "forward backward", "hf", 5.0),
-    ("swiglu", "forward backward", "of_copy", 0.90),
-    ("swiglu", "forward backward", "torch", 1.6),
-    ("swiglu", "forward backward", "compile", 1.0),
-    ("attention", "forward", "tflops", {64: 340, 96: 320, 128: 320}),
-    ("attention", "both", "tflops", {64: 275}),
-    ("attention", "forward both", "sdpa flash", 1.2),
-    ("cross_entropy", "both", "tflops", {512: 380, 1024: 500, 1536: 550, 2048: 590}),
-    ("cross_entropy", "both", "liger", {512: 2.0, 2048: 1.3}),
-)
+# {case and direction: {measure: bar}}: a part of the copy, TFLOP/s of an H100, or speed relative to another row;
+# {width: bar} where it depends on the width, for attention on the size of a head. add_rms_norm has those of rms_norm.
+BARS: dict[str, dict[str, Any]] = {
+    "rms_norm forward": {"of_copy": {512: 0.75, 1024: 0.85, 1536: 0.89, 2048: 0.91}, "compile": 1.25, "liger": 1.0},
+    "rms_norm backward": {"of_copy": {512: 0.70, 1024: 0.78, 1536: 0.82, 2048: 0.85}, "compile": 1.6},
+    "rope forward": {"of_copy": 0.80, "hf": 5.0},
+    "rope backward": {"of_copy": 0.80, "hf": 5.0},
+    "swiglu forward": {"of_copy": 0.90, "torch": 1.6, "compile": 1.0},
+    "swiglu backward": {"of_copy": 0.90, "torch": 1.6, "compile": 1.0},
+    "attention forward": {"tflops": {64: 340, 96: 320, 128: 320}, "sdpa flash": 1.2},
+    "attention both": {"tflops": {64: 275}, "sdpa flash": 1.2},
+    "cross_entropy both": {"tflops": {512: 380, 1024: 500, 1536: 550, 2048: 590}, "liger": {512: 2.0, 2048: 1.3}},
+}
 
 
 def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
-    sequences = 8 if device.type == "cuda" else 2
+    cuda = device.type == "cuda"
+    sequences = 8 if cuda else 2
     models = {size: config.load(size, given(o)).model for size in o.sizes}
     floors = roofs(device, dtype)
     rows: list[Row] = []
-    for size, m in tqdm(models.items(), desc="kernels", disable=None):
-        for case in o.only:
-            torch._dynamo.reset()  # or its limit of recompilations would end in eager rows
-            torch.manual_seed(0)
-            found: dict[str, Row] = {}
-            for name, (call, inputs) in candidates(case, m, sequences, device, dtype).items():
-                row = Row(size=size, kernel=case, row=name) | measure(name, call, inputs, device)
-                if not row["note"]:
-                    row |= rates(row, m, sequences, dtype.itemsize, floors["copy_bytes_per_second"])
-                found[name] = row
-            bars = kernel_bars(case, m, found)
-            found["triton"] |= {"bars": bars, "bar": show(bars) or None}
-            rows += found.values()
+    for (size, m), case in tqdm(list(product(models.items(), o.only)), desc="kernels", disable=None):
+        torch._dynamo.reset()  # or its limit of recompilations would end in eager rows
+        torch.manual_seed(0)
+        found: dict[str, Row] = {}
+        for name, (call, inputs) in candidates(case, m, sequences, device, dtype).items():
+            row = found[name] = Row(size=size, kernel=case, row=name, note=missing(name, cuda))
+            if row["note"]:
+                continue
+            try:
+                row |= times(call, inputs, device)
+            except Exception as e:  # this device or shape cannot run it; the other rows go on
+                row["note"] = f"failed: {first_line(e)[:120]}"
+            else:
+                row |= rates(row, m, sequences, dtype.itemsize, floors["copy_bytes_per_second"])
+        bars = kernel_bars(case, m, found)
+        found["triton"] |= {"bars": bars, "bar": show(bars) or None}
+        rows += found.values()
     return {"floors": floors, "sequences": sequences, "rows": rows}
-
-
-def measure(name: str, call: Callable[..., Any], inputs: list[Tensor], device: torch.device) -> Row:
-    """Seconds and bytes of a row, or a note of why there are none."""
-    if note := missing(name, device.type == "cuda"):
-        return {"note": note}
-    try:
-        return {"note": None} | times(call, inputs, device)
-    except Exception as e:  # this device or shape cannot run it; the other rows go on
-        return {"note": f"failed: {first_line(e)[:120]}"}
 
 
 def times(call: Callable[..., Any], inputs: list[Tensor], device: torch.device) -> Row:
@@ -160,18 +150,19 @@ def rates(row: Row, m: config.Model, B: int, item: int, copy: float) -> Row:
         "cross_entropy": (6 * M * V * h, 0),
     }[case]
     amounts = {"forward": forward, "backward": backward, "both": forward + backward}
-    if case not in ("attention", "cross_entropy"):
-        return {f"{d}_of_copy": n / row[d] / copy for d, n in amounts.items()}
-    return {f"{d}_tflops": n / row[d] / 1e12 for d, n in amounts.items() if d == "both" or case == "attention"}
+    if case == "cross_entropy":
+        amounts = {"both": forward}
+    measure, unit = ("tflops", 1e12) if case in ("attention", "cross_entropy") else ("of_copy", copy)
+    return {f"{d}_{measure}": n / row[d] / unit for d, n in amounts.items()}
 
 
 def kernel_bars(case: str, m: config.Model, rows: dict[str, Row]) -> list[Row]:
     """The bars of a case, for its triton row."""
     found, ours = [], rows["triton"]
     width = m.hidden // m.n_head if case == "attention" else m.hidden
-    for cases, directions, measure, bar in BARS:
-        wanted = bar.get(width) if isinstance(bar, dict) else bar
-        for d in directions.split() if case in cases.split() else ():
+    for d in ("forward", "backward", "both"):
+        for measure, bar in BARS.get(f"{case.removeprefix('add_')} {d}", {}).items():
+            wanted = bar.get(width) if isinstance(bar, dict) else bar
             if measure in ("of_copy", "tflops"):
                 found += verdict(f"{d} {measure}", ours.get(f"{d}_{measure}"), wanted)
             elif d in ours and d in rows.get(measure, {}):

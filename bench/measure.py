@@ -5,14 +5,13 @@ import os
 import statistics
 import subprocess
 import sys
-import time
+import timeit
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import config
 from runtime.command_line import aligned
@@ -30,17 +29,15 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
     call()
     times: list[float] = []
     while len(times) < 5 or (sum(times) < 0.1 and len(times) < 500):
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
+        times.append(timeit.timeit(call, number=1))
     return statistics.median(times)
 
 
-def square_product(device: torch.device, dtype: torch.dtype) -> tuple[str, Callable[[], Tensor], float]:
-    """A large matrix product, the roof of the arithmetic: its name, the call, its FLOPs."""
+def square_product(device: torch.device, dtype: torch.dtype) -> tuple[str, float]:
+    """A large matrix product, the roof of the arithmetic: its name and FLOP/s."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return f"{n}^3 in {str(dtype).removeprefix('torch.')}", lambda: a @ b, 2.0 * n**3
+    return f"{n}^3 in {str(dtype).removeprefix('torch.')}", 2.0 * n**3 / timed(lambda: a @ b, device)
 
 
 def roofs(device: torch.device, dtype: torch.dtype, c: config.Model | None = None) -> Row:
@@ -48,8 +45,7 @@ def roofs(device: torch.device, dtype: torch.dtype, c: config.Model | None = Non
     a = torch.zeros(int(4e9 if device.type == "cuda" else 2.5e8), dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
     copy = 2 * len(a) / timed(lambda: b.copy_(a), device)
-    name, product, flops = square_product(device, dtype)
-    matmul = flops / timed(product, device)
+    name, matmul = square_product(device, dtype)
     print(f"copy {copy / 1e9:,.4g} GB/s, read and written; matmul {name} {matmul / 1e12:,.4g} TFLOP/s")
     gemms = {}
     for layer, (M, N, K) in (gemm_shapes(c, 8) if c else {}).items():
@@ -72,9 +68,8 @@ def gemm_shapes(m: config.Model, sequences: int) -> dict[str, tuple[int, int, in
 
 def child(*arguments: str) -> tuple[bool, str]:
     """Run Python in the project's root: (whether it succeeded, the last line of its output or else of its errors)."""
-    done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, cwd=Path(__file__).parent.parent
-    )
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=root)
     lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
     return not done.returncode, (lines or [f"exit code {done.returncode}"])[-1]
 
@@ -117,5 +112,5 @@ def verdict(what: str, got: float | None, bar: float | None, at_most: bool = Fal
 
 
 def show(bars: list[Row]) -> str:
-    words = {True: "reached", False: "missed"}
+    words = ("missed", "reached")
     return "; ".join(f"{b['what']} {b['got']:,.3g}: {words[b['reached']]} {b['bar']:,.3g}" for b in bars)

@@ -1,6 +1,5 @@
 """The peers, at our shapes: nanoGPT's model, transformers' Llama with or without Liger's kernels, Liger's functions."""
 
-import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any

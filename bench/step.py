@@ -4,7 +4,6 @@ import gc
 import itertools
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +15,7 @@ import config
 import kernels
 import model as llama
 from bench import peers
-from bench.measure import Row, fresh_row, require, roofs, square_product, timed, total_memory, verdict
-from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from bench.measure import Row, fresh_row, require, roofs, square_product, total_memory, verdict
 from runtime.device import peak_flops, steady_malloc
 from runtime.errors import UserError
 
@@ -30,7 +28,6 @@ BARS = {
     (48, 1536): (39.9e3, 1.14, 0.75),
     (40, 2048): (29.7e3, 1.14, 0.85),
 }
-TOKENS = 2048  # of --memory
 CPU_BARS = (0.50, 1.1)  # MFU of the matrix product, speed relative to nanoGPT's shape
 
 
@@ -91,7 +88,7 @@ class Trainer:
         compiling = seconds[0] - statistics.median(seconds) if self.compiled else None
         return {"loss": losses[-1], "compile_seconds": compiling}
 
-    def speed(self, sequences: int, micro: int, warmup: int, steps: int) -> float:
+    def speed(self, micro: int, warmup: int, steps: int) -> float:
         """Tokens/s of the median of `steps` updates after `warmup` others; on a GPU by device events."""
 
         def mark() -> Any:
@@ -99,6 +96,8 @@ class Trainer:
                 return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
             return time.perf_counter()
 
+        # an update is on a GPU one micro-batch, on a CPU the batch of the config
+        sequences = micro if self.cuda else max(micro, self.c.batch_sequences)
         x, y = self.ids(sequences, 0)
         gc.disable()  # as train.py does
         marks = []
@@ -114,8 +113,6 @@ class Trainer:
 
 
 def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
-    if o.memory:
-        return loss_memory(c, device, dtype)
     cuda = device.type == "cuda"
     o.micro = o.micro or ([16, 32, 8, 4] if cuda else [8, 16, 4])
     if any(n % m for m in o.micro for n in (o.micro[0], c.batch_sequences) if m <= n):
@@ -127,13 +124,15 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
     rows = {name: Row(row=name, note=peers.missing(name, cuda)) for name in names}
     floors = roofs(device, dtype, c.model)
     torch.cuda.empty_cache()  # for the processes of the rows
-    own = (0.0, "the 1024^3 product before and after the row, one thread")  # each row measures it
-    peak, source = peak_flops(device, dtype) if cuda else own
+    peak, source = 0.0, "the 1024^3 product before and after the row, one thread"  # on a CPU each row measures it
+    if cuda:
+        peak, source = peak_flops(device, dtype)
     measure_rounds(o, rows)
-    compare(rows, c, peak)
+    measured = {name: row for name, row in rows.items() if not row["note"]}
+    compare(measured, c, peak)
     what = f"{peak / 1e12:,.4g} TFLOP/s, {source}" if peak else source
     print(f"MFU of {what}, attention with its causal half; mfu_published: with all of it. loss: of update {o.updates}.")
-    found = {"rows": list(rows.values()), "bars": bars_of(rows, c, cuda)}
+    found = {"rows": list(rows.values()), "bars": bars_of(measured, c, cuda)}
     return {"floors": floors, "peak_flops": peak or None, "peak_from": source} | found
 
 
@@ -155,57 +154,49 @@ def measure_rounds(o: Any, rows: dict[str, Row]) -> None:
 
 def row(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
     """One row, in this process: its loss and fastest micro-batch (with --updates 0 the first one), then its speed."""
-    if o.memory:
-        return loss_peak(o, c, device, dtype)
     cuda = device.type == "cuda"
     if o.row.startswith("ours"):  # as train.py does; a peer runs as its users run it
         steady_malloc(device)
     trainer = Trainer(o.row, c, device, dtype)
-    # an update's sequences: on a GPU one micro-batch, on a CPU the batch of the config
-    sequences = 0 if cuda else max(o.micro[0], c.batch_sequences)
-    found = fastest_micro(o, trainer, sequences) if o.updates else Row(micro=o.micro[0])
-    _, product, flops = square_product(device, dtype)
-    roof = [] if cuda else [timed(product, device)]
-    speed = trainer.speed(sequences or found["micro"], found["micro"], o.warmup, o.steps)
-    roof += [] if cuda else [timed(product, device)]
-    return found | {"tokens_per_second": speed, "roof": flops / statistics.mean(roof) if roof else None}
+    found = fastest_micro(o, trainer) if o.updates else Row(micro=o.micro[0])
+    before = 0.0 if cuda else square_product(device, dtype)[1]
+    speed = trainer.speed(found["micro"], o.warmup, o.steps)
+    roof = None if cuda else statistics.harmonic_mean([before, square_product(device, dtype)[1]])
+    return found | {"tokens_per_second": speed, "roof": roof}
 
 
-def fastest_micro(o: Any, trainer: Trainer, sequences: int) -> Row:
+def fastest_micro(o: Any, trainer: Trainer) -> Row:
     """The loss after --updates and the fastest of the micro-batches that memory and --minutes allow."""
-    out, until = Row(no_memory=[], no_time=[], tried=[]), time.perf_counter() + o.minutes * 60
+    loss, tried, no_memory, no_time = Row(), list[Row](), list[int](), list[int]()
+    until = time.perf_counter() + o.minutes * 60
     for micro in o.micro:
-        if micro > min(out["no_memory"], default=micro):
-            out["no_memory"].append(micro)
-        elif out["tried"] and time.perf_counter() > until:
-            out["no_time"].append(micro)
+        if micro > min(no_memory, default=micro):
+            no_memory.append(micro)
+        elif tried and time.perf_counter() > until:
+            no_time.append(micro)
         else:
             try:
-                if "loss" not in out:
-                    out |= trainer.losses(o.micro[0], micro, o.updates)
-                out["tried"].append(attempt(trainer, sequences or micro, micro))
+                loss = loss or trainer.losses(o.micro[0], micro, o.updates)
+                trainer.speed(micro, 2, 1)
+                if trainer.cuda:
+                    torch.cuda.reset_peak_memory_stats()
+                rate = trainer.speed(micro, 1, 5)
+                peak = torch.cuda.max_memory_allocated() if trainer.cuda else None
+                tried.append(Row(micro=micro, tokens_per_second=rate, peak_bytes=peak))
             except torch.OutOfMemoryError:
-                out["no_memory"].append(micro)
+                no_memory.append(micro)
             # outside of the handler, whose exception holds the tensors
             trainer.optimizer.zero_grad(set_to_none=True)
             gc.collect()
             torch.cuda.empty_cache()
-    assert out["tried"], "no micro-batch fits into memory"
-    return out | {"micro": max(out["tried"], key=lambda t: t["tokens_per_second"])["micro"]}
-
-
-def attempt(trainer: Trainer, sequences: int, micro: int) -> Row:
-    trainer.speed(sequences, micro, 2, 1)
-    if trainer.cuda:
-        torch.cuda.reset_peak_memory_stats()
-    rate = trainer.speed(sequences, micro, 1, 5)
-    peak = torch.cuda.max_memory_allocated() if trainer.cuda else None
-    return {"micro": micro, "tokens_per_second": rate, "peak_bytes": peak}
+    assert tried, "no micro-batch fits into memory"
+    fastest = max(tried, key=lambda t: t["tokens_per_second"])["micro"]
+    return loss | {"no_memory": no_memory, "no_time": no_time, "tried": tried, "micro": fastest}
 
 
 def median_ratio(a: Row, b: Row) -> float | None:
-    """The median over rounds of a's speed relative to b's; None if either has a note in place of speeds."""
-    if a.get("note", "left out") or b.get("note", "left out"):
+    """The median over rounds of a's speed relative to b's; None if either is empty, as it was not measured."""
+    if not a or not b:
         return None
     rounds = zip(a["rounds"], b["rounds"], strict=True)
     return statistics.median(x["tokens_per_second"] / y["tokens_per_second"] for x, y in rounds)
@@ -213,15 +204,13 @@ def median_ratio(a: Row, b: Row) -> float | None:
 
 def compare(rows: dict[str, Row], c: config.Config, peak: float) -> None:
     """Add medians, MFUs and ratios of the rounds. `peak`: FLOP/s of the device; 0: each round has its own "roof"."""
-    ours = rows["ours"]
+    ours = rows.get("ours", {})
     for name, row in rows.items():
-        if row["note"]:
-            continue
         row["tokens_per_second"] = statistics.median(r["tokens_per_second"] for r in row["rounds"])
         row["ours_ratio"] = median_ratio(ours, row)
-        for key, causal in (("mfu", True), ("mfu_published", False)):
-            flops = c.model.flops_per_token(causal)
-            row[key] = statistics.median(r["tokens_per_second"] * flops / (peak or r["roof"]) for r in row["rounds"])
+        tokens_per_flop = statistics.median(r["tokens_per_second"] / (peak or r["roof"]) for r in row["rounds"])
+        row["mfu"] = tokens_per_flop * c.model.flops_per_token()
+        row["mfu_published"] = tokens_per_flop * c.model.flops_per_token(causal=False)
         mine, theirs = ({t["micro"]: t["peak_bytes"] for t in r.get("tried", [])} for r in (ours, row))
         row["peak_bytes"] = theirs.get(row["micro"])
         both = [m for m in mine.keys() & theirs.keys() if theirs[m]]
@@ -236,48 +225,13 @@ def compare(rows: dict[str, Row], c: config.Config, peak: float) -> None:
 
 def bars_of(rows: dict[str, Row], c: config.Config, cuda: bool) -> list[Row]:
     if cuda:
+        ours, hf = rows.get("ours", {}), rows.get("hf-compile", {})
         speed, ratio, memory = BARS.get((c.model.n_layer, c.model.hidden), (None, None, None))
-        hf = rows.get("hf-compile", {})
-        bars = verdict("tokens/s (an H100's)", rows["ours"].get("tokens_per_second"), speed)
+        bars = verdict("tokens/s (an H100's)", ours.get("tokens_per_second"), speed)
         bars += verdict("to hf-compile", hf.get("ours_ratio"), ratio)
         return bars + verdict("memory to hf-compile", hf.get("memory_ratio"), memory, at_most=True)
     bars = []
-    for name in ("ours", "ours-compile"):
-        bars += verdict(f"{name}: part of the matmul", rows[name].get("mfu"), CPU_BARS[0])
+    for name in [name for name in rows if name not in peers.PEERS]:
+        bars += verdict(f"{name}: part of the matmul", rows[name]["mfu"], CPU_BARS[0])
         bars += verdict(f"{name}: to nanogpt", median_ratio(rows[name], rows.get("nanogpt", {})), CPU_BARS[1])
     return bars
-
-
-def loss_memory(c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
-    """Peak memory of the loss, forward and backward: logits in chunks, and all of them at once."""
-    h, V = c.model.hidden, c.model.vocab_size
-    need = 4.0 * (2 * V * h + 2 * TOKENS * h + 4 * TOKENS * V)
-    require("--memory: the loss with all logits", need, total_memory(device), "lower model.vocab_size")
-    rows = [Row(row=name) | fresh_row("--row", name) for name in ("chunked", "all logits")]
-    peaks = [row.get("peak_bytes") for row in rows]
-    for row, peak in zip(rows, peaks, strict=True):
-        row["memory_ratio"] = peaks[0] / peak if peaks[0] and peak else None
-    print(f"peak memory of the loss of {TOKENS:,} tokens, hidden {h:,}, vocabulary {V:,}, without its inputs")
-    return {"tokens": TOKENS, "hidden": h, "vocab_size": V, "rows": rows}
-
-
-def loss_peak(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
-    """One row of `loss_memory`, in this process."""
-    h, V, cuda = c.model.hidden, c.model.vocab_size, device.type == "cuda"
-    x = torch.randn(TOKENS, h, device=device, dtype=dtype, requires_grad=True)
-    # small, as at the start of training: large logits give denormal probabilities, which are slow on a CPU
-    w = (0.02 * torch.randn(V, h, device=device)).requires_grad_()
-    y = torch.randint(0, V, (TOKENS,), device=device)
-    (x[:64] @ w[:64].type_as(x).T).sum()  # the first product allocates buffers of the library
-    before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
-    if o.row == "chunked":
-        linear_cross_entropy(x, w, y).backward()
-    else:
-        linear_cross_entropy_ref(x, w.type_as(x), y).backward()
-    return {"peak_bytes": (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before}
-
-
-def resident(field: str) -> int:
-    """Bytes of this process, now (VmRSS) or at most (VmHWM). getrusage would include its parent's."""
-    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024

@@ -12,8 +12,9 @@ import torch.nn as nn
 
 import config
 import model
+import sample
 from bench import __main__ as bench
-from bench import kernels, measure, peers, step
+from bench import evaluation, kernels, measure, peers, step
 from runtime import checkpoint
 from runtime.errors import user_errors
 
@@ -124,14 +125,6 @@ def test_rounds_of_rows_in_turn_and_a_row_whose_process_dies(run, monkeypatch):
     assert [r["tokens_per_second"] for r in rows["hf"]["rounds"]] == [300, 500] and "rounds" not in rows["ours-compile"]
 
 
-def test_memory(run):
-    code, result, _ = run("step", "--memory", "--model.vocab_size", "20000", "--train.device", "cpu")
-    rows = by_row(result)
-    assert code == 0 and result["vocab_size"] == 20000
-    assert rows["all logits"]["peak_bytes"] > 2 * 2048 * 20000 * 4  # the logits and their gradient
-    assert rows["chunked"]["peak_bytes"] < 2048 * 20000 * 4
-
-
 def test_kernels(run, monkeypatch, tmp_path):
     without(monkeypatch, "liger_kernel")
     monkeypatch.setattr(torch, "compile", lambda f, **kw: f)  # a C++ compiler would take a minute
@@ -225,7 +218,6 @@ def test_checkpoint(run, tmp_path, monkeypatch):
     "args, said",
     [
         (["step", "--size", "3.1b", "--model.n_layer", "100000"], "take a smaller --size"),
-        (["step", "--memory", "--model.vocab_size", "1000000000"], "lower model.vocab_size"),
         (["checkpoint", "--size", "3.1b", "--model.n_layer", "1000000"], "take a smaller --size or another --dir"),
         (["step", "--peers", "jax"], "invalid choice: 'jax'"),
         (["step", "--micro", "8", "3"], "expected divisors of the batch of 32 sequences"),
@@ -236,13 +228,12 @@ def test_checkpoint(run, tmp_path, monkeypatch):
         (["checkpoint", "--dir", "nowhere"], "nowhere: No such file"),
         (["kernels", "--json", "."], "--json: got ., expected a file in a folder that exists"),
         (["kernels", "--plot", "roof.foo"], "--plot: got roof.foo, expected a .png file"),
-        (["step", "--memory", "--plot", "m.png"], "no --memory"),
         (["stride"], "invalid choice"),
     ],
     ids=str,
 )
 def test_what_cannot_run_is_refused_before_it_begins(run, monkeypatch, args, said):
-    for module in (measure, step, kernels):
+    for module in (measure, kernels):
         monkeypatch.setattr(module, "timed", lambda *a: pytest.fail("it ran"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     code, result, text = run(*args, *([] if args == ["stride"] else ["--train.device", "cpu"]))
@@ -258,12 +249,12 @@ def test_the_fastest_micro_batch_that_fits():
         def losses(self, sequences, micro, updates):
             return {"loss": 1.0}
 
-        def speed(self, sequences, micro, warmup, steps):
+        def speed(self, micro, warmup, steps):
             if micro == 16:
                 raise torch.OutOfMemoryError
             return {8: 10.0, 4: 20.0}[micro]
 
-    found = step.fastest_micro(Namespace(micro=[16, 32, 8, 4], minutes=1, updates=1), Trainer(), 0)
+    found = step.fastest_micro(Namespace(micro=[16, 32, 8, 4], minutes=1, updates=1), Trainer())
     assert found["micro"] == 4 and found["no_memory"] == [16, 32] and [t["micro"] for t in found["tried"]] == [8, 4]
 
 
@@ -301,6 +292,16 @@ def test_hugging_face_with_our_weights_has_our_loss(kw):
     x, y = torch.randint(0, 61, (2, 3, 24))
     theirs = peers.hugging_face(c, ours)(input_ids=x, labels=y, shift_labels=y).loss
     torch.testing.assert_close(theirs, ours(x, y), rtol=1e-5, atol=0)  # fp32 rounding over two blocks
+
+
+def test_answers_hold_the_same_ids_also_the_one_that_transformers_ends_at():
+    torch.manual_seed(0)
+    ours = model.Transformer(small()).eval()
+    prompts = torch.randint(0, 61, (8, 4)).tolist()
+    found = sample.generate(ours, prompts, 16, set())
+    peer = peers.hugging_face(ours.config, ours).eval()
+    assert any(peer.config.eos_token_id in ids for ids in found)
+    assert evaluation.written(peer, prompts, 16, torch.device("cpu")) == found
 
 
 def test_bytes_and_flops_by_hand():
