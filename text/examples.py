@@ -15,7 +15,6 @@ import collections
 import functools
 import hashlib
 import itertools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,19 +44,15 @@ Piece = tuple[str, bool]  # a text or a marker; is it part of a response?
 
 def parse(record: Any, markers: bool = True) -> list[Piece]:
     """The pieces of an example. ValueError if it is not an example. markers: has the tokenizer those of ChatML?"""
-    record = record if isinstance(record, dict) else {}
-    if "messages" in record:
-        pieces = parse_messages(record["messages"])
-        if not markers and any(m in t for t, _ in pieces for m in CHATML if not isinstance(t, Marker)):
-            raise ValueError(f"{' or '.join(CHATML)} in a message, which this tokenizer cannot tell from a marker")
-        return pieces
-    prompt, response = record.get("prompt"), record.get("response")
-    if not isinstance(prompt, str) or not isinstance(response, str) or not response:
-        raise ValueError('expected {"prompt": text, "response": text} or {"messages": [message, ..]}')
-    return [(clean(prompt), False), (clean(response), True)]
+    match record:
+        case {"messages": messages}:
+            return parse_messages(messages, markers)
+        case {"prompt": str(prompt), "response": str(response)} if response:
+            return [(clean(prompt), False), (clean(response), True)]
+    raise ValueError('expected {"prompt": text, "response": text} or {"messages": [message, ..]}')
 
 
-def parse_messages(messages: Any) -> list[Piece]:
+def parse_messages(messages: Any, markers: bool) -> list[Piece]:
     """The pieces of a conversation up to its last response: nothing is learned from what follows."""
     pieces: list[Piece] = []
     for m in messages if isinstance(messages, list) else []:
@@ -70,22 +65,23 @@ def parse_messages(messages: Any) -> list[Piece]:
         pieces.pop()
     if not pieces:
         raise ValueError("no message of the assistant, so nothing to learn")
+    if not markers and any(m in text for text, _ in pieces for m in CHATML if not isinstance(text, Marker)):
+        raise ValueError(f"{' or '.join(CHATML)} in a message, which this tokenizer cannot tell from a marker")
     return pieces
 
 
-def prepare_examples(source: str, tok: Tokenizer, run: Path, quiet: bool = False) -> Path:
+def prepare_examples(source: str, tok: Tokenizer, run: Path) -> Path:
     """The folder of a source's examples in `run`, made if missing. UserError names a line that is not an example."""
     found = find_source(source, "data.sft")
     files = found.files
     if wrong := [f for f in files if kind_of(f)[0] != "json"]:
         raise UserError(f"data.sft {wrong[0]}: is no file of examples, expected .jsonl, which may be compressed")
-    if not quiet:
-        found.print_left_out()
+    found.print_left_out()
     sha = hashlib.sha256("".join(sha256(f) for f in files).encode()).hexdigest()
     folder = run / f"examples-{hashlib.sha256(f'1 {sha} {tok.sha256}'.encode()).hexdigest()[:12]}"
     while not folder.exists():
         with wait_if_taken(), make_folder(folder) as partial:
-            counts = write_examples(files, tok, partial, quiet)
+            counts = write_examples(files, tok, partial)
             if not counts["examples"]:
                 raise UserError(f"data.sft {source}: holds no example")
             meta = {"format": 1, "source": source, "source_sha256": sha, "tokenizer": tok.sha256}
@@ -102,12 +98,12 @@ def prepare_examples(source: str, tok: Tokenizer, run: Path, quiet: bool = False
     return folder
 
 
-def write_examples(files: list[Path], tok: Tokenizer, folder: Path, quiet: bool) -> dict[str, int]:
+def write_examples(files: list[Path], tok: Tokenizer, folder: Path) -> dict[str, int]:
     """Tokenize all examples into the files of `folder`; returns their numbers, and if some are messages ("chat")."""
     counts = {"examples": 0, "tokens": 0, "targets": 0, "chat": False}
     out = {name: open(folder / f"{name}.bin", "wb") for name in FILES}
     read = functools.partial(parse, markers=bool(tok.markers()))
-    with progress_bar("tokenizing examples", sum(f.stat().st_size for f in files), quiet) as bar:
+    with progress_bar("tokenizing examples", sum(f.stat().st_size for f in files)) as bar:
         examples = itertools.chain.from_iterable(documents(f, bar.update, read) for f in files)
         while batch := list(itertools.islice(examples, BATCH)):
             for pieces, (ids, loss) in zip(batch, encode(batch, tok), strict=True):
@@ -126,16 +122,18 @@ def write_examples(files: list[Path], tok: Tokenizer, folder: Path, quiet: bool)
 
 def encode(batch: list[list[Piece]], tok: Tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
     """(token ids, is each part of a response?) of each example."""
-    markers = tok.markers()
-    token: Any = Marker if markers else ()  # else markers are text, too
+    markers = tok.markers()  # of a tokenizer without them, they are text, too
+
+    def kind(piece: Piece) -> tuple[bool, bool]:
+        return piece[1], bool(markers) and isinstance(piece[0], Marker)
+
     # texts side by side are encoded together, as the template gives them: a token may span both
-    runs = [itertools.groupby(e, lambda p: (p[1], isinstance(p[0], token))) for e in batch]
-    joined = [[("".join(t for t, _ in run), learned, marker) for (learned, marker), run in e] for e in runs]
-    encoded = iter(tok.encode_many([text for pieces in joined for text, _, _ in pieces], os.cpu_count() or 1))
-    for pieces in joined:
+    runs = [[(kind, "".join(t for t, _ in run)) for kind, run in itertools.groupby(e, kind)] for e in batch]
+    encoded = iter(tok.encode_many([text for run in runs for _, text in run]))
+    for run in runs:
         ids: list[int] = []
         loss: list[bool] = []
-        for text, learned, marker in pieces:
+        for (learned, marker), text in run:
             plain = next(encoded)
             new = [markers[text]] if marker else plain
             ids += new
@@ -144,10 +142,7 @@ def encode(batch: list[list[Piece]], tok: Tokenizer) -> Iterator[tuple[list[int]
 
 
 def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
-    """Indices of `lengths` in rows of at most `room`, by best fit decreasing.
-
-    The longest first, each into the fullest row that still holds it.
-    """
+    """Indices of `lengths` in rows of at most `room`: the longest first, each into the fullest row that holds it."""
     rows: list[list[int]] = []
     by_space: dict[int, list[int]] = collections.defaultdict(list)  # rows by the space left in them
     spaces: list[int] = []  # in ascending order, those that a row has

@@ -47,9 +47,7 @@ def to_tokenizer_json(tok: Tokenizer) -> dict[str, Any]:
     vocabulary too, which keeps their ids if there are gaps. Text never becomes one: the pattern cuts it.
     """
     plain = tok.name == "bytes"
-    ranks = {bytes([i]): i for i in range(256)} if plain else tok.encoding._mergeable_ranks
-    ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
-    special = {"<|endoftext|>": 256} if plain else tok.encoding._special_tokens
+    ranks = dict(sorted(tok.encoding._mergeable_ranks.items(), key=lambda item: item[1]))
     char = unicode_of_bytes()
     spelled = {token: token.decode("latin-1").translate(char) for token in ranks}
     merges = []
@@ -62,7 +60,7 @@ def to_tokenizer_json(tok: Tokenizer) -> dict[str, Any]:
         regex = {"Regex": plain_pattern(tok.encoding._pat_str)}
         before = [{"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}, level]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = sorted(special.items(), key=lambda item: item[1])
+    added = sorted(tok.encoding._special_tokens.items(), key=lambda item: item[1])
     bpe = dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
     bpe |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": not plain}
     vocab = {spelled[token]: rank for token, rank in ranks.items()} | dict(added)
