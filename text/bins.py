@@ -13,7 +13,7 @@ from text.sources import Source, hashes, progress_bar
 from text.token_files import Writer, id_dtype, write_meta
 from text.tokenizer import Tokenizer
 
-LLMC = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic number: version, dtype (GPT-2, Llama 3)
+LLMC = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # magic number and version of llm.c: GPT-2, Llama 3
 HEADER = 1024  # bytes of llm.c's header: 256 int32, of them magic number, version, tokens
 BLOCK = 1 << 24  # ids searched at a time, so that memory stays small
 
@@ -25,14 +25,13 @@ def read_bin(file: Path, tok: Tokenizer) -> np.ndarray:
     size, head = file.stat().st_size, np.fromfile(file, "<i4", 256)
     magic, version, count = head[:3].tolist() if len(head) == 256 else (0, 0, 0)
     start, dtype = 0, "<u2"
-    if magic in LLMC:
-        start, (expected, dtype) = HEADER, LLMC[magic]
-        if version != expected:
-            raise UserError(f"{file}: version {version} of magic number {magic}, expected {expected}")
+    if (magic, version) in LLMC:
+        start, dtype = HEADER, LLMC[magic, version]
         if (got := size - start) != (need := np.dtype(dtype).itemsize * count):
             raise UserError(f"{file}: got {got:,} bytes after its header, expected {need:,}; fetch it again")
     elif 20_200_000 < magic < 20_400_000 and not head[3:].any():
-        raise UserError(f"{file}: magic number {magic}, expected one of {', '.join(map(str, LLMC))} (llm.c), or none")
+        expected = " or ".join(f"{m}, version {v}" for m, v in LLMC)
+        raise UserError(f"{file}: magic number {magic}, version {version}; expected {expected} (llm.c), or none")
     elif size % 2:
         raise UserError(f"{file}: got {size:,} bytes, expected an even number: 2 for each id (nanoGPT)")
     elif tok.vocab_size > 1 << 16:

@@ -25,7 +25,7 @@ import data
 from kernels.cross_entropy import IGNORE
 from runtime.errors import UserError
 from runtime.files import make_folder, read_json, sha256, wait_if_taken, write_json
-from text.sources import clean, documents, find_source, hashes, kind_of, progress_bar
+from text.sources import clean, documents, find_source, hashes, kind_of, print_left_out, progress_bar
 from text.tokenizer import CHATML, Tokenizer
 
 ROLES = ("system", "user", "assistant")
@@ -76,7 +76,7 @@ def prepare_examples(source: str, tok: Tokenizer, run: Path) -> Path:
     files = found.files
     if wrong := [f for f in files if kind_of(f)[0] != "json"]:
         raise UserError(f"data.sft {wrong[0]}: is no file of examples, expected .jsonl, which may be compressed")
-    found.print_left_out()
+    print_left_out([found])
     sha = hashlib.sha256("".join(sha256(f) for f in files).encode()).hexdigest()
     folder = run / f"examples-{hashlib.sha256(f'1 {sha} {tok.sha256}'.encode()).hexdigest()[:12]}"
     while not folder.exists():

@@ -27,7 +27,7 @@ from runtime.command_line import aligned
 from runtime.errors import UserError
 from runtime.files import begin_folder, fsync, lock, make_folder, wait_if_taken, write_json
 from text import token_files
-from text.sources import Source, all_documents, find_source, hashes
+from text.sources import Source, all_documents, find_source, hashes, print_left_out
 from text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -89,14 +89,11 @@ def encode_all(sources: list[Source], tokenizer: str, jobs: int) -> Iterator[tup
 
 
 class Buckets:
-    """Tokenized documents in temporary files by their hashes: each text once and none whose hash is in `held` (sorted).
-
-    folder: of these files, made here; `gather` removes it.
-    """
+    """Tokenized documents in the order of their hashes, each text once and none whose hash is in `held` (sorted)."""
 
     def __init__(self, folder: Path, sources: list[Source], dtype: str, held: list[np.ndarray]) -> None:
         self.folder, self.sources, self.dtype, self.held = folder, sources, np.dtype(dtype), held
-        folder.mkdir()
+        folder.mkdir()  # of a temporary file for each bucket; `gather` removes it
 
     def fill(self, tokenizer: str, jobs: int) -> None:
         """Tokenize all documents into the files of their buckets."""
@@ -182,8 +179,7 @@ def prepare(
 ) -> dict[str, Any]:
     """Make the folder `out` from the sources; returns its meta.
 
-    increments: their proportions; default: 4 equal ones. val: share of the documents for validation.
-    weights: ratio of the sources' tokens; default: all there is. jobs: processes; 0: one a core.
+    increments: their proportions [4 equal ones]. weights: ratio of the sources' tokens [all there is]. jobs: processes.
     UserError if `out` exists, a source does not, or a part of the split would be empty.
     """
     folder = Path(out).resolve()  # links to one folder share its lock
@@ -258,5 +254,4 @@ def print_summary(folder: Path, written: list[dict], sources: list[Source]) -> N
     for p in written:
         rows.append([f"{folder / p['name']}.bin", "", f"{p['documents']:,}", f"{p['tokens']:,}"])
     print(aligned(rows))
-    for s in sources:
-        s.print_left_out()
+    print_left_out(sources)

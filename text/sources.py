@@ -45,10 +45,6 @@ class Source:
     def listed(self) -> str:
         return ", ".join(f"{n:,} {what}" for what, n in self.left_out.most_common() if n)
 
-    def print_left_out(self) -> None:
-        if self.listed():
-            print(f"{self.name!r}: left out {self.listed()}", flush=True)
-
 
 def kind_of(file: Path) -> tuple[str, str]:
     """("text", "json" or "parquet", the ending of its compression) by the name of a file; "" for other and none."""
@@ -89,6 +85,12 @@ def find_source(name: str, flag: str = "--source") -> Source:
         expected = f"expected {', '.join(KINDS)}, a folder or glob of them, or hf:NAME"
         raise UserError(f"{flag} {name!r}: {problem}; {expected}")
     return source
+
+
+def print_left_out(sources: list[Source]) -> None:
+    for s in sources:
+        if s.listed():
+            print(f"{s.name!r}: left out {s.listed()}", flush=True)
 
 
 def progress_bar(desc: str, total: int | None, unit: str = "B", delay: float = 0, quiet: bool = False) -> tqdm:
@@ -194,8 +196,7 @@ def hub(source: str) -> Iterator[str | None]:
 
 def all_documents(sources: list[Source]) -> Iterator[tuple[int, str]]:
     """(index of its source, text) of every document that is not blank, under one progress bar."""
-    for source in sources:
-        source.print_left_out()
+    print_left_out(sources)
     total = sum(f.stat().st_size for s in sources for f in s.files) if all(s.files for s in sources) else None
     with progress_bar("tokenizing", total) as bar:
         for i, source in enumerate(sources):

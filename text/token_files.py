@@ -89,10 +89,7 @@ def tokenizer_of(folder: Path) -> Tokenizer:
 
 
 def check_files(folder: Path, names: list[str] | None = None, checksums: bool = True, quiet: bool = False) -> int:
-    """Compare sizes and SHA-256 of token files with meta.json; returns the bytes of the files.
-
-    names: "val", "v1", ..; None: all, and their .ids.
-    """
+    """Compare sizes and SHA-256 of the files of `names` ("val", "v1", ..; None: all, and their .ids); returns bytes."""
     meta = read_meta(folder)
     itemsize, wanted = np.dtype(meta["dtype"]).itemsize, []
     for p in (meta["val"], *meta["increments"]):

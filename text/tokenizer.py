@@ -29,11 +29,6 @@ ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")  # end of a document: GPT-2,
 HF_FILES = "tokenizer.json tokenizer_config.json special_tokens_map.json chat_template.jinja generation_config.json"
 
 
-def byte_pairs(pattern: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
-    special = {"<|endoftext|>": len(ranks)}
-    return tiktoken.Encoding("ranks", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-
-
 class Tokenizer:
     """Text <-> token ids. Text that looks like a special token is encoded as ordinary text.
 
@@ -50,11 +45,25 @@ class Tokenizer:
         if self.is_folder:
             self._load_folder(Path(name))
         else:
-            self.encoding = self._load_ranks() if self.is_file else self._load_encoding()
+            self.encoding = self._load_encoding()
             self.eot, self.vocab_size = self.encoding.eot_token, self.encoding.n_vocab
             self.eos = self.start = self.eot  # as transformers has them: end of an answer, token before a text
 
-    def _load_ranks(self) -> tiktoken.Encoding:
+    def _load_encoding(self) -> tiktoken.Encoding:
+        if self.is_file:
+            pattern, ranks = PATTERN, self._read_ranks()
+        elif self.name == "bytes":
+            pattern, ranks = r"[\s\S]", {bytes([b]): b for b in range(256)}
+        else:
+            try:
+                return tiktoken.get_encoding(self.name)
+            except Exception as e:  # an unknown name, or one of many network errors
+                expected = "bytes, a rank file, or an encoding that tiktoken has in TIKTOKEN_CACHE_DIR or can fetch"
+                raise UserError(f"tokenizer {self.name}: {first_line(e)[:120]}; expected {expected}") from None
+        special = {"<|endoftext|>": len(ranks)}
+        return tiktoken.Encoding("ranks", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+    def _read_ranks(self) -> dict[bytes, int]:
         try:
             content = read_bytes(Path(self.name))
             lines = [line.split() for line in content.splitlines() if line]
@@ -65,16 +74,7 @@ class Tokenizer:
         except (OSError, ValueError) as e:
             raise UserError(f"tokenizer {self.name}: not a rank file as tiktoken reads it: {e}") from None
         self.sha256 = hashlib.sha256(content).hexdigest()
-        return byte_pairs(PATTERN, ranks)
-
-    def _load_encoding(self) -> tiktoken.Encoding:
-        if self.name == "bytes":
-            return byte_pairs(r"[\s\S]", {bytes([b]): b for b in range(256)})
-        try:
-            return tiktoken.get_encoding(self.name)
-        except Exception as e:  # an unknown name, or one of many network errors
-            expected = "bytes, a rank file, or an encoding of tiktoken that TIKTOKEN_CACHE_DIR has or the network gives"
-            raise UserError(f"tokenizer {self.name}: {first_line(e)[:120]}; expected {expected}") from None
+        return ranks
 
     def _load_folder(self, folder: Path) -> None:
         file = folder / "tokenizer.json"
