@@ -42,11 +42,8 @@ def read_bin(file: Path, tok: Tokenizer) -> np.ndarray:
 
 
 def find_documents(file: Path, ids: np.ndarray, tok: Tokenizer, bar: tqdm) -> np.ndarray:
-    """(first, end, hash of the text) of each document that is not empty, uint64 (n, 3).
-
-    <|endoftext|> may end documents, as nanoGPT writes it, or begin them, as llm.c does.
-    """
-    separators = []
+    """(first, end, hash of the text) of each document that is not empty, uint64 (n, 3)."""
+    separators = []  # <|endoftext|> ends documents, as nanoGPT writes it, or begins them, as llm.c does
     for low in range(0, len(ids), BLOCK):
         part = np.asarray(ids[low : low + BLOCK])
         if part.max() >= tok.vocab_size:

@@ -10,8 +10,6 @@ One example in 50, chosen by a hash of its text, is held out for validation.
     <run>/examples-<key>/  meta.json  ids.bin  loss.bin (is this token part of a response?)  ends.bin  held.bin
 """
 
-import bisect
-import collections
 import functools
 import hashlib
 import itertools
@@ -102,7 +100,7 @@ def write_examples(files: list[Path], tok: Tokenizer, folder: Path) -> dict[str,
     """Tokenize all examples into the files of `folder`; returns their numbers, and if some are messages ("chat")."""
     counts = {"examples": 0, "tokens": 0, "targets": 0, "chat": False}
     out = {name: open(folder / f"{name}.bin", "wb") for name in FILES}
-    read = functools.partial(parse, markers=bool(tok.markers()))
+    read = functools.partial(parse, markers=bool(tok.markers))
     with progress_bar("tokenizing examples", sum(f.stat().st_size for f in files)) as bar:
         examples = itertools.chain.from_iterable(documents(f, bar.update, read) for f in files)
         while batch := list(itertools.islice(examples, BATCH)):
@@ -122,20 +120,17 @@ def write_examples(files: list[Path], tok: Tokenizer, folder: Path) -> dict[str,
 
 def encode(batch: list[list[Piece]], tok: Tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
     """(token ids, is each part of a response?) of each example."""
-    markers = tok.markers()  # of a tokenizer without them, they are text, too
-
-    def kind(piece: Piece) -> tuple[bool, bool]:
-        return piece[1], bool(markers) and isinstance(piece[0], Marker)
-
+    token: Any = Marker if tok.markers else ()  # else markers are text, too
     # texts side by side are encoded together, as the template gives them: a token may span both
-    runs = [[(kind, "".join(t for t, _ in run)) for kind, run in itertools.groupby(e, kind)] for e in batch]
-    encoded = iter(tok.encode_many([text for run in runs for _, text in run]))
-    for run in runs:
+    runs = [itertools.groupby(e, lambda p: (p[1], isinstance(p[0], token))) for e in batch]
+    joined = [[("".join(t for t, _ in run), learned, marker) for (learned, marker), run in e] for e in runs]
+    encoded = iter(tok.encode_many([text for pieces in joined for text, _, _ in pieces]))
+    for pieces in joined:
         ids: list[int] = []
         loss: list[bool] = []
-        for (learned, marker), text in run:
+        for text, learned, marker in pieces:
             plain = next(encoded)
-            new = [markers[text]] if marker else plain
+            new = [tok.markers[text]] if marker else plain
             ids += new
             loss += [learned] * len(new)
         yield [*ids, tok.eot], [*loss, True]
@@ -144,23 +139,20 @@ def encode(batch: list[list[Piece]], tok: Tokenizer) -> Iterator[tuple[list[int]
 def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
     """Indices of `lengths` in rows of at most `room`: the longest first, each into the fullest row that holds it."""
     rows: list[list[int]] = []
-    by_space: dict[int, list[int]] = collections.defaultdict(list)  # rows by the space left in them
-    spaces: list[int] = []  # in ascending order, those that a row has
+    by_space: list[list[int]] = [[] for _ in range(room + 1)]  # rows by the space left in them
+    there = np.zeros(room + 1, bool)  # is there a row with this space?
     for i in np.argsort(-lengths, kind="stable").tolist():
         n = int(lengths[i])
-        at = bisect.bisect_left(spaces, n)
-        if at == len(spaces):
+        space = n + int(there[n:].argmax())  # the first one there
+        if there[space]:
+            row = by_space[space].pop()
+            there[space] = bool(by_space[space])
+        else:
             space, row = room, len(rows)
             rows.append([])
-        else:
-            space = spaces[at]
-            row = by_space[space].pop()
-            if not by_space[space]:
-                del spaces[at]
         rows[row].append(i)
-        if not by_space[space - n]:
-            bisect.insort(spaces, space - n)
         by_space[space - n].append(row)
+        there[space - n] = True
     return rows
 
 
@@ -183,9 +175,9 @@ class Examples:
         val = fits & (held == 1)
         if not (fits & ~val).any():  # so few that all were held out
             val = np.zeros_like(fits)
-        self.train, self.val = (
-            [part[row] for row in pack(lengths[part], context)] for part in map(np.flatnonzero, (fits & ~val, val))
-        )
+        train, held_out = np.flatnonzero(fits & ~val), np.flatnonzero(val)
+        self.train = [train[row] for row in pack(lengths[train], context)]
+        self.val = [held_out[row] for row in pack(lengths[held_out], context)]
         if not self.train:
             problem = f"none of its {self.meta['examples']} examples fits model.context = {context} tokens"
             raise UserError(f"data.sft {self.meta['source']}: {problem}")

@@ -50,9 +50,8 @@ def _start_worker(tokenizer: str) -> None:
 
 def _exit_with_parent() -> None:
     """A killed parent cannot end its workers."""
-    parent = parent_process()
-    assert parent
-    parent.join()
+    if parent := parent_process():
+        parent.join()
     os._exit(1)
 
 
@@ -133,10 +132,8 @@ class Buckets:
             if remove:
                 file.unlink()
 
-    def kept_shares(self, weights: list[float] | None) -> list[float]:
+    def kept_shares(self, weights: list[float]) -> list[float]:
         """The share of each source's documents to keep, so that their tokens are in the ratio of the weights."""
-        if not weights:
-            return [1.0] * len(self.sources)
         tokens = [0] * len(self.sources)
         for _, _, source, ids in self.documents():
             tokens[source] += len(ids) // self.dtype.itemsize
@@ -148,7 +145,7 @@ class Buckets:
 
     def gather(self, out: Path, parts: dict[str, float], weights: list[float] | None) -> list[dict[str, Any]]:
         """Write the token files of `parts` (name: its proportion of the documents); returns those not empty."""
-        shares = self.kept_shares(weights)
+        shares = self.kept_shares(weights) if weights else [1.0] * len(self.sources)
         edges = np.cumsum(list(parts.values())) / sum(parts.values())
         limits = [int(e * 2**64) for e in edges[:-1]]
         names, written = list(parts), []

@@ -75,8 +75,8 @@ def find_source(name: str, flag: str = "--source") -> Source:
         if f.is_file() and kind_of(f)[0]:
             source.files.append(f)
             continue
-        why = "special file" if f.exists() else "dangling link"
-        why = (f.suffix.lower() or "without ending") if f.is_file() else why
+        ending = f.suffix.lower() or "without ending"
+        why = ending if f.is_file() else "special file" if f.exists() else "dangling link"
         why = why if why in firsts or len(firsts) < 9 else "of other endings"
         source.left_out[f"{why} ({str(firsts.setdefault(why, f))!r})"] += 1
     if not source.files:

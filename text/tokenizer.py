@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, tiktoken encodings, Hugging Face's tokenizer.json, and rank files, which `vocab` trains."""
+"""Tokenizers: `bytes`, tiktoken encodings by name, rank files, which `vocab` trains, and folders with tokenizer.json."""
 
 import base64
 import contextlib
@@ -30,15 +30,13 @@ HF_FILES = "tokenizer.json tokenizer_config.json special_tokens_map.json chat_te
 
 
 class Tokenizer:
-    """Text <-> token ids. Text that looks like a special token is encoded as ordinary text.
-
-    name: `bytes`, a tiktoken encoding, a rank file (lines of base64 and rank), or a folder with tokenizer.json.
-    """
+    """Text <-> token ids. Text that looks like a special token is encoded as ordinary text."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.hf: Any = None  # a tokenizers.Tokenizer, if `name` is a folder
         self.special_ids: set[int] = set()  # that tokenizer.json says are no text
+        self.markers: dict[str, int] = {}  # the ids of ChatML's markers, if tokenizer.json has them
         self.is_folder = Path(name).is_dir()
         self.is_file = not self.is_folder and (os.sep in name or name.endswith(".tiktoken"))
         self.sha256 = hashlib.sha256(name.encode()).hexdigest()  # of the file, if there is one
@@ -110,6 +108,8 @@ class Tokenizer:
         if "added_tokens_decoder" not in named:  # an older folder, in which another file names the special tokens
             named |= json_object(folder / "special_tokens_map.json")
         eos, bos = (t.get("content") if isinstance(t, dict) else t for t in map(named.get, ("eos_token", "bos_token")))
+        if known.keys() >= set(CHATML):
+            self.markers = {m: known[m] for m in CHATML}
         self.eot = known[end]
         self.eos = known[eos] if isinstance(eos, str) and eos in known else self.eot
         self.start = known[bos] if isinstance(bos, str) and bos in known else self.eos
@@ -138,11 +138,6 @@ class Tokenizer:
                 return [e.ids for e in self.hf.encode_batch(texts, add_special_tokens=False)]
             return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
         return [self.encode(text) for text in texts]
-
-    def markers(self) -> dict[str, int]:
-        """The ids of ChatML's markers; none if the tokenizer lacks one."""
-        found = {m: i for m in CHATML if self.hf and (i := self.hf.token_to_id(m)) is not None}
-        return found if len(found) == len(CHATML) else {}
 
     def decode(self, ids: list[int]) -> str:
         """The text up to the first <|endoftext|>. Invalid UTF-8 and ids without a token become U+FFFD."""

@@ -746,7 +746,7 @@ def test_text_is_never_a_control_token_whatever_tokenizer_json_calls_it(tmp_path
     tok = Tokenizer(name)
     ids = {text: plain.token_to_id(text) for text in ("<|endoftext|>", *CONTROLS, *WORDS)}
     assert tok.eot == ids["<|endoftext|>"] == 1023 and tok.vocab_size == 1032
-    assert tok.markers() == {m: ids[m] for m in CONTROLS[:2]}
+    assert tok.markers == {m: ids[m] for m in CONTROLS[:2]}
     for text in ("<|endoftext|>", *CONTROLS):
         assert ids[text] in plain.encode(f"a {text} b").ids  # the library alone lets it through
         for around in ("{}", "a{}b", " {} \n", "{0}{0}"):
