@@ -1,4 +1,4 @@
-"""Tokenizers: `bytes`, tiktoken encodings by name, rank files, which `vocab` trains, and folders with tokenizer.json."""
+"""Tokenizers: `bytes`, tiktoken encodings by name, rank files, which `vocab` trains, folders with tokenizer.json."""
 
 import base64
 import contextlib
@@ -108,8 +108,7 @@ class Tokenizer:
         if "added_tokens_decoder" not in named:  # an older folder, in which another file names the special tokens
             named |= json_object(folder / "special_tokens_map.json")
         eos, bos = (t.get("content") if isinstance(t, dict) else t for t in map(named.get, ("eos_token", "bos_token")))
-        if known.keys() >= set(CHATML):
-            self.markers = {m: known[m] for m in CHATML}
+        self.markers = {m: known[m] for m in CHATML if known.keys() >= set(CHATML)}
         self.eot = known[end]
         self.eos = known[eos] if isinstance(eos, str) and eos in known else self.eot
         self.start = known[bos] if isinstance(bos, str) and bos in known else self.eos

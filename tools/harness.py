@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -227,11 +228,8 @@ def local_copies(folder: str | None) -> Iterator[None]:
             why = f"{type(e).__name__}: {first_line(e)[:200]}"
             raise UserError(f"--tasks: the dataset {path} cannot be read ({why}); local copies: --data_dir") from None
 
-    datasets.load_dataset = load
-    try:
+    with mock.patch.object(datasets, "load_dataset", load):
         yield
-    finally:
-        datasets.load_dataset = original
 
 
 def find_below(folder: Path, files: Any) -> Any:
