@@ -62,10 +62,8 @@ def main() -> None:
         head = {"convention": o.convention, "parameters": parameters, "flops_per_token": flops}
         print(json.dumps({**head, "rows": rows}, indent=1))
         return
-    print(
-        f"{parameters:,} parameters, {flops / 1e9:.4g} GFLOP a token, {c.train.batch_tokens:,} tokens a step; "
-        f"counted as in {o.convention}"
-    )
+    size = f"{parameters:,} parameters, {flops / 1e9:.4g} GFLOP a token, {c.train.batch_tokens:,} tokens a step"
+    print(f"{size}; counted as in {o.convention}")
     lines = [["paradigm", "steps", "in T", "relative", "tokens", "FLOPs", "GPU-hours", *["price"] * bool(o.price)]]
     for r in rows:
         sums = [f"{r['tokens']:.4g}", f"{r['flops']:.4g}", f"{r['gpu_hours']:,.4g}"]

@@ -6,6 +6,7 @@ of the same global batch. `python data.py prepare|add|verify|bins|vocab` makes a
 
 import itertools
 import math
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ class Tokens:
         for name, need, there in self.needs(start, end):
             got = f"data.path {self.folder}: {name} has {there:,} tokens"
             if there == 0:
-                command = f"python data.py add --out {self.folder} --source TEXT"
+                command = f"python data.py add --out {shlex.quote(str(self.folder))} --source TEXT"
                 found.append(f"data.path {self.folder}: has no increment {name}; append it: {command}")
             elif there <= self.context:
                 found.append(f"{got}, expected one sequence of {self.context} at least")

@@ -66,8 +66,6 @@ def pick(o: Namespace, c: Config, world: World) -> Run:
     found = distributed.problems(c, world.ranks) + kernels.problems(c.train.kernels, cuda, c.model)
     if o.version is not None and (o.mode == "sft" or not 0 < o.version < 10_000):
         raise UserError(f"--version: got {o.version}, expected 1 to 9999, and none with --mode sft")
-    if o.mode == "branch" and c.data.decay_mix and not c.data.sft:
-        found.append("data.decay_mix: needs examples to mix in; name their file with --data.sft")
     if c.train.compile == "on" and not cuda and not cpp_compiler():
         found.append("train.compile: got on, which on a CPU needs a C++ compiler; install g++, or take off")
     try:

@@ -277,11 +277,8 @@ def table11(s: Setup) -> Table:
         *paradigm_rows(s, {"scale": f"{own}-{count(4 * total)}"}, Setting(f"steps-{4 * s.T}", long)),
         *paradigm_rows(s, {"scale": f"{large}-{count(total)}"}, replace(of, keys={**of.keys, **COSINE}), "rewarm_max"),
     ]
-    title, note = (
-        "Table 11: downstream tasks, with more data and a larger model",
-        f"CPT of {large} is RewarmMax, Table 6's.",
-    )
-    return Table("table11", title, s.columns, rows, notes=[note])
+    title = "Table 11: downstream tasks, with more data and a larger model"
+    return Table("table11", title, s.columns, rows, notes=[f"CPT of {large} is RewarmMax, Table 6's."])
 
 
 def table12(s: Setup) -> Table:

@@ -77,6 +77,11 @@ def pick(c: Config, mode: str, version: int | None) -> Run:
     point of `version`.
     """
     p = c.plan
+    if mode == "branch" and c.data.decay_mix and not c.data.sft:
+        raise UserError("data.decay_mix: needs examples to mix in; name their file with --data.sft")
+    if c.data.sft and not c.data.decay_mix:
+        only = "which only --mode sft reads, and a branch with data.decay_mix above 0"
+        raise UserError(f"data.sft: got {c.data.sft}, {only}; leave it out or give data.decay_mix")
     if version and p.increments and version > len(p.increments):
         raise UserError(f"--version: got {version}, but plan.increments has {len(p.increments)}; add its steps there")
     if version and (mode == "main" or version > len(p.T)):

@@ -5,6 +5,7 @@ data/<name>/  meta.json  v1.bin .. vN.bin  val.bin      token ids, uint16 or uin
 """
 
 import hashlib
+import shlex
 import shutil
 import struct
 from pathlib import Path
@@ -69,7 +70,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = read_json(file)
     except FileNotFoundError:
-        command = f"python data.py prepare --out {folder} --tokenizer NAME --source TEXT"
+        command = f"python data.py prepare --out {shlex.quote(str(folder))} --tokenizer NAME --source TEXT"
         raise UserError(f"{folder}: no prepared data; make it: {command}") from None
     except ValueError as e:
         raise UserError(f"{file}: damaged ({e}); {REPAIR}") from None

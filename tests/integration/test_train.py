@@ -867,6 +867,7 @@ REFUSED = {  # what is wrong: (arguments, what is done to the folders of run and
         None,
         "no.jsonl",
     ),
+    "examples that nothing reads": (("--mode", "main", "--data.sft", "no.jsonl"), None, "which only --mode sft reads"),
 }
 
 

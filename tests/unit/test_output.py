@@ -2,6 +2,8 @@
 
 import ast
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 
@@ -9,8 +11,10 @@ import pytest
 from conftest import ROOT
 
 import cost
+import data
 import schedule
-from runtime.errors import user_errors
+from runtime.errors import UserError, user_errors
+from text import token_files
 
 ROOMS = ("kernels", "runtime", "text", "tools", "paper", "bench")
 SOURCES = [*ROOT.glob("*.py"), *(f for room in ROOMS for f in (ROOT / room).glob("*.py"))]
@@ -101,3 +105,13 @@ def test_a_key_that_is_unknown_in_a_plan(monkeypatch, capsys, tmp_path):
             schedule.main()
         err = capsys.readouterr().err
         assert said in err and str(file) in err and len(err.splitlines()) == 1
+
+
+def test_commands_in_errors_can_be_pasted(prepared, tmp_path):
+    with pytest.raises(UserError) as missing:
+        token_files.read_meta(folder := tmp_path / "my texts")
+    shutil.copytree(prepared, folder)
+    (short,) = data.Tokens(str(folder), 32, 1, [1] * 5, 0).problems(4, 5)
+    for said, verb in ((str(missing.value), "prepare"), (short, "add")):
+        words = shlex.split(said.split("it: ")[1])
+        assert words[:5] == ["python", "data.py", verb, "--out", str(folder)]
