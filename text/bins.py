@@ -74,7 +74,7 @@ def bins(out: str, val: str, files: list[str], tokenizer: str) -> None:
         with progress_bar("reading", sum(map(len, opened)), unit="token", delay=2) as bar:
             for i, (file, ids) in enumerate(zip(paths, opened, strict=True)):
                 docs = find_documents(file, ids, tok, bar)
-                firsts = np.unique(docs[:, 2], return_index=True)[1]
+                firsts = np.unique(docs[:, 2], return_index=True)[1]  # of equal documents in this file
                 kept = docs[np.sort(firsts)]
                 kept = kept[~np.isin(kept[:, 2], seen)]
                 seen = np.concatenate((seen, kept[:, 2]))

@@ -40,7 +40,7 @@ START, END = map(Marker, CHATML)
 Piece = tuple[str, bool]  # a text or a marker; is it part of a response?
 
 
-def parse(record: Any, markers: bool = True) -> list[Piece]:
+def parse(record: Any, markers: bool) -> list[Piece]:
     """The pieces of an example. ValueError if it is not an example. markers: has the tokenizer those of ChatML?"""
     match record:
         case {"messages": messages}:
@@ -71,15 +71,14 @@ def parse_messages(messages: Any, markers: bool) -> list[Piece]:
 def prepare_examples(source: str, tok: Tokenizer, run: Path) -> Path:
     """The folder of a source's examples in `run`, made if missing. UserError names a line that is not an example."""
     found = find_source(source, "data.sft")
-    files = found.files
-    if wrong := [f for f in files if kind_of(f)[0] != "json"]:
+    if wrong := [f for f in found.files if kind_of(f)[0] != "json"]:
         raise UserError(f"data.sft {wrong[0]}: is no file of examples, expected .jsonl, which may be compressed")
     print_left_out([found])
-    sha = hashlib.sha256("".join(sha256(f) for f in files).encode()).hexdigest()
+    sha = hashlib.sha256("".join(sha256(f) for f in found.files).encode()).hexdigest()
     folder = run / f"examples-{hashlib.sha256(f'1 {sha} {tok.sha256}'.encode()).hexdigest()[:12]}"
     while not folder.exists():
         with wait_if_taken(), make_folder(folder) as partial:
-            counts = write_examples(files, tok, partial)
+            counts = write_examples(found.files, tok, partial)
             if not counts["examples"]:
                 raise UserError(f"data.sft {source}: holds no example")
             meta = {"format": 1, "source": source, "source_sha256": sha, "tokenizer": tok.sha256}
