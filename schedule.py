@@ -29,6 +29,8 @@ TITLES = {
     "ours": "Path switching (ours)",
 }
 PARADIGMS = tuple(TITLES)
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito: for the colour-blind
+DARK = "#333333"  # of the main path
 CPT_VARIANTS = ("reset_max", "rewarm_max", "keep_min")  # Appendix B
 
 
@@ -313,7 +315,6 @@ def draw(plans: dict[str, list[Segment]], file: str) -> None:
     """Figure 1 for any plans: axes for each paradigm, a colour for each version, the main path dark."""
     from matplotlib.figure import Figure
 
-    colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito: for the colour-blind
     fig = Figure(figsize=(5 * len(plans), 3.4))
     if (kind := Path(file).suffix[1:].lower()) not in (kinds := fig.canvas.get_supported_filetypes()):
         raise ValueError(f"--plot {file}: got the ending {kind!r}, expected one of {', '.join(kinds)}")
@@ -322,9 +323,9 @@ def draw(plans: dict[str, list[Segment]], file: str) -> None:
         # the longest first, so that the shorter runs of PTFS, equal to it in the warm-up, stay visible
         for g in sorted((g for g in segments if g.end > g.start), key=lambda g: g.start - g.end):
             steps = [*range(g.start, g.end, max(1, (g.end - g.start) // 2000)), g.end - 1]
-            label, colour, width = f"V{g.version}", colours[(g.version - 1) % len(colours)], 1.8
+            label, colour, width = f"V{g.version}", COLOURS[(g.version - 1) % len(COLOURS)], 1.8
             if g.paradigm == "main":
-                label, colour, width = "main path", "#333333", 2.6
+                label, colour, width = "main path", DARK, 2.6
             ax.plot(steps, [g.lr(s) for s in steps], color=colour, linewidth=width, label=label)
         ax.set_title(f"{TITLES.get(paradigm, paradigm)}: {sum(g.end - g.start for g in segments):,} steps", fontsize=10)
         ax.set(xlabel="step", ylim=(0, None))

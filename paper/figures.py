@@ -12,8 +12,7 @@ from paper import graph, tables
 from paper.scales import Setup
 
 LEGEND = {"fontsize": 8, "frameon": False}
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito: safe for the colour-blind
-DARK = "#333333"
+COLOURS, DARK = schedule.COLOURS, schedule.DARK
 OF = {"PTFS": COLOURS[0], "CPT": COLOURS[1], "Ours": COLOURS[2]}
 MARKERS = "os^DvP"
 

@@ -143,10 +143,8 @@ def join(world: World, timeout: float) -> None:
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=2 * timeout + 300), **alone)
     except (RuntimeError, ValueError) as e:  # the address is taken, or no rank answers
-        raise RankLost(
-            f"rank {world.rank} could not meet the other {world.ranks - 1}: {first_line(e)}; MASTER_ADDR and "
-            "MASTER_PORT must be rank 0's"
-        ) from None
+        why = f"{first_line(e)}; MASTER_ADDR and MASTER_PORT must be rank 0's"
+        raise RankLost(f"rank {world.rank} could not meet the other {world.ranks - 1}: {why}") from None
 
 
 def rank0_error(message: str, world: World) -> UserError:
@@ -162,10 +160,8 @@ def lost_rank_errors(world: World) -> Iterator[None]:
     except RuntimeError as e:
         if world.ranks == 1 or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
             raise
-        raise RankLost(
-            f"rank {world.rank} has lost the others ({first_line(e)}); the rank that failed first says why. "
-            "The same command goes on from the last checkpoint"
-        ) from None
+        why = "the rank that failed first says why. The same command goes on from the last checkpoint"
+        raise RankLost(f"rank {world.rank} has lost the others ({first_line(e)}); {why}") from None
 
 
 @contextmanager
@@ -232,11 +228,9 @@ def check_replicas(net: torch.nn.Module, shards: int, world: World, step: int) -
     copies = torch.stack(every).view(-1, shards)  # (copies, shards)
     odd = (copies != copies.mode(0).values).flatten().nonzero().flatten().tolist()  # against the majority
     if odd:
-        raise rank0_error(
-            f"step {step}: the weights of rank {', '.join(map(str, odd))} differ from those of the other copies; "
-            "stopped, nothing saved. A device may be at fault: start again without it",
-            world,
-        )
+        fix = "stopped, nothing saved. A device may be at fault: start again without it"
+        ranks = ", ".join(map(str, odd))
+        raise rank0_error(f"step {step}: the weights of rank {ranks} differ from the other copies'; {fix}", world)
 
 
 def fingerprint(net: torch.nn.Module) -> int:

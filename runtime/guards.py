@@ -59,10 +59,9 @@ class Watchdog(threading.Thread):
                 seen, waited = self.what, 0.0
             if waited > self.seconds:
                 waiting = f"{self.what[0]}: rank {self.rank} has waited for {self.seconds:g} s (train.timeout)"
-                hint = (
-                    f"another rank, a device or a disk hangs. The same command goes on. {checkpoint.last(self.folder)}"
-                )
-                print(f"train.py: error: {waiting}: {hint}", file=sys.stderr, flush=True)
+                why = "another rank, a device or a disk hangs. The same command goes on."
+                good = checkpoint.last(self.folder)
+                print(f"train.py: error: {waiting}: {why} {good}", file=sys.stderr, flush=True)
                 os._exit(RankLost.code)
 
 

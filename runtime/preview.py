@@ -22,7 +22,10 @@ def preview(run: Run, kind: str, why: str, ranks: int) -> None:
     c, t, m = run.config, run.config.train, run.config.model
     s, p, required = run.segment, run.plan, run.required
     tokens, flops = (s.end - s.start) * t.batch_tokens, m.flops_per_token()
-    print(f"segment      {s.name}: steps {s.start:,} .. {s.end:,} ({s.end - s.start:,}), {origin(run)}")
+    begin = f"from {run.origin or 'random weights'}"
+    if (own := resume.resume_step(run.folder, required)) is not None:
+        begin = "finished" if own == required[-1] else f"goes on from {run.folder} at step {own:,}"
+    print(f"segment      {s.name}: steps {s.start:,} .. {s.end:,} ({s.end - s.start:,}), {begin}")
     milestones = {s.start, s.start + p.warmup - 1, *(p.end(i + 1) - 1 for i in range(len(p.T))), *required, s.end - 1}
     rates = [f"update {i:>9,}: {s.lr(i):.6g}" for i in sorted(milestones) if s.start <= i < s.end]
     print("LR           " + "\n             ".join(rates))
@@ -36,10 +39,8 @@ def preview(run: Run, kind: str, why: str, ranks: int) -> None:
         held = f"{state / (t.shard_ranks or ranks):.3g} GB a rank, and all weights and gradients while a step computes"
     print(f"parallel     {kind} ({why}): weights, gradients and moments take {held}")
     accumulation = t.batch_tokens // (t.micro_batch * m.context * ranks)
-    print(
-        f"batch        {t.batch_tokens:,} tokens = micro-batch {t.micro_batch} x context {m.context} x "
-        f"accumulation {accumulation} x {ranks} rank{'s' * (ranks > 1)}"
-    )
+    pieces = f"micro-batch {t.micro_batch} x context {m.context} x accumulation {accumulation} x {ranks} rank"
+    print(f"batch        {t.batch_tokens:,} tokens = {pieces}{'s' * (ranks > 1)}")
     if s.paradigm != "sft" and prepare.ships(c.data.path):
         print(f"data         {c.data.path}: not there yet, the text that ships with the project will be prepared")
     elif s.paradigm != "sft" and (Path(c.data.path) / "meta.json").exists():
@@ -64,13 +65,3 @@ def check(run: Run) -> tuple[Run, UserError | None]:
             raise
         return run, e
     return run, None
-
-
-def origin(run: Run) -> str:
-    """Where training begins, in words."""
-    own = resume.resume_step(run.folder, run.required)
-    if own == run.required[-1]:
-        return "finished"
-    if own is not None:
-        return f"goes on from {run.folder} at step {own:,}"
-    return f"from {run.origin or 'random weights'}"

@@ -148,14 +148,6 @@ def open_tokenizer(path: Path, meta: dict[str, Any], folder: str | None = None) 
     return tok
 
 
-def examples_tokenizer(run: Run) -> Tokenizer:
-    """For fine-tuning the parent's tokenizer; in a branch that of the text which examples are mixed into."""
-    path = run.config.data.path
-    if run.segment.paradigm == "sft":
-        return open_tokenizer(Path(str(run.parent)), run.meta, path)
-    return token_files.tokenizer_of(Path(path))
-
-
 # ---- Lineage -------------------------------------------------------------------------------------------------------
 
 
@@ -213,10 +205,8 @@ def check_model(where: Path, meta: dict[str, Any], c: Config, tokenizer: str) ->
     """UserError unless a checkpoint's shape and tokenizer are the config's; its context may be longer."""
     model = config.model_of(meta["config"])
     pairs = {f.name: (getattr(model, f.name), getattr(c.model, f.name)) for f in fields(model) if f.name != "context"}
-    if was := ", ".join(
-        f"model.{k}: {there} there, {here} here" for k, (there, here) in pairs.items() if there != here
-    ):
-        raise UserError(f"{where}: is another model ({was}); take its own keys")
+    if different := [f"model.{k}: {a} there, {b} here" for k, (a, b) in pairs.items() if a != b]:
+        raise UserError(f"{where}: is another model ({', '.join(different)}); take its own keys")
     if c.model.context > model.context:
         raise UserError(f"model.context: got {c.model.context}, expected at most the {model.context} of {where}")
     if meta["data"].get("tokenizer") != tokenizer:

@@ -50,7 +50,10 @@ def open_data(run: Run, world: World, beat: Callable[[str], None], home: Path) -
         folder = ""
         with raise_on_all_ranks(world):
             if world.rank == 0:
-                folder = str(prepare_examples(c.data.sft, resume.examples_tokenizer(run), home))
+                # fine-tuning: the parent's; a branch: that of the text which examples are mixed into
+                where = Path(str(run.parent)), run.meta, c.data.path
+                tok = resume.open_tokenizer(*where) if sft else token_files.tokenizer_of(Path(c.data.path))
+                folder = str(prepare_examples(c.data.sft, tok, home))
         folder = broadcast(folder, world.ranks)
         with raise_on_all_ranks(world):
             examples = Examples(Path(folder), c.model.context, c.train.seed)
@@ -104,9 +107,8 @@ def find_start(run: Run, tokens: Tokens | SFTData) -> Start:
     if parent and there and given:
         begun = checkpoint.read_meta(checkpoint.path(folder, there[0])).get("parent") or {}
         if begun.get("hash") != parent["hash"]:
-            raise UserError(
-                f"--parent {origin}: {folder} was begun from another; leave it out, or choose another --out"
-            )
+            fix = "leave it out, or choose another --out"
+            raise UserError(f"--parent {origin}: {folder} was begun from another; {fix}")
     for step in there:  # all of them: one folder never holds two runs
         if step <= s.end or s.paradigm == "sft":  # a main path may be longer; fine-tuning of another length is another
             resume.check_lineage(checkpoint.path(folder, step), c, s, tokens)

@@ -681,7 +681,7 @@ def test_a_parent_from_another_folder(train_cli, tmp_path, capsys):
 
 def test_a_parent_that_will_not_do(train_cli, tmp_path, capsys):
     """Of another step or format, without moments, damaged: one line, nothing changed, and the whole one still works."""
-    from test_checkpoint import forged
+    from helpers import forged
 
     assert train_cli("--mode", "main", "--version", "2") == 0 and train_cli("--mode", "branch", "--version", "1") == 0
     parent, decayed = tmp_path / "run" / "main" / "step-000014", tmp_path / "run" / "ours-cosine" / "v1" / "step-000010"

@@ -8,10 +8,11 @@ import re
 import pytest
 import torch
 from conftest import ROOT
+from helpers import forged
 
 from runtime import checkpoint
 from runtime.errors import UserError
-from runtime.files import is_locked, lock, make_folder, sha256, write_json
+from runtime.files import is_locked, lock, make_folder, write_json
 
 RECORD = {
     "segment": "main",
@@ -203,20 +204,6 @@ def test_nothing_unpickles():
 
 # ----------------------------------------------------------------------------------------------------------
 # Checkpoints whose checksums hold, but which are not what the model needs
-
-
-def forged(folder, change, name="shard-00001-model-00001-of-00001.safetensors"):
-    """Apply `change(tensors, offsets)` to the tensors of a checkpoint's file and make all checksums hold."""
-    from safetensors.torch import load_file, save_file
-
-    file = folder / name
-    tensors = load_file(file)
-    offsets = {k: {"saved_offsets": [0] * v.dim()} for k, v in tensors.items()}
-    change(tensors, offsets)
-    save_file(tensors, file, {"DCP_SHARDING_INFO": json.dumps(offsets), "format": "pt"})
-    meta = json.loads((folder / "meta.json").read_text())
-    meta["files"] = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in folder.glob("*.safetensors")}
-    write_json(folder / "meta.json", {k: v for k, v in meta.items() if k != "hash"}, checkpoint.UNHASHED)
 
 
 OTHER = {
