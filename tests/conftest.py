@@ -29,7 +29,7 @@ def prepared(tmp_path_factory):
     docs = [json.loads(line)["text"] for line in open(text)]
     pieces = [d[i : i + 500] for d in docs for i in range(0, len(d), 500)]
     text.write_text("".join(json.dumps({"text": p}) + "\n" for p in pieces))
-    prepare.prepare(str(folder), [str(text)], "bytes", jobs=1, quiet=True)
+    prepare.prepare(str(folder), [str(text)], "bytes", jobs=1)
     return folder
 
 

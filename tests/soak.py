@@ -264,7 +264,7 @@ class Bench:
                 for i in range(400)
             )
         )
-        prepare.prepare(str(self.data), [str(text)], "bytes", jobs=1, quiet=True)
+        prepare.prepare(str(self.data), [str(text)], "bytes", jobs=1)
         self.whole: dict[tuple[str, str], Path] = {}
         self.seconds: dict[int, float] = {}  # that a run takes on so many ranks, at least
 

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -14,7 +13,7 @@ from text.sources import Source, hashes, progress_bar
 from text.token_files import Writer, id_dtype, write_meta
 from text.tokenizer import Tokenizer
 
-LLMC = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic number: version, dtype (GPT-2, Llama 3)
+LLMC = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # magic number and version of llm.c: GPT-2, Llama 3
 HEADER = 1024  # bytes of llm.c's header: 256 int32, of them magic number, version, tokens
 BLOCK = 1 << 24  # ids searched at a time, so that memory stays small
 
@@ -26,15 +25,13 @@ def read_bin(file: Path, tok: Tokenizer) -> np.ndarray:
     size, head = file.stat().st_size, np.fromfile(file, "<i4", 256)
     magic, version, count = head[:3].tolist() if len(head) == 256 else (0, 0, 0)
     start, dtype = 0, "<u2"
-    if magic in LLMC:
-        start, (expected, dtype) = HEADER, LLMC[magic]
-        need = np.dtype(dtype).itemsize * count
-        if version != expected:
-            raise UserError(f"{file}: version {version} of magic number {magic}, expected {expected}")
-        if size - start != need:
-            raise UserError(f"{file}: got {size - start:,} bytes after its header, expected {need:,}; fetch it again")
+    if (magic, version) in LLMC:
+        start, dtype = HEADER, LLMC[magic, version]
+        if (got := size - start) != (need := np.dtype(dtype).itemsize * count):
+            raise UserError(f"{file}: got {got:,} bytes after its header, expected {need:,}; fetch it again")
     elif 20_200_000 < magic < 20_400_000 and not head[3:].any():
-        raise UserError(f"{file}: magic number {magic}, expected one of {', '.join(map(str, LLMC))} (llm.c), or none")
+        expected = " or ".join(f"{m}, version {v}" for m, v in LLMC)
+        raise UserError(f"{file}: magic number {magic}, version {version}; expected {expected} (llm.c), or none")
     elif size % 2:
         raise UserError(f"{file}: got {size:,} bytes, expected an even number: 2 for each id (nanoGPT)")
     elif tok.vocab_size > 1 << 16:
@@ -45,11 +42,8 @@ def read_bin(file: Path, tok: Tokenizer) -> np.ndarray:
 
 
 def find_documents(file: Path, ids: np.ndarray, tok: Tokenizer, bar: tqdm) -> np.ndarray:
-    """(first, end, hash of the text) of each document that is not empty, uint64 (n, 3).
-
-    <|endoftext|> may end documents, as nanoGPT writes it, or begin them, as llm.c does.
-    """
-    separators = []
+    """(first, end, hash of the text) of each document that is not empty, uint64 (n, 3)."""
+    separators = []  # <|endoftext|> ends documents, as nanoGPT writes it, or begins them, as llm.c does
     for low in range(0, len(ids), BLOCK):
         part = np.asarray(ids[low : low + BLOCK])
         if part.max() >= tok.vocab_size:
@@ -64,40 +58,33 @@ def find_documents(file: Path, ids: np.ndarray, tok: Tokenizer, bar: tqdm) -> np
     return np.array(found, np.uint64).reshape(-1, 3)
 
 
-def first_copies(docs: list[np.ndarray]) -> list[np.ndarray]:
-    """By file, the documents that are in no earlier place."""
-    every = np.concatenate([d[:, 2] for d in docs])
-    is_first = np.zeros(len(every), bool)
-    is_first[np.unique(every, return_index=True)[1]] = True
-    ends = np.cumsum([len(d) for d in docs])
-    return [d[is_first[end - len(d) : end]] for d, end in zip(docs, ends, strict=True)]
-
-
-def bins(out: str, val: str, files: list[str], tokenizer: str, quiet: bool = False) -> dict[str, Any]:
-    """Make the folder `out` from token files, one for validation and one for each increment; returns its meta.
+def bins(out: str, val: str, files: list[str], tokenizer: str) -> None:
+    """Make the folder `out` from token files, one for validation and one for each increment.
 
     Documents keep their order, and each is ended by <|endoftext|>, also one cut off at the end of a file. Equal
     documents are taken once: validation comes first, then v1 and so on. Hashes are those of the text, as `add` needs.
     """
     folder = Path(out).resolve()  # links to one folder share its lock
     tok = Tokenizer(tokenizer)
-    dtype, written, sources = np.dtype(id_dtype(tok.vocab_size)), [], list[Source]()
-    paths = [Path(f) for f in (val, *files)]
+    dtype = np.dtype(id_dtype(tok.vocab_size))
+    paths, written, sources = [Path(f) for f in (val, *files)], [], []
+    seen = np.empty(0, np.uint64)  # hashes of the documents taken
     with make_folder(folder) as partial:
-        ids = [read_bin(f, tok) for f in paths]
-        with progress_bar("reading", sum(map(len, ids)), quiet, unit="token", delay=2) as bar:
-            docs = [find_documents(f, i, tok, bar) for f, i in zip(paths, ids, strict=True)]
-        kept = first_copies(docs)
-        for i, file in enumerate(paths):
-            if not len(kept[i]):
-                raise UserError(f"{file}: has no document of its own; expected one at least")
-            writer = Writer(partial, f"v{i}" if i else "val", dtype)
-            for (first, end), h in zip(kept[i][:, :2].tolist(), np.sort(kept[i][:, 2]).tolist(), strict=True):
-                writer.write(h, np.append(ids[i][first:end], tok.eot).astype(dtype).tobytes())
-            written.append(writer.close())
-            left_out = Counter({"duplicates": len(docs[i]) - len(kept[i])})
-            sources.append(Source(str(file), [file], left_out, len(kept[i]), written[-1]["tokens"]))
-        meta = write_meta(partial, tok, {"increments": len(files), "from": [val, *files], "weights": None}, written)
-    if not quiet:
-        print_summary(folder, written, sources)
-    return meta
+        opened = [read_bin(f, tok) for f in paths]
+        with progress_bar("reading", sum(map(len, opened)), unit="token", delay=2) as bar:
+            for i, (file, ids) in enumerate(zip(paths, opened, strict=True)):
+                docs = find_documents(file, ids, tok, bar)
+                firsts = np.unique(docs[:, 2], return_index=True)[1]  # of equal documents in this file
+                kept = docs[np.sort(firsts)]
+                kept = kept[~np.isin(kept[:, 2], seen)]
+                seen = np.concatenate((seen, kept[:, 2]))
+                if not len(kept):
+                    raise UserError(f"{file}: has no document of its own; expected one at least")
+                writer = Writer(partial, f"v{i}" if i else "val", dtype)
+                for (first, end), h in zip(kept[:, :2].tolist(), np.sort(kept[:, 2]).tolist(), strict=True):
+                    writer.write(h, np.append(ids[first:end], tok.eot).astype(dtype).tobytes())
+                written.append(writer.close())
+                left_out = Counter(duplicates=len(docs) - len(kept))
+                sources.append(Source(str(file), [file], left_out, writer.documents, writer.tokens))
+        write_meta(partial, tok, {"increments": len(files), "from": [val, *files], "weights": None}, written)
+    print_summary(folder, written, sources)

@@ -60,20 +60,26 @@ def arguments() -> Parser:
 
 
 def run(o: argparse.Namespace) -> None:
+    sources = vars(o).get("source") or [str(TEXT)]
+    if o.command in ("prepare", "vocab") and not 1e-9 <= o.val <= 1 - 1e-9:
+        raise UserError(f"--val: got {o.val}, expected above 0 and below 1, by 1e-9 at least")
+    if o.command in ("prepare", "add"):
+        if o.weights and len(o.weights) != len(sources):
+            raise UserError(f"--weights: got {len(o.weights)} for {len(sources)} sources, expected one each")
+        if not 0 <= o.jobs <= 1024:
+            raise UserError(f"--jobs: got {o.jobs}, expected 1 to 1024, or 0 for one a core")
     if o.command == "verify":
         size = check_files(Path(o.out))
         tokenizer_of(Path(o.out))
         print(f"{o.out}: {size:,} bytes as they were written")
     elif o.command == "bins":
         bins(o.out, o.val, o.files, o.tokenizer)
-    elif o.command == "add":
-        add(o.out, o.source, o.weights, o.jobs)
-    elif not 1e-9 <= o.val <= 1 - 1e-9:
-        raise UserError(f"--val: got {o.val}, expected above 0 and below 1, by 1e-9 at least")
     elif o.command == "vocab":
-        vocab(o.out, o.source or [str(TEXT)], o.vocab_size, o.increments, o.val)
+        vocab(o.out, sources, o.vocab_size, o.increments, o.val)
+    elif o.command == "add":
+        add(o.out, sources, o.weights, o.jobs)
     else:
-        prepare(o.out, o.source or [str(TEXT)], o.tokenizer, o.increments, o.val, o.weights, o.jobs)
+        prepare(o.out, sources, o.tokenizer, o.increments, o.val, o.weights, o.jobs)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,12 +10,9 @@ One example in 50, chosen by a hash of its text, is held out for validation.
     <run>/examples-<key>/  meta.json  ids.bin  loss.bin (is this token part of a response?)  ends.bin  held.bin
 """
 
-import bisect
-import collections
 import functools
 import hashlib
 import itertools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,7 @@ import data
 from kernels.cross_entropy import IGNORE
 from runtime.errors import UserError
 from runtime.files import make_folder, read_json, sha256, wait_if_taken, write_json
-from text.sources import clean, documents, find_source, hashes, kind_of, progress_bar
+from text.sources import clean, documents, find_source, hashes, kind_of, print_left_out, progress_bar
 from text.tokenizer import CHATML, Tokenizer
 
 ROLES = ("system", "user", "assistant")
@@ -43,21 +40,17 @@ START, END = map(Marker, CHATML)
 Piece = tuple[str, bool]  # a text or a marker; is it part of a response?
 
 
-def parse(record: Any, markers: bool = True) -> list[Piece]:
+def parse(record: Any, markers: bool) -> list[Piece]:
     """The pieces of an example. ValueError if it is not an example. markers: has the tokenizer those of ChatML?"""
-    record = record if isinstance(record, dict) else {}
-    if "messages" in record:
-        pieces = parse_messages(record["messages"])
-        if not markers and any(m in t for t, _ in pieces for m in CHATML if not isinstance(t, Marker)):
-            raise ValueError(f"{' or '.join(CHATML)} in a message, which this tokenizer cannot tell from a marker")
-        return pieces
-    prompt, response = record.get("prompt"), record.get("response")
-    if not isinstance(prompt, str) or not isinstance(response, str) or not response:
-        raise ValueError('expected {"prompt": text, "response": text} or {"messages": [message, ..]}')
-    return [(clean(prompt), False), (clean(response), True)]
+    match record:
+        case {"messages": messages}:
+            return parse_messages(messages, markers)
+        case {"prompt": str(prompt), "response": str(response)} if response:
+            return [(clean(prompt), False), (clean(response), True)]
+    raise ValueError('expected {"prompt": text, "response": text} or {"messages": [message, ..]}')
 
 
-def parse_messages(messages: Any) -> list[Piece]:
+def parse_messages(messages: Any, markers: bool) -> list[Piece]:
     """The pieces of a conversation up to its last response: nothing is learned from what follows."""
     pieces: list[Piece] = []
     for m in messages if isinstance(messages, list) else []:
@@ -70,22 +63,22 @@ def parse_messages(messages: Any) -> list[Piece]:
         pieces.pop()
     if not pieces:
         raise ValueError("no message of the assistant, so nothing to learn")
+    if not markers and any(m in text for text, _ in pieces for m in CHATML if not isinstance(text, Marker)):
+        raise ValueError(f"{' or '.join(CHATML)} in a message, which this tokenizer cannot tell from a marker")
     return pieces
 
 
-def prepare_examples(source: str, tok: Tokenizer, run: Path, quiet: bool = False) -> Path:
+def prepare_examples(source: str, tok: Tokenizer, run: Path) -> Path:
     """The folder of a source's examples in `run`, made if missing. UserError names a line that is not an example."""
     found = find_source(source, "data.sft")
-    files = found.files
-    if wrong := [f for f in files if kind_of(f)[0] != "json"]:
+    if wrong := [f for f in found.files if kind_of(f)[0] != "json"]:
         raise UserError(f"data.sft {wrong[0]}: is no file of examples, expected .jsonl, which may be compressed")
-    if not quiet:
-        found.print_left_out()
-    sha = hashlib.sha256("".join(sha256(f) for f in files).encode()).hexdigest()
+    print_left_out([found])
+    sha = hashlib.sha256("".join(sha256(f) for f in found.files).encode()).hexdigest()
     folder = run / f"examples-{hashlib.sha256(f'1 {sha} {tok.sha256}'.encode()).hexdigest()[:12]}"
     while not folder.exists():
         with wait_if_taken(), make_folder(folder) as partial:
-            counts = write_examples(files, tok, partial, quiet)
+            counts = write_examples(found.files, tok, partial)
             if not counts["examples"]:
                 raise UserError(f"data.sft {source}: holds no example")
             meta = {"format": 1, "source": source, "source_sha256": sha, "tokenizer": tok.sha256}
@@ -102,12 +95,12 @@ def prepare_examples(source: str, tok: Tokenizer, run: Path, quiet: bool = False
     return folder
 
 
-def write_examples(files: list[Path], tok: Tokenizer, folder: Path, quiet: bool) -> dict[str, int]:
+def write_examples(files: list[Path], tok: Tokenizer, folder: Path) -> dict[str, int]:
     """Tokenize all examples into the files of `folder`; returns their numbers, and if some are messages ("chat")."""
     counts = {"examples": 0, "tokens": 0, "targets": 0, "chat": False}
     out = {name: open(folder / f"{name}.bin", "wb") for name in FILES}
-    read = functools.partial(parse, markers=bool(tok.markers()))
-    with progress_bar("tokenizing examples", sum(f.stat().st_size for f in files), quiet) as bar:
+    read = functools.partial(parse, markers=bool(tok.markers))
+    with progress_bar("tokenizing examples", sum(f.stat().st_size for f in files)) as bar:
         examples = itertools.chain.from_iterable(documents(f, bar.update, read) for f in files)
         while batch := list(itertools.islice(examples, BATCH)):
             for pieces, (ids, loss) in zip(batch, encode(batch, tok), strict=True):
@@ -126,46 +119,39 @@ def write_examples(files: list[Path], tok: Tokenizer, folder: Path, quiet: bool)
 
 def encode(batch: list[list[Piece]], tok: Tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
     """(token ids, is each part of a response?) of each example."""
-    markers = tok.markers()
-    token: Any = Marker if markers else ()  # else markers are text, too
+    token: Any = Marker if tok.markers else ()  # else markers are text, too
     # texts side by side are encoded together, as the template gives them: a token may span both
     runs = [itertools.groupby(e, lambda p: (p[1], isinstance(p[0], token))) for e in batch]
     joined = [[("".join(t for t, _ in run), learned, marker) for (learned, marker), run in e] for e in runs]
-    encoded = iter(tok.encode_many([text for pieces in joined for text, _, _ in pieces], os.cpu_count() or 1))
+    encoded = iter(tok.encode_many([text for pieces in joined for text, _, _ in pieces]))
     for pieces in joined:
         ids: list[int] = []
         loss: list[bool] = []
         for text, learned, marker in pieces:
             plain = next(encoded)
-            new = [markers[text]] if marker else plain
+            new = [tok.markers[text]] if marker else plain
             ids += new
             loss += [learned] * len(new)
         yield [*ids, tok.eot], [*loss, True]
 
 
 def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
-    """Indices of `lengths` in rows of at most `room`, by best fit decreasing.
-
-    The longest first, each into the fullest row that still holds it.
-    """
+    """Indices of `lengths` in rows of at most `room`: the longest first, each into the fullest row that holds it."""
     rows: list[list[int]] = []
-    by_space: dict[int, list[int]] = collections.defaultdict(list)  # rows by the space left in them
-    spaces: list[int] = []  # in ascending order, those that a row has
+    by_space: list[list[int]] = [[] for _ in range(room + 1)]  # rows by the space left in them
+    there = np.zeros(room + 1, bool)  # is there a row with this space?
     for i in np.argsort(-lengths, kind="stable").tolist():
         n = int(lengths[i])
-        at = bisect.bisect_left(spaces, n)
-        if at == len(spaces):
+        space = n + int(there[n:].argmax())  # the first one there
+        if there[space]:
+            row = by_space[space].pop()
+            there[space] = bool(by_space[space])
+        else:
             space, row = room, len(rows)
             rows.append([])
-        else:
-            space = spaces[at]
-            row = by_space[space].pop()
-            if not by_space[space]:
-                del spaces[at]
         rows[row].append(i)
-        if not by_space[space - n]:
-            bisect.insort(spaces, space - n)
         by_space[space - n].append(row)
+        there[space - n] = True
     return rows
 
 
@@ -188,9 +174,9 @@ class Examples:
         val = fits & (held == 1)
         if not (fits & ~val).any():  # so few that all were held out
             val = np.zeros_like(fits)
-        self.train, self.val = (
-            [part[row] for row in pack(lengths[part], context)] for part in map(np.flatnonzero, (fits & ~val, val))
-        )
+        train, held_out = np.flatnonzero(fits & ~val), np.flatnonzero(val)
+        self.train = [train[row] for row in pack(lengths[train], context)]
+        self.val = [held_out[row] for row in pack(lengths[held_out], context)]
         if not self.train:
             problem = f"none of its {self.meta['examples']} examples fits model.context = {context} tokens"
             raise UserError(f"data.sft {self.meta['source']}: {problem}")

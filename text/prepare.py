@@ -27,7 +27,7 @@ from runtime.command_line import aligned
 from runtime.errors import UserError
 from runtime.files import begin_folder, fsync, lock, make_folder, wait_if_taken, write_json
 from text import token_files
-from text.sources import Source, all_documents, find_source, hashes
+from text.sources import Source, all_documents, find_source, hashes, print_left_out
 from text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -50,9 +50,8 @@ def _start_worker(tokenizer: str) -> None:
 
 def _exit_with_parent() -> None:
     """A killed parent cannot end its workers."""
-    parent = parent_process()
-    assert parent
-    parent.join()
+    if parent := parent_process():
+        parent.join()
     os._exit(1)
 
 
@@ -70,9 +69,9 @@ def _encode(batch: list[tuple[int, str]], sources: list[str]) -> list[tuple[int,
     return out
 
 
-def encode_all(sources: list[Source], tokenizer: str, jobs: int, quiet: bool) -> Iterator[tuple[int, bytes]]:
+def encode_all(sources: list[Source], tokenizer: str, jobs: int) -> Iterator[tuple[int, bytes]]:
     """(bucket, record) of every document, in order; at most 3 batches a process are in progress."""
-    documents, names = all_documents(sources, quiet), [s.name for s in sources]
+    documents, names = all_documents(sources), [s.name for s in sources]
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (tokenizer,))
     in_progress: collections.deque[Future] = collections.deque()
     try:
@@ -88,34 +87,32 @@ def encode_all(sources: list[Source], tokenizer: str, jobs: int, quiet: bool) ->
         pool.shutdown(cancel_futures=True)
 
 
-def scatter(sources: list[Source], tokenizer: str, folder: Path, jobs: int, quiet: bool) -> list[Path]:
-    """Tokenize all documents into the files of their buckets in `folder`; returns them, ordered by hash."""
-    waiting: dict[int, bytearray] = collections.defaultdict(bytearray)
-    for bucket, record in encode_all(sources, tokenizer, jobs or os.cpu_count() or 1, quiet):
-        waiting[bucket] += record
-        if len(waiting[bucket]) > WAITING:
-            _append(folder / str(bucket), waiting.pop(bucket))
-    for bucket, content in waiting.items():
-        _append(folder / str(bucket), content)
-    return sorted(folder.iterdir(), key=lambda f: int(f.name))
-
-
-def _append(file: Path, content: bytearray) -> None:
-    with open(file, "ab") as f:
-        f.write(content)
-
-
 class Buckets:
     """Tokenized documents in the order of their hashes, each text once and none whose hash is in `held` (sorted)."""
 
-    def __init__(self, files: list[Path], dtype: str, held: list[np.ndarray], sources: list[Source]) -> None:
-        self.files, self.dtype, self.held, self.sources = files, np.dtype(dtype), held, sources
+    def __init__(self, folder: Path, sources: list[Source], dtype: str, held: list[np.ndarray]) -> None:
+        self.folder, self.sources, self.dtype, self.held = folder, sources, np.dtype(dtype), held
+        folder.mkdir()  # of a temporary file for each bucket; `gather` removes it
+
+    def fill(self, tokenizer: str, jobs: int) -> None:
+        """Tokenize all documents into the files of their buckets."""
+        waiting: dict[int, bytearray] = collections.defaultdict(bytearray)
+        for bucket, record in encode_all(self.sources, tokenizer, jobs or os.cpu_count() or 1):
+            waiting[bucket] += record
+            if len(waiting[bucket]) > WAITING:
+                self._append(bucket, waiting.pop(bucket))
+        for bucket, content in waiting.items():
+            self._append(bucket, content)
+
+    def _append(self, bucket: int, content: bytearray) -> None:
+        with open(self.folder / str(bucket), "ab") as f:
+            f.write(content)
 
     def documents(self, remove: bool = False) -> Iterator[tuple[int, int, int, memoryview]]:
-        """(h, draw, source, token ids) of each document. `remove` deletes each file after its documents."""
+        """(h, draw, source, token ids) of each document, ordered by h. `remove` deletes files that have been read."""
         for s in self.sources:
             s.left_out["duplicates"] = 0
-        for file in self.files:
+        for file in sorted(self.folder.iterdir(), key=lambda f: int(f.name)):
             content, end, records = memoryview(file.read_bytes()), 0, []
             while end < len(content):
                 h, draw, source, n = RECORD.unpack_from(content, end)
@@ -135,10 +132,8 @@ class Buckets:
             if remove:
                 file.unlink()
 
-    def kept_shares(self, weights: list[float] | None) -> list[float]:
+    def kept_shares(self, weights: list[float]) -> list[float]:
         """The share of each source's documents to keep, so that their tokens are in the ratio of the weights."""
-        if not weights:
-            return [1.0] * len(self.sources)
         tokens = [0] * len(self.sources)
         for _, _, source, ids in self.documents():
             tokens[source] += len(ids) // self.dtype.itemsize
@@ -150,7 +145,7 @@ class Buckets:
 
     def gather(self, out: Path, parts: dict[str, float], weights: list[float] | None) -> list[dict[str, Any]]:
         """Write the token files of `parts` (name: its proportion of the documents); returns those not empty."""
-        shares = self.kept_shares(weights)
+        shares = self.kept_shares(weights) if weights else [1.0] * len(self.sources)
         edges = np.cumsum(list(parts.values())) / sum(parts.values())
         limits = [int(e * 2**64) for e in edges[:-1]]
         names, written = list(parts), []
@@ -166,17 +161,8 @@ class Buckets:
                 else:
                     source.left_out["documents by --weights"] += 1
             written.append(writer.close())
+        self.folder.rmdir()
         return [p for p in written if p["documents"]]
-
-
-def check_arguments(sources: list[str], weights: list[float] | None, jobs: int) -> list[Source]:
-    """The sources. UserError for what can be refused before anything is written."""
-    found = list(map(find_source, sources))
-    if weights and len(weights) != len(sources):
-        raise UserError(f"--weights: got {len(weights)} for {len(sources)} sources, expected one each")
-    if not 0 <= jobs <= 1024:
-        raise UserError(f"--jobs: got {jobs}, expected 1 to 1024, or 0 for one a core")
-    return found
 
 
 def prepare(
@@ -187,35 +173,30 @@ def prepare(
     val: float = 0.05,
     weights: list[float] | None = None,
     jobs: int = 0,
-    quiet: bool = False,
 ) -> dict[str, Any]:
     """Make the folder `out` from the sources; returns its meta.
 
-    increments: their proportions; default: 4 equal ones. val: share of the documents for validation.
-    weights: ratio of the sources' tokens; default: all there is. jobs: processes; 0: one a core.
+    increments: their proportions [4 equal ones]. weights: ratio of the sources' tokens [all there is]. jobs: processes.
     UserError if `out` exists, a source does not, or a part of the split would be empty.
     """
     folder = Path(out).resolve()  # links to one folder share its lock
-    found = check_arguments(sources, weights, jobs)
+    found = list(map(find_source, sources))
     tok = Tokenizer(tokenizer)
     increments = increments or [1.0] * 4
     parts = {"val": val, **{f"v{i}": (1 - val) * w / sum(increments) for i, w in enumerate(increments, 1)}}
     with make_folder(folder) as partial:
-        work = partial / "buckets"
-        work.mkdir()
-        files = scatter(found, tokenizer, work, jobs, quiet)
-        if not files:
+        buckets = Buckets(partial / "buckets", found, token_files.id_dtype(tok.vocab_size), [])
+        buckets.fill(tokenizer, jobs)
+        written = buckets.gather(partial, parts, weights)
+        if not written:
             raise UserError(f"--source {', '.join(sources)}: the text is empty")
-        written = Buckets(files, token_files.id_dtype(tok.vocab_size), [], found).gather(partial, parts, weights)
         filled = {p["name"] for p in written}
         if empty := [name for name in parts if name not in filled]:
             total = sum(p["documents"] for p in written)
             raise UserError(f"{empty[0]}: got none of {total} documents; expected more text or fewer increments")
-        work.rmdir()
         source = {"increments": len(increments), "from": sources, "weights": weights}
         meta = token_files.write_meta(partial, tok, source, written)
-    if not quiet:
-        print_summary(folder, written, found)
+    print_summary(folder, written, found)
     return meta
 
 
@@ -232,22 +213,22 @@ def ship(out: str) -> None:
             prepare(out, [str(TEXT)])
 
 
-def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: int = 0, quiet: bool = False) -> None:
+def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: int = 0) -> None:
     """Append increment N+1 to a folder: the documents that no other part holds."""
     folder = Path(out).resolve()  # links to one folder share its lock
-    found = check_arguments(sources, weights, jobs)
+    found = list(map(find_source, sources))
     tokenizer = token_files.tokenizer_of(folder).name
     busy = f"{folder}: another process is preparing it; wait for it"
     with lock(folder.with_name(f".{folder.name}.lock"), busy, remove=True):
         work = begin_folder(folder)
         try:
             meta = token_files.read_meta(folder)  # under the lock: another process may have added an increment before
-            token_files.check_files(folder, quiet=quiet)  # a damaged .ids would let documents in again
-            (work / "buckets").mkdir()
-            files = scatter(found, tokenizer, work / "buckets", jobs, quiet)
+            token_files.check_files(folder)  # a damaged .ids would let documents in again
             names = [p["name"] for p in (meta["val"], *meta["increments"])]
             held: list[np.ndarray] = [np.memmap(folder / f"{name}.ids", "<u8", "r") for name in names]
-            written = Buckets(files, meta["dtype"], held, found).gather(work, {f"v{len(names)}": 1.0}, weights)
+            buckets = Buckets(work / "buckets", found, meta["dtype"], held)
+            buckets.fill(tokenizer, jobs)
+            written = buckets.gather(work, {f"v{len(names)}": 1.0}, weights)
             if not written:
                 known = sum(s.left_out["duplicates"] for s in found)
                 raise UserError(f"--source {', '.join(sources)}: has no new document, {known:,} known ones")
@@ -259,17 +240,15 @@ def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: 
             write_json(folder / "meta.json", meta)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    if not quiet:
-        print_summary(folder, written, found)
+    print_summary(folder, written, found)
 
 
 def print_summary(folder: Path, written: list[dict], sources: list[Source]) -> None:
     """A table of the sources and of the parts `written`, and below it the files and documents left out."""
     rows = [["", "files", "documents", "tokens"]]
-    rows += [
-        [repr(s.name), f"{len(s.files):,}" if s.files else "-", f"{s.documents:,}", f"{s.tokens:,}"] for s in sources
-    ]
-    rows += [[f"{folder / p['name']}.bin", "", f"{p['documents']:,}", f"{p['tokens']:,}"] for p in written]
-    print(aligned(rows))
     for s in sources:
-        s.print_left_out()
+        rows.append([repr(s.name), f"{len(s.files):,}" if s.files else "-", f"{s.documents:,}", f"{s.tokens:,}"])
+    for p in written:
+        rows.append([f"{folder / p['name']}.bin", "", f"{p['documents']:,}", f"{p['tokens']:,}"])
+    print(aligned(rows))
+    print_left_out(sources)

@@ -26,6 +26,8 @@ OPENERS: dict[str, Callable[[io.BufferedReader], Any]] = {
     # the package zstandard would take a truncated file for a complete one
     ".zst": lambda raw: optional("backports.zstd", "backports.zstd", raw.name).open(raw),
 }
+# name of a file: (its kind, how it is compressed); parquet has its own compression
+ENDINGS = {end + c: (kind, c) for end, kind in KINDS.items() for c in ("", *OPENERS) if kind != "parquet" or not c}
 PIECE = 8000  # characters of a document cut from a .txt or .md file
 BLOCK = 1 << 16  # characters of a text line read at once
 
@@ -43,49 +45,55 @@ class Source:
     def listed(self) -> str:
         return ", ".join(f"{n:,} {what}" for what, n in self.left_out.most_common() if n)
 
-    def print_left_out(self) -> None:
-        if self.listed():
-            print(f"{self.name!r}: left out {self.listed()}", flush=True)
-
 
 def kind_of(file: Path) -> tuple[str, str]:
     """("text", "json" or "parquet", the ending of its compression) by the name of a file; "" for other and none."""
-    kinds = {end + c: (kind, c) for end, kind in KINDS.items() for c in ("", *OPENERS) if end + c[:1] != ".parquet."}
-    return next((kind for end, kind in kinds.items() if file.name.lower().endswith(end)), ("", ""))
+    return next((kind for end, kind in ENDINGS.items() if file.name.lower().endswith(end)), ("", ""))
+
+
+def files_below(paths: list[Path]) -> list[Path]:
+    """The files at `paths` and in the folders there, sorted, also in linked folders."""
+    files, folders = dict[tuple[str, str], Path](), set[str]()  # once each: links and globs may lead there again
+    while paths:
+        f = paths.pop()
+        if not f.is_dir():
+            files.setdefault((os.path.realpath(f.parent), f.name), f)
+        elif (real := os.path.realpath(f)) not in folders:
+            folders.add(real)
+            paths += sorted(f.iterdir())
+    return sorted(files.values())
 
 
 def find_source(name: str, flag: str = "--source") -> Source:
-    """The files of a file, folder or glob, sorted, also in linked folders. UserError if none is of a known kind."""
-    source, others = Source(name), dict[str, list[Path]]()
+    """The files of a file, folder or glob. UserError if none is of a known kind."""
+    source, firsts = Source(name), dict[str, Path]()  # why files are left out: the first one
     if name.startswith("hf:") and flag == "--source":
         return source
     paths = [Path(name)] if name and os.path.lexists(name) else sorted(map(Path, glob.glob(name, recursive=True)))
     problem = "has no file in it" if paths else "does not exist"
-    entries, folders = dict[tuple[str, str], Path](), set[str]()  # once each: links and globs may lead there again
-    while paths:
-        f = paths.pop()
-        if not f.is_dir():
-            entries.setdefault((os.path.realpath(f.parent), f.name), f)
-        elif (real := os.path.realpath(f)) not in folders:
-            folders.add(real)
-            paths += sorted(f.iterdir())
-    for f in sorted(entries.values()):
+    for f in files_below(paths):
         if f.is_file() and kind_of(f)[0]:
             source.files.append(f)
-        else:
-            why = "special file" if f.exists() else "dangling link"
-            why = (f.suffix.lower() or "without ending") if f.is_file() else why
-            others.setdefault(why if why in others or len(others) < 9 else "of other endings", []).append(f)
-    source.left_out.update({f"{why} ({str(files[0])!r})": len(files) for why, files in others.items()})
+            continue
+        ending = f.suffix.lower() or "without ending"
+        why = ending if f.is_file() else "special file" if f.exists() else "dangling link"
+        why = why if why in firsts or len(firsts) < 9 else "of other endings"
+        source.left_out[f"{why} ({str(firsts.setdefault(why, f))!r})"] += 1
     if not source.files:
-        problem = f"has only files of other kinds: {source.listed()}" if others else problem
-        problem = "unknown kind" if Path(name).is_file() else problem
+        if source.left_out:
+            problem = "unknown kind" if Path(name).is_file() else f"has only files of other kinds: {source.listed()}"
         expected = f"expected {', '.join(KINDS)}, a folder or glob of them, or hf:NAME"
         raise UserError(f"{flag} {name!r}: {problem}; {expected}")
     return source
 
 
-def progress_bar(desc: str, total: int | None, quiet: bool, unit: str = "B", delay: float = 0) -> tqdm:
+def print_left_out(sources: list[Source]) -> None:
+    for s in sources:
+        if s.listed():
+            print(f"{s.name!r}: left out {s.listed()}", flush=True)
+
+
+def progress_bar(desc: str, total: int | None, unit: str = "B", delay: float = 0, quiet: bool = False) -> tqdm:
     """A bar on a terminal, unless `quiet`."""
     return tqdm(total=total, desc=desc, unit=unit, unit_scale=True, delay=delay, disable=True if quiet else None)
 
@@ -118,17 +126,16 @@ def read_lines(file: Path, progress: Callable[[int], Any], longest: int) -> Iter
 
 def json_text(record: Any) -> str:
     """The document of a line of JSONL, empty for null."""
-    text = record.get("text", 0) if isinstance(record, dict) else 0
-    if not isinstance(text, str | None):
-        raise ValueError('expected a JSON object with a text under "text"')
-    return clean(text or "")
+    match record:
+        case {"text": str() | None as text}:
+            return clean(text or "")
+    raise ValueError('expected a JSON object with a text under "text"')
 
 
 def documents(file: Path, progress: Callable[[int], Any], parse: Callable[[Any], Any] = json_text) -> Iterator[Any]:
     """The documents of one file, streamed.
 
-    progress: called with the number of bytes read since its last call. parse: makes a document of a line of JSONL;
-    ValueError if it is wrong.
+    progress: called with the bytes read since its last call. parse: a line of JSONL -> a document, or ValueError.
     """
     kind, _ = kind_of(file)
     if kind == "parquet":
@@ -187,12 +194,11 @@ def hub(source: str) -> Iterator[str | None]:
         raise UserError(f'--source {source}: {type(e).__name__} {first_line(e)}; expected rows with a "text"') from None
 
 
-def all_documents(sources: list[Source], quiet: bool = False) -> Iterator[tuple[int, str]]:
+def all_documents(sources: list[Source]) -> Iterator[tuple[int, str]]:
     """(index of its source, text) of every document that is not blank, under one progress bar."""
-    for source in sources if not quiet else ():
-        source.print_left_out()
+    print_left_out(sources)
     total = sum(f.stat().st_size for s in sources for f in s.files) if all(s.files for s in sources) else None
-    with progress_bar("tokenizing", total, quiet) as bar:
+    with progress_bar("tokenizing", total) as bar:
         for i, source in enumerate(sources):
             local = itertools.chain.from_iterable(documents(f, bar.update) for f in source.files)
             for text in local if source.files else hub(source.name):

@@ -90,10 +90,7 @@ def tokenizer_of(folder: Path) -> Tokenizer:
 
 
 def check_files(folder: Path, names: list[str] | None = None, checksums: bool = True, quiet: bool = False) -> int:
-    """Compare sizes and SHA-256 of token files with meta.json; returns the bytes of the files.
-
-    names: "val", "v1", ..; None: all, and their .ids.
-    """
+    """Compare sizes and SHA-256 of the files of `names` ("val", "v1", ..; None: all, and their .ids); returns bytes."""
     meta = read_meta(folder)
     itemsize, wanted = np.dtype(meta["dtype"]).itemsize, []
     for p in (meta["val"], *meta["increments"]):
@@ -106,7 +103,7 @@ def check_files(folder: Path, names: list[str] | None = None, checksums: bool = 
             got = f"got {file.stat().st_size} bytes" if file.is_file() else "is missing"
             raise UserError(f"{file}: {got}, expected {size}; {REPAIR}")
     total = sum(size for _, size, _ in wanted)
-    with progress_bar("verifying", total, quiet, delay=2) as bar:
+    with progress_bar("verifying", total, delay=2, quiet=quiet) as bar:
         for file, size, expected in wanted if checksums else []:
             if (found := sha256(file)) != expected:
                 raise UserError(f"{file}: SHA-256 is {found[:16]}.., expected {expected[:16]}..; {REPAIR}")

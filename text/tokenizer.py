@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, tiktoken encodings, Hugging Face's tokenizer.json, and rank files, which `vocab` trains."""
+"""Tokenizers: `bytes`, tiktoken encodings by name, rank files, which `vocab` trains, folders with tokenizer.json."""
 
 import base64
 import contextlib
@@ -11,6 +11,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import tiktoken
 
 from runtime.errors import UserError, first_line
 from runtime.files import read_bytes, write_text
@@ -28,32 +30,38 @@ HF_FILES = "tokenizer.json tokenizer_config.json special_tokens_map.json chat_te
 
 
 class Tokenizer:
-    """Text <-> token ids. Text that looks like a special token is encoded as ordinary text.
-
-    name: `bytes`, a tiktoken encoding, a rank file (lines of base64 and rank, as tiktoken reads them), or a folder with
-    Hugging Face's tokenizer.json.
-    """
+    """Text <-> token ids. Text that looks like a special token is encoded as ordinary text."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.hf: Any = None  # a tokenizers.Tokenizer, if `name` is a folder
         self.special_ids: set[int] = set()  # that tokenizer.json says are no text
+        self.markers: dict[str, int] = {}  # the ids of ChatML's markers, if tokenizer.json has them
         self.is_folder = Path(name).is_dir()
         self.is_file = not self.is_folder and (os.sep in name or name.endswith(".tiktoken"))
         self.sha256 = hashlib.sha256(name.encode()).hexdigest()  # of the file, if there is one
         if self.is_folder:
             self._load_folder(Path(name))
-        elif name == "bytes":
-            self.eot, self.vocab_size = 256, 257
         else:
-            self.encoding = self._load_ranks() if self.is_file else self._load_encoding()
+            self.encoding = self._load_encoding()
             self.eot, self.vocab_size = self.encoding.eot_token, self.encoding.n_vocab
-        if not self.is_folder:  # as transformers has them: end of an answer, token before a text
-            self.eos = self.start = self.eot
+            self.eos = self.start = self.eot  # as transformers has them: end of an answer, token before a text
 
-    def _load_ranks(self) -> Any:
-        import tiktoken
+    def _load_encoding(self) -> tiktoken.Encoding:
+        if self.is_file:
+            pattern, ranks = PATTERN, self._read_ranks()
+        elif self.name == "bytes":
+            pattern, ranks = r"[\s\S]", {bytes([b]): b for b in range(256)}
+        else:
+            try:
+                return tiktoken.get_encoding(self.name)
+            except Exception as e:  # an unknown name, or one of many network errors
+                expected = "bytes, a rank file, or an encoding that tiktoken has in TIKTOKEN_CACHE_DIR or can fetch"
+                raise UserError(f"tokenizer {self.name}: {first_line(e)[:120]}; expected {expected}") from None
+        special = {"<|endoftext|>": len(ranks)}
+        return tiktoken.Encoding("ranks", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
+    def _read_ranks(self) -> dict[bytes, int]:
         try:
             content = read_bytes(Path(self.name))
             lines = [line.split() for line in content.splitlines() if line]
@@ -64,54 +72,44 @@ class Tokenizer:
         except (OSError, ValueError) as e:
             raise UserError(f"tokenizer {self.name}: not a rank file as tiktoken reads it: {e}") from None
         self.sha256 = hashlib.sha256(content).hexdigest()
-        special = {"<|endoftext|>": len(ranks)}
-        return tiktoken.Encoding("ranks", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
-
-    def _load_encoding(self) -> Any:
-        import tiktoken
-
-        try:
-            return tiktoken.get_encoding(self.name)
-        except Exception as e:  # an unknown name, or one of many network errors
-            expected = "bytes, a rank file, or an encoding of tiktoken that TIKTOKEN_CACHE_DIR has or the network gives"
-            raise UserError(f"tokenizer {self.name}: {first_line(e)[:120]}; expected {expected}") from None
+        return ranks
 
     def _load_folder(self, folder: Path) -> None:
-        """Released models have rows without a token, so the vocabulary is at least the vocab_size of config.json."""
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise UserError(f"{file}: is not there; make it with transformers' AutoTokenizer and save_pretrained")
         library = optional("tokenizers", "tokenizers", str(file))
         config = json_object(folder / "config.json")
+        if type(rows := config.get("vocab_size", 0)) is not int:
+            raise UserError(f"{folder / 'config.json'}: vocab_size: got {rows!r:.40}, expected a whole number")
         try:
             with library_errors():
                 content = read_bytes(file)
                 self.hf = library.Tokenizer.from_str(content.decode())
                 added = self.hf.get_added_tokens_decoder()
-                self.special_ids = {i for i, token in added.items() if token.special}
                 # in a text they are text: words and spaces that a vocabulary was extended by stay tokens
                 self.hf.add_special_tokens([t.content for t in added.values() if CONTROL.fullmatch(t.content)])
-                known = self.hf.get_vocab(with_added_tokens=True)
-                rows = config.get("vocab_size", 0)
-                if type(rows) is not int:
-                    raise ValueError(f"vocab_size of config.json is {rows!r:.40}")
                 self.hf.encode("é 中 \0")  # raises if the vocabulary cannot encode every text
         except ValueError as e:
-            raise UserError(f"{file}: is no tokenizer of Hugging Face: {str(e)[:120]}") from None
+            raise UserError(f"{file}: is no tokenizer of Hugging Face: {e}") from None
         self.hf.encode_special_tokens = True
         self.hf.no_truncation()
         self.hf.no_padding()
+        self.special_ids = {i for i, token in added.items() if token.special}
+        known = self.hf.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(rows, 1 + max(known.values()))  # released models have rows without a token
         end = next((e for e in ENDS if e in known), None)
         if end is None:
             raise UserError(f"{file}: has no token that ends a document; expected one of {', '.join(ENDS)}")
         for token in known.keys() & {end, *CHATML}:
             if known[token] in self.encode(f"{token} {token}a{token}\n{token}"):
                 raise UserError(f"{file}: encodes {token} in a text as the control token; expected other ids for it")
-        self.eot, self.vocab_size = known[end], max(rows, 1 + max(known.values()))
         named = json_object(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in named:  # an older folder, in which another file names the special tokens
             named |= json_object(folder / "special_tokens_map.json")
         eos, bos = (t.get("content") if isinstance(t, dict) else t for t in map(named.get, ("eos_token", "bos_token")))
+        self.markers = {m: known[m] for m in CHATML if known.keys() >= set(CHATML)}
+        self.eot = known[end]
         self.eos = known[eos] if isinstance(eos, str) and eos in known else self.eot
         self.start = known[bos] if isinstance(bos, str) and bos in known else self.eos
         self.sha256 = hashlib.sha256(content).hexdigest()
@@ -121,43 +119,30 @@ class Tokenizer:
             self.sha256 = str(made.get("tokenizer"))
 
     def encode(self, text: str) -> list[int]:
-        return self.encode_many([text])[0]
-
-    def encode_many(self, texts: list[str], threads: int = 1) -> list[list[int]]:
-        """The ids of each text. UserError if the library cannot encode one; long white space is cut if it cannot."""
+        """The ids of a text. White space that is too long for the library is cut. UserError if it still fails."""
         try:
-            with library_errors(hide=any(len(t) > RUN for t in texts)):
-                return self._encode_many(texts, threads)
+            with library_errors():
+                if self.hf:
+                    return self.hf.encode(text, add_special_tokens=False).ids
+                return self.encoding.encode_ordinary(text)
         except ValueError as e:
-            if len(texts) > 1:
-                return [self.encode(t) for t in texts]
-            if len(pieces := cut_runs(texts[0])) > 1:
-                return [list(itertools.chain.from_iterable(map(self.encode, pieces)))]
-            raise UserError(f"{texts[0][:60]!r}: tokenizer {self.name} cannot encode it: {e}") from None
+            if len(pieces := cut_runs(text)) == 1:
+                raise UserError(f"{text[:60]!r}: tokenizer {self.name} cannot encode it: {e}") from None
+        return [i for piece in pieces for i in self.encode(piece)]
 
-    def _encode_many(self, texts: list[str], threads: int) -> list[list[int]]:
-        if self.hf and threads > 1:
-            return [e.ids for e in self.hf.encode_batch(texts, add_special_tokens=False)]
-        if self.hf:
-            return [self.hf.encode(t, add_special_tokens=False).ids for t in texts]
-        if self.name == "bytes":
-            return [list(t.encode()) for t in texts]
-        if threads > 1:
-            return self.encoding.encode_ordinary_batch(texts, num_threads=threads)
-        return [self.encoding.encode_ordinary(t) for t in texts]
-
-    def markers(self) -> dict[str, int]:
-        """The ids of ChatML's markers; none if the tokenizer lacks one."""
-        found = {m: i for m in CHATML if self.hf and (i := self.hf.token_to_id(m)) is not None}
-        return found if len(found) == len(CHATML) else {}
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, on all cores where the library can."""
+        with contextlib.suppress(ValueError), library_errors():  # if one fails, `encode` says which
+            if self.hf:
+                return [e.ids for e in self.hf.encode_batch(texts, add_special_tokens=False)]
+            return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         """The text up to the first <|endoftext|>. Invalid UTF-8 and ids without a token become U+FFFD."""
         ids = list(itertools.takewhile(lambda i: i != self.eot, ids))
         if self.hf:
             return self.hf.decode(ids, skip_special_tokens=False)
-        if self.name == "bytes":
-            return bytes(ids).decode(errors="replace")
         return b"".join(map(self._token_bytes, ids)).decode(errors="replace")
 
     def _token_bytes(self, i: int) -> bytes:
@@ -168,21 +153,14 @@ class Tokenizer:
 
 
 @contextlib.contextmanager
-def library_errors(hide: bool = False) -> Iterator[None]:
-    """Raise a library's errors as ValueError, its panics too. hide: what a panic writes, and all else on stderr."""
-    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+def library_errors() -> Iterator[None]:
+    """Raise a library's errors as ValueError, its panics too."""
     try:
-        if hide:
-            os.dup2(null, 2)
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:  # panics derive from it
         raise ValueError(first_line(e)[:120]) from None
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(null)
 
 
 def cut_runs(text: str) -> list[str]:

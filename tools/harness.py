@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -73,13 +74,13 @@ class LM(TemplateLM):
 
     eot_token_id = None  # abstract in TemplateLM; for its own loglikelihood, which is replaced here
 
-    def __init__(
-        self, net: llama.Transformer, tok: Tokenizer, batch: int, rank: int = 0, ranks: int = 1, chat: bool = False
-    ) -> None:
+    def __init__(self, net: llama.Transformer, tok: Tokenizer, batch: int, chat: bool = False) -> None:
         super().__init__()
         self.net, self.tok, self.batch, self.max_length = net, tok, batch, net.config.context
-        self._rank, self._world_size, self._device = rank, ranks, net.embed.weight.device
-        self.bar = functools.partial(tqdm, unit="request", disable=True if rank else None, delay=2, leave=False)
+        self._device = net.embed.weight.device
+        if dist.is_initialized():
+            self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self.bar = functools.partial(tqdm, unit="request", disable=True if self.rank else None, delay=2, leave=False)
         self.end = tok.hf.id_to_token(tok.eos) if tok.hf else "<|endoftext|>"
         self.ends = {tok.eot, tok.eos, *end_ids(tok, chat)}  # of an answer
         text = tok.hf.encode("a") if tok.hf else None
@@ -227,11 +228,8 @@ def local_copies(folder: str | None) -> Iterator[None]:
             why = f"{type(e).__name__}: {first_line(e)[:200]}"
             raise UserError(f"--tasks: the dataset {path} cannot be read ({why}); local copies: --data_dir") from None
 
-    datasets.load_dataset = load
-    try:
+    with mock.patch.object(datasets, "load_dataset", load):
         yield
-    finally:
-        datasets.load_dataset = original
 
 
 def find_below(folder: Path, files: Any) -> Any:
@@ -356,7 +354,7 @@ def evaluate(
         with harness_errors(names):
             check(found, config.model_of(meta["config"]).context, limit, ranks)
         tok = resume.open_tokenizer(path, meta, data)
-        lm = LM(evaluation.load_model(path, device)[0], tok, batch, rank, ranks, bool(held_messages(meta["data"])))
+        lm = LM(evaluation.load_model(path, device)[0], tok, batch, bool(held_messages(meta["data"])))
     # the harness prints to stderr; it gets a small list of tasks, or it would make one of all that there are
     with distributed.lost_rank_errors(world), contextlib.redirect_stdout(sys.stderr), harness_errors(names):
         how = {"limit": limit, "num_fewshot": num_fewshot, "log_samples": False, "bootstrap_iters": 1000}

@@ -7,7 +7,7 @@ from typing import Any
 
 from runtime.errors import UserError
 from runtime.files import write_text
-from text.examples import END, START
+from text.examples import END
 from text.tokenizer import Tokenizer, copy_tokenizer, json_object
 
 # ChatML: role and content of each message
@@ -47,9 +47,7 @@ def to_tokenizer_json(tok: Tokenizer) -> dict[str, Any]:
     vocabulary too, which keeps their ids if there are gaps. Text never becomes one: the pattern cuts it.
     """
     plain = tok.name == "bytes"
-    ranks = {bytes([i]): i for i in range(256)} if plain else tok.encoding._mergeable_ranks
-    ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
-    special = {"<|endoftext|>": 256} if plain else tok.encoding._special_tokens
+    ranks = dict(sorted(tok.encoding._mergeable_ranks.items(), key=lambda item: item[1]))
     char = unicode_of_bytes()
     spelled = {token: token.decode("latin-1").translate(char) for token in ranks}
     merges = []
@@ -62,7 +60,7 @@ def to_tokenizer_json(tok: Tokenizer) -> dict[str, Any]:
         regex = {"Regex": plain_pattern(tok.encoding._pat_str)}
         before = [{"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}, level]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = sorted(special.items(), key=lambda item: item[1])
+    added = sorted(tok.encoding._special_tokens.items(), key=lambda item: item[1])
     bpe = dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
     bpe |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": not plain}
     vocab = {spelled[token]: rank for token, rank in ranks.items()} | dict(added)
@@ -74,10 +72,10 @@ def to_tokenizer_json(tok: Tokenizer) -> dict[str, Any]:
 
 def end_ids(tok: Tokenizer, chat: bool) -> list[int]:
     """Ids that end an answer: as an imported generation_config.json says, but ours after training on messages."""
-    markers = [tok.hf.token_to_id(m) for m in (START, END)] if chat and tok.hf else [None]
-    found: Any = tok.eot if None in markers else [tok.eot, markers[1]]
-    if tok.is_folder and not chat:
-        found = json_object(Path(tok.name) / "generation_config.json").get("eos_token_id", tok.eot)
+    if chat:
+        return [tok.eot, tok.markers[END]] if tok.markers else [tok.eot]
+    file = Path(tok.name) / "generation_config.json"
+    found = json_object(file).get("eos_token_id", tok.eot) if tok.is_folder else tok.eot
     return [i for i in (found if isinstance(found, list) else [found]) if type(i) is int]
 
 
@@ -88,18 +86,17 @@ def write_tokenizer(tok: Tokenizer, folder: Path, chat: bool) -> None:
     else:
         write_text(folder / "tokenizer.json", json.dumps(to_tokenizer_json(tok), ensure_ascii=False))
     end = tok.hf.id_to_token(tok.eot) if tok.hf else "<|endoftext|>"
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "model_max_length": 10**30}
-    settings |= {"clean_up_tokenization_spaces": False}
-    generation = {"bos_token_id": None, "eos_token_id": tok.eot, "pad_token_id": tok.eot}
-    made: dict[str, dict[str, Any]] = {"tokenizer_config.json": settings, "generation_config.json": generation}
-    if tok.is_folder:
-        made = {name: json_object(Path(tok.name) / name) or content for name, content in made.items()}
+    made: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "model_max_length": 10**30}
+    made |= {"clean_up_tokenization_spaces": False}
+    settings = json_object(folder / "tokenizer_config.json") or made  # an imported one's go first
+    made = {"bos_token_id": None, "eos_token_id": tok.eot, "pad_token_id": tok.eot}
+    generation = json_object(folder / "generation_config.json") or made
     if chat:
         (folder / "chat_template.jinja").unlink(missing_ok=True)  # it would go before the one in the config
-        made["tokenizer_config.json"]["chat_template"] = CHATML
-        made["generation_config.json"]["eos_token_id"] = end_ids(tok, chat)
-    for name, content in made.items():
-        write_text(folder / name, json.dumps(content, indent=1))
+        settings["chat_template"] = CHATML
+        generation["eos_token_id"] = end_ids(tok, chat)
+    write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=1))
+    write_text(folder / "generation_config.json", json.dumps(generation, indent=1))
 
 
 def check_tokenizer(tok: Tokenizer, folder: Path) -> None:

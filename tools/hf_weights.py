@@ -107,11 +107,11 @@ def check_shapes(folder: Path, c: config.Model, found: Headers) -> None:
         raise UserError(f"{found[extra[0]][0]}: {extra[0]:.80} is no part of a model that is served")
 
 
-def read_weights(c: config.Model, found: Headers, quiet: bool = False) -> dict[str, Tensor]:
+def read_weights(c: config.Model, found: Headers) -> dict[str, Tensor]:
     """Our tensors, float32, read one by one. UserError if a value is not finite, or a tied head is another matrix."""
     open_file = functools.cache(lambda file: safe_open(file, "pt"))
     out = {}
-    for ours, own in tqdm(parts(c).items(), "reading", unit="tensor", disable=quiet or None, delay=2):
+    for ours, own in tqdm(parts(c).items(), "reading", unit="tensor", disable=None, delay=2):
         rows = [shape[0] for _, shape in own]
         out[ours] = torch.empty(sum(rows), *own[0][1][1:])
         for (name, _), target in zip(own, out[ours].split(rows), strict=True):

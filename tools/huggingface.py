@@ -34,7 +34,7 @@ SHAPE = ("n_layer", "n_head", "hidden", "vocab_size")  # keys of model.toml in a
 CONTEXT = 2048  # tokens of a sequence in model.toml, at most: longer ones take more memory
 
 
-def import_model(source: str, out: str, quiet: bool = False) -> Path:
+def import_model(source: str, out: str) -> Path:
     """Import a folder; returns the checkpoint. UserError, and nothing is written, if not all of it can be served."""
     folder, target = Path(source), Path(out)
     with make_folder(target) as work:
@@ -51,14 +51,13 @@ def import_model(source: str, out: str, quiet: bool = False) -> Path:
         c.data.path = str(target / "tokenizer")
         copy_tokenizer(folder, work / "tokenizer")
         (work / "import").mkdir()
-        weights = {f"model.{name}": t for name, t in read_weights(m, headers, quiet).items()}
+        weights = {f"model.{name}": t for name, t in read_weights(m, headers).items()}
         checkpoint.save(work / "import", 0, weights, import_record(c, tok))
         write_text(work / "model.toml", model_toml(c, source))
     made = checkpoint.path(target / "import", 0)
-    if not quiet:
-        print(f"{made}: {size:,} parameters, {len(headers)} tensors of {folder}")
-        file = shlex.quote(str(target / "model.toml"))
-        print(f"Go on with: python train.py --config {file} --mode main (its data: see that file)")
+    print(f"{made}: {size:,} parameters, {len(headers)} tensors of {folder}")
+    file = shlex.quote(str(target / "model.toml"))
+    print(f"Go on with: python train.py --config {file} --mode main (its data: see that file)")
     return made
 
 
@@ -97,7 +96,7 @@ micro_batch = 1
 """
 
 
-def export_model(source: str, out: str, data: str | None = None, quiet: bool = False) -> Path:
+def export_model(source: str, out: str, data: str | None = None) -> Path:
     """Export a checkpoint; returns the folder. If it or its tokenizer is damaged: UserError, and nothing is written."""
     path, target = Path(source), Path(out)
     with make_folder(target) as work:
@@ -120,8 +119,7 @@ def export_model(source: str, out: str, data: str | None = None, quiet: bool = F
         settings = to_config(c) | {"bos_token_id": None, "eos_token_id": tok.eot, "torch_dtype": "float32"}
         write_text(work / "config.json", json.dumps({**settings, "pathswitch": origin}, indent=1))
         check_tokenizer(tok, work)
-    if not quiet:
-        print(f"{target}: {c.parameters:,} parameters of {path} as {settings['architectures'][0]}")
+    print(f"{target}: {c.parameters:,} parameters of {path} as {settings['architectures'][0]}")
     return target
 
 

@@ -83,7 +83,7 @@ def share(cwd, start, said):
     start.wait(60)
     try:
         prepare.ship(config.Data().path)
-        said.put(str(prepare_examples("examples.jsonl", Tokenizer("bytes"), Path("run"), quiet=True)))
+        said.put(str(prepare_examples("examples.jsonl", Tokenizer("bytes"), Path("run"))))
     except Exception as e:
         said.put(repr(e))
 

@@ -108,7 +108,7 @@ CASES = [
 def test_there_and_back(kind, kw, tmp_path):
     twin = released(tmp_path / "hf", kind, **kw)
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists() == ("shard" in kw)
-    made = huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "out" / "x"), quiet=True)
+    made = huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "out" / "x"))
     net, meta = eval.load_model(made, torch.device("cpu"))
     check_logits(net, twin)
     assert (meta["segment"], meta["step"], meta["finished"], meta["pinned"], meta["tokens"]) == (
@@ -122,12 +122,12 @@ def test_there_and_back(kind, kw, tmp_path):
     assert c.model == net.config and distributed.batch_problems(c, 1) == []
     resume.check_model(made, meta, c, Tokenizer(str(tmp_path / "hf")).sha256)
 
-    out = huggingface.export_model(str(made), str(tmp_path / "back"), quiet=True)
+    out = huggingface.export_model(str(made), str(tmp_path / "back"))
     theirs, original = load_file(out / "model.safetensors"), twin.state_dict()
     assert theirs.keys() == original.keys() - ({"lm_head.weight"} if net.config.tied else set())
     assert all(t.dtype == torch.float32 and torch.equal(t, original[name]) for name, t in theirs.items())  # bit for bit
     check_logits(net, transformers.AutoModelForCausalLM.from_pretrained(out))
-    again = huggingface.import_model(str(out), str(tmp_path / "out" / "y"), quiet=True)
+    again = huggingface.import_model(str(out), str(tmp_path / "out" / "y"))
     first, second = tensors(made), tensors(again)
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
     new = checkpoint.read_meta(again)
@@ -143,9 +143,7 @@ def test_the_older_spelling_is_read(tmp_path):
     old = {("type" if k == "rope_type" else k): v for k, v in LLAMA3.items() if k != "rope_theta"}
     edit(tmp_path / "hf", rope_parameters="gone", rope_theta=500, rope_scaling=old, head_dim=None)
     check_logits(
-        eval.load_model(
-            huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True), torch.device("cpu")
-        )[0],
+        eval.load_model(huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "x")), torch.device("cpu"))[0],
         twin,
     )
 
@@ -162,9 +160,7 @@ def test_a_tied_head_may_be_there_and_old_angles_too(tmp_path):
         },
         file,
     )
-    assert "model.head.weight" not in tensors(
-        huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True)
-    )
+    assert "model.head.weight" not in tensors(huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "x")))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -202,7 +198,7 @@ def data_of(tmp_path_factory):
         text = "".join(json.dumps({"text": f"text {i} of a few words"}) + "\n" for i in range(40))
         (folder / "a.jsonl").write_text(text)
         out = str(folder / "data")
-        prepare.prepare(out, [str(folder / "a.jsonl")], tokenizer, [1.0], val=0.3, jobs=1, quiet=True)
+        prepare.prepare(out, [str(folder / "a.jsonl")], tokenizer, [1.0], val=0.3, jobs=1)
         return out
 
     return make
@@ -289,7 +285,7 @@ def test_an_exported_tokenizer_gives_the_same_ids(name, tmp_path, monkeypatch, d
     if name == "cl100k_base":
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cl100k_cache(tmp_path / "cache")))
     made, tok, _ = checkpoint_of(tmp_path, name, data_of(name))
-    out = huggingface.export_model(str(made), str(tmp_path / "hf"), quiet=True)
+    out = huggingface.export_model(str(made), str(tmp_path / "hf"))
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     theirs.backend_tokenizer.encode_special_tokens = (
         True  # text that looks like a special token is text, as it is for us
@@ -307,8 +303,7 @@ def test_an_exported_tokenizer_gives_the_same_ids(name, tmp_path, monkeypatch, d
     back = Tokenizer(str(out))  # and is ours again: the same prepared data goes on
     assert (back.sha256, back.vocab_size, back.eot) == (tok.sha256, tok.vocab_size, tok.eot)
     assert (
-        checkpoint.read_meta(huggingface.import_model(str(out), str(tmp_path / "x"), quiet=True))["data"]["tokenizer"]
-        == tok.sha256
+        checkpoint.read_meta(huggingface.import_model(str(out), str(tmp_path / "x")))["data"]["tokenizer"] == tok.sha256
     )
 
 
@@ -329,7 +324,7 @@ def test_an_exported_tokenizer_gives_the_same_ids(name, tmp_path, monkeypatch, d
 )
 def test_greedy_equals_transformers_on_the_exported_folder(kw, tmp_path, data_of):
     made, tok, net = checkpoint_of(tmp_path, str(prepare.RANKS), data_of(str(prepare.RANKS)), **kw)
-    out = huggingface.export_model(str(made), str(tmp_path / "hf"), quiet=True)
+    out = huggingface.export_model(str(made), str(tmp_path / "hf"))
     twin, theirs = (
         transformers.AutoModelForCausalLM.from_pretrained(out),
         transformers.AutoTokenizer.from_pretrained(out),
@@ -349,7 +344,7 @@ def test_a_pattern_that_cannot_be_exported_is_found(tmp_path, monkeypatch, data_
     monkeypatch.setattr(hf_tokenizer, "plain_pattern", lambda p: p.replace(r"\p{N}{1,3}", r"\p{N}"))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match="gives other ids for 'The whale, 1234567"):
-        huggingface.export_model(str(made), str(tmp_path / "hf"), quiet=True)
+        huggingface.export_model(str(made), str(tmp_path / "hf"))
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -371,7 +366,7 @@ def tuned(folder, tok, records, parent=None):
     """The data of a fine-tuning on these examples."""
     folder.mkdir()
     (folder / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    e = Examples(prepare_examples(str(folder / "a.jsonl"), tok, folder, quiet=True), 512, 1)
+    e = Examples(prepare_examples(str(folder / "a.jsonl"), tok, folder), 512, 1)
     return SFTData(e, parent or {}, 1, 1)
 
 
@@ -398,7 +393,7 @@ def test_the_exported_template_writes_the_tokens_of_training(name, tmp_path, dat
     name, data = tokenizer_named(name, tmp_path / "tok", data_of)
     sft = tuned(tmp_path / "sft", Tokenizer(name), TALKS)
     made, tok, _ = checkpoint_of(tmp_path, name, data, seen=sft.identity(1))
-    out = huggingface.export_model(str(made), str(tmp_path / "hf"), quiet=True)
+    out = huggingface.export_model(str(made), str(tmp_path / "hf"))
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     trained = sft.examples.ids[sft.examples.starts[1] :].tolist()
     learned = sft.examples.loss[sft.examples.starts[1] :].tolist()
@@ -421,7 +416,7 @@ def test_the_exported_template_writes_the_tokens_of_training(name, tmp_path, dat
 def test_a_template_that_was_not_trained_is_not_exported(name, seen, tmp_path, data_of, capsys):
     name, data = tokenizer_named(name, tmp_path / "tok", data_of)
     made, tok, _ = checkpoint_of(tmp_path, name, data, seen=seen)
-    out = huggingface.export_model(str(made), str(tmp_path / "hf"), quiet=True)
+    out = huggingface.export_model(str(made), str(tmp_path / "hf"))
     theirs, said = transformers.AutoTokenizer.from_pretrained(out), capsys.readouterr().err
     older = "examples" in seen and "chat" not in seen  # of a checkpoint made before this was recorded
     assert said.count("does not say if it was trained on messages") == older == len(said.splitlines())
@@ -459,11 +454,11 @@ def qwen(tmp_path_factory):
     """A folder with an imported model in x/, and a.jsonl in its tokens in data/."""
     home = tmp_path_factory.mktemp("qwen")
     released(home / "hf", "Qwen2", tie_word_embeddings=True)
-    huggingface.import_model(str(home / "hf"), str(home / "x"), quiet=True)
+    huggingface.import_model(str(home / "hf"), str(home / "x"))
     pieces = [t[i : i + 400] for t in corpus()[:40] for i in range(0, len(t), 400)]
     (home / "a.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in pieces))
     meta = prepare.prepare(
-        str(home / "data"), [str(home / "a.jsonl")], str(home / "x" / "tokenizer"), [1.0, 1.0], jobs=1, quiet=True
+        str(home / "data"), [str(home / "a.jsonl")], str(home / "x" / "tokenizer"), [1.0, 1.0], jobs=1
     )
     assert (meta["vocab_size"], meta["eot"]) == (301, 256)  # the padding rows are the model's vocabulary, too
     return home
@@ -539,7 +534,7 @@ def test_an_imported_model_is_trained_on_by_every_mode(imported, tmp_path, capsy
     released(tmp_path / "hf2", "Qwen2", tie_word_embeddings=True)
     w = load_file(tmp_path / "hf2" / "model.safetensors")
     save_file({k: v + 1e-3 for k, v in w.items()}, tmp_path / "hf2" / "model.safetensors", {"format": "pt"})
-    other = huggingface.import_model(str(tmp_path / "hf2"), str(tmp_path / "y"), quiet=True)
+    other = huggingface.import_model(str(tmp_path / "hf2"), str(tmp_path / "y"))
     assert (
         run("--mode", "main", "--train.base", str(other)) == 2 and "was begun from another" in capsys.readouterr().err
     )
@@ -547,7 +542,7 @@ def test_an_imported_model_is_trained_on_by_every_mode(imported, tmp_path, capsy
     # Perplexity and samples of both
     more = "".join(json.dumps({"text": t}) + "\n" for t in corpus()[40:80])
     (tmp_path / "more.jsonl").write_text(more)
-    prepare.add(str(folder), [str(tmp_path / "more.jsonl")], jobs=1, quiet=True)
+    prepare.add(str(folder), [str(tmp_path / "more.jsonl")], jobs=1)
     assert token_files.read_meta(folder)["increments"][2]["documents"] > 30
     before = eval.score(made, torch.device("cpu"), str(folder), quiet=True).ppl
     assert eval.score(last[0], torch.device("cpu"), quiet=True).ppl < before
@@ -555,7 +550,7 @@ def test_an_imported_model_is_trained_on_by_every_mode(imported, tmp_path, capsy
         assert sample.continuations(path, torch.device("cpu"), ["The whale"], 5, sample.Sampling())[0].startswith(
             "The whale"
         )
-    out = huggingface.export_model(str(last[0]), str(tmp_path / "back"), quiet=True)
+    out = huggingface.export_model(str(last[0]), str(tmp_path / "back"))
     settings = json.loads((out / "config.json").read_text())
     assert (
         settings["max_position_embeddings"] == 32
@@ -582,7 +577,7 @@ def test_messages_in_training_are_recorded_and_older_checkpoints_go_on(imported,
     ends = sorted((tmp_path / "sft").glob("sft/**/step-*"))
     metas = [checkpoint.read_meta(p) for p in ends]
     assert [m["data"]["chat"] for m in metas] == [True] * len(ends)
-    out = huggingface.export_model(str(ends[-1]), str(tmp_path / "hf"), quiet=True)
+    out = huggingface.export_model(str(ends[-1]), str(tmp_path / "hf"))
     assert transformers.AutoTokenizer.from_pretrained(out).chat_template == hf_tokenizer.CHATML
 
     # As made before: the key is nowhere
@@ -617,7 +612,7 @@ def test_what_disagrees_with_the_imported_model_is_refused(imported, prepared, t
 
 def test_another_tokenizer_than_the_imported_model_s_is_refused(prepared, tmp_path, monkeypatch, capsys):
     released(tmp_path / "hf", rows=257)
-    huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True)
+    huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "x"))
     monkeypatch.setattr(
         sys,
         "argv",
@@ -821,8 +816,8 @@ def test_a_byte_order_mark_is_read(plain, tmp_path, name):
     index()(tmp_path / "hf")
     file = tmp_path / "hf" / name
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
-    marked = huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True)
-    bare = huggingface.import_model(str(plain), str(tmp_path / "y"), quiet=True)
+    marked = huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "x"))
+    bare = huggingface.import_model(str(plain), str(tmp_path / "y"))
     assert all(torch.equal(w, tensors(bare)[k]) for k, w in tensors(marked).items())
 
 
@@ -845,9 +840,9 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path, second_sa
         huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "there"))
     with pytest.raises(UserError, match="config.json: is not there; expected a folder"):
         huggingface.import_model(str(tmp_path / "nowhere"), str(tmp_path / "x"))
-    made = huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "x"), quiet=True)
+    made = huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "x"))
     with pytest.raises(OSError, match="No space left"):
-        huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "y"), quiet=True)
+        huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "y"))
     with pytest.raises(UserError, match="there: is there already"):
         huggingface.export_model(str(made), str(tmp_path / "there"))
     with pytest.raises(UserError, match="is no checkpoint"):

@@ -54,7 +54,7 @@ MIXED = [
 
 @pytest.fixture
 def mixed(tmp_path):
-    return Examples(prepare_examples(jsonl(tmp_path / "a.jsonl", MIXED), BYTES, tmp_path, quiet=True), 256, 1)
+    return Examples(prepare_examples(jsonl(tmp_path / "a.jsonl", MIXED), BYTES, tmp_path), 256, 1)
 
 
 def test_loss_is_on_responses_and_nothing_else(mixed):
@@ -108,7 +108,7 @@ def test_markers_are_tokens_where_the_tokenizer_has_them(tmp_path):
     ours = Tokenizer(str(tmp_path / "tok"))
     record = json.loads(json.dumps(MIXED[1]))
     record["messages"][3]["content"] = "<|im_end|>"
-    e = Examples(prepare_examples(jsonl(tmp_path / "a.jsonl", [record]), ours, tmp_path, quiet=True), 256, 1)
+    e = Examples(prepare_examples(jsonl(tmp_path / "a.jsonl", [record]), ours, tmp_path), 256, 1)
     rendered = (
         "<|im_start|>system\nSums.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n"
         "<|im_start|>user\n"
@@ -122,7 +122,7 @@ def test_markers_are_tokens_where_the_tokenizer_has_them(tmp_path):
     for token in spec["added_tokens"]:
         token["special"] = False
     (tmp_path / "tok" / "tokenizer.json").write_text(json.dumps(spec))
-    f = prepare_examples(str(tmp_path / "a.jsonl"), Tokenizer(str(tmp_path / "tok")), tmp_path, quiet=True)
+    f = prepare_examples(str(tmp_path / "a.jsonl"), Tokenizer(str(tmp_path / "tok")), tmp_path)
     assert f != e.folder and (f / "ids.bin").read_bytes() == (e.folder / "ids.bin").read_bytes()
 
 
@@ -146,7 +146,7 @@ def test_packed_is_unpacked(tmp_path):
         }
         for _ in range(30)
     ]
-    e = Examples(prepare_examples(jsonl(tmp_path / "a.jsonl", records), BYTES, tmp_path, quiet=True), 64, 1)
+    e = Examples(prepare_examples(jsonl(tmp_path / "a.jsonl", records), BYTES, tmp_path), 64, 1)
     torch.manual_seed(0)
     net = model.Transformer(small(vocab_size=257, context=64, n_kv_head=2)).double()
     net.dtype = torch.float64  # so that any leak would stand out; in float32 the same within rounding, below
@@ -180,7 +180,7 @@ def test_packed_is_unpacked(tmp_path):
 
 
 def test_an_epoch_reads_every_example_once_and_batches_are_a_function_of_the_step(tmp_path):
-    e = Examples(prepare_examples(jsonl(tmp_path / "a.jsonl", sums(300)), BYTES, tmp_path, quiet=True), 32, 1)
+    e = Examples(prepare_examples(jsonl(tmp_path / "a.jsonl", sums(300)), BYTES, tmp_path), 32, 1)
     t = SFTData(e, {}, 8, 3)
     n = len(e.train)
     orders = [e.order(np.arange(n) + k * n).tolist() for k in range(3)]
@@ -395,7 +395,7 @@ def test_lines_that_are_no_examples(tmp_path, text, words):
     (tmp_path / "a.jsonl").write_text(text)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError) as e:
-        prepare_examples(str(tmp_path / "a.jsonl"), BYTES, tmp_path / "new" / "run", quiet=True)
+        prepare_examples(str(tmp_path / "a.jsonl"), BYTES, tmp_path / "new" / "run")
     assert words in str(e.value) and len(str(e.value).splitlines()) == 1
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -404,9 +404,7 @@ def test_odd_examples(tmp_path):
     """Half a surrogate pair is a question mark. So few that all would be held out are not. Too long is refused."""
 
     def packed(record, context=32):
-        return Examples(
-            prepare_examples(jsonl(tmp_path / "a.jsonl", [record]), BYTES, tmp_path, quiet=True), context, 1
-        )
+        return Examples(prepare_examples(jsonl(tmp_path / "a.jsonl", [record]), BYTES, tmp_path), context, 1)
 
     e = packed({"prompt": "a", "response": "\ud800"})
     assert bytes(e.ids[:-1].tolist()) == b"a?" and e.targets.tolist() == [2]
@@ -463,8 +461,8 @@ def test_what_is_refused(train_cli, parent, tmp_path, capsys, monkeypatch):
         err = capsys.readouterr().err
         assert words in err and len(err.splitlines()) == 1, err
     assert not (tmp_path / "bad" / "sft").exists()
-    folder = prepare_examples(file, BYTES, tmp_path, quiet=True)
-    assert prepare_examples(file, BYTES, tmp_path, quiet=True) == folder  # once
+    folder = prepare_examples(file, BYTES, tmp_path)
+    assert prepare_examples(file, BYTES, tmp_path) == folder  # once
     for name in (
         "ids.bin",
         "loss.bin",
@@ -475,10 +473,10 @@ def test_what_is_refused(train_cli, parent, tmp_path, capsys, monkeypatch):
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         with pytest.raises(UserError, match=f"{name}: damaged"):
-            prepare_examples(file, BYTES, tmp_path, quiet=True)
+            prepare_examples(file, BYTES, tmp_path)
         (folder / name).unlink()
         with pytest.raises(UserError, match=f"{name}: damaged"):
-            prepare_examples(file, BYTES, tmp_path, quiet=True)
+            prepare_examples(file, BYTES, tmp_path)
         (folder / name).write_bytes(whole)
     assert (
         prepare.TEXT.exists()

@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 @torch.no_grad()
 def test_smollm2_there_and_back(folder, tmp_path):
-    made = huggingface.import_model(str(folder), str(tmp_path / "x"), quiet=True)
+    made = huggingface.import_model(str(folder), str(tmp_path / "x"))
     net, _ = eval.load_model(made, torch.device("cpu"))
     twin = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tok, theirs = Tokenizer(str(tmp_path / "x" / "tokenizer")), transformers.AutoTokenizer.from_pretrained(folder)
@@ -118,7 +118,7 @@ def test_smollm2_there_and_back(folder, tmp_path):
     last = checkpoint.path(branch, checkpoint.steps(branch)[-1])
     assert checkpoint.read_meta(last)["parent"]["segment"] == "main"
 
-    out = huggingface.export_model(str(last), str(tmp_path / "back"), quiet=True)
+    out = huggingface.export_model(str(last), str(tmp_path / "back"))
     net, _ = eval.load_model(last, torch.device("cpu"))
     again = transformers.AutoModelForCausalLM.from_pretrained(out)
     expected = again(input_ids=x[:2, :64]).logits

@@ -144,7 +144,7 @@ def exported(request, tmp_path_factory):
     made, tok, net = checkpoint_of(folder, named, named, noise=0.3, seen={"examples": "1", "chat": chat})
     assert tok.start == tok.hf.token_to_id(start)
     theirs = HFLM(
-        pretrained=str(huggingface.export_model(str(made), str(folder / "hf"), quiet=True)),
+        pretrained=str(huggingface.export_model(str(made), str(folder / "hf"))),
         dtype="float32",
         batch_size=3,
         max_length=96,

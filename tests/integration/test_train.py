@@ -171,7 +171,7 @@ def test_a_version_past_the_plan(train_cli, tmp_path, prepared):
     assert train_cli("--mode", "main", out="a", data=copy) == 0
     assert train_cli("--mode", "main", "--version", "5", out="a", data=copy) == 2  # no text yet
     (tmp_path / "new.txt").write_text("\n\n".join(f"new prose {i} " * 40 for i in range(200)))
-    prepare.add(str(copy), [str(tmp_path / "new.txt")], jobs=1, quiet=True)
+    prepare.add(str(copy), [str(tmp_path / "new.txt")], jobs=1)
     assert train_cli("--mode", "main", "--version", "5", out="a", data=copy) == 0
     assert train_cli("--mode", "main", "--plan.versions", "5", out="b", data=copy) == 0
     assert checkpoint.steps(tmp_path / "a" / "main") == checkpoint.steps(tmp_path / "b" / "main") == [4, 14, 24, 34, 44]

@@ -242,9 +242,7 @@ def test_bad_input(trained, tmp_path, prepared, cli):
         said = cli(*args, code=2)
         assert words in said and len(said.splitlines()) == 1, said
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(50)))
-    prepare.prepare(
-        str(tmp_path / "other"), [str(tmp_path / "t.jsonl")], str(prepare.RANKS), [1], 0.5, jobs=1, quiet=True
-    )
+    prepare.prepare(str(tmp_path / "other"), [str(tmp_path / "t.jsonl")], str(prepare.RANKS), [1], 0.5, jobs=1)
     with pytest.raises(UserError, match="its tokenizer is not that of"):
         evaluation.score(trained, CPU, str(tmp_path / "other"), quiet=True)
     meta = checkpoint.read_meta(trained)
