@@ -29,7 +29,7 @@ def read_bin(file: Path, tok: Tokenizer) -> np.ndarray:
         start, dtype = HEADER, LLMC[magic, version]
         if (got := size - start) != (need := np.dtype(dtype).itemsize * count):
             raise UserError(f"{file}: got {got:,} bytes after its header, expected {need:,}; fetch it again")
-    elif 20_200_000 < magic < 20_400_000 and not head[3:].any():
+    elif magic in {m for m, _ in LLMC} or (20_200_000 < magic < 20_400_000 and not head[3:].any()):
         expected = " or ".join(f"{m}, version {v}" for m, v in LLMC)
         raise UserError(f"{file}: magic number {magic}, version {version}; expected {expected} (llm.c), or none")
     elif size % 2:
