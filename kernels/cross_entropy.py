@@ -160,12 +160,7 @@ _op.register_autograd(_gradient, setup_context=lambda ctx, inputs, output: ctx.s
 
 
 def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    reduction: str = "mean",
-    use: str = "torch",
-    chunk_bytes: int | None = None,
+    x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean", use: str = "torch", chunk_bytes: int = 0
 ) -> Tensor:
     """Negative log-likelihood in nats of `targets` (..) under the logits x @ weight.T, in float32.
 

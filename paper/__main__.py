@@ -215,7 +215,7 @@ def publish(name: str, request: graph.Request, made: dict[str, dict[str, Any]]) 
         figures.cost_and_quality(made["table3"], file)
     elif name == "loss":  # of the first seed and schedule
         first, nodes = s.schedules[0], request.nodes_of["table3"].values()
-        shown = [n for n in nodes if n.is_main or n.config.plan.schedule == first]
+        shown = [n for n in nodes if n.segment.paradigm == "main" or n.config.plan.schedule == first]
         runs = [(n.segment, n.log()) for n in shown if n.config.train.seed == request.seeds[0]]
         figures.losses(runs, first, file)
     else:

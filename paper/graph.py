@@ -53,10 +53,6 @@ class Node:
     def step_flops(self) -> float:
         return self.config.train.batch_tokens * self.config.model.flops_per_token()
 
-    @property
-    def is_main(self) -> bool:
-        return self.segment.paradigm == "main"
-
     @cached_property
     def tokens(self) -> data.Tokens:
         return resume.open_tokens(self.config, self.config.plan)
@@ -163,7 +159,7 @@ def command(nodes: Graph, node: Node) -> list[str]:
     words = [*node.arguments, "--out", str(node.root / node.setting)]
     if node.parent and (parent := nodes[node.parent[0]]).setting != node.setting:
         words += ["--parent", str(checkpoint.path(parent.folder, node.parent[1]))]
-    if node.is_main:
+    if node.segment.paradigm == "main":
         words += ["--train.save_at", ",".join(map(str, sorted(node.required)))]
     return words
 

@@ -93,18 +93,10 @@ def measure(t: tables.Table, found: Scores, seeds: list[int], columns: list[str]
         differences.append(d)
     paper = {(r.group, r.name, c): v for r in t.rows for c, v in r.paper.items()}
     some = next(iter(found.values()))[0]
-    return {
-        "name": t.name,
-        "title": t.title,
-        "columns": t.columns,
-        "rows": rows,
-        "differences": differences,
-        "notes": t.notes,
-        "seeds": seeds,
-        "claims": [judge(found, c, len(seeds), paper) for c in t.claims if c.below_zero],
-        "documents": len(some.nats),
-        "tokens": int(some.tokens.sum()),
-    }
+    claims = [judge(found, c, len(seeds), paper) for c in t.claims if c.below_zero]
+    table = {"name": t.name, "title": t.title, "columns": t.columns, "rows": rows, "differences": differences}
+    measured = {"seeds": seeds, "documents": len(some.nats), "tokens": int(some.tokens.sum())}
+    return {**table, "notes": t.notes, "claims": claims, **measured}
 
 
 def provenance(request: Request, table: str) -> dict[str, Any]:

@@ -52,8 +52,9 @@ def status(request: Request) -> list[str]:
     """A line for each folder of segments: which are done, done for some tables, running, stopped, to do."""
     folders: dict[str, list[str]] = {}
     for name, node in sorted(request.nodes.items()):
-        folder = name if node.is_main else Path(name).parent.as_posix()
-        label = f"{node.steps:,} steps" if node.is_main else f"v{node.segment.version}"
+        main = node.segment.paradigm == "main"
+        folder = name if main else Path(name).parent.as_posix()
+        label = f"{node.steps:,} steps" if main else f"v{node.segment.version}"
         part = node.reached() / node.steps
         stopped = f"stopped {part:.0%}" if part else "to do"
         state = "done" if node.done() else f"running {part:.0%}" if node.at_work() else stopped
@@ -110,7 +111,7 @@ def slurm_lines(nodes: Graph, todo: list[Node], flops_per_second: float) -> list
     for node in todo:
         words = graph.command(nodes, node)
         pieces = [(words, node.segment.end)]
-        if node.is_main:  # a piece a version, so that a branch need not wait for the whole main path
+        if node.segment.paradigm == "main":  # a piece a version, so that a branch need not wait for the whole main path
             p = node.config.plan
             pieces = [([*words, "--version", str(i)], p.end(i) - p.d) for i in range(1, len(p.T) + 1)]
         wait = f" --dependency=afterok:${jobs[node.parent]}" if node.parent in jobs else ""
