@@ -22,7 +22,7 @@ import config
 import data
 import kernels
 from model import Transformer
-from runtime import checkpoint
+from runtime import checkpoint, resume
 from runtime.command_line import Parser, aligned
 from runtime.device import pick_device, steady_malloc
 from runtime.errors import UserError, user_errors
@@ -90,6 +90,8 @@ def open_data(path: Path, meta: dict[str, Any], folder: str | None, context: int
     c = config.model_of(meta["config"])
     if not 0 <= context <= c.context:
         raise UserError(f"--context: got {context}, expected at most {c.context}, the context of {path}")
+    if folder is None and meta["segment"] == resume.IMPORT:
+        raise UserError(f"--data: not given; {path} was imported, so it has no text of its own to be scored on")
     tokens = data.Tokens(meta["config"]["data.path"] if folder is None else folder, context or c.context, 1, [1], 0)
     if (tokens.meta["tokenizer_sha256"], tokens.meta["vocab_size"]) != (meta["data"]["tokenizer"], c.vocab_size):
         raise UserError(f"--data {tokens.folder}: its tokenizer is not that of {path}; choose the data of its training")

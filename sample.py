@@ -100,7 +100,7 @@ def continuation(tok: Tokenizer, prompt: list[int], new: list[int]) -> str:
 
 def main() -> None:
     a = Parser(prog="sample.py", description=__doc__)
-    a.add_checkpoints()
+    a.add_checkpoints("checkpoints")
     a.add_argument("--prompt", metavar="TEXT", action="append", required=True, help="continue this; again for more")
     a.add_argument("--length", type=int, default=100, help="tokens of a continuation [100]")
     a.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token each time [1]")

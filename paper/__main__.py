@@ -14,6 +14,7 @@ import json
 import lzma
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +63,8 @@ def main() -> None:
 
     given = [k for k in ("sft", "data_dir", "limit", "num_fewshot") if getattr(o, k) is not None]
     refuse([f"--{k}: is for table4 and table11; ask for one, or leave it out" for k in given if not request.downstream])
+    if o.sft is not None and not Path(o.sft).is_file():
+        raise UserError(f"--sft {o.sft}: is not there; expected a .jsonl file of examples")
     began = time.perf_counter()
     graph.check_lineage(request.nodes)
     todo = graph.left(request.nodes)[0]

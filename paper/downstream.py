@@ -43,8 +43,6 @@ def check(tasks: Tasks) -> None:
     """Refuse wrong tasks, data and examples before anything is trained."""
     from tools import harness  # needs a package that the rest does not
 
-    if tasks.sft is not None and not Path(tasks.sft).is_file():
-        raise UserError(f"--sft {tasks.sft}: is not there; expected a .jsonl file of examples")
     if not tasks.names:
         raise UserError("--tasks: got no name, expected some such as gsm8k,mmlu")
     for name in tasks.names:

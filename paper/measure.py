@@ -112,6 +112,6 @@ def provenance(request: Request, table: str) -> dict[str, Any]:
         "seconds": sum(trained(log)[1] for log in logs),
         "devices": sorted({f"{r['device']} ({r['ranks']} rank{'s' * (r['ranks'] > 1)}, {r['dtype']})" for r in starts}),
         "versions": sorted({f"torch {r['versions']['torch']}, Python {r['versions']['python']}" for r in starts}),
-        "commits": sorted({r["commit"][:12] for r in starts if r["commit"]}),
+        "commits": sorted({r["commit"][:12] + "+" * r["commit"].endswith("+") for r in starts if r["commit"]}),
         "date": time.strftime("%Y-%m-%d"),
     }

@@ -43,7 +43,7 @@ def print_status(request: Request, machine: Machine) -> None:
         return f"{line}; left: {steps:,} steps, {flops:.3g} FLOPs, {needs}"
 
     for name, nodes in request.nodes_of.items():
-        print(f"{name:8} {left(nodes)}")
+        print(f"{name:8} {left(nodes)}{', without fine-tunings' * (name in request.downstream)}")
     print("\n" + "\n".join(status(request)))
     print(f"\nall      {left(request.nodes)}")
 

@@ -22,9 +22,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(message)
 
-    def add_checkpoints(self) -> None:
+    def add_checkpoints(self, paths: str = "checkpoints, or one run's folder") -> None:
         """What every command that reads checkpoints takes."""
-        self.add_argument("path", nargs="+", type=Path, help="checkpoints, or one run's folder")
+        self.add_argument("path", nargs="+", type=Path, help=paths)
         self.add_argument("--data", help="a prepared folder [the one that the checkpoint was trained on]")
         self.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
         self.add_argument("--json", action="store_true")

@@ -107,9 +107,10 @@ def warn(message: str) -> None:
 
 
 def git_commit() -> str:
+    """The commit of this tree, with a + if its files have changed since; an empty text where there is none."""
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip()
+        command = "git describe --always --abbrev=40 --exclude=* --dirty=+".split()
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     except OSError:
         return ""
 

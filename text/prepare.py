@@ -193,7 +193,8 @@ def prepare(
         filled = {p["name"] for p in written}
         if empty := [name for name in parts if name not in filled]:
             total = sum(p["documents"] for p in written)
-            raise UserError(f"{empty[0]}: got none of {total} documents; expected more text or fewer increments")
+            fix = "expected more text, fewer increments or another --val"
+            raise UserError(f"{empty[0]}: got none of {total} documents; {fix}")
         source = {"increments": len(increments), "from": sources, "weights": weights}
         meta = token_files.write_meta(partial, tok, source, written)
     print_summary(folder, written, found)

@@ -72,18 +72,17 @@ def find_source(name: str, flag: str = "--source") -> Source:
     paths = [Path(name)] if name and os.path.lexists(name) else sorted(map(Path, glob.glob(name, recursive=True)))
     problem = "has no file in it" if paths else "does not exist"
     for f in files_below(paths):
-        if f.is_file() and kind_of(f)[0]:
+        if f.is_file() and kind_of(f)[0] and f.stat().st_size:
             source.files.append(f)
             continue
-        ending = f.suffix.lower() or "without ending"
+        ending = "empty" if kind_of(f)[0] else f.suffix.lower() or "without ending"
         why = ending if f.is_file() else "special file" if f.exists() else "dangling link"
         why = why if why in firsts or len(firsts) < 9 else "of other endings"
         source.left_out[f"{why} ({str(firsts.setdefault(why, f))!r})"] += 1
     if not source.files:
-        if source.left_out:
-            problem = "unknown kind" if Path(name).is_file() else f"has only files of other kinds: {source.listed()}"
-        expected = f"expected {', '.join(KINDS)}, a folder or glob of them, or hf:NAME"
-        raise UserError(f"{flag} {name!r}: {problem}; {expected}")
+        problem = f"has nothing to read: {source.listed()}" if source.left_out else problem
+        kinds = f"{', '.join(KINDS)}, also with {', '.join(OPENERS)}"
+        raise UserError(f"{flag} {name!r}: {problem}; expected {kinds}, a folder or glob of them, or hf:NAME")
     return source
 
 
@@ -146,7 +145,8 @@ def documents(file: Path, progress: Callable[[int], Any], parse: Callable[[Any],
                 try:
                     document = parse(json.loads(line))
                 except (ValueError, RecursionError) as e:
-                    raise UserError(f"{file}:{number}: got {line.strip()[:60]!r}: {e}") from None
+                    why = f"{e}; expected an object on each line" if isinstance(e, json.JSONDecodeError) else e
+                    raise UserError(f"{file}:{number}: got {line.strip()[:60]!r}: {why}") from None
                 yield document
     else:
         piece = ""
