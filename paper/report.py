@@ -81,7 +81,7 @@ def statements(record: dict[str, Any]) -> list[tuple[str, str]]:
                 others.append(f"{p['where']} {p['value']:+.2f}{se}{printed}{against}")
         n, holds = len(c["parts"]), sum(p["holds"] for p in c["parts"])
         text = f"{c['text']}: in {holds} of {n}, clearly in {n - len(others)}"
-        out.append((c["verdict"], text + (f"; elsewhere: {'; '.join(others)}" if others else "")))
+        out.append((c["verdict"], text + (f"; not clearly: {'; '.join(others)}" if others else "")))
     return out
 
 
