@@ -10,7 +10,6 @@ counts in both, since later versions start from it. It is the same run as PTFS's
 """
 
 import json
-import math
 from typing import Any
 
 import config
@@ -38,8 +37,8 @@ def table(c: Config, convention: str, mfu: float, peak: float, price: float) -> 
         tokens = n * c.train.batch_tokens
         flops = tokens * c.model.flops_per_token()
         hours = flops / (mfu * peak) / 3600
-        row = {"paradigm": paradigm, "steps": n, "T": n / c.plan.T[0]}
-        row["relative"] = n / counts["ptfs"] if counts["ptfs"] else math.nan
+        relative = n / counts["ptfs"] if counts["ptfs"] else None  # table2 leaves out all of one version
+        row = {"paradigm": paradigm, "steps": n, "T": n / c.plan.T[0], "relative": relative}
         rows.append({**row, "tokens": tokens, "flops": flops, "gpu_hours": hours, "price": hours * price})
     return rows
 
@@ -68,7 +67,8 @@ def main() -> None:
     for r in rows:
         sums = [f"{r['tokens']:.4g}", f"{r['flops']:.4g}", f"{r['gpu_hours']:,.4g}"]
         price = [f"{r['price']:,.0f}"] * bool(o.price)
-        lines.append([r["paradigm"], f"{r['steps']:,}", f"{r['T']:.4g}T", f"{r['relative']:.2f}x", *sums, *price])
+        relative = "-" if r["relative"] is None else f"{r['relative']:.2f}x"
+        lines.append([r["paradigm"], f"{r['steps']:,}", f"{r['T']:.4g}T", relative, *sums, *price])
     print(aligned(lines))
     print(f"GPU-hours at {o.mfu:.0%} of {o.peak:.4g} FLOP/s")
 

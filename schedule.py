@@ -30,7 +30,6 @@ TITLES = {
 }
 PARADIGMS = tuple(TITLES)
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito: for the colour-blind
-DARK = "#333333"  # of the main path
 CPT_VARIANTS = ("reset_max", "rewarm_max", "keep_min")  # Appendix B
 
 
@@ -325,7 +324,7 @@ def draw(plans: dict[str, list[Segment]], file: str) -> None:
             steps = [*range(g.start, g.end, max(1, (g.end - g.start) // 2000)), g.end - 1]
             label, colour, width = f"V{g.version}", COLOURS[(g.version - 1) % len(COLOURS)], 1.8
             if g.paradigm == "main":
-                label, colour, width = "main path", DARK, 2.6
+                label, colour, width = "main path", "#333333", 2.6
             ax.plot(steps, [g.lr(s) for s in steps], color=colour, linewidth=width, label=label)
         ax.set_title(f"{TITLES.get(paradigm, paradigm)}: {sum(g.end - g.start for g in segments):,} steps", fontsize=10)
         ax.set(xlabel="step", ylim=(0, None))
@@ -363,7 +362,7 @@ def read_plan(config: str, words: dict[str, str | None]) -> Plan:
 
 def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
-    a = argparse.ArgumentParser(description="Print, list or draw the paths of a paradigm.", allow_abbrev=False)
+    a = argparse.ArgumentParser(description="Print, list or draw paths.", usage=argparse.SUPPRESS, allow_abbrev=False)
     a.add_argument("--config", default="tiny", help="a name in configs/ or a .toml file [tiny]")
     a.add_argument("--paradigm", choices=PARADIGMS, default="ours")
     a.add_argument("--csv", action="store_true", help="segment,step,lr of every update")

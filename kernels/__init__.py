@@ -27,6 +27,7 @@ except ImportError:  # macOS, Windows: the files below can be imported, and "tor
     triton: Any = SimpleNamespace(jit=lambda f: f)  # type: ignore[no-redef]
     tl: Any = SimpleNamespace(constexpr=None)  # type: ignore[no-redef]
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, as in the tests
 AUTO = {  # the choices of "auto" on a CUDA GPU, each with its reason
     "rms_norm": "torch",  # not measured yet
     "rope": "torch",  # not measured yet
@@ -57,7 +58,7 @@ def problems(text: str, cuda: bool, c: config.Model) -> list[str]:
     asked = [name for name, wish in parse(text).items() if wish == "triton"]
     if asked and not HAVE_TRITON:
         found.append(f"train.kernels: got {text!r}, but Triton is not installed: pip install triton, or take torch")
-    elif asked and not cuda and not interpreted():
+    elif asked and not cuda and not INTERPRETED:
         found.append(f"train.kernels: got {text!r}, but the device is no CUDA GPU; take --train.kernels torch or auto")
     elif "attention" in asked and D not in HEAD_DIMS:
         served, got = ", ".join(map(str, HEAD_DIMS)), f"got model.hidden / model.n_head = {D}"
@@ -83,14 +84,9 @@ def choose(text: str, device: torch.device) -> dict[str, str]:
     return {name: auto[name] if wish == "auto" else wish for name, wish in parse(text).items()}
 
 
-def interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, on the CPU: how the tests run them."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def served(name: str, x: torch.Tensor) -> None:
     """TypeError if the kernels would silently round x; RuntimeError if they cannot run on its device."""
-    if not (x.is_cuda or interpreted()):
+    if not (x.is_cuda or INTERPRETED):
         raise RuntimeError(f"{name}: got a tensor on {x.device}; expected CUDA, or TRITON_INTERPRET=1 at import")
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise TypeError(f"{name}: got {x.dtype}; the Triton kernels serve bfloat16, float16 and float32: use 'torch'")

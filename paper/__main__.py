@@ -68,7 +68,7 @@ def main() -> None:
     began = time.perf_counter()
     graph.check_lineage(request.nodes)
     todo = graph.left(request.nodes)[0]
-    may_train = s.scale.train if o.run is None else o.run == "yes"
+    may_train = not o.slurm and (s.scale.train if o.run is None else o.run == "yes")
     options = {k: getattr(o, k) for k in ("data_dir", "limit", "num_fewshot")}
     tasks = downstream.Tasks(list(dict.fromkeys(filter(None, o.tasks.split(",")))), options, o.sft)
     if request.downstream and (may_train or not todo):

@@ -12,7 +12,7 @@ from paper import graph, tables
 from paper.scales import Setup
 
 LEGEND = {"fontsize": 8, "frameon": False}
-COLOURS, DARK = schedule.COLOURS, schedule.DARK
+COLOURS, DARK = schedule.COLOURS, "#333333"
 OF = {"PTFS": COLOURS[0], "CPT": COLOURS[1], "Ours": COLOURS[2]}
 MARKERS = "os^DvP"
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import schedule
 from paper.scales import Point, Run, Setting, Setup
-from runtime.runs import NAMES
 
 PAPER = json.loads((Path(__file__).parent.parent / "results" / "paper.json").read_text(encoding="utf-8"))
+NAMES = {"ptfs": "PTFS", "cpt": "CPT", "ours": "Ours"}
 VARIANTS = {"rewarm_max": "RewarmMax", "reset_max": "ResetMax", "keep_min": "KeepMin"}
 PAIRS = [("Ours", "CPT"), ("Ours", "PTFS"), ("CPT", "PTFS")]
 MAIN = ("cosine", "knee", "multistep")  # the paper's schedules
@@ -176,8 +176,7 @@ def second_stage(s: Setup, k: float) -> dict[str, Point]:
     """T steps of the main path, then a cosine cycle of k*T cut after T steps."""
     increments = {"plan.increments": str(2 * s.T), "data.increments": ",".join([str(s.T)] * s.N)}
     cycle = {} if k == 1 else {"plan.cycle": "inf" if k == math.inf else str(round(k * s.T))}
-    keys = COSINE | increments | decay(s.T) | cycle
-    return {"updated": Point(Run("ours", Setting(keys=keys)), 1)}
+    return {"updated": Point(Run("ours", Setting(keys=COSINE | increments | decay(s.T) | cycle)), 1)}
 
 
 def table2(s: Setup) -> Table:
@@ -203,8 +202,7 @@ def table3(s: Setup) -> Table:
 
 
 def table4(s: Setup) -> Table:
-    rows = paradigm_rows(s, {}, Setting(keys=COSINE))
-    return Table("table4", "Table 4: downstream tasks", s.columns, rows)
+    return Table("table4", "Table 4: downstream tasks", s.columns, paradigm_rows(s, {}, Setting(keys=COSINE)))
 
 
 def table5(s: Setup) -> Table:
@@ -323,10 +321,8 @@ TABLES: dict[str, Callable[[Setup], Table]] = {f.__name__: f for f in ALL}
 DOWNSTREAM = ("table4", "table11")  # their numbers are scores of tasks, not perplexities: downstream.py makes them
 DRAWN_FROM = {"fig2": "table3", "loss": "table3"}
 # All tables and figures, in the paper's order
-ORDER = (
-    "fig1 fig2 fig3 table1 fig4 fig5 table2 table3 table4 table5 "
-    "table6 table7 table8 table9 fig6 table10 table11 table12 table13 loss"
-).split()
+ORDER = "fig1 fig2 fig3 table1 fig4 fig5 table2 table3 table4 table5".split()
+ORDER += "table6 table7 table8 table9 fig6 table10 table11 table12 table13 loss".split()
 ORDER += [name for name in TABLES if name not in ORDER]
 
 

@@ -87,6 +87,8 @@ def check_space(folder: Path, need: int) -> None:
     """UserError if the disk of `folder` has less than `need` bytes free, and 1 % for the metadata."""
     while not folder.exists():
         folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{folder}: is no folder that can be written to; choose another --out")
     if (free := shutil.disk_usage(folder).free) < 1.01 * need:
         sizes = f"a checkpoint takes {need / 1e6:,.2f} MB and {free / 1e6:,.2f} MB are free"
         raise UserError(f"{folder}: {sizes}; make room or choose another --out")

@@ -63,7 +63,7 @@ def this_command(**changes: object) -> str:
     for a in sys.argv[1:]:
         if a == "--dry_run":
             continue
-        if not skip and a.removeprefix("--").partition("=")[0] not in changes:
+        if not skip and not (a.startswith("--") and a[2:].partition("=")[0] in changes):
             argv.append(a)
             continue
         skip = not skip and "=" not in a

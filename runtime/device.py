@@ -48,11 +48,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def steady_malloc(device: torch.device) -> None:
-    """On a CPU, let glibc keep freed memory for the next tensor.
-
-    By default it returns large blocks to the system and gets them again page by page, which is slow. Other C libraries
-    have no mallopt and stay as they are.
-    """
+    """On a CPU, let glibc keep freed memory for the next tensor: to get large blocks again page by page is slow."""
     if device.type == "cpu" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: at its largest, 32 MiB
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD

@@ -113,8 +113,7 @@ def batch_problems(c: Config, ranks: int) -> list[str]:
 def choose(wanted: str, parameters: int, world: World) -> tuple[str, str]:
     """("none", "ddp" or "fsdp", the reason).
 
-    auto: DDP while float32 weights, gradients and two moments fit a third of a device, which leaves the rest to
-    activations, the loss and buckets; on a CPU always DDP.
+    auto: DDP while weights, gradients and moments fit a third of a device (activations take the rest), and on a CPU.
     """
     state = 16 * parameters  # bytes
     if world.ranks == 1:

@@ -9,7 +9,7 @@ from runtime import resume
 from runtime.distributed import World
 from runtime.errors import UserError
 from runtime.resume import Run
-from runtime.start import check_origin, check_start, find_start, open_data
+from runtime.start import check_shipped, check_start, find_start, open_data
 from text import prepare
 
 
@@ -55,7 +55,7 @@ def check(run: Run) -> tuple[Run, UserError | None]:
     sft, alone = run.segment.paradigm == "sft", World(0, 0, 1, torch.device("cpu"))
     try:
         if not sft and prepare.ships(run.config.data.path):
-            check_origin(run)
+            check_shipped(run)
         else:
             with tempfile.TemporaryDirectory() as scratch:
                 run, tokens = open_data(run, alone, lambda doing: None, Path(scratch))

@@ -1,15 +1,9 @@
-"""The finished versions in a run's folder, and their paradigms, as their checkpoints record them."""
+"""The finished versions in a run's folder, as their checkpoints record them."""
 
 from pathlib import Path
 from typing import Any
 
 from runtime import checkpoint
-
-NAMES = {"ptfs": "PTFS", "cpt": "CPT", "ours": "Ours"}  # of the paradigms in tables
-
-
-def is_fine_tuned(meta: dict[str, Any]) -> bool:
-    return "epochs" in meta["data"]  # which only a fine-tuning records
 
 
 def finished(run: Path) -> dict[str, dict[int, Path]]:
@@ -24,30 +18,17 @@ def finished(run: Path) -> dict[str, dict[int, Path]]:
             if meta["finished"]:
                 metas[meta["segment"]] = meta
     parents = {s: meta["parent"]["segment"] for s, meta in metas.items() if meta["parent"]}
-    fine_tunings = {parents[s]: s for s, meta in metas.items() if is_fine_tuned(meta)}
+    tuned = {s for s, meta in metas.items() if "epochs" in meta["data"]}  # only a fine-tuning records them
+    fine_tunings = {parents[s]: s for s in tuned}
     found: dict[str, dict[int, Path]] = {}
-    for segment, meta in metas.items():
+    for segment in metas:
         first = segment
         while first in parents:
             first = parents[first]
-        if is_fine_tuned(meta):
+        if segment in tuned:
             first = fine_tunings.get(first, segment)
         versions = found.setdefault(Path(segment).parent.as_posix(), {})
         for s in (first, segment):
             if s == segment or (s in metas and metas[s]["version"] == 1):
                 versions[metas[s]["version"]] = checkpoint.path(run / s, metas[s]["step"])
     return found
-
-
-def paradigm(run: Path, path: Path) -> str:
-    """The paradigm of a checkpoint, by the parent of its learning-rate path: "ptfs", "cpt" or "ours".
-
-    A fine-tuning has that of the model it began from; an empty text if that is not in this run.
-    """
-    if not (path / "meta.json").exists():
-        return ""
-    meta = checkpoint.read_meta(path)
-    parent = meta["path"]["parent"]
-    if is_fine_tuned(meta):
-        return paradigm(run, checkpoint.path(run / parent[0], parent[1]))
-    return "ptfs" if not parent else "ours" if parent[0] == "main" else "cpt"

@@ -19,6 +19,7 @@ from runtime.files import is_locked, lock, open_log, write_text
 from runtime.resume import Run
 from text import prepare, token_files
 from text.examples import Examples, MixedData, SFTData, prepare_examples
+from text.tokenizer import Tokenizer
 
 BUSY = "{}: another process is training here; wait for it or choose another --out"
 
@@ -35,14 +36,12 @@ def open_data(run: Run, world: World, beat: Callable[[str], None], home: Path) -
         beat("checking data")
         with raise_on_all_ranks(world):
             if world.rank == 0 and prepare.ships(c.data.path):
-                check_origin(run)  # before anything is written
+                check_shipped(run)
                 prepare.ship(c.data.path)
         with raise_on_all_ranks(world):
             tokens = resume.open_tokens(c, run.plan, MixedData if run.reads_examples else Tokens)
             found = tokens.problems(segment.start, segment.end)
-            if tokens.meta["vocab_size"] != c.model.vocab_size:
-                expected = f"expected {tokens.meta['vocab_size']}, the vocabulary of data.path {c.data.path}"
-                found = [f"model.vocab_size: got {c.model.vocab_size}, {expected}"]
+            check_vocabulary(c, tokens.meta["vocab_size"])
             if found:
                 raise UserError("\n".join(found))
     if run.reads_examples:
@@ -68,6 +67,19 @@ def open_data(run: Run, world: World, beat: Callable[[str], None], home: Path) -
     return run, tokens
 
 
+def check_vocabulary(c: config.Config, size: int) -> None:
+    """UserError unless the model has as many ids as the data."""
+    if size != c.model.vocab_size:
+        expected = f"expected {size}, the vocabulary of data.path {c.data.path}"
+        raise UserError(f"model.vocab_size: got {c.model.vocab_size}, {expected}")
+
+
+def check_shipped(run: Run) -> None:
+    """What can be refused before the text that ships is prepared."""
+    check_vocabulary(run.config, Tokenizer(str(prepare.RANKS)).vocab_size)
+    check_origin(run)
+
+
 @dataclass
 class Start:
     """Where training begins. JSON-serializable: found on rank 0, broadcast to all."""
@@ -85,6 +97,8 @@ def check_origin(run: Run) -> None:
     begun = resume.resume_step(run.folder, run.required) is not None
     if begun or not origin or (origin / "meta.json").exists():
         return
+    if run.parent or not s.parent:
+        raise UserError(f"{origin}: is not there, and {s.name} starts from it; expected the folder of a checkpoint")
     makers = {"branch": {"mode": "main", "version": s.version}, "cpt": {"mode": "cpt", "version": s.version - 1}}
     maker = this_command(**makers.get(s.paradigm, {}))
     raise UserError(f"{origin}: is not there, and {s.name} starts from it; make it: {maker}")
@@ -109,6 +123,8 @@ def find_start(run: Run, tokens: Tokens | SFTData) -> Start:
         if begun.get("hash") != parent["hash"]:
             fix = "leave it out, or choose another --out"
             raise UserError(f"--parent {origin}: {folder} was begun from another; {fix}")
+    for step in done:
+        checkpoint.verify(checkpoint.path(folder, step), checksums=False)
     for step in there:  # all of them: one folder never holds two runs
         if step <= s.end or s.paradigm == "sft":  # a main path may be longer; fine-tuning of another length is another
             resume.check_lineage(checkpoint.path(folder, step), c, s, tokens)

@@ -53,7 +53,11 @@ def find_documents(file: Path, ids: np.ndarray, tok: Tokenizer, bar: tqdm) -> np
     found = []
     for first, end in zip(edges[:-1] + 1, edges[1:], strict=True):
         if first < end:
-            found.append((first, end, hashes(tok.decode(ids[first:end].tolist()))[0]))
+            own = ids[first:end].tolist()
+            text = tok.decode(own)
+            if "\ufffd" in text:  # of bytes that are no character: other ids may be decoded alike
+                text += str(own)
+            found.append((first, end, hashes(text)[0]))
         bar.update(int(end - first) + 1)
     return np.array(found, np.uint64).reshape(-1, 3)
 

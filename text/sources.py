@@ -81,8 +81,9 @@ def find_source(name: str, flag: str = "--source") -> Source:
         source.left_out[f"{why} ({str(firsts.setdefault(why, f))!r})"] += 1
     if not source.files:
         problem = f"has nothing to read: {source.listed()}" if source.left_out else problem
-        kinds = f"{', '.join(KINDS)}, also with {', '.join(OPENERS)}"
-        raise UserError(f"{flag} {name!r}: {problem}; expected {kinds}, a folder or glob of them, or hf:NAME")
+        kinds = [end for end, kind in KINDS.items() if kind == "json" or flag == "--source"]
+        expected = f"expected {', '.join(kinds)}, also with {', '.join(OPENERS)}, a folder or glob of them"
+        raise UserError(f"{flag} {name!r}: {problem}; {expected}{', or hf:NAME' * (flag == '--source')}")
     return source
 
 

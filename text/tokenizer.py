@@ -37,7 +37,8 @@ class Tokenizer:
         self.hf: Any = None  # a tokenizers.Tokenizer, if `name` is a folder
         self.special_ids: set[int] = set()  # that tokenizer.json says are no text
         self.markers: dict[str, int] = {}  # the ids of ChatML's markers, if tokenizer.json has them
-        self.is_folder = Path(name).is_dir()
+        # not every folder of the working directory that is called as an encoding
+        self.is_folder = (Path(name) / "tokenizer.json").is_file() or (os.sep in name and Path(name).is_dir())
         self.is_file = not self.is_folder and (os.sep in name or name.endswith(".tiktoken"))
         self.sha256 = hashlib.sha256(name.encode()).hexdigest()  # of the file, if there is one
         if self.is_folder:
@@ -89,7 +90,8 @@ class Tokenizer:
                 added = self.hf.get_added_tokens_decoder()
                 # in a text they are text: words and spaces that a vocabulary was extended by stay tokens
                 self.hf.add_special_tokens([t.content for t in added.values() if CONTROL.fullmatch(t.content)])
-                self.hf.encode("é 中 \0")  # raises if the vocabulary cannot encode every text
+                if "中" not in self.hf.decode(self.hf.encode("é 中 \0").ids):  # or it raises
+                    raise ValueError("its vocabulary cannot encode every text, such as 中")
         except ValueError as e:
             raise UserError(f"{file}: is no tokenizer of Hugging Face: {e}") from None
         self.hf.encode_special_tokens = True

@@ -28,12 +28,11 @@ from tqdm import tqdm
 import config
 import eval as evaluation
 import model as llama
-from runtime import checkpoint, distributed, resume, runs
+from runtime import checkpoint, distributed, resume
 from runtime.command_line import Parser
 from runtime.device import pick_device, steady_malloc
 from runtime.distributed import World
 from runtime.errors import UserError, first_line, user_errors
-from runtime.runs import NAMES
 from sample import Sampling, generate
 from text.examples import held_messages
 from text.tokenizer import Tokenizer
@@ -239,9 +238,10 @@ def find_below(folder: Path, files: Any) -> Any:
     if isinstance(files, list):
         return [find_below(folder, f) for f in files]
     if not (folder / files).is_file():
+        problem = f"--data_dir: there is no {folder / files}, which a task reads"
         owner = "/".join(Path(files).parts[:2])  # of the repository, in our own tasks
         clone = f"git clone https://github.com/{owner} {shlex.quote(str(folder / owner))}"
-        raise UserError(f"--data_dir: there is no {folder / files}, which a task reads; for its own tasks: {clone}")
+        raise UserError(f"{problem}; get it: {clone}" if len(Path(files).parts) > 2 else problem)
     return str(folder / files)
 
 
@@ -376,18 +376,6 @@ def table(title: str, labels: list[str], rows: list[tuple[list[str], Results]]) 
     return {"title": title, "header": [*labels, *first, "AVG"], "rows": cells, "notes": notes}
 
 
-def row_names(run: Path, versions: Versions) -> dict[str, str]:
-    """{folder: PTFS, CPT or Ours} in this order; with its schedule if there are several, and (SFT) if fine-tuned."""
-    last = {folder: found[max(found)] for folder, found in versions.items()}
-    kinds = {f: (runs.paradigm(run, p), runs.is_fine_tuned(checkpoint.read_meta(p))) for f, p in last.items()}
-    names = {}
-    for folder, (kind, tuned) in sorted(kinds.items(), key=lambda item: ([*NAMES, ""].index(item[1][0]), item[0])):
-        several = list(kinds.values()).count((kind, tuned)) > 1
-        schedule = f" {Path(folder).name.removeprefix(f'{kind}-')}" if several else ""
-        names[folder] = f"{NAMES[kind]}{schedule}{' (SFT)' if tuned else ''}" if kind else folder
-    return names
-
-
 def main() -> None:
     a = Parser(prog="python -m tools.harness", description=__doc__)
     a.add_checkpoints()
@@ -426,7 +414,7 @@ def main() -> None:
 
 
 def print_results(known: dict[Path, Results], versions: Versions | None, run: Path, as_json: bool) -> None:
-    """Results of checkpoints, or of the `versions` of a run by version and paradigm: JSON, or a table in Markdown."""
+    """Results of checkpoints, or of a run's `versions` by version and folder: JSON, or a table in Markdown."""
     if as_json:
         by_version = {n: {v: known[p] for v, p in vs.items()} for n, vs in (versions or {}).items()}
         print(json.dumps(by_version or {str(p): r for p, r in known.items()}, indent=1))
@@ -434,10 +422,9 @@ def print_results(known: dict[Path, Results], versions: Versions | None, run: Pa
     title, labels = "Downstream tasks", ["checkpoint"]
     rows = [([str(p)], r) for p, r in known.items()]
     if versions:
-        title, labels = f"Downstream tasks: {run}", ["Ver.", "TP"]
-        names = row_names(run, versions)
+        title, labels = f"Downstream tasks: {run}", ["version", "paradigm"]
         every = sorted({v for vs in versions.values() for v in vs})
-        rows = [([f"V{v}", names[n]], known[versions[n][v]]) for v in every for n in names if v in versions[n]]
+        rows = [([f"V{v}", name], known[vs[v]]) for v in every for name, vs in versions.items() if v in vs]
     record = table(title, labels, rows)
     lines = ["| " + " | ".join(row) + " |" for row in (record["header"], *record["rows"])]
     lines.insert(1, "|" + " --- |" * len(labels) + " ---: |" * (len(record["header"]) - len(labels)))

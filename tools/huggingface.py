@@ -12,7 +12,6 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -52,21 +51,17 @@ def import_model(source: str, out: str) -> Path:
         copy_tokenizer(folder, work / "tokenizer")
         (work / "import").mkdir()
         weights = {f"model.{name}": t for name, t in read_weights(m, headers).items()}
-        checkpoint.save(work / "import", 0, weights, import_record(c, tok))
+        # a finished version 1, trained on no data of ours
+        state = {"version": 1, "path": {}, "finished": True, "pinned": True, "parent": None, "tokens": 0}
+        data = {"tokenizer": tok.sha256, "increments": []}
+        made = {"config": config.values(c), "data": data, "versions": {"torch": torch.__version__}}
+        checkpoint.save(work / "import", 0, weights, {"segment": resume.IMPORT, **state, **made})
         write_text(work / "model.toml", model_toml(c, source))
-    made = checkpoint.path(target / "import", 0)
-    print(f"{made}: {size:,} parameters, {len(headers)} tensors of {folder}")
+    where = checkpoint.path(target / "import", 0)
+    print(f"{where}: {size:,} parameters, {len(headers)} tensors of {folder}")
     file = shlex.quote(str(target / "model.toml"))
     print(f"Go on with: python train.py --config {file} --mode main (its data: see that file)")
-    return made
-
-
-def import_record(c: config.Config, tok: Tokenizer) -> dict[str, Any]:
-    """The record of an imported checkpoint: a finished version 1, trained on no data of ours."""
-    state = {"version": 1, "path": {}, "finished": True, "pinned": True, "parent": None, "tokens": 0}
-    data = {"tokenizer": tok.sha256, "increments": []}
-    made = {"config": config.values(c), "data": data, "versions": {"torch": torch.__version__}}
-    return {"segment": resume.IMPORT, **state, **made}
+    return where
 
 
 def model_toml(c: config.Config, source: str) -> str:

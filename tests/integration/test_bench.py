@@ -235,7 +235,7 @@ def test_checkpoint(run, tmp_path, monkeypatch):
 def test_what_cannot_run_is_refused_before_it_begins(run, monkeypatch, args, said):
     for module in (measure, kernels):
         monkeypatch.setattr(module, "timed", lambda *a: pytest.fail("it ran"))
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("kernels.INTERPRETED", False)
     code, result, text = run(*args, *([] if args == ["stride"] else ["--train.device", "cpu"]))
     errors = [line for line in text.splitlines() if line.startswith("bench: error")]
     assert code == 2 and result is None and len(errors) == 1 and said in errors[0]

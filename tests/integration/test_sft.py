@@ -424,7 +424,7 @@ def test_the_files_that_are_read_and_left_out(tmp_path, capsys):
     assert Examples(folder, 32, 1).meta["examples"] == 40
     readme = tmp_path / "data" / "README"
     assert capsys.readouterr().out == f"{str(readme.parent)!r}: left out 1 without ending ({str(readme)!r})\n"
-    (tmp_path / "data" / "notes.jsonl.txt").touch()
+    (tmp_path / "data" / "notes.jsonl.txt").write_text("text")
     with pytest.raises(UserError, match="notes.jsonl.txt: is no file of examples"):
         prepare_examples(str(tmp_path / "data"), BYTES, tmp_path)
 

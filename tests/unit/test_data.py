@@ -846,3 +846,31 @@ def test_a_document_that_a_library_fails_on_is_named(monkeypatch):
     message = str(e.value)
     assert message.startswith(f"--source y.jsonl: {('bad' + chr(10)) * 15!r}: tokenizer {prepare.RANKS} cannot encode")
     assert "called `unwrap()`" in message and len(message.splitlines()) == 1
+
+
+def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
+    """BPE without byte-level drops characters that its vocabulary lacks; others make all of them one id."""
+    letters = {c: i for i, c in enumerate("abc")} | {"<|endoftext|>": 3, "[UNK]": 4}
+    for i, model in enumerate(
+        (tokenizers.models.BPE(letters, []), tokenizers.models.WordLevel(letters, unk_token="[UNK]"))
+    ):
+        (folder := tmp_path / str(i)).mkdir()
+        tokenizers.Tokenizer(model).save(str(folder / "tokenizer.json"))
+        with pytest.raises(UserError, match="cannot encode every text"):
+            Tokenizer(str(folder))
+
+
+def test_a_folder_that_is_called_as_an_encoding_is_not_taken_for_a_tokenizer(tmp_path, monkeypatch):
+    (tmp_path / "bytes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert Tokenizer("bytes").encode("a") == [97]
+    with pytest.raises(UserError, match=r"bytes/tokenizer.json: is not there"):
+        Tokenizer("./bytes")
+
+
+def test_documents_of_token_files_that_are_decoded_alike_are_not_duplicates(tmp_path):
+    np.array([65, 256], "<u2").tofile(tmp_path / "val.bin")
+    np.array([70, 200, 256, 70, 201, 256, 70, 200, 256, 66, 256], "<u2").tofile(tmp_path / "v1.bin")
+    bins.bins(str(tmp_path / "out"), str(tmp_path / "val.bin"), [str(tmp_path / "v1.bin")], "bytes")
+    found = np.fromfile(tmp_path / "out" / "v1.bin", "<u2").tolist()
+    assert found == [70, 200, 256, 70, 201, 256, 66, 256]  # the third is the first again

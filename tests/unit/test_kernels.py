@@ -542,7 +542,7 @@ def test_choice(monkeypatch):
 def test_what_cannot_be_served_is_said(monkeypatch):
     c = config.Model(n_head=1, hidden=40)
     assert kernels.problems("auto", False, c) == kernels.problems("torch", False, c) == []
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
     assert "no CUDA GPU" in kernels.problems("auto,rope=triton", False, c)[0]
     assert "16, 32, 64, 96, 128, got model.hidden / model.n_head = 40" in kernels.problems("triton", True, c)[0]
     assert kernels.problems("triton,attention=torch", True, c) == []
