@@ -211,7 +211,7 @@ def to_toml(c: Config) -> str:
             text, section = text + f"\n[{owner}]\n", owner
         if v is not None:
             text += f"{leaf} = {v!r}\n" if isinstance(v, float) else f"{leaf} = {json.dumps(v, ensure_ascii=False)}\n"
-    return text
+    return text.replace("\x7f", "\\u007f")  # which JSON leaves as it is and TOML does not allow
 
 
 if __name__ == "__main__":

@@ -125,3 +125,9 @@ def test_configs_hold_only_known_sections():
             "plan",
             "train",
         }
+
+
+def test_any_text_can_be_written_and_read_again(tmp_path):
+    c = config.load("tiny", {"out": 'a "b" \\ \x7f \t é 🙂'})
+    (file := tmp_path / "c.toml").write_text(config.to_toml(c), encoding="utf-8")
+    assert config.load(str(file)).out == c.out
