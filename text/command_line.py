@@ -62,7 +62,7 @@ def arguments() -> Parser:
 def run(o: argparse.Namespace) -> None:
     sources = vars(o).get("source") or [str(TEXT)]
     if o.command in ("prepare", "vocab") and not 1e-9 <= o.val <= 1 - 1e-9:
-        raise UserError(f"--val: got {o.val}, expected above 0 and below 1, by 1e-9 at least")
+        raise UserError(f"--val: got {o.val}, expected a part between 0 and 1, such as 0.05")
     if o.command in ("prepare", "add"):
         if o.weights and len(o.weights) != len(sources):
             raise UserError(f"--weights: got {len(o.weights)} for {len(sources)} sources, expected one each")
