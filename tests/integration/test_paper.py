@@ -337,6 +337,8 @@ def test_table3_end_to_end_stopped_and_gone_on(tmp_path, prepared, main):
     assert (code, refused) == (0, "") and not root.exists()
     assert "6 of 6 segments are not trained yet" in said.splitlines()[-1]
     assert "table3: 6 segments, 66 steps, 16.9K tokens" in said and said.count("python train.py") == 6
+    code, said, refused = main(*words(root, prepared, "--slurm"))  # prints jobs, though this scale may train
+    assert (code, refused) == (0, "") and not root.exists() and said.count("sbatch") >= 6
 
     killed = start(root, prepared)
     wait_for(killed, 1)
