@@ -29,6 +29,7 @@ import config
 import kernels
 from bench import disk, evaluation, peers, step
 from bench import kernels as kernel_rows
+from bench.kernels import CASES
 from bench.measure import Row, show, table, text
 from runtime import logger
 from runtime.command_line import Parser
@@ -43,12 +44,7 @@ VERBS |= {"data": disk.run_data, "checkpoint": disk.run_checkpoint}
 OPTIONS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("step data checkpoint eval", "--size", {"dest": "config"}, "a name in configs/ or a .toml file, as --config"),
     ("kernels", "--size", {"dest": "sizes", "nargs": "+"}, "names in configs/ [203m to 3.1b; on a CPU tiny]"),
-    (
-        "kernels",
-        "--only",
-        {"nargs": "+", "choices": kernel_rows.CASES, "default": kernel_rows.CASES},
-        "some of the kernels",
-    ),
+    ("kernels", "--only", {"nargs": "+", "choices": CASES, "default": CASES}, "some of the kernels"),
     ("step", "--peers", {"nargs": "*", "choices": peers.PEERS}, "which peers, if any [all; on a CPU hf nanogpt]"),
     ("step", "--micro", {"nargs": "+", "type": int}, "micro-batches to try [16 32 8 4; on a CPU 8 16 4]"),
     ("step", "--minutes", {"type": float, "default": 10.0}, "no round begins later; a third is for --micro [10]"),

@@ -115,10 +115,8 @@ def record(of: tables.Table, found: dict[Cell, list[Scores]], names: list[str], 
         mean = {NINE.get(n) or seeds[0][n]["task"]: {**seeds[0][n], "value": value[n]} for n in names}
         lines.append(([*[group] * several, version, name], mean))
     made = harness.table(of.title, [*["scale"] * several, "Ver.", "TP"], lines)
-    means = [
-        {"group": g, "version": v, "name": n, "value": None if row[-1] == "-" else float(row[-1])}
-        for (g, v, n), row in zip(where, made["rows"], strict=True)
-    ]
+    averages = [None if row[-1] == "-" else float(row[-1]) for row in made["rows"]]
+    means = [{"group": g, "version": v, "name": n, "value": a} for (g, v, n), a in zip(where, averages, strict=True)]
     for p in tables.PAPER["table4_downstream"] if set(names) & set(NINE) else []:
         if several or p["scale"] == "1.2B-42B":
             shown = [f"{p[NINE[n]]:.2f}" if n in NINE else "-" for n in names]

@@ -104,10 +104,9 @@ def provenance(request: Request, table: str) -> dict[str, Any]:
     nodes = request.nodes_of[table].values()
     logs = [node.log() for node in nodes]
     starts = [r for log in logs for r in log if "config" in r]
+    made = {"scale": request.setup.scale.name, "config": config.values(request.setup.base), "segments": len(nodes)}
     return {
-        "scale": request.setup.scale.name,
-        "config": config.values(request.setup.base),
-        "segments": len(nodes),
+        **made,
         "steps": sum(node.steps for node in nodes),
         "seconds": sum(trained(log)[1] for log in logs),
         "devices": sorted({f"{r['device']} ({r['ranks']} rank{'s' * (r['ranks'] > 1)}, {r['dtype']})" for r in starts}),

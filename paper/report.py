@@ -103,8 +103,7 @@ def markdown(record: dict[str, Any]) -> str:
     out = [f"### {record['title']}", "", *lines(grid(record))]
     if rows := gaps(record):
         out += ["", *lines(rows)]
-    for w in words(record):
-        out += ["", w]
+    out += [line for paragraph in words(record) for line in ("", paragraph)]
     if found := statements(record):
         out += ["", *(f"- **{verdict}** {text}" for verdict, text in found), "", LEGEND]
     return "\n".join(out) + "\n"

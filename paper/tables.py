@@ -1,7 +1,7 @@
 """The paper's tables as data: rows of runs, the numbers that the paper prints for them, and its claims.
 
 graph.py trains the points that the rows name, measure.py scores them, report.py prints them. To add a table, write a
-function like those below and add it to TABLES.
+function like those below and name it in ALL.
 """
 
 import itertools

@@ -51,6 +51,13 @@ def steps(segment: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
+def check_whole(segment: Path) -> None:
+    """UserError if a folder has the name of a checkpoint and is none: its metadata are lost."""
+    for f in sorted(segment.glob("step-*")):
+        if STEP.fullmatch(f.name) and (f.is_symlink() or not (f / "meta.json").is_file()):
+            raise UserError(f"{f}: in the way of a checkpoint and not one (no meta.json); restore it or move it away")
+
+
 def last(segment: Path) -> str:
     """A segment's last checkpoint, as a sentence for messages."""
     there = steps(segment)

@@ -13,6 +13,7 @@ def finished(run: Path) -> dict[str, dict[int, Path]]:
     """
     metas: dict[str, dict[str, Any]] = {}  # by segment
     for folder in sorted([*run.glob("*/v*"), *run.glob("sft/*/v*")]):
+        checkpoint.check_whole(folder)
         for step in checkpoint.steps(folder)[-1:]:
             meta = checkpoint.read_meta(checkpoint.path(folder, step))
             if meta["finished"]:

@@ -111,9 +111,7 @@ def find_start(run: Run, tokens: Tokens | SFTData) -> Start:
     place of random weights; fine-tuning starts from any checkpoint.
     """
     c, s, folder, origin = run.config, run.segment, run.folder, run.origin
-    for f in sorted(folder.glob("step-*")):
-        if checkpoint.STEP.fullmatch(f.name) and (f.is_symlink() or not (f / "meta.json").is_file()):
-            raise UserError(f"{f}: in the way of a checkpoint and not one (no meta.json); restore it or move it away")
+    checkpoint.check_whole(folder)
     there = checkpoint.steps(folder)
     done = [r for r in run.required if r in there]
     given = bool(run.parent) or not s.parent

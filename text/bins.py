@@ -70,6 +70,8 @@ def bins(out: str, val: str, files: list[str], tokenizer: str) -> None:
     """
     folder = Path(out).resolve()  # links to one folder share its lock
     tok = Tokenizer(tokenizer)
+    if tok.decode(tok.encode("abc")) != "abc":
+        raise UserError(f"--tokenizer {tokenizer}: changes texts, so `add` could not know them; prepare the texts")
     dtype = np.dtype(id_dtype(tok.vocab_size))
     paths, written, sources = [Path(f) for f in (val, *files)], [], []
     seen = np.empty(0, np.uint64)  # hashes of the documents taken

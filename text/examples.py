@@ -74,6 +74,8 @@ def prepare_examples(source: str, tok: Tokenizer, run: Path) -> Path:
     if wrong := [f for f in found.files if kind_of(f)[0] != "json"]:
         raise UserError(f"data.sft {wrong[0]}: is no file of examples, expected .jsonl, which may be compressed")
     print_left_out([found])
+    if tok.decode(tok.encode("a") + tok.encode("b")) != "ab":
+        print(f"{source}: tokenizer {tok.name} begins each text with a space, and so each prompt, response and message")
     sha = hashlib.sha256("".join(sha256(f) for f in found.files).encode()).hexdigest()
     folder = run / f"examples-{hashlib.sha256(f'1 {sha} {tok.sha256}'.encode()).hexdigest()[:12]}"
     while not folder.exists():

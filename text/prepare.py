@@ -208,8 +208,9 @@ def ships(out: str) -> bool:
 
 def ship(out: str) -> None:
     """Prepare the text that ships with the project if `ships(out)`; wait if another process is at it."""
-    while ships(out):
+    if ships(out):
         print(f"{out}: not there yet, so the text that ships with the project is prepared", flush=True)
+    while ships(out):
         with wait_if_taken():
             prepare(out, [str(TEXT)])
 

@@ -196,7 +196,7 @@ def json_object(file: Path) -> dict[str, Any]:
 def vocab(out: str, sources: list[str], size: int, increments: list[float], val: float) -> None:
     """Train a rank file of `size` - 1 ranks (<|endoftext|> is the last id) on the first increment of the sources."""
     file = Path(out)
-    if file.exists():
+    if os.path.lexists(file):
         raise UserError(f"{file}: is there already and is never overwritten; choose another --out")
     if not 257 <= size <= 1 << 24:
         raise UserError(f"--vocab_size: got {size}, expected 257 (256 bytes and <|endoftext|>) to {1 << 24}")

@@ -29,7 +29,7 @@ import config
 import eval as evaluation
 import model as llama
 from runtime import checkpoint, distributed, resume
-from runtime.command_line import Parser
+from runtime.command_line import Parser, aligned
 from runtime.device import pick_device, steady_malloc
 from runtime.distributed import World
 from runtime.errors import UserError, first_line, user_errors
@@ -218,7 +218,7 @@ def local_copies(folder: str | None) -> Iterator[None]:
             kw["data_files"] = find_below(Path(folder), kw.get("data_files"))
         elif folder is not None:
             if not (local := Path(folder) / path).is_dir():
-                get = f"huggingface-cli download --repo-type dataset {path} --local-dir {shlex.quote(str(local))}"
+                get = f"hf download --repo-type dataset {path} --local-dir {shlex.quote(str(local))}"
                 raise UserError(f"--data_dir: there is no {local}; get it: {get}")
             path = str(local)
         try:
@@ -414,7 +414,7 @@ def main() -> None:
 
 
 def print_results(known: dict[Path, Results], versions: Versions | None, run: Path, as_json: bool) -> None:
-    """Results of checkpoints, or of a run's `versions` by version and folder: JSON, or a table in Markdown."""
+    """Results of checkpoints, or of a run's `versions` by version and folder: JSON, or a table."""
     if as_json:
         by_version = {n: {v: known[p] for v, p in vs.items()} for n, vs in (versions or {}).items()}
         print(json.dumps(by_version or {str(p): r for p, r in known.items()}, indent=1))
@@ -426,9 +426,7 @@ def print_results(known: dict[Path, Results], versions: Versions | None, run: Pa
         every = sorted({v for vs in versions.values() for v in vs})
         rows = [([f"V{v}", name], known[vs[v]]) for v in every for name, vs in versions.items() if v in vs]
     record = table(title, labels, rows)
-    lines = ["| " + " | ".join(row) + " |" for row in (record["header"], *record["rows"])]
-    lines.insert(1, "|" + " --- |" * len(labels) + " ---: |" * (len(record["header"]) - len(labels)))
-    print("\n\n".join([f"### {title}", "\n".join(lines), *record["notes"]]) + "\n")
+    print("\n\n".join([title, aligned([record["header"], *record["rows"]]), *record["notes"]]) + "\n")
 
 
 if __name__ == "__main__":

@@ -44,8 +44,7 @@ def import_model(source: str, out: str) -> Path:
         if tok.vocab_size > m.vocab_size:
             got = f"has ids to {tok.vocab_size - 1}, expected below the {m.vocab_size} rows of the model"
             raise UserError(f"{folder / 'tokenizer.json'}: {got}; it is another model's")
-        size = m.parameters
-        checkpoint.check_space(target.parent, 4 * size)
+        checkpoint.check_space(target.parent, 4 * m.parameters)
         c = config.Config(out=out, model=m)
         c.data.path = str(target / "tokenizer")
         copy_tokenizer(folder, work / "tokenizer")
@@ -53,12 +52,12 @@ def import_model(source: str, out: str) -> Path:
         weights = {f"model.{name}": t for name, t in read_weights(m, headers).items()}
         # a finished version 1, trained on no data of ours
         state = {"version": 1, "path": {}, "finished": True, "pinned": True, "parent": None, "tokens": 0}
+        made = {"config": config.values(c), "versions": {"torch": torch.__version__}, "segment": resume.IMPORT}
         data = {"tokenizer": tok.sha256, "increments": []}
-        made = {"config": config.values(c), "data": data, "versions": {"torch": torch.__version__}}
-        checkpoint.save(work / "import", 0, weights, {"segment": resume.IMPORT, **state, **made})
+        checkpoint.save(work / "import", 0, weights, {**made, **state, "data": data})
         write_text(work / "model.toml", model_toml(c, source))
     where = checkpoint.path(target / "import", 0)
-    print(f"{where}: {size:,} parameters, {len(headers)} tensors of {folder}")
+    print(f"{where}: {m.parameters:,} parameters, {len(headers)} tensors of {folder}")
     file = shlex.quote(str(target / "model.toml"))
     print(f"Go on with: python train.py --config {file} --mode main (its data: see that file)")
     return where

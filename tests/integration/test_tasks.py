@@ -367,8 +367,8 @@ def test_a_run_and_two_ranks(trained, train_cli, tmp_path, monkeypatch, capsys):
         return capsys.readouterr()
 
     r = said(tmp_path / "run")
-    rows = [line.split("|")[1:-1] for line in r.out.splitlines() if line.startswith("| V")]
-    assert [[c.strip() for c in row[:2]] for row in rows] == [
+    rows = [line.split() for line in r.out.splitlines() if line.startswith("V")]
+    assert [row[:2] for row in rows] == [
         ["V1", "cpt-cosine"],
         ["V1", "ptfs-cosine"],
         ["V2", "cpt-cosine"],
@@ -498,9 +498,7 @@ def test_the_harness_has_the_papers_tasks_and_loads_local_copies(tmp_path):
     for name, copy in zip(
         names, ("cais/mmlu", "SaylorTwift/bbh", "hails/agieval-", "ceval/ceval-exam", "haonan-li/cmmlu"), strict=True
     ):
-        with pytest.raises(
-            UserError, match=f"there is no .*{copy}.*; get it: huggingface-cli download --repo-type dataset {copy}"
-        ):
+        with pytest.raises(UserError, match=f"there is no .*{copy}.*; get it: hf download --repo-type dataset {copy}"):
             harness.load((name,), str(tmp_path), None)
 
 

@@ -24,7 +24,7 @@ from helpers import cl100k_cache
 import data
 from runtime.errors import UserError
 from runtime.files import lock, write_json
-from text import bins, command_line, prepare, sources, token_files
+from text import bins, command_line, prepare, sources, token_files, tokenizer
 from text.tokenizer import Tokenizer
 from tools import hf_tokenizer
 
@@ -874,3 +874,25 @@ def test_documents_of_token_files_that_are_decoded_alike_are_not_duplicates(tmp_
     bins.bins(str(tmp_path / "out"), str(tmp_path / "val.bin"), [str(tmp_path / "v1.bin")], "bytes")
     found = np.fromfile(tmp_path / "out" / "v1.bin", "<u2").tolist()
     assert found == [70, 200, 256, 70, 201, 256, 66, 256]  # the third is the first again
+
+
+def test_token_files_of_a_tokenizer_that_changes_texts_are_refused(tmp_path):
+    """`add` would not know their documents again: it hashes the text, and these give it back with a space before it."""
+    model = tokenizers.models.BPE({c: i for i, c in enumerate([*tokenizers.pre_tokenizers.ByteLevel.alphabet()])}, [])
+    tok = tokenizers.Tokenizer(model)
+    tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tok.decoder = tokenizers.decoders.ByteLevel()
+    tok.add_special_tokens(["<|endoftext|>"])
+    (folder := tmp_path / "tok").mkdir()
+    tok.save(str(folder / "tokenizer.json"))
+    np.array([1, 2, 256], "<u2").tofile(tmp_path / "a.bin")
+    with pytest.raises(UserError, match="changes texts"):
+        bins.bins(str(tmp_path / "out"), str(tmp_path / "a.bin"), [str(tmp_path / "a.bin")], str(folder))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_file_does_not_replace_a_link(tmp_path):
+    (tmp_path / "link.tiktoken").symlink_to(tmp_path / "nowhere" / "ranks.tiktoken")
+    with pytest.raises(UserError, match="is there already"):
+        tokenizer.vocab(str(tmp_path / "link.tiktoken"), [], 257, [1.0], 0.1)
+    assert (tmp_path / "link.tiktoken").is_symlink()

@@ -200,6 +200,10 @@ def test_versions_are_found_by_what_is_recorded(trained, tmp_path):
     a1, b2 = record("a/v1", 1), record("b/v2", 2, "a/v1")
     b3, c2 = record("b/v3", 3, "b/v2"), record("c/v2", 2, "import", "main")
     tuned = [record(f"sft/{s}", v, s, epochs=1) for s, v in (("a/v1", 1), ("b/v3", 3))]
+    (lost := tmp_path / "r" / "b" / "v4" / "step-000040").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"step-000040: in the way of a checkpoint and not one \(no meta.json\)"):
+        runs.finished(tmp_path / "r")
+    lost.rmdir()
     assert runs.finished(tmp_path / "r") == {
         "a": {1: a1},
         "b": {1: a1, 2: b2, 3: b3},
