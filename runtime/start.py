@@ -114,11 +114,10 @@ def find_start(run: Run, tokens: Tokens | SFTData) -> Start:
     checkpoint.check_whole(folder)
     there = checkpoint.steps(folder)
     done = [r for r in run.required if r in there]
-    given = bool(run.parent) or not s.parent
-    parent = checkpoint.read_meta(origin) if origin and (origin / "meta.json").exists() else None
-    if parent and there and given:
+    given = origin if run.parent or not s.parent else None
+    if there and given and (given / "meta.json").exists():
         begun = checkpoint.read_meta(checkpoint.path(folder, there[0])).get("parent") or {}
-        if begun.get("hash") != parent["hash"]:
+        if begun.get("hash") != checkpoint.read_meta(given)["hash"]:
             fix = "leave it out, or choose another --out"
             raise UserError(f"--parent {origin}: {folder} was begun from another; {fix}")
     for step in done:
@@ -131,8 +130,9 @@ def find_start(run: Run, tokens: Tokens | SFTData) -> Start:
         return Start(last, done, str(own), False, checkpoint.read_meta(own).get("parent"))
 
     check_origin(run)
-    if not origin or not parent:
+    if not origin:
         return Start(s.start, done)
+    parent = checkpoint.read_meta(origin)
     known = {k: parent[k] for k in ("segment", "step", "hash")}
     if parent["segment"] == resume.IMPORT or s.paradigm == "sft":
         resume.check_model(origin, parent, c, tokens.meta["tokenizer_sha256"])

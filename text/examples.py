@@ -78,7 +78,7 @@ def prepare_examples(source: str, tok: Tokenizer, run: Path) -> Path:
         print(f"{source}: tokenizer {tok.name} begins each text with a space, and so each prompt, response and message")
     sha = hashlib.sha256("".join(sha256(f) for f in found.files).encode()).hexdigest()
     folder = run / f"examples-{hashlib.sha256(f'1 {sha} {tok.sha256}'.encode()).hexdigest()[:12]}"
-    while not folder.exists():
+    while not (folder.exists() or folder.is_symlink()):
         with wait_if_taken(), make_folder(folder) as partial:
             counts = write_examples(found.files, tok, partial)
             if not counts["examples"]:

@@ -203,7 +203,7 @@ def prepare(
 
 def ships(out: str) -> bool:
     """Is `out` the place of the text that ships with the project, and still empty?"""
-    return out == config.Data().path and not Path(out).exists()
+    return out == config.Data().path and not os.path.lexists(out)
 
 
 def ship(out: str) -> None:

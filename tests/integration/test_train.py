@@ -922,6 +922,28 @@ def test_the_text_that_ships_is_not_prepared_for_a_run_that_would_be_refused(mon
         assert "model.vocab_size: got 257, expected 1024" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_a_link_to_nowhere_in_the_place_of_prepared_data_is_refused(monkeypatch, capsys, tmp_path):
+    """Not waited for, as if another process were preparing it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "wait_if_taken", lambda: pytest.fail("it waits"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "demo").symlink_to(tmp_path / "gone")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "tiny", "--out", "run", "--train.device", "cpu"])
+    with pytest.raises(SystemExit, match="2"):
+        train.main()
+    assert "data/demo: no prepared data" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_segment_goes_on_where_its_parent_is_damaged(train_cli, monkeypatch, tmp_path):
+    """It reads its own last checkpoint; only a new one needs the parent's."""
+    assert train_cli("--mode", "main", "--version", "1") == 0
+    stop_after(monkeypatch, 6)
+    assert train_cli("--mode", "branch", "--version", "1") == 143
+    monkeypatch.undo()
+    (tmp_path / "run" / "main" / "step-000004" / "meta.json").write_text("{")
+    assert train_cli("--mode", "branch", "--version", "1") == 0
+
+
 def test_the_command_that_makes_a_parent_is_only_named_where_it_would(train_cli, monkeypatch, capsys, tmp_path):
     for words in (("--mode", "branch", "--version", "2", "--parent"), ("--mode", "main", "--train.base")):
         assert train_cli(*words, str(tmp_path / "nowhere")) == 2
