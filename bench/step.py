@@ -132,7 +132,7 @@ def run(o: Any, c: Config, device: torch.device, dtype: torch.dtype) -> Row:
     need, have = least_bytes("ours", c, 1), total_memory(device)
     if need > have:  # the next size may fit: this is no error
         fits = f"a model of at most {have / 16e9:.2g}B parameters fits"
-        note = f"skipped: needs {need / 1e9:.3g} GB or more, {device_name(device)} has {have / 1e9:.3g} GB; {fits}"
+        note = f"skipped: needs {need / 1e9:,.0f} GB or more, {device_name(device)} has {have / 1e9:,.0f} GB; {fits}"
         print(note)
         return {"rows": [Row(row=name, note=note) for name in names]}
     rows = {name: Row(row=name, note=peers.missing(name, cuda)) for name in names}
