@@ -30,7 +30,7 @@ from tools import harness
 BATCH = 16
 # Nats a token by which two sides may differ: 1e-4 is fp32's rounding many times over. bf16 has 8 bits: transformers'
 # log-probabilities near -11 are multiples of 1/16, and a sum of many has a relative error of 1/256, 0.05 a token. Other
-# weights or positions change an answer of one token by some 0.5, since random weights give logits a spread of 0.5.
+# weights change an answer of one token by some 0.5: that is the spread of logits where the weights are random.
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.15}
 
 Request = tuple[list[int], list[int]]  # ids of a question and of an answer

@@ -394,8 +394,11 @@ def test_eval_stops_where_the_sides_disagree(run, monkeypatch, dtype):
     pytest.importorskip("lm_eval")
     real = peers.hugging_face
 
-    def wrong(c, ours, *a):  # the positions of another model
-        return real(dataclasses.replace(c, rope_theta=2.0), ours, *a)
+    def wrong(c, ours, *a):  # fp32: positions that differ, little to untrained weights; bf16: two ids that are swapped
+        net = real(dataclasses.replace(c, rope_theta=2.0), ours, *a)
+        if dtype == "bfloat16":
+            net.lm_head.weight.data[:2] = net.lm_head.weight.data[:2].flip(0)
+        return net
 
     monkeypatch.setattr(peers, "hugging_face", wrong)
     code, result, said = run(*EVAL, "--train.dtype", dtype)
