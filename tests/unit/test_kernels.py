@@ -292,10 +292,13 @@ def test_swiglu_of_large_gates_and_of_an_odd_width():
     "B, T, H, K, D",
     [(2, 9, 4, 2, 48), (1, 1, 1, 1, 2), (2, 5, 3, 1, 10), (1, 7, 5, 5, 96), (0, 4, 2, 2, 8), (1, 3, 40, 8, 64)],
 )
-def test_rope(B, T, H, K, D, use):
+@pytest.mark.parametrize("rows", ["one table", "a table a row"])
+def test_rope(B, T, H, K, D, rows, use):
     torch.manual_seed(0)
-    cos, sin = rot.rope_table(T + 3, D, 100.0)
-    cos, sin = cos[:T], sin[:T]
+    cos, sin = rot.rope_table(T + 3 * B + 3, D, 100.0)
+    # a batch whose rows have come to positions 3 apart, as in generation from prompts of unequal length
+    at = torch.arange(T) if rows == "one table" else torch.arange(T) + 3 * torch.arange(B)[:, None]
+    cos, sin = cos[at], sin[at]
     qkv = torch.randn(B, T, H + 2 * K, D)
     on = [t.to(DEVICE) for t in (cos, sin)]
     for given in (qkv, qkv.transpose(1, 2).contiguous().transpose(1, 2)):
@@ -305,6 +308,13 @@ def test_rope(B, T, H, K, D, use):
             rope_formula(cos, sin, H, K),
             (given,),
         )
+
+
+def test_rope_refuses_tables_of_other_tokens():
+    qkv = torch.randn(2, 5, 4, 8)
+    for shape in ((7, 4), (1, 5, 4), (2, 4, 4), (10, 4)):
+        with pytest.raises(ValueError, match=r"angles .* for qkv \(2, 5, 4, 8\)"):
+            rot.rope(qkv, torch.ones(shape), torch.ones(shape), 2, 1)
 
 
 def test_rope_turns_by_position_and_keeps_products_relative():
