@@ -16,6 +16,9 @@ another holds a block of queries and visits the keys left of it (dq). Each sum b
 atomic additions, and every run gives the same bits.
 
 Triton's blocks are powers of two, so a head dim is cut into two of them (96 = 64 + 32) rather than padded.
+
+PyTorch's attention (`--train.kernels auto,attention=torch`) may be faster, but its backward may add in any order;
+`python -m bench kernels --only attention` compares them.
 """
 
 import math
@@ -23,6 +26,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import HEAD_DIMS, served, tl, triton
 
@@ -278,5 +282,25 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
     q (B, T, H, D), k and v (B, S, K, D) -> (B, T, H, D). For packed documents, and for decoding with a key cache.
     """
+    if q.is_cuda:
+        return _without_cudnn(q, k, v, mask)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+def _without_cudnn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """masked_attention on a GPU, by the kernel of xFormers, which has no grouped queries.
+
+    With masks cuDNN gives nan gradients where T % 128 == 64 (pytorch#196678) and wrong values on a B200 (#193893), and
+    it plans each new shape anew.
+    """
+    (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
+    if T < S:  # decoding: the H/K query heads of a key head become rows of one, so that the many keys are not copied
+        q = q.view(B, T, K, H // K, D).permute(0, 3, 1, 2, 4).reshape(B, -1, K, D)  # (B, H/K T, K, D)
+        mask = mask.repeat(1, 1, H // K, 1)
+    else:  # as many queries as keys: the mask would be the larger one
+        k, v = (t.unsqueeze(3).expand(B, S, K, H // K, D).reshape(B, S, H, D) for t in (k, v))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    return y.reshape(B, -1, T, K, D).permute(0, 2, 3, 1, 4).reshape(B, T, H, D) if T < S else y

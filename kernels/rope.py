@@ -114,7 +114,9 @@ def rope(qkv: Tensor, cos: Tensor, sin: Tensor, H: int, K: int, use: str = "torc
     cos and sin are (T, D/2), or (B, T, D/2) if the rows of a batch have positions of their own.
     """
     if cos.shape[:-1] not in (qkv.shape[1:2], qkv.shape[:2]):
-        raise ValueError(f"rope: got angles {tuple(cos.shape)} for qkv {tuple(qkv.shape)}, expected those of its tokens")
+        raise ValueError(
+            f"rope: got angles {tuple(cos.shape)} for qkv {tuple(qkv.shape)}, expected those of its tokens"
+        )
     if use == "triton":
         served("rope", qkv)
         return _op(qkv, cos, sin, H, K)

@@ -12,6 +12,7 @@ from conftest import ROOT
 import config
 import kernels
 import model
+from kernels import attention
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -40,6 +41,30 @@ def test_the_compiled_model_is_one_graph(use):
     torch.testing.assert_close(again, loss, rtol=1e-4, atol=0)
     for p, g in zip(net.parameters(), want, strict=True):
         assert (p.grad - g).norm() <= 1e-4 * g.norm()
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["documents", "a cache"])
+def test_masked_attention_of_a_gpu_is_captured_in_a_block(cached, monkeypatch):
+    """One graph, with the choice of PyTorch's backend in it, which is as before afterwards."""
+    monkeypatch.setattr(model, "masked_attention", attention._without_cudnn)
+    c = config.Model(n_layer=1, n_head=4, n_kv_head=2, hidden=32, vocab_size=61, context=24)
+    torch.manual_seed(0)
+    block = model.Block(c, dict.fromkeys(kernels.NAMES, "torch")).to(DEVICE)
+    T, S = (1, 16) if cached else (16, 16)
+    x, angles = torch.randn(2, T, 32, device=DEVICE), torch.randn(2, T, 4, device=DEVICE)
+    at = torch.full((2, T), 7, device=DEVICE)
+    past = (torch.randn(2, S, 2, 8, device=DEVICE), torch.randn(2, S, 2, 8, device=DEVICE), at) if cached else None
+    mask = (torch.arange(S) <= (at.cpu() if cached else torch.arange(T))[..., None]).expand(2, T, S)[:, None].to(DEVICE)
+    before = torch.nn.attention._cur_sdpa_kernel_backends()
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(not cached):
+        want = block(x, None, angles, angles, mask, past)
+        got = torch.compile(block, backend="aot_eager", fullgraph=True)(x, None, angles, angles, mask, past)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    if not cached:
+        both = [torch.autograd.grad(y[0].sum() + y[1].sum(), list(block.parameters())) for y in (got, want)]
+        torch.testing.assert_close(*both, rtol=1e-4, atol=1e-6)
+    assert torch.nn.attention._cur_sdpa_kernel_backends() == before
 
 
 def test_the_kernels_compile_for_gpus_that_are_not_here():

@@ -6,6 +6,8 @@ Without a GPU the kernels run in Triton's interpreter in fp32, and are compiled,
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 import config
 import kernels
@@ -376,6 +378,60 @@ def test_attention_ref_is_softmax_of_all_scores():
         *(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True
     ).transpose(1, 2)
     torch.testing.assert_close(attn.attention_ref(q, k, v), want)
+
+
+def masks(B, T, S):
+    """{name: (B, 1, T, S)}; each query sees a key. With T < S the rows of a cache have come to unequal lengths."""
+    at = torch.arange(T) + torch.randint(S - T + 1, (B, 1))  # the positions of the queries
+    seen = torch.arange(S) <= at[:, :, None]
+    documents = torch.randint(3, (B, S)).sort()[0]
+    return {
+        "cache": seen[:, None],
+        "documents": (seen & (documents.gather(1, at)[:, :, None] == documents[:, None]))[:, None],
+    }
+
+
+@pytest.mark.parametrize("run", [attn.masked_attention, attn._without_cudnn], ids=["as here", "as on a GPU"])
+@pytest.mark.parametrize("T, S, H, K", [(1, 1, 2, 1), (9, 9, 4, 2), (1, 40, 4, 2), (7, 128, 6, 2), (5, 16, 3, 3)])
+def test_masked_attention(T, S, H, K, run):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, T, H, 16), torch.randn(3, S, K, 16), torch.randn(3, S, K, 16)
+    for mask in masks(3, T, S).values():
+        m = mask.to(DEVICE)
+        got, want = (
+            values_and_gradients(lambda *x, f=f, m=m: f(*x, m), [x.to(DEVICE, dtype) for x in (q, k, v)])
+            for f, dtype in ((run, torch.float32), (masked_ref, torch.float64))
+        )
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def masked_ref(q, k, v, mask):
+    """The softmax over all keys, each query head by itself."""
+    G = q.shape[2] // k.shape[2]
+    heads = []
+    for h in range(q.shape[2]):
+        s = q[:, :, h] @ k[:, :, h // G].mT / q.shape[3] ** 0.5  # (B, T, S)
+        heads.append(s.masked_fill(~mask[:, 0], -torch.inf).softmax(-1) @ v[:, :, h // G])
+    return torch.stack(heads, 2)
+
+
+@pytest.mark.parametrize("T, S, heads, rows", [(1, 128, 2, 4), (9, 128, 2, 36), (128, 128, 8, 128)])
+def test_masked_attention_of_a_gpu_is_not_cudnns(T, S, heads, rows, monkeypatch):
+    """Of a cache with many keys none is copied; where there are as many queries, the mask is not."""
+    asked = []
+
+    def sdpa(q, k, v, attn_mask):
+        asked.append((_cur_sdpa_kernel_backends(), k.shape, attn_mask.shape))
+        return q
+
+    monkeypatch.setattr(attn.F, "scaled_dot_product_attention", sdpa)
+    with FakeTensorMode():
+        q, k = (torch.empty(3, *shape, 16, device="cuda") for shape in ((T, 8), (S, 2)))
+        y = attn.masked_attention(q, k, k, torch.ones(3, 1, T, S, device="cuda", dtype=torch.bool))
+    ((backends, keys, mask),) = asked
+    assert set(backends) == {SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH}
+    assert y.shape == q.shape and keys == (3, heads, S, 16) and mask == (3, 1, rows, S)
 
 
 def test_a_head_dim_that_is_not_served_is_named():
