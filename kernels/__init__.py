@@ -93,6 +93,6 @@ def served(name: str, x: torch.Tensor) -> None:
 
 
 @functools.cache
-def programs(device: torch.device) -> int:
-    """Programs of a reduction: some for each multiprocessor. Fixed for a device, and so are the bits of its sums."""
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once, at least. Fixed for a device, and so are the bits of sums over programs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -16,7 +16,7 @@ each element once. dw is summed in a fixed order: each program sums its own rows
 import torch
 from torch import Tensor
 
-from kernels import programs, served, tl, triton
+from kernels import multiprocessors, served, tl, triton
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -107,7 +107,7 @@ def _op_backward(dy: Tensor, dz: Tensor | None, z: Tensor, weight: Tensor, r: Te
     dz = dy if dz is None else dz.contiguous()
     dx = z.new_empty(z.shape)
     M, C = zs.shape
-    n = min(programs(z.device), triton.cdiv(M, rows))
+    n = min(4 * multiprocessors(z.device), triton.cdiv(M, rows))
     dw = z.new_empty(n, C, dtype=torch.float32)
     if z.numel():
         _backward[(n,)](dy, dz, zs, w, r, dx, dw, M, C, zs.stride(0), add, rows, cols, num_warps=warps)

@@ -217,6 +217,7 @@ ROWS = {
     "odd": (3, 7, 48),
     "wide": (5, 1000),
     "many rows": (301, 8),
+    "more rows than programs": (19, 1030),
     "empty": (0, 16),
     "wider than 2048": (3, 2050),
 }
@@ -539,6 +540,44 @@ def test_strided_targets_and_other_integer_types(use):
     x, w, t = torch.randn(9, 4), torch.randn(7, 4), torch.randint(7, (18,))
     for targets in (t[::2], t[:1].expand(9), t[:9].int(), t[:9].to(torch.uint8)):
         check_losses(x, w, targets, use)
+
+
+def test_a_gpu_compiles_the_loss_once_for_chunks_of_any_length(monkeypatch):
+    """And once more without the gradient; torch.compile goes on eagerly, in silence, after eight."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(ce, "_compiler", lambda: torch.compile(ce._rows_ref, dynamic=False, backend=backend))
+    torch.manual_seed(0)
+    c, buffer, all_targets = torch.tensor(0.25), torch.randn(300, 128), torch.randint(100, (1000,))
+    for gradient in (True, False):
+        for first, n in [(0, 300), (300, 300), (600, 7), (607, 2), *((0, n) for n in range(20, 120, 10))]:
+            z, targets = buffer[:n].clone(), all_targets[first : first + n]
+            want = ce._rows_ref(z.clone(), targets, c, 100, gradient)
+            torch.testing.assert_close(ce._compiled(z, targets, c, 100, gradient), want)
+    assert len(compiled) == 2
+
+
+def test_the_loss_without_a_gradient_writes_no_gradient():
+    z = torch.randn(6, 128, dtype=torch.bfloat16)
+    assert ce._rows_ref(z, torch.randint(100, (6,)), torch.ones(()), 100, False)[1] is z
+
+
+@pytest.mark.parametrize("programs", [1, 4, 7, 100])
+def test_the_bits_of_the_loss_do_not_depend_on_the_number_of_programs(programs, monkeypatch):
+    torch.manual_seed(0)
+    x, w, t = torch.randn(7, 8), torch.randn(9000, 8), torch.randint(9000, (7,))
+    run = lambda: values_and_gradients(  # noqa: E731
+        lambda x, w: ce.linear_cross_entropy(x, w, t.to(DEVICE), "mean", "triton"), [x.to(DEVICE), w.to(DEVICE)]
+    )
+    want = run()
+    monkeypatch.setattr(ce, "multiprocessors", lambda device: programs)
+    for a, b in zip(run(), want, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_second_derivative_is_refused():
