@@ -102,7 +102,7 @@ class Cache:
 class Transformer(nn.Module):
     """Initial weights: normal(0, 0.02); the two matrices that write to the residual stream 0.02 / sqrt(2 L) (GPT-2).
 
-    `dtype`: of the activations. `use`: "torch" or "triton" for each operation, from kernels.choose. `recompute`: keep
+    `dtype`: of the activations. `use`: "torch" or "triton" for each operation, from kernels.check. `recompute`: keep
     only the blocks' inputs and compute the rest again in the backward: a third more work, a fraction of the memory.
     """
 

@@ -26,6 +26,7 @@ from torch.nn.utils import clip_grad_norm_
 import config
 import kernels
 from config import Config
+from kernels import check
 from kernels.cross_entropy import IGNORE
 from model import Transformer
 from runtime import checkpoint, distributed, resume
@@ -93,7 +94,7 @@ def build(c: Config, start: Start, kind: str, world: World) -> tuple[Transformer
     steady_malloc(device)
     torch.manual_seed(t.seed)  # the initial weights are drawn on the CPU, the same everywhere
     dtype = torch.bfloat16 if bf16 else torch.float32
-    net = Transformer(c.model, dtype, kernels.choose(t.kernels, device), t.recompute)
+    net = Transformer(c.model, dtype, check.choose(t.kernels, c.model, dtype, device), t.recompute)
     if kind == "fsdp":
         for block in net.blocks if compiles(c, world) else []:
             block.compile()  # FSDP2's work between blocks stays outside the graphs

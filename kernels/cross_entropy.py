@@ -38,10 +38,7 @@ def linear_cross_entropy_ref(x: Tensor, weight: Tensor, targets: Tensor, reducti
 
 
 def _rows_ref(z: Tensor, targets: Tensor, c: Tensor, vocab: int, gradient: bool) -> tuple[Tensor, Tensor]:
-    """A chunk of logits z (n, padded V), targets (n,), c a scalar -> losses (n,) and dz, in place of z if it can be.
-
-    z is overwritten. Without `gradient` nothing of its size is written for the caller.
-    """
+    """A chunk of logits z (n, padded V), targets (n,), c a scalar -> losses (n,) and dz, which may overwrite z."""
     s = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
     if vocab < z.shape[1]:
         s[:, vocab:] = -torch.inf
@@ -105,19 +102,13 @@ def _rows(
         _rows_kernel[grid](z, targets, losses, count, len(z), vocab, z.shape[1], gradient, mean, BLOCK, num_warps=WARPS)
         return losses, z
     c = 1 / count if mean else torch.ones_like(count)
-    return (_compiled if z.is_cuda and len(z) > 1 else _rows_ref)(z, targets, c, vocab, gradient)
-
-
-def _compiled(z: Tensor, targets: Tensor, c: Tensor, vocab: int, gradient: bool) -> tuple[Tensor, Tensor]:
-    """_rows_ref compiled, once for chunks of any length but 1, which is a shape of its own to the compiler."""
-    for rows in (z, targets):
-        torch._dynamo.maybe_mark_dynamic(rows, 0)
-    return _compiler()(z, targets, c, vocab, gradient)
+    # one row is always a shape of its own to torch.compile
+    return (_compiled() if z.is_cuda and len(z) > 1 else _rows_ref)(z, targets, c, vocab, gradient)
 
 
 @functools.cache
-def _compiler():
-    return torch.compile(_rows_ref, dynamic=False)
+def _compiled():
+    return torch.compile(_rows_ref)  # from its second length on for chunks of any: after eight it would go on eagerly
 
 
 def _outputs(x: Tensor, weight: Tensor, reduction: str, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ from kernels import attention
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+pytestmark = [pytest.mark.gpu] * CUDA  # there the kernels run on it
 USE = ["triton", "torch"]
 KERNELS = {
     *("rms_norm._forward", "rms_norm._backward", "swiglu._forward", "swiglu._backward", "rope._turn"),
