@@ -78,7 +78,7 @@ def _forward(Q, KEY, V, Y, L, shape, BM: tl.constexpr, BN: tl.constexpr, D0: tl.
     T, H, GROUP, scale = shape
     D: tl.constexpr = D0 + D1
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
-    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     K = H // GROUP
     rows = block * BM + tl.arange(0, BM)
     q0, q1 = _load(Q + (b * T * H + h) * D, rows, T, H * D, D0, D1)
@@ -106,13 +106,13 @@ def _forward(Q, KEY, V, Y, L, shape, BM: tl.constexpr, BN: tl.constexpr, D0: tl.
                 y1 = tl.dot(p, v1, y1 * shrink[:, None], input_precision="ieee")
             m = m_new
     _store(Y + (b * T * H + h) * D, rows, T, H * D, y0 / total[:, None], y1 / total[:, None], D0, D1)
-    tl.store(L + tl.program_id(1).to(tl.int64) * T + rows, m + tl.log2(total), mask=rows < T)
+    tl.store(L + (b * H + h) * T + rows, m + tl.log2(total), mask=rows < T)
 
 
 @triton.jit
 def _delta(Y, DY, DELTA, T, H, BM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     D: tl.constexpr = D0 + D1
-    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     at = (b * T * H + h) * D
     y0, y1 = _load(Y + at, rows, T, H * D, D0, D1)
@@ -120,7 +120,7 @@ def _delta(Y, DY, DELTA, T, H, BM: tl.constexpr, D0: tl.constexpr, D1: tl.conste
     d = tl.sum(y0.to(tl.float32) * g0.to(tl.float32), axis=1)
     if D1:
         d += tl.sum(y1.to(tl.float32) * g1.to(tl.float32), axis=1)
-    tl.store(DELTA + tl.program_id(1).to(tl.int64) * T + rows, d, mask=rows < T)
+    tl.store(DELTA + (b * H + h) * T + rows, d, mask=rows < T)
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def _backward_kv(
     T, H, GROUP, scale = shape
     D: tl.constexpr = D0 + D1
     K = H // GROUP
-    b, h_kv = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
+    h_kv, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     kv = (b * T * K + h_kv) * D
     k0, k1 = _load(KEY + kv, cols, T, K * D, D0, D1)
@@ -174,13 +174,13 @@ def _backward_q(
     T, H, GROUP, scale = shape
     D: tl.constexpr = D0 + D1
     block = tl.num_programs(0) - 1 - tl.program_id(0)
-    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     K = H // GROUP
     rows = block * BM + tl.arange(0, BM)
     at, kv = (b * T * H + h) * D, (b * T * K + h // GROUP) * D
     q0, q1 = _load(Q + at, rows, T, H * D, D0, D1)
     g0, g1 = _load(DY + at, rows, T, H * D, D0, D1)
-    row_at = tl.program_id(1).to(tl.int64) * T
+    row_at = (b * H + h) * T
     lse = tl.load(L + row_at + rows, mask=rows < T, other=0.0)
     delta = tl.load(DELTA + row_at + rows, mask=rows < T, other=0.0)
     dq0 = tl.zeros((BM, D0), tl.float32)
@@ -232,7 +232,7 @@ def _op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     held, visited, warps, stages = _tiles(D, False)
     if q.numel():
-        grid, how = (triton.cdiv(T, held), B * H), {"num_warps": warps, "num_stages": stages}
+        grid, how = (triton.cdiv(T, held), H, B), {"num_warps": warps, "num_stages": stages}
         shape = (T, H, H // k.shape[2], LOG2E / math.sqrt(D))
         _forward[grid](q, k, v, y, L, shape, held, visited, *_cut(D), **how)
     return y, L
@@ -251,9 +251,9 @@ def _op_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, L: Tens
         held, visited, warps, stages = _tiles(D, True)
         blocks, how = triton.cdiv(T, held), {"num_warps": warps, "num_stages": stages}
         shape = (T, H, H // K, LOG2E / math.sqrt(D))
-        _delta[(blocks, B * H)](y, dy, delta, T, H, held, *_cut(D))
-        _backward_kv[(blocks, B * K)](q, k, v, dy, L, delta, dk, dv, shape, visited, held, *_cut(D), **how)
-        _backward_q[(blocks, B * H)](q, k, v, dy, L, delta, dq, shape, held, visited, *_cut(D), **how)
+        _delta[(blocks, H, B)](y, dy, delta, T, H, held, *_cut(D))
+        _backward_kv[(blocks, K, B)](q, k, v, dy, L, delta, dk, dv, shape, visited, held, *_cut(D), **how)
+        _backward_q[(blocks, H, B)](q, k, v, dy, L, delta, dq, shape, held, visited, *_cut(D), **how)
     return dq, dk, dv
 
 

@@ -115,6 +115,28 @@ def test_a_right_operation_agrees_and_a_broken_one_does_not(name, compared, monk
         assert compared(name).startswith("off by ")
 
 
+@pytest.mark.parametrize("name", kernels.NAMES)
+def test_results_do_not_depend_on_memory_that_nobody_wrote(name, compared):
+    """As on a GPU a hundred repeats in the same bits (test_kernels): here torch.empty gives nan the second time."""
+    call, inputs = check.case(name, (32, 2, 1, 40, 301, 1e-5), torch.float32, DEVICE)
+    first = check.results(call, "triton", False, inputs)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+        second = check.results(call, "triton", False, inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", ["203m", "1.2b", "3.1b"])
+def test_all_kernels_are_right_at_the_shapes_of_the_configs(size):
+    """As at the start of a run; in float32 and on few tokens the tests above do the same without a GPU."""
+    triton = check.choose("triton", config.load(size).model, torch.bfloat16, torch.device("cuda", 0))
+    assert triton == TRITON  # an error names the one that is not
+
+
 def test_whatever_an_operation_raises_is_its_fault(compared, monkeypatch):
     def raises(*args):
         raise RuntimeError("PTX was compiled with an unsupported toolchain. See the log\nand more")
