@@ -59,7 +59,8 @@ def find_fault(name: str, shape: tuple[Any, ...], dtype: torch.dtype, device: to
     1e-5 of it for the order of float32 sums. A wrong row, block or mask is off by a tenth of it or more.
     """
     try:
-        call, inputs = case(name, shape, dtype, device)
+        with device:  # the caller may have another one, such as meta
+            call, inputs = case(name, shape, dtype, device)
         runs = (results(call, *how, inputs) for how in (("triton", False), ("torch", False), ("torch", True)))
         for ours, own, exact in zip(*runs, strict=True):
             off, allowed = ((y.double() - exact).abs().max().item() for y in (ours, own))

@@ -108,7 +108,7 @@ def _rows(
 
 @functools.cache
 def _compiled():
-    return torch.compile(_rows_ref)  # from its second length on for chunks of any: after eight it would go on eagerly
+    return torch.compile(_rows_ref)  # for one length, then for any: past a limit it would go on eagerly
 
 
 def _outputs(x: Tensor, weight: Tensor, reduction: str, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -157,8 +157,8 @@ def test_the_comparison_leaves_nothing_behind(compared):
 
     compared("cross_entropy")  # a first call may start libraries, which keep memory
     before = state()
-    with torch.no_grad():
-        assert compared("rms_norm") == compared("cross_entropy") == ""
+    with torch.no_grad(), torch.device("meta"):  # as where a model is made
+        assert [compared(name) for name in kernels.NAMES] == [""] * 5
         assert not torch.is_grad_enabled()
     assert torch.equal(state(), before)
 
