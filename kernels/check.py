@@ -21,6 +21,7 @@ from kernels.rope import rope, rope_table
 from kernels.swiglu import swiglu
 from runtime.errors import UserError, first_line
 
+Case = tuple[Callable[..., Any], list[Tensor]]
 B, T, ROWS = 2, 144, 192  # sequences, tokens, and rows of the loss: more than a block or the programs of a kernel
 
 
@@ -73,20 +74,19 @@ def find_fault(name: str, shape: tuple[Any, ...], dtype: torch.dtype, device: to
 
 
 def results(call: Callable[..., Any], use: str, double: bool, inputs: list[Tensor]) -> list[Tensor]:
-    """The outputs and the gradients of the inputs; those of the outputs are random, and rounded as the first input."""
+    """The outputs, and the gradients of the inputs for random gradients of the outputs, rounded as the first input."""
     generator = torch.Generator(inputs[0].device).manual_seed(1)
     with torch.enable_grad():
         given = [x.to(torch.float64 if double else x.dtype).detach().requires_grad_() for x in inputs]
         out = call(use, *given)
+        out = out if isinstance(out, tuple) else (out,)
         ends = [y for y in out if y.requires_grad]
         dy = [torch.randn(y.shape, device=y.device, generator=generator).type_as(inputs[0]).type_as(y) for y in ends]
         return [*out, *torch.autograd.grad(ends, given, dy)]
 
 
-def case(
-    name: str, shape: tuple[Any, ...], dtype: torch.dtype, device: torch.device
-) -> tuple[Callable[..., Any], list]:
-    """(a function of the choice and the inputs, with a tuple of outputs; the inputs), as the model has them."""
+def case(name: str, shape: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Case:
+    """An operation as the model calls it, a function of the choice and the inputs; the inputs."""
     C, H, K, f, V, eps = shape
     D, generator = C // H, torch.Generator(device).manual_seed(0)
 
@@ -96,15 +96,10 @@ def case(
     def norms(use: str, x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, ...]:
         return rms_norm(x, w, eps, use), *add_rms_norm(x, residual, w, eps, use)
 
-    def losses(use: str, x: Tensor, w: Tensor) -> list[Tensor]:
-        def loss(reduction: str) -> Tensor:
-            if use == "triton":
-                return linear_cross_entropy(x, w, targets, reduction, use)
-            return linear_cross_entropy_ref(x, w.type_as(x), targets, reduction)  # the one in chunks would be compiled
-
-        with torch.no_grad():  # as in validation
-            each = loss("none")
-        return [loss("mean"), each]
+    def loss(use: str, x: Tensor, w: Tensor) -> Tensor:
+        if use == "torch":  # with all logits at once: that in chunks would be compiled
+            return linear_cross_entropy_ref(x, w.type_as(x), targets)
+        return linear_cross_entropy(x, w, targets, "mean", use)
 
     if name == "rms_norm":
         return norms, [randn(B, T, C), randn(B, T, C), randn(C, dtype=torch.float32)]
@@ -112,10 +107,10 @@ def case(
         cos, sin = (t.to(device) for t in rope_table(T, D, 10000.0))
         return lambda use, qkv: rope(qkv, cos, sin, H, K, use), [randn(B, T, H + 2 * K, D)]
     if name == "attention":
-        return lambda use, q, k, v: (attention(q, k, v, use),), [randn(B, T, n, D) for n in (H, K, K)]
+        return lambda use, q, k, v: attention(q, k, v, use), [randn(B, T, n, D) for n in (H, K, K)]
     if name == "swiglu":
-        return lambda use, x: (swiglu(x, use),), [randn(B, T, 2 * f)]
+        return lambda use, x: swiglu(x, use), [randn(B, T, 2 * f)]
     targets = torch.randint(V, (ROWS,), generator=generator, device=device)
     targets[0] = IGNORE
     # 64 wide: the kernel sees logits only; of size 4, so that some probabilities are large, and so their gradients
-    return losses, [0.5 * randn(ROWS, 64), randn(V, 64, dtype=torch.float32)]
+    return loss, [0.5 * randn(ROWS, 64), randn(V, 64, dtype=torch.float32)]

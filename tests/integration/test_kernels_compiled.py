@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.gpu] * CUDA  # there the kernels run on it
 USE = ["triton", "torch"]
 KERNELS = {
     *("rms_norm._forward", "rms_norm._backward", "swiglu._forward", "swiglu._backward", "rope._turn"),
-    *("attention._delta", "cross_entropy._rows_kernel"),
+    "cross_entropy._rows_kernel",
 }
 MATRIX_KERNELS = {"attention._forward", "attention._backward_kv", "attention._backward_q"}  # on tensor cores
 
