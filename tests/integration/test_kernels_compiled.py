@@ -142,7 +142,7 @@ def test_masked_attention_of_a_gpu_is_captured_in_a_block(cached, monkeypatch):
     monkeypatch.setattr(model, "masked_attention", attention._without_cudnn)
     c = config.Model(n_layer=1, n_head=4, n_kv_head=2, hidden=32, vocab_size=61, context=24)
     torch.manual_seed(0)
-    block = model.Block(c, dict.fromkeys(kernels.NAMES, "torch")).to(DEVICE)
+    block = model.Transformer(c).to(DEVICE).blocks[0]
     T, S = (1, 16) if cached else (16, 16)
     x, angles = torch.randn(2, T, 32, device=DEVICE), torch.randn(2, T, 4, device=DEVICE)
     at = torch.full((2, T), 7, device=DEVICE)
