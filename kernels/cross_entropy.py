@@ -44,7 +44,7 @@ def _rows_ref(z: Tensor, targets: Tensor, c: Tensor, vocab: int, gradient: bool)
         s[:, vocab:] = -torch.inf
     t = targets.clamp(0, vocab - 1)[:, None]
     top, at_target = s.amax(1, keepdim=True), s.gather(1, t)
-    s = s.sub_(top).exp_()
+    s = s.sub_(top).mul_(1.4426950408889634).exp2_()  # log2(e): on a CPU 2^x is faster than e^x
     total = s.sum(1, keepdim=True)
     losses = (top + total.log() - at_target)[:, 0]
     if gradient:
