@@ -15,11 +15,11 @@ import torch
 from tqdm import tqdm
 
 import config
-import kernels
 import model as llama
 from bench import peers
 from bench.disk import documents
 from bench.measure import Row
+from kernels import check
 from runtime.errors import UserError
 from sample import generate
 from text import prepare
@@ -44,7 +44,7 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
         got, least = f"got {c.model.vocab_size} and {T}", f"expected {tokenizer.vocab_size} or more"
         raise UserError(f"model.vocab_size, model.context: {got}, {least}, the ids of the tokenizer, and 32 or more")
     with device:
-        net = llama.Transformer(c.model, dtype, kernels.choose(c.train.kernels, device)).eval()
+        net = llama.Transformer(c.model, dtype, check.choose(c.train.kernels, c.model, dtype, device)).eval()
         peer = peers.hugging_face(c.model, net).to(device, dtype).eval()
     for w in net.parameters():  # once, as eval.py does
         w.data = w.data.to(dtype if w.dim() == 2 else w.dtype)

@@ -54,10 +54,8 @@ class Trainer:
             self.net = peers.hugging_face(c.model, ours, "liger" in row) if self.hf else peers.NanoGPT(c.model)
         compiled = row.endswith("compile") or (self.cuda and row == "nanogpt")
         self.model = torch.compile(self.net, dynamic=False) if compiled else self.net
-        groups: list[dict[str, Any]] = [
-            {"params": [w for w in self.net.parameters() if w.dim() >= 2], "weight_decay": t.weight_decay},
-            {"params": [w for w in self.net.parameters() if w.dim() < 2], "weight_decay": 0.0},
-        ]
+        matrices, vectors = ([w for w in self.net.parameters() if (w.dim() > 1) == many] for many in (True, False))
+        groups = [{"params": matrices, "weight_decay": t.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(t.beta1, t.beta2), fused=True)
 
     def ids(self, sequences: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -238,6 +236,8 @@ def row(o: Any, c: Config, device: torch.device, dtype: torch.dtype) -> Row:
         seconds = trainer.seconds(x, y, micro, o.warmup, o.steps)
         found["tokens_per_second"] = x.numel() / seconds
         found["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
+        if isinstance(trainer.net, llama.Transformer):  # what the check at the start has left
+            found["triton"] = " ".join(name for name, use in trainer.net.use.items() if use == "triton") or None
         if o.profile:
             found |= trainer.profile(x, y, micro, seconds)
     except RuntimeError as e:  # PyTorch's, and those of cuBLAS, cuDNN and Triton
