@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
@@ -177,7 +178,7 @@ def measure_rounds(o: Any, c: Config, rows: dict[str, Row], memory: float, deadl
             left, longest = deadline - now, max(needs.values(), default=0.0)
             if turn:
                 found = fresh_row(name, rows[name]["micro"], 0)
-            elif longest > left:
+            elif longest >= left:
                 found = Row(note=f"left out: {left:.0f} s are left, and a row took {longest:.0f} s; raise --minutes")
             else:
                 share = left / (len(waiting) - i) / (1 if o.rounds == 1 else 2)
@@ -190,10 +191,11 @@ def measure_rounds(o: Any, c: Config, rows: dict[str, Row], memory: float, deadl
 
 def fastest_micro(o: Any, c: Config, name: str, memory: float, until: float, deadline: float) -> Row:
     """A row's fastest micro-batch of those that memory and its share of the time allow; the loss of the first."""
-    tried, left_out, began, seconds = list[Row](), dict[int, str](), time.perf_counter(), 0.0
+    tried, left_out, no_memory = list[Row](), dict[int, str](), math.inf
+    began, seconds = time.perf_counter(), 0.0
     for micro in o.micro:
-        now, most = time.perf_counter(), min((m for m, why in left_out.items() if why == NO_MEMORY), default=micro)
-        if micro > most or least_bytes(name, c, micro) > memory:
+        now = time.perf_counter()
+        if micro >= no_memory or least_bytes(name, c, micro) > memory:
             left_out[micro] = NO_MEMORY
         elif tried and 4 * micro < max(t["micro"] for t in tried):
             left_out[micro] = "too small"  # casts and launches only weigh more
@@ -202,19 +204,18 @@ def fastest_micro(o: Any, c: Config, name: str, memory: float, until: float, dea
         else:
             found = fresh_row(name, micro, 0 if tried else o.updates, deadline - now)
             seconds = time.perf_counter() - now
-            if found.get("note"):
-                left_out[micro] = found["note"]
-                if found["note"] != NO_MEMORY:
-                    break
+            if not found.get("note"):
+                tried.append(found | {"needed_seconds": time.perf_counter() - began})
                 continue
-            tried.append(found | {"needed_seconds": time.perf_counter() - began})
+            left_out[micro] = found["note"]
+            if found["note"] != NO_MEMORY:
+                break
+            no_memory = micro
     why = "; ".join(f"{micro}: {why}" for micro, why in left_out.items()) or None
     if not tried:
         return Row(note=why)
-    fastest = max(tried, key=lambda t: t["tokens_per_second"])
-    return (
-        fastest | tried[0] | fastest | {"needed_seconds": tried[0]["needed_seconds"], "left_out": why, "tried": tried}
-    )
+    fastest = max(tried, key=lambda t: t["tokens_per_second"]) | {"needed_seconds": tried[0]["needed_seconds"]}
+    return tried[0] | fastest | {"left_out": why, "tried": tried}
 
 
 def fresh_row(name: str, micro: int, updates: int, seconds: float | None = None) -> Row:
