@@ -142,7 +142,6 @@ class Saver:
             # a group of its own: messages of the background thread must not mix with those of training
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self.names: list[str] = []  # of the tensors in this rank's file, in order, after its header
-        self.header = torch.empty(0, dtype=torch.uint8)
         self.host: list[Tensor] = []  # memory for the file's bytes, which every save in the background reuses
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
