@@ -77,7 +77,9 @@ def load_model(path: Path, device: torch.device) -> tuple[Transformer, dict[str,
     c = config.model_of(meta["config"])
     checkpoint.verify(path)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    net = Transformer(c, dtype, kernels.choose("auto", device))
+    with torch.device("meta"):  # no weights are drawn
+        net = Transformer(c, dtype, kernels.choose("auto", device))
+    net.allocate(torch.device("cpu"))
     checkpoint.load(path, checkpoint.state(net))
     for w in net.parameters():
         if w.dim() == 2:

@@ -2,17 +2,18 @@
 
 Pre-norm blocks of causal attention with rotary positions and SwiGLU, RMSNorm, no other biases, untied or tied
 embeddings. The modules hold weights and shapes; the operations are in kernels/. Weights are float32, and are cast
-to the dtype of the activations where they are used.
+to the dtype of the activations: where they are used, or once an update.
 
 Shapes: B sequences, T tokens, C = hidden, H heads of D, K key/value heads, V ids, f = width of SwiGLU.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -20,16 +21,22 @@ import config
 import kernels
 from kernels.attention import attention, masked_attention
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.linear import linear
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope, rope_table, scaling
 from kernels.swiglu import swiglu
 
 
 class Linear(nn.Linear):
-    """y = x W' + b in the dtype of x: float32 weights are cast at each use, and their gradients are float32."""
+    """y = x W' + b in the dtype of x. `low`: W in that dtype, where it is kept from one update to the next."""
+
+    low: Tensor | None = None
+
+    def reset_parameters(self) -> None:
+        """Transformer.initialize draws the weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias if self.bias is None else self.bias.to(x.dtype))
+        return linear(x, self.weight, self.bias, self.low)
 
 
 class RMSNorm(nn.Module):
@@ -100,7 +107,7 @@ class Cache:
 
 
 class Transformer(nn.Module):
-    """Initial weights: normal(0, 0.02); the two matrices that write to the residual stream 0.02 / sqrt(2 L) (GPT-2).
+    """The modules, and what runs through them. Made on the meta device, it has no memory until `allocate`.
 
     `dtype`: of the activations. `use`: "torch" or "triton" for each operation, from kernels.choose. `recompute`: keep
     only the blocks' inputs and compute the rest again in the backward: a third more work, a fraction of the memory.
@@ -119,21 +126,46 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.dtype, self.recompute = c, dtype, recompute
         self.use = use or dict.fromkeys(kernels.NAMES, "torch")
-        self.embed = nn.Embedding(c.vocab_size, c.hidden)
+        self.embed = nn.Embedding(c.vocab_size, c.hidden, _weight=torch.empty(c.vocab_size, c.hidden))
         self.blocks = nn.ModuleList(Block(c, self.use) for _ in range(c.n_layer))
         self.norm = RMSNorm(c, self.use["rms_norm"])
         self.head = Linear(c.hidden, c.vocab_size, bias=False)
         if c.tied:
             self.head.weight = self.embed.weight
         stretch = scaling(c.rope_scaling, c.rope_factor, c.rope_context, c.rope_low, c.rope_high, c.rope_theta)
-        cos, sin = rope_table(c.context, c.hidden // c.n_head, c.rope_theta, stretch)  # (context, D/2) each
+        meta = self.embed.weight.is_meta
+        with torch.device("cpu" if meta else self.embed.weight.device):
+            cos, sin = rope_table(c.context, c.hidden // c.n_head, c.rope_theta, stretch)  # (context, D/2) each
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        if not meta:
+            self.initialize()
+
+    def allocate(self, device: torch.device) -> "Transformer":
+        """Move a model from the meta device: its weights get memory, and their values from `initialize` or a file."""
+        self._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+        if self.config.tied:
+            self.head.weight = self.embed.weight
+        return self
+
+    @torch.no_grad()
+    def initialize(self, copy: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:
+        """Draw a weight at a time on the CPU, the same everywhere; copy(parameter, value) takes a rank's part of it.
+
+        Matrices: normal(0, 0.02); the two that write to the residual stream 0.02 / sqrt(2 L) (GPT-2).
+        """
         for name, p in self.named_parameters():
+            value = (torch.zeros if name.endswith("bias") else torch.ones)(p.shape, device="cpu")
             if p.dim() == 2:
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) if name.endswith("_out.weight") else 0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
+                value.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("_out.weight") else 0.02)
+            copy(p, value)
+
+    @torch.no_grad()
+    def cast_weights(self) -> None:
+        """Copy the blocks' matrices into `low`: once an update, rather than in each micro-batch."""
+        for m in self.blocks.modules():
+            if isinstance(m, Linear):
+                m.low = m.weight.to(self.dtype) if m.low is None else m.low.copy_(m.weight)
 
     def forward(
         self, ids: Tensor, targets: Tensor | None = None, reduction: str = "mean", documents: Tensor | None = None
@@ -169,7 +201,10 @@ class Transformer(nn.Module):
         update, residual = self.embed(ids).to(self.dtype), None  # (B, T, C)
         for block, past in zip(self.blocks, pasts, strict=True):
             inputs = (update, residual, cos, sin, mask, past)
-            update, residual = checkpoint(block, *inputs, use_reentrant=False) if self.recompute else block(*inputs)
+            if self.recompute:  # nothing in a block is random
+                update, residual = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                update, residual = block(*inputs)
         return self.norm(update, residual)[0]
 
     def cache(self, rows: int, size: int) -> Cache:

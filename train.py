@@ -20,7 +20,6 @@ from typing import Any, BinaryIO
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 import config
@@ -29,9 +28,10 @@ from config import Config
 from kernels.cross_entropy import IGNORE
 from model import Transformer
 from runtime import checkpoint, distributed, resume
+from runtime.build import build, compiles
 from runtime.command_line import Parser, given
-from runtime.device import cpp_compiler, pick_device, steady_malloc
-from runtime.distributed import World, full_tensor, mean_over_ranks, raise_on_all_ranks
+from runtime.device import cpp_compiler, pick_device, to_device
+from runtime.distributed import World, full_tensor, mean_over_ranks
 from runtime.errors import UserError, user_errors
 from runtime.guards import Guard, Watchdog
 from runtime.logger import Log
@@ -82,45 +82,7 @@ def pick(o: Namespace, c: Config, world: World) -> Run:
     return run
 
 
-# ---- The model and the optimizer -------------------------------------------------------------------------------------
-
-
-def build(c: Config, start: Start, kind: str, world: World) -> tuple[Transformer, torch.nn.Module, torch.optim.AdamW]:
-    """(the weights, the module to call, AdamW): float32 weights, activations in train.dtype, decay on matrices only."""
-    t, device = c.train, world.device
-    bf16 = t.dtype == "bfloat16" or (t.dtype == "auto" and device.type == "cuda")
-    torch.set_float32_matmul_precision("high" if bf16 else "highest")  # with bf16, fp32 products may be TF32
-    steady_malloc(device)
-    torch.manual_seed(t.seed)  # the initial weights are drawn on the CPU, the same everywhere
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    net = Transformer(c.model, dtype, kernels.choose(t.kernels, device), t.recompute)
-    if kind == "fsdp":
-        for block in net.blocks if compiles(c, world) else []:
-            block.compile()  # FSDP2's work between blocks stays outside the graphs
-        distributed.shard(net, world, t.shard_ranks)
-    net.to(device)
-    matrices = [w for w in net.parameters() if w.dim() >= 2]
-    vectors = [w for w in net.parameters() if w.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": t.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(t.beta1, t.beta2), fused=True)
-    if start.origin:
-        with raise_on_all_ranks(world):
-            checkpoint.load(Path(start.origin), checkpoint.state(net, None if start.weights_only else optimizer))
-    model: Any = torch.compile(net) if compiles(c, world) and kind != "fsdp" else net
-    if kind == "ddp":
-        ids = [device] if device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-    return net, model, optimizer
-
-
-def compiles(c: Config, world: World) -> bool:
-    return c.train.compile == "on" or (c.train.compile == "auto" and world.device.type == "cuda")
-
-
-def to_device(arrays: tuple[Any, ...], device: torch.device) -> list[Tensor]:
-    """Copy a batch; from pinned memory asynchronously: the host prepares the next one while the device computes."""
-    host = [torch.from_numpy(a) for a in arrays]
-    return [(h.pin_memory() if device.type == "cuda" else h).to(device, non_blocking=True) for h in host]
+# ---- The loss --------------------------------------------------------------------------------------------------------
 
 
 def micro_batch_loss(model: Any, c: Config, data: Any, step: int, micro: int, targets: int, world: World) -> Tensor:
@@ -177,7 +139,7 @@ def train(run: Run, data: Any, start: Start, file: BinaryIO | None, watchdog: Wa
         return every > 0 and step % every == 0
 
     with guard, log:
-        log.header(net.use, kind, compiles(c, world))
+        log.header(net.use, kind, compiles(c, world.device))
         for step in range(start.step, segment.end + 1):
             last = step == segment.end
             stop = guard.poll(step)  # heartbeat; a signal, a failed save or an error on any rank
@@ -210,7 +172,7 @@ def train(run: Run, data: Any, start: Start, file: BinaryIO | None, watchdog: Wa
             norm = full_tensor(clip_grad_norm_(net.parameters(), t.clip))
             guard.skip_bad_step(step, loss, norm, optimizer)  # on the device, without waiting for it
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=kind != "ddp")  # DDP's gradients are views of its buckets
 
             if due(t.log_every, step + 1) or step + 1 == segment.end:
                 loss_value, norm_value = guard.synchronize()

@@ -6,11 +6,14 @@ import platform
 import shutil
 import time
 
+import numpy as np
 import torch
 
 from runtime.errors import UserError
 
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s of the data sheets, of SXM cards
+# Dense bf16 FLOP/s of the data sheets, by a part of the card's name: the first that fits, so longer names first
+PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+PEAK |= {"GB200": 2500e12, "B200": 2250e12}
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:
@@ -45,6 +48,17 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         (a @ a)[0, 0].item()  # .item() waits for the device
         best = min(best, time.perf_counter() - t)
     return 2 * n**3 / best, f"{n}^3 matrix product timed at the start, {torch.get_num_threads()} threads"
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """The most bytes that tensors took since the start; on CUDA alone. A leak shows before memory is full."""
+    return {"peak_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
+
+
+def to_device(arrays: tuple[np.ndarray, ...], device: torch.device) -> list[torch.Tensor]:
+    """Copy a batch; from pinned memory asynchronously: the host prepares the next one while the device computes."""
+    host = [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays]  # a strided copy would wait for the device
+    return [(h.pin_memory() if device.type == "cuda" else h).to(device, non_blocking=True) for h in host]
 
 
 def steady_malloc(device: torch.device) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
 from config import Config
@@ -113,9 +114,10 @@ def batch_problems(c: Config, ranks: int) -> list[str]:
 def choose(wanted: str, parameters: int, world: World) -> tuple[str, str]:
     """("none", "ddp" or "fsdp", the reason).
 
-    auto: DDP while weights, gradients and moments fit a third of a device (activations take the rest), and on a CPU.
+    auto: on a CPU DDP; on GPUs DDP below 2B parameters, if weights (and a copy in bfloat16), gradients and moments fit
+    a third of a device: activations take the rest.
     """
-    state = 16 * parameters  # bytes
+    state = 18 * parameters  # bytes
     if world.ranks == 1:
         return ("fsdp" if wanted == "fsdp" else "none"), "one rank"
     if wanted != "auto":
@@ -123,6 +125,8 @@ def choose(wanted: str, parameters: int, world: World) -> tuple[str, str]:
     if world.device.type != "cuda":
         return "ddp", "on a CPU always"
     memory = torch.cuda.get_device_properties(world.device).total_memory
+    if parameters >= 2e9:
+        return "fsdp", "2B parameters or more"
     kind, fit = ("ddp", "fit") if 3 * state <= memory else ("fsdp", "do not fit")
     return kind, f"{state / 1e9:.3g} GB of weights, gradients and moments {fit} a third of {memory / 1e9:.3g} GB"
 
@@ -256,8 +260,16 @@ def full_tensor(t: Tensor) -> Tensor:
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
+def copy_part(t: Tensor, whole: Tensor) -> None:
+    """Copy the values of a whole tensor, or this rank's rows of it, into `t`."""
+    if isinstance(t, DTensor):
+        shape, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
+        whole = whole[tuple(slice(first, first + n) for first, n in zip(offset, shape, strict=True))]
+    local_part(t).copy_(whole)
+
+
 def shard(net: Transformer, world: World, shard_ranks: int | None) -> None:
-    """Apply FSDP2 block by block, in place. A block at a time moves to the device, so the whole need not fit it.
+    """Apply FSDP2 block by block, in place.
 
     Blocks compute from bfloat16 copies where activations are bfloat16; embedding and head stay float32, since their
     gradients are sums over all tokens of a batch. Gradients are reduced in float32. Weights gathered for a forward pass

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 import config
-from runtime.device import device_name, peak_flops
+from runtime.device import device_name, peak_flops, peak_memory
 from runtime.distributed import World
 from runtime.resume import VERSIONS, Run
 from runtime.start import Start
@@ -58,7 +58,7 @@ class Log:
         self.seconds, self.mark = self.seconds + now - self.mark, now
         speed = (step + 1 - self.since) * self.tokens / self.seconds
         numbers = {"step": step, "tokens": (step + 1) * self.tokens, "lr": lr, "loss": loss, "grad_norm": norm}
-        self.write({**numbers, "tokens_per_second": speed, "mfu": self.mfu(speed)})
+        self.write({**numbers, "tokens_per_second": speed, "mfu": self.mfu(speed), **peak_memory(self.world.device)})
         self.total_seconds, self.seconds, self.since = self.total_seconds + self.seconds, 0.0, step + 1
         self.bar.update(step + 1 - self.bar.n)
 

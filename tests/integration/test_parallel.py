@@ -253,7 +253,7 @@ def test_the_hash_of_the_weights_sees_one_bit(monkeypatch):
     "memory, kind",
     [
         (85e9, ["ddp", "ddp", "ddp", "ddp", "fsdp", "fsdp"]),
-        (150e9, ["ddp"] * 5 + ["ddp"]),
+        (150e9, ["ddp"] * 4 + ["fsdp"] * 2),
         (24e9, ["ddp", "ddp"] + ["fsdp"] * 4),
     ],
 )
@@ -264,6 +264,20 @@ def test_auto_is_ddp_while_it_fits(monkeypatch, memory, kind):
     assert [distributed.choose("auto", config.load(n).model.parameters, eight)[0] for n in names] == kind
     assert distributed.choose("auto", 10**12, World(device=torch.device("cuda")))[0] == "none"
     assert distributed.choose("auto", 10**12, World(ranks=8))[0] == "ddp"
+
+
+def test_gradients_under_ddp_stay_views_of_its_buckets(train_cli, monkeypatch):
+    """Set to none, each would be allocated again beside its bucket: 4 bytes a parameter more."""
+    monkeypatch.setattr(distributed, "choose", lambda *_: ("ddp", "as the test has it"))
+    seen, original = [], torch.optim.AdamW.zero_grad
+
+    def zero_grad(self, set_to_none):
+        original(self, set_to_none)
+        seen.append([w.grad.data_ptr() for group in self.param_groups for w in group["params"]])
+
+    monkeypatch.setattr(torch.optim.AdamW, "zero_grad", zero_grad)
+    assert train_cli("--mode", "ptfs", "--version", "1") == 0
+    assert len(seen) == 10 and all(pointers == seen[1] for pointers in seen[2:])
 
 
 # ----------------------------------------------------------------------------------------------------------

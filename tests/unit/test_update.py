@@ -74,14 +74,14 @@ def test_every_increment_and_epoch_has_an_order_of_its_own():
 
 FIRST = {  # values of some initial weights, by seed
     1: {
-        "embed.weight": (0.00757214, -0.00872165, -0.02638422),
-        "blocks.0.attn_out.weight": (-0.00259513, -0.00981446, 0.02204929),
-        "head.weight": (-0.02179411, -0.00902718, -0.00185449),
+        "embed.weight": (-0.03051192, -0.01500464, -0.01307962),
+        "blocks.0.attn_out.weight": (-0.00901737, -0.00336084, 0.00173438),
+        "head.weight": (0.00183239, 0.00627555, 0.01363438),
     },
     2: {
-        "embed.weight": (0.03016891, 0.01738641, 0.02397934),
-        "blocks.0.attn_out.weight": (0.00919737, -0.01521488, -0.00872277),
-        "head.weight": (0.01754989, 0.01141035, -0.00344445),
+        "embed.weight": (-0.02081602, 0.01833208, -0.02608381),
+        "blocks.0.attn_out.weight": (0.01032552, 0.0067224, 0.00393087),
+        "head.weight": (-0.00573672, -0.00940915, 0.03105516),
     },
 }
 
