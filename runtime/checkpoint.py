@@ -120,7 +120,8 @@ def write_shard(file: Path, content: Iterable[Tensor]) -> dict[str, Any]:
     try:
         with open(file, "wb") as f, ThreadPoolExecutor(1) as disk:
             for part in content:
-                f.write(part.numpy().data)
+                for piece in part.split(1 << 20):  # Linux takes up to three times as long over larger ones
+                    f.write(piece.numpy().data)
             f.flush()
             flushed = disk.submit(os.fsync, f.fileno())
             digest = files.chunked_sha256(file)  # reads from memory while the disk is busy
