@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import config
 import data
-import kernels
+from kernels import check
 from model import Transformer
 from runtime import checkpoint, resume
 from runtime.command_line import Parser, aligned
@@ -78,7 +78,7 @@ def load_model(path: Path, device: torch.device) -> tuple[Transformer, dict[str,
     checkpoint.verify(path)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.device("meta"):  # no weights are drawn
-        net = Transformer(c, dtype, kernels.choose("auto", device))
+        net = Transformer(c, dtype, check.choose("auto", c, dtype, device))
     net.allocate(torch.device("cpu"))
     checkpoint.load(path, checkpoint.state(net))
     for w in net.parameters():

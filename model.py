@@ -109,7 +109,7 @@ class Cache:
 class Transformer(nn.Module):
     """The modules, and what runs through them. Made on the meta device, it has no memory until `allocate`.
 
-    `dtype`: of the activations. `use`: "torch" or "triton" for each operation, from kernels.choose. `recompute`: keep
+    `dtype`: of the activations. `use`: "torch" or "triton" for each operation, from kernels.check. `recompute`: keep
     only the blocks' inputs and compute the rest again in the backward: a third more work, a fraction of the memory.
     """
 

@@ -16,11 +16,11 @@ import torch
 from tqdm import tqdm
 
 import config
-import kernels
 import model as llama
 from bench import peers
 from bench.disk import documents
 from bench.measure import Row, show, verdict
+from kernels import check
 from runtime.errors import UserError
 from sample import generate
 from text import prepare
@@ -41,7 +41,7 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
         got, least = f"got {c.model.vocab_size} and {T}", f"expected {tokenizer.vocab_size} or more"
         raise UserError(f"model.vocab_size, model.context: {got}, {least}, the ids of the tokenizer, and 32 or more")
     with device:
-        net = llama.Transformer(c.model, dtype, kernels.choose(c.train.kernels, device)).eval()
+        net = llama.Transformer(c.model, dtype, check.choose(c.train.kernels, c.model, dtype, device)).eval()
         peer = peers.hugging_face(c.model, net).to(device, dtype).eval()
     ids = tokenizer.encode("".join(documents(20e-6 * BATCH * T)))
     questions, a = [ids[i * T : (i + 1) * T] for i in range(BATCH)], T // 8

@@ -12,10 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import config
-import kernels
 import model as llama
 from bench import peers
 from bench.measure import Row, fresh_row, require, roofs, square_product, total_memory, verdict
+from kernels import check
 from runtime.device import peak_flops, steady_malloc
 from runtime.errors import UserError
 
@@ -38,7 +38,7 @@ class Trainer:
         self.c, self.device, self.cuda, t = c, device, device.type == "cuda", c.train
         torch.set_float32_matmul_precision("high" if dtype == torch.bfloat16 else "highest")  # as train.py
         torch.manual_seed(t.seed)
-        use = kernels.choose("torch" if row == "ours-torch" else t.kernels, device)
+        use = check.choose("torch" if row == "ours-torch" else t.kernels, c.model, dtype, device)
         with device:
             ours = llama.Transformer(c.model, dtype, use, t.recompute)
             self.net: nn.Module = ours

@@ -4,7 +4,7 @@
 
 Every public function takes `use`: "torch" is PyTorch's own operations and runs everywhere, "triton" is the kernel and
 needs a CUDA GPU. With TRITON_INTERPRET=1 in the environment the kernels run on the CPU too, in float32, slowly.
-`choose` turns the key train.kernels into one choice an operation.
+check.py turns the key train.kernels into one choice an operation, and tries those of a GPU before they are used.
 """
 
 import functools
@@ -28,12 +28,14 @@ except ImportError:  # macOS, Windows: the files below can be imported, and "tor
     tl: Any = SimpleNamespace(constexpr=None)  # type: ignore[no-redef]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, as in the tests
-AUTO = {  # the choices of "auto" on a CUDA GPU, each with its reason
-    "rms_norm": "torch",  # not measured yet
-    "rope": "torch",  # not measured yet
-    "attention": "torch",  # not measured yet
-    "swiglu": "torch",  # not measured yet
-    "cross_entropy": "torch",  # not measured yet
+# The choices of "auto" on a CUDA GPU of sm_80 or later, each with its reason. `python -m bench kernels` prints the
+# figures that a reason waits for: the rows triton, torch and compile, and for attention SDPA's backends.
+AUTO = {
+    "rms_norm": "triton",  # one pass with the addition, and dw in it; not measured yet
+    "rope": "triton",  # one pass that also splits q, k and v; not measured yet
+    "attention": "triton",  # every run gives the same bits, SDPA's backward may not; not measured yet
+    "swiglu": "triton",  # one pass, both gradients side by side; not measured yet
+    "cross_entropy": "triton",  # 3 passes over the logits in bf16, compiled PyTorch 11; not measured yet
 }
 NAMES = tuple(AUTO)
 HEAD_DIMS = (16, 32, 64, 96, 128)  # what attention.py serves
@@ -78,12 +80,6 @@ def rope_problems(c: config.Model) -> list[str]:
     return [f"model.{name}: got {got}, expected {expected}" for name, got, expected, fine in checks if not fine]
 
 
-def choose(text: str, device: torch.device) -> dict[str, str]:
-    """The choice for every operation; "auto" is AUTO's on a CUDA GPU and PyTorch's own elsewhere."""
-    auto = AUTO if device.type == "cuda" else dict.fromkeys(NAMES, "torch")
-    return {name: auto[name] if wish == "auto" else wish for name, wish in parse(text).items()}
-
-
 def served(name: str, x: torch.Tensor) -> None:
     """TypeError if the kernels would silently round x; RuntimeError if they cannot run on its device."""
     if not (x.is_cuda or INTERPRETED):
@@ -93,6 +89,6 @@ def served(name: str, x: torch.Tensor) -> None:
 
 
 @functools.cache
-def programs(device: torch.device) -> int:
-    """Programs of a reduction: some for each multiprocessor. Fixed for a device, and so are the bits of its sums."""
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once, at least. Fixed for a device, and so are the bits of sums over programs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -11,11 +11,14 @@ Backward. p = 2^(s - L) is computed again from q, k and L; with d = rowsum(dy y)
 
     dv = p' dy        dp = dy v'        ds = p (dp - d)        dq = ds k / sqrt(D)        dk = ds' q / sqrt(D)
 
-One kernel holds a block of keys and visits the queries below it (dk, dv; the H/K query heads of a key head in turn),
-another holds a block of queries and visits the keys left of it (dq). Each sum belongs to one program: there are no
-atomic additions, and every run gives the same bits.
+One kernel holds a block of queries and visits the keys left of it (dq; it also writes d), another holds a block of keys
+and visits the queries below it (dk, dv; the H/K query heads of a key head in turn). Each sum belongs to one program:
+there are no atomic additions, and every run gives the same bits.
 
 Triton's blocks are powers of two, so a head dim is cut into two of them (96 = 64 + 32) rather than padded.
+
+PyTorch's attention (`--train.kernels auto,attention=torch`) may be faster, but its backward may add in any order;
+`python -m bench kernels --only attention` compares them.
 """
 
 import math
@@ -23,6 +26,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import HEAD_DIMS, served, tl, triton
 
@@ -74,7 +78,7 @@ def _forward(Q, KEY, V, Y, L, shape, BM: tl.constexpr, BN: tl.constexpr, D0: tl.
     T, H, GROUP, scale = shape
     D: tl.constexpr = D0 + D1
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
-    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     K = H // GROUP
     rows = block * BM + tl.arange(0, BM)
     q0, q1 = _load(Q + (b * T * H + h) * D, rows, T, H * D, D0, D1)
@@ -102,21 +106,47 @@ def _forward(Q, KEY, V, Y, L, shape, BM: tl.constexpr, BN: tl.constexpr, D0: tl.
                 y1 = tl.dot(p, v1, y1 * shrink[:, None], input_precision="ieee")
             m = m_new
     _store(Y + (b * T * H + h) * D, rows, T, H * D, y0 / total[:, None], y1 / total[:, None], D0, D1)
-    tl.store(L + tl.program_id(1).to(tl.int64) * T + rows, m + tl.log2(total), mask=rows < T)
+    # b and h are read again: kept over the loop they would spill a register
+    tl.store(L + (tl.program_id(2) * H + tl.program_id(1)).to(tl.int64) * T + rows, m + tl.log2(total), mask=rows < T)
 
 
 @triton.jit
-def _delta(Y, DY, DELTA, T, H, BM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+def _backward_q(
+    Q, KEY, V, Y, DY, L, DELTA, DQ, shape, BM: tl.constexpr, BN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr
+):
+    T, H, GROUP, scale = shape
     D: tl.constexpr = D0 + D1
-    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    at = (b * T * H + h) * D
-    y0, y1 = _load(Y + at, rows, T, H * D, D0, D1)
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    K = H // GROUP
+    rows = block * BM + tl.arange(0, BM)
+    at, kv = (b * T * H + h) * D, (b * T * K + h // GROUP) * D
+    q0, q1 = _load(Q + at, rows, T, H * D, D0, D1)
     g0, g1 = _load(DY + at, rows, T, H * D, D0, D1)
-    d = tl.sum(y0.to(tl.float32) * g0.to(tl.float32), axis=1)
+    y0, y1 = _load(Y + at, rows, T, H * D, D0, D1)
+    delta = tl.sum(y0.to(tl.float32) * g0.to(tl.float32), axis=1)
     if D1:
-        d += tl.sum(y1.to(tl.float32) * g1.to(tl.float32), axis=1)
-    tl.store(DELTA + tl.program_id(1).to(tl.int64) * T + rows, d, mask=rows < T)
+        delta += tl.sum(y1.to(tl.float32) * g1.to(tl.float32), axis=1)
+    row_at = (b * H + h) * T
+    tl.store(DELTA + row_at + rows, delta, mask=rows < T)
+    lse = tl.load(L + row_at + rows, mask=rows < T, other=0.0)
+    dq0 = tl.zeros((BM, D0), tl.float32)
+    dq1 = tl.zeros((BM, D1 if D1 else D0), tl.float32)
+    for diagonal in tl.static_range(2):
+        first, end = (block * BM, tl.minimum((block + 1) * BM, T)) if diagonal else (0, block * BM)
+        for left in range(first, end, BN):
+            cols = left + tl.arange(0, BN)
+            k0, k1 = _load(KEY + kv, cols, T, K * D, D0, D1)
+            v0, v1 = _load(V + kv, cols, T, K * D, D0, D1)
+            p = tl.exp2(_dot(q0, q1, k0, k1, D1) * scale - lse[:, None])
+            if diagonal:
+                p = tl.where(rows[:, None] >= cols[None, :], p, 0.0)
+            ds = (p * (_dot(g0, g1, v0, v1, D1) - delta[:, None])).to(k0.dtype)
+            dq0 = tl.dot(ds, k0, dq0, input_precision="ieee")
+            if D1:
+                dq1 = tl.dot(ds, k1, dq1, input_precision="ieee")
+    natural = scale * 0.6931471805599453  # ln 2
+    _store(DQ + at, rows, T, H * D, dq0 * natural, dq1 * natural, D0, D1)
 
 
 @triton.jit
@@ -126,7 +156,7 @@ def _backward_kv(
     T, H, GROUP, scale = shape
     D: tl.constexpr = D0 + D1
     K = H // GROUP
-    b, h_kv = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
+    h_kv, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     cols = tl.program_id(0) * BN + tl.arange(0, BN)
     kv = (b * T * K + h_kv) * D
     k0, k1 = _load(KEY + kv, cols, T, K * D, D0, D1)
@@ -163,41 +193,6 @@ def _backward_kv(
     _store(DK + kv, cols, T, K * D, dk0 * natural, dk1 * natural, D0, D1)
 
 
-@triton.jit
-def _backward_q(
-    Q, KEY, V, DY, L, DELTA, DQ, shape, BM: tl.constexpr, BN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr
-):
-    T, H, GROUP, scale = shape
-    D: tl.constexpr = D0 + D1
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    K = H // GROUP
-    rows = block * BM + tl.arange(0, BM)
-    at, kv = (b * T * H + h) * D, (b * T * K + h // GROUP) * D
-    q0, q1 = _load(Q + at, rows, T, H * D, D0, D1)
-    g0, g1 = _load(DY + at, rows, T, H * D, D0, D1)
-    row_at = tl.program_id(1).to(tl.int64) * T
-    lse = tl.load(L + row_at + rows, mask=rows < T, other=0.0)
-    delta = tl.load(DELTA + row_at + rows, mask=rows < T, other=0.0)
-    dq0 = tl.zeros((BM, D0), tl.float32)
-    dq1 = tl.zeros((BM, D1 if D1 else D0), tl.float32)
-    for diagonal in tl.static_range(2):
-        first, end = (block * BM, tl.minimum((block + 1) * BM, T)) if diagonal else (0, block * BM)
-        for left in range(first, end, BN):
-            cols = left + tl.arange(0, BN)
-            k0, k1 = _load(KEY + kv, cols, T, K * D, D0, D1)
-            v0, v1 = _load(V + kv, cols, T, K * D, D0, D1)
-            p = tl.exp2(_dot(q0, q1, k0, k1, D1) * scale - lse[:, None])
-            if diagonal:
-                p = tl.where(rows[:, None] >= cols[None, :], p, 0.0)
-            ds = (p * (_dot(g0, g1, v0, v1, D1) - delta[:, None])).to(k0.dtype)
-            dq0 = tl.dot(ds, k0, dq0, input_precision="ieee")
-            if D1:
-                dq1 = tl.dot(ds, k1, dq1, input_precision="ieee")
-    natural = scale * 0.6931471805599453  # ln 2
-    _store(DQ + at, rows, T, H * D, dq0 * natural, dq1 * natural, D0, D1)
-
-
 def _cut(D: int) -> tuple[int, int]:
     """The two powers of two whose sum is D (the second may be 0). ValueError if the kernels do not serve D."""
     if D not in HEAD_DIMS:
@@ -228,7 +223,7 @@ def _op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     held, visited, warps, stages = _tiles(D, False)
     if q.numel():
-        grid, how = (triton.cdiv(T, held), B * H), {"num_warps": warps, "num_stages": stages}
+        grid, how = (triton.cdiv(T, held), H, B), {"num_warps": warps, "num_stages": stages}
         shape = (T, H, H // k.shape[2], LOG2E / math.sqrt(D))
         _forward[grid](q, k, v, y, L, shape, held, visited, *_cut(D), **how)
     return y, L
@@ -247,9 +242,8 @@ def _op_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, L: Tens
         held, visited, warps, stages = _tiles(D, True)
         blocks, how = triton.cdiv(T, held), {"num_warps": warps, "num_stages": stages}
         shape = (T, H, H // K, LOG2E / math.sqrt(D))
-        _delta[(blocks, B * H)](y, dy, delta, T, H, held, *_cut(D))
-        _backward_kv[(blocks, B * K)](q, k, v, dy, L, delta, dk, dv, shape, visited, held, *_cut(D), **how)
-        _backward_q[(blocks, B * H)](q, k, v, dy, L, delta, dq, shape, held, visited, *_cut(D), **how)
+        _backward_q[(blocks, H, B)](q, k, v, y, dy, L, delta, dq, shape, held, visited, *_cut(D), **how)
+        _backward_kv[(blocks, K, B)](q, k, v, dy, L, delta, dk, dv, shape, visited, held, *_cut(D), **how)
     return dq, dk, dv
 
 
@@ -278,5 +272,25 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
     q (B, T, H, D), k and v (B, S, K, D) -> (B, T, H, D). For packed documents, and for decoding with a key cache.
     """
+    if q.is_cuda:
+        return _without_cudnn(q, k, v, mask)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+def _without_cudnn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """masked_attention on a GPU, by the kernel of xFormers, which has no grouped queries.
+
+    With masks cuDNN gives nan gradients where T % 128 == 64 (pytorch#196678) and wrong values on a B200 (#193893), and
+    it plans each new shape anew.
+    """
+    (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
+    if T < S:  # decoding: the H/K query heads of a key head become rows of one, so that the many keys are not copied
+        q = q.view(B, T, K, H // K, D).permute(0, 3, 1, 2, 4).reshape(B, -1, K, D)  # (B, H/K T, K, D)
+        mask = mask.repeat(1, 1, H // K, 1)
+    else:  # as many queries as keys: the mask would be the larger one
+        k, v = (t.unsqueeze(3).expand(B, S, K, H // K, D).reshape(B, S, H, D) for t in (k, v))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    return y.reshape(B, -1, T, K, D).permute(0, 2, 3, 1, 4).reshape(B, T, H, D) if T < S else y

@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import served, tl, triton
+from kernels import multiprocessors, served, tl, triton
 
 IGNORE = -100
+BLOCK, WARPS = 8192, 32  # 8 elements a thread: 16 bytes of bf16, the widest load
 PAD = 128  # the copy's rows are a multiple: tensor cores get whole tiles, and the kernel loads 16 bytes at a time
 # Bytes of a chunk of logits, which has 128 rows at least; `bench kernels --only cross_entropy` tries others
 CHUNK_BYTES = {"cuda": 768 << 20, "cpu": 1 << 20}
@@ -43,50 +44,52 @@ def _rows_ref(z: Tensor, targets: Tensor, c: Tensor, vocab: int, gradient: bool)
         s[:, vocab:] = -torch.inf
     t = targets.clamp(0, vocab - 1)[:, None]
     top, at_target = s.amax(1, keepdim=True), s.gather(1, t)
-    s = s.sub_(top).exp_()
+    s = s.sub_(top).mul_(1.4426950408889634).exp2_()  # log2(e): on a CPU 2^x is faster than e^x
     total = s.sum(1, keepdim=True)
     losses = (top + total.log() - at_target)[:, 0]
     if gradient:
         scale = c * (targets != IGNORE)[:, None]
         s.mul_(scale / total).scatter_add_(1, t, -scale)
     wrong = ((targets < 0) | (targets >= vocab)) & (targets != IGNORE)
-    return losses.masked_fill(targets == IGNORE, 0.0).masked_fill(wrong, torch.nan), s.type_as(z)
+    return losses.masked_fill(targets == IGNORE, 0.0).masked_fill(wrong, torch.nan), s.type_as(z) if gradient else z
 
 
 @triton.jit
-def _rows_kernel(Z, TARGET, LOSS, COUNT, vocab, width, GRADIENT: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    z = Z + row * width
-    target = tl.load(TARGET + row)
+def _rows_kernel(
+    Z, TARGET, LOSS, COUNT, n, vocab, width, GRADIENT: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr
+):
     cols = tl.arange(0, BLOCK)
-    # one running maximum and sum for each lane, so that lanes are reduced only once, at the end
-    m = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for left in range(0, vocab, BLOCK):
-        v = left + cols  # loaded up to `width`, a multiple of 128: 16 bytes at a time
-        s = tl.load(z + v, mask=v < width, other=0.0).to(tl.float32)
-        s = tl.where(v < vocab, s, float("-inf"))
-        m_new = tl.maximum(m, s)
-        safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # no logit in this lane yet
-        total = total * tl.exp(m - safe) + tl.exp(s - safe)
-        m = m_new
-    top = tl.max(m, axis=0)
-    total = tl.sum(total * tl.exp(m - top), axis=0)
-    ok = (target >= 0) & (target < vocab)
-    at_target = tl.load(z + target, mask=ok, other=0.0).to(tl.float32)
-    loss = tl.where(ok, top + tl.log(total) - at_target, tl.where(target == -100, 0.0, float("nan")))
-    tl.store(LOSS + row, loss)
-    if GRADIENT:
-        c = tl.where(ok, 1.0, 0.0)
-        if MEAN:
-            c /= tl.load(COUNT)
-        tl.debug_barrier()  # every thread reads the target's logit before it is overwritten
-        for left in range(0, width, BLOCK):
-            v = left + cols
+    for row in range(tl.program_id(0), n, tl.num_programs(0)):
+        z = Z + tl.cast(row, tl.int64) * width
+        target = tl.load(TARGET + row)
+        # one running maximum and sum for each lane, so that lanes are reduced only once, at the end
+        m = tl.full((BLOCK,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for left in range(0, vocab, BLOCK):
+            v = left + cols  # loaded up to `width`, a multiple of 128: 16 bytes at a time
             s = tl.load(z + v, mask=v < width, other=0.0).to(tl.float32)
-            p = tl.where(v < vocab, tl.exp(s - top) / total, 0.0)
-            d = c * (p - tl.where(v == target, 1.0, 0.0))
-            tl.store(z + v, d.to(Z.dtype.element_ty), mask=v < width)
+            s = tl.where(v < vocab, s, float("-inf"))
+            m_new = tl.maximum(m, s)
+            safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # no logit in this lane yet
+            total = total * tl.exp(m - safe) + tl.exp(s - safe)
+            m = m_new
+        top = tl.max(m, axis=0)
+        total = tl.sum(total * tl.exp(m - top), axis=0)
+        ok = (target >= 0) & (target < vocab)
+        at_target = tl.load(z + target, mask=ok, other=0.0).to(tl.float32)
+        loss = tl.where(ok, top + tl.log(total) - at_target, tl.where(target == -100, 0.0, float("nan")))
+        tl.store(LOSS + row, loss)
+        if GRADIENT:
+            c = tl.where(ok, 1.0, 0.0)
+            if MEAN:
+                c /= tl.load(COUNT)
+            tl.debug_barrier()  # every thread reads the target's logit before it is overwritten
+            for left in range(0, width, BLOCK):
+                v = left + cols
+                s = tl.load(z + v, mask=v < width, other=0.0).to(tl.float32)
+                p = tl.where(v < vocab, tl.exp(s - top) / total, 0.0)
+                d = c * (p - tl.where(v == target, 1.0, 0.0))
+                tl.store(z + v, d.to(Z.dtype.element_ty), mask=v < width)
 
 
 def _rows(
@@ -94,15 +97,18 @@ def _rows(
 ) -> tuple[Tensor, Tensor]:
     if use == "triton":
         losses = z.new_empty(len(z), dtype=torch.float32)
-        _rows_kernel[(len(z),)](z, targets, losses, count, vocab, z.shape[1], gradient, mean, 4096, num_warps=8)
+        # one program a multiprocessor, a row at a time: its second pass finds the row in the L2 (132 x 200 KB of 50 MB)
+        grid = (min(len(z), multiprocessors(z.device)),)
+        _rows_kernel[grid](z, targets, losses, count, len(z), vocab, z.shape[1], gradient, mean, BLOCK, num_warps=WARPS)
         return losses, z
     c = 1 / count if mean else torch.ones_like(count)
-    return (_compiled() if z.is_cuda else _rows_ref)(z, targets, c, vocab, gradient)
+    # one row is always a shape of its own to torch.compile
+    return (_compiled() if z.is_cuda and len(z) > 1 else _rows_ref)(z, targets, c, vocab, gradient)
 
 
 @functools.cache
 def _compiled():
-    return torch.compile(_rows_ref, dynamic=False)
+    return torch.compile(_rows_ref)  # for one length, then for any: past a limit it would go on eagerly
 
 
 def _outputs(x: Tensor, weight: Tensor, reduction: str, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,7 +134,8 @@ def _op(
         w[:vocab], w[vocab:] = weight, 0
     losses = loss.new_empty(len(x))
     count = (targets != IGNORE).sum().clamp(min=1).to(losses.dtype)
-    buffer = x.new_empty(min(rows, len(x)), len(w))
+    gap = 32 if x.device.type == "cpu" and use == "torch" else 0  # at 4 KiB a row, a column would share few cache sets
+    buffer = x.new_empty(min(rows, len(x)), len(w) + gap)[:, : len(w)]
     for i in range(0, x.shape[0], rows):
         part = x[i : i + rows]  # (n, C)
         z = torch.mm(part, w.t(), out=buffer[: len(part)])  # (n, padded V)

@@ -16,7 +16,7 @@ each element once. dw is summed in a fixed order: each program sums its own rows
 import torch
 from torch import Tensor
 
-from kernels import programs, served, tl, triton
+from kernels import multiprocessors, served, tl, triton
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -26,26 +26,25 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @triton.jit
-def _forward(
-    X, RES, W, Z, Y, R, M, C, stride_x, stride_res, eps, ADD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
-):
+def _forward(X, RES, W, Z, Y, R, M, C, eps, ADD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
     there = (rows[:, None] < M) & (cols[None, :] < C)
-    z = tl.load(X + rows[:, None] * stride_x + cols[None, :], mask=there, other=0.0).to(tl.float32)
+    at = rows[:, None] * C + cols[None, :]
+    z = tl.load(X + at, mask=there, other=0.0).to(tl.float32)
     if ADD:
-        z += tl.load(RES + rows[:, None] * stride_res + cols[None, :], mask=there, other=0.0).to(tl.float32)
+        z += tl.load(RES + at, mask=there, other=0.0).to(tl.float32)
         z = z.to(Z.dtype.element_ty)
-        tl.store(Z + rows[:, None] * C + cols[None, :], z, mask=there)
+        tl.store(Z + at, z, mask=there)
         z = z.to(tl.float32)
     r = 1.0 / tl.sqrt(tl.sum(z * z, axis=1) / C + eps)
     w = tl.load(W + cols, mask=cols < C, other=0.0).to(tl.float32)
-    tl.store(Y + rows[:, None] * C + cols[None, :], (z * r[:, None] * w[None, :]).to(Y.dtype.element_ty), mask=there)
+    tl.store(Y + at, (z * r[:, None] * w[None, :]).to(Y.dtype.element_ty), mask=there)
     tl.store(R + rows, r, mask=rows < M)
 
 
 @triton.jit
-def _backward(DY, DZ, Z, W, R, DX, DW, M, C, stride_z, ADD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _backward(DY, DZ, Z, W, R, DX, DW, M, C, ADD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     cols = tl.arange(0, COLS)
     w = tl.load(W + cols, mask=cols < C, other=0.0).to(tl.float32)
     dw = tl.zeros((COLS,), tl.float32)
@@ -55,7 +54,7 @@ def _backward(DY, DZ, Z, W, R, DX, DW, M, C, stride_z, ADD: tl.constexpr, ROWS: 
         at = rows[:, None] * C + cols[None, :]
         dy = tl.load(DY + at, mask=there, other=0.0).to(tl.float32)
         r = tl.load(R + rows, mask=rows < M, other=0.0)[:, None]
-        n = tl.load(Z + rows[:, None] * stride_z + cols[None, :], mask=there, other=0.0).to(tl.float32) * r
+        n = tl.load(Z + at, mask=there, other=0.0).to(tl.float32) * r
         g = dy * w[None, :]
         dx = r * (g - n * (tl.sum(g * n, axis=1) / C)[:, None])
         if ADD:
@@ -72,12 +71,6 @@ def _tile(C: int) -> tuple[int, int, int]:
     return rows, cols, min(16, max(4, rows * cols // 512))
 
 
-def _as_rows(x: Tensor) -> Tensor:
-    """x as (M, C) with contiguous rows; rows may lie apart, so that a slice of columns is not copied."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _outputs(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """y and z like x, contiguous, and r (M,); z is empty without a residual, because it would be x."""
     z = x.new_empty(0 if residual is None else x.shape)
@@ -88,12 +81,11 @@ def _outputs(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
 def _op(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     y, z, r = _outputs(x, residual, weight, eps)
     rows, cols, warps = _tile(x.shape[-1])
-    xs, add = _as_rows(x), residual is not None
-    res = xs if residual is None else _as_rows(residual)
-    sizes = (*xs.shape, xs.stride(0), res.stride(0))
+    x, add = x.contiguous(), residual is not None
+    res = x if residual is None else residual.contiguous()
     if x.numel():
-        grid = (triton.cdiv(xs.shape[0], rows),)
-        _forward[grid](xs, res, weight.contiguous(), z, y, r, *sizes, eps, add, rows, cols, num_warps=warps)
+        grid, sizes = (triton.cdiv(len(r), rows),), (len(r), x.shape[-1])
+        _forward[grid](x, res, weight.contiguous(), z, y, r, *sizes, eps, add, rows, cols, num_warps=warps)
     return y, z, r
 
 
@@ -103,14 +95,14 @@ _op.register_fake(_outputs)
 @torch.library.custom_op("pathswitch::rms_norm_backward", mutates_args=())
 def _op_backward(dy: Tensor, dz: Tensor | None, z: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     rows, cols, warps = _tile(z.shape[-1])
-    zs, dy, w, add = _as_rows(z), dy.contiguous(), weight.contiguous(), dz is not None
+    z, dy, w, add = z.contiguous(), dy.contiguous(), weight.contiguous(), dz is not None
     dz = dy if dz is None else dz.contiguous()
     dx = z.new_empty(z.shape)
-    M, C = zs.shape
-    n = min(programs(z.device), triton.cdiv(M, rows))
+    M, C = len(r), z.shape[-1]
+    n = min(4 * multiprocessors(z.device), triton.cdiv(M, rows))
     dw = z.new_empty(n, C, dtype=torch.float32)
     if z.numel():
-        _backward[(n,)](dy, dz, zs, w, r, dx, dw, M, C, zs.stride(0), add, rows, cols, num_warps=warps)
+        _backward[(n,)](dy, dz, z, w, r, dx, dw, M, C, add, rows, cols, num_warps=warps)
     return dx, dw.sum(0).type_as(weight)
 
 

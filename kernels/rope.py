@@ -21,10 +21,7 @@ Scaling = Callable[[Tensor], tuple[Tensor, float]]  # frequencies -> (scaled fre
 
 
 def rope_ref(qkv: Tensor, cos: Tensor, sin: Tensor, H: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv (B, T, H + 2K, D) -> q (B, T, H, D) and k (B, T, K, D) rotated, v (B, T, K, D) as it is.
-
-    cos and sin are (T, D/2), or (B, T, D/2) if the rows of a batch have positions of their own.
-    """
+    """The same as rope; qk in float32 at least, and rounded once."""
     qk, v = qkv.split((H + K, K), dim=2)
     x = qk.float() if qk.dtype in (torch.bfloat16, torch.float16) else qk
     cos = torch.cat((cos, cos), dim=-1).unsqueeze(-2)  # (T, 1, D)
@@ -35,7 +32,7 @@ def rope_ref(qkv: Tensor, cos: Tensor, sin: Tensor, H: int, K: int) -> tuple[Ten
 
 
 @triton.jit
-def _turn(QKV, Q, KEY, V, COS, SIN, T, H, K, D, BACKWARD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
+def _turn(QKV, Q, KEY, V, COS, SIN, ANGLES, H, K, D, BACKWARD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)  # of B * T
     h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     i = tl.arange(0, HALF)[None, :]
@@ -44,7 +41,7 @@ def _turn(QKV, Q, KEY, V, COS, SIN, T, H, K, D, BACKWARD: tl.constexpr, HEADS: t
     is_q, is_k, is_v = there & (h < H), there & (h >= H) & (h < H + K), there & (h >= H + K)
     whole = QKV + (token * (H + 2 * K) + h) * D + i
     q, k, v = Q + (token * H + h) * D + i, KEY + (token * K + h - H) * D + i, V + (token * K + h - H - K) * D + i
-    at = (token % T) * half + i
+    at = (token % ANGLES) * half + i  # the tables have a row for each of T positions, or of B * T
     cos = tl.load(COS + at, mask=i < half, other=1.0)
     sin = tl.load(SIN + at, mask=i < half, other=0.0)
     cos = tl.where(h < H + K, cos, 1.0)  # v is not rotated
@@ -85,7 +82,8 @@ def _launch(qkv: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tens
     half = triton.next_power_of_2(D // 2)
     heads = min(triton.next_power_of_2(H + 2 * K), max(1, 1024 // half))
     if qkv.numel():
-        _turn[(B * T, triton.cdiv(H + 2 * K, heads))](qkv, q, k, v, cos, sin, T, H, K, D, backward, heads, half)
+        sizes = (cos.numel() // cos.shape[-1], H, K, D)
+        _turn[(B * T, triton.cdiv(H + 2 * K, heads))](qkv, q, k, v, cos, sin, *sizes, backward, heads, half)
 
 
 @torch.library.custom_op("pathswitch::rope", mutates_args=())
@@ -111,7 +109,14 @@ _op.register_autograd(
 
 
 def rope(qkv: Tensor, cos: Tensor, sin: Tensor, H: int, K: int, use: str = "torch") -> tuple[Tensor, Tensor, Tensor]:
-    """qkv (B, T, H + 2K, D), cos and sin (T, D/2) -> q (B, T, H, D) and k (B, T, K, D) rotated, v (B, T, K, D)."""
+    """qkv (B, T, H + 2K, D) -> q (B, T, H, D) and k (B, T, K, D) rotated, v (B, T, K, D) as it is.
+
+    cos and sin are (T, D/2), or (B, T, D/2) if the rows of a batch have positions of their own.
+    """
+    if cos.shape[:-1] not in (qkv.shape[1:2], qkv.shape[:2]):
+        raise ValueError(
+            f"rope: got angles {tuple(cos.shape)} for qkv {tuple(qkv.shape)}, expected those of its tokens"
+        )
     if use == "triton":
         served("rope", qkv)
         return _op(qkv, cos, sin, H, K)

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import kernels
 from config import Config
+from kernels import check
 from model import Transformer
 from runtime import checkpoint, distributed
 from runtime.device import steady_malloc
@@ -22,8 +22,10 @@ def build(c: Config, start: Start, kind: str, world: World) -> tuple[Transformer
     torch.set_float32_matmul_precision("high" if bf16 else "highest")  # with bf16, fp32 products may be TF32
     steady_malloc(device)
     torch.manual_seed(t.seed)
+    with raise_on_all_ranks(world):
+        use = check.choose(t.kernels, c.model, dtype, device)
     with torch.device("meta"):  # no memory yet: a rank may hold a part of each weight
-        net = Transformer(c.model, dtype, kernels.choose(t.kernels, device), t.recompute)
+        net = Transformer(c.model, dtype, use, t.recompute)
     if compiles(c, device):
         compile_blocks(net)
     if kind == "fsdp":

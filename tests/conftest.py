@@ -12,6 +12,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # side by side with others; the shapes here
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
     """A small prepared folder in bytes: 4 increments of about 37,000 tokens of the text that ships."""

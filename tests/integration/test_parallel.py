@@ -537,7 +537,7 @@ def test_a_signal_in_a_validation_saves_and_stops(train_cli, tmp_path, monkeypat
     assert a == b and ("val_loss", 4) in a
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("way", ["none", "fsdp"])
 def test_on_a_gpu_resume_and_branch_are_the_same_bits(tmp_path, prepared, way):
     """Resumed, and branched in two calls, in bfloat16, compiled, with our kernels: SDPA adds in any order."""

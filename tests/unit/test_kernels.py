@@ -3,21 +3,24 @@
 Without a GPU the kernels run in Triton's interpreter in fp32, and are compiled, not run, for sm_80 and sm_90.
 """
 
+from functools import partial
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
-import config
-import kernels
 from kernels import attention as attn
 from kernels import cross_entropy as ce
 from kernels import rms_norm as norm
 from kernels import rope as rot
 from kernels import swiglu as glu
-from runtime.errors import UserError
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+pytestmark = [pytest.mark.gpu] * CUDA  # there the kernels run on it
 USE = ["triton", "torch"]
 EPS = 1e-5  # of RMSNorm
 
@@ -215,6 +218,7 @@ ROWS = {
     "odd": (3, 7, 48),
     "wide": (5, 1000),
     "many rows": (301, 8),
+    "more rows than programs": (19, 1030),
     "empty": (0, 16),
     "wider than 2048": (3, 2050),
 }
@@ -292,10 +296,13 @@ def test_swiglu_of_large_gates_and_of_an_odd_width():
     "B, T, H, K, D",
     [(2, 9, 4, 2, 48), (1, 1, 1, 1, 2), (2, 5, 3, 1, 10), (1, 7, 5, 5, 96), (0, 4, 2, 2, 8), (1, 3, 40, 8, 64)],
 )
-def test_rope(B, T, H, K, D, use):
+@pytest.mark.parametrize("rows", ["one table", "a table a row"])
+def test_rope(B, T, H, K, D, rows, use):
     torch.manual_seed(0)
-    cos, sin = rot.rope_table(T + 3, D, 100.0)
-    cos, sin = cos[:T], sin[:T]
+    cos, sin = rot.rope_table(T + 3 * B + 3, D, 100.0)
+    # a batch whose rows have come to positions 3 apart, as in generation from prompts of unequal length
+    at = torch.arange(T) if rows == "one table" else torch.arange(T) + 3 * torch.arange(B)[:, None]
+    cos, sin = cos[at], sin[at]
     qkv = torch.randn(B, T, H + 2 * K, D)
     on = [t.to(DEVICE) for t in (cos, sin)]
     for given in (qkv, qkv.transpose(1, 2).contiguous().transpose(1, 2)):
@@ -305,6 +312,13 @@ def test_rope(B, T, H, K, D, use):
             rope_formula(cos, sin, H, K),
             (given,),
         )
+
+
+def test_rope_refuses_tables_of_other_tokens():
+    qkv = torch.randn(2, 5, 4, 8)
+    for shape in ((7, 4), (1, 5, 4), (2, 4, 4), (10, 4)):
+        with pytest.raises(ValueError, match=r"angles .* for qkv \(2, 5, 4, 8\)"):
+            rot.rope(qkv, torch.ones(shape), torch.ones(shape), 2, 1)
 
 
 def test_rope_turns_by_position_and_keeps_products_relative():
@@ -366,6 +380,60 @@ def test_attention_ref_is_softmax_of_all_scores():
         *(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=True
     ).transpose(1, 2)
     torch.testing.assert_close(attn.attention_ref(q, k, v), want)
+
+
+def masks(B, T, S):
+    """{name: (B, 1, T, S)}; each query sees a key. With T < S the rows of a cache have come to unequal lengths."""
+    at = torch.arange(T) + torch.randint(S - T + 1, (B, 1))  # the positions of the queries
+    seen = torch.arange(S) <= at[:, :, None]
+    documents = torch.randint(3, (B, S)).sort()[0]
+    return {
+        "cache": seen[:, None],
+        "documents": (seen & (documents.gather(1, at)[:, :, None] == documents[:, None]))[:, None],
+    }
+
+
+@pytest.mark.parametrize("run", [attn.masked_attention, attn._without_cudnn], ids=["as here", "as on a GPU"])
+@pytest.mark.parametrize("T, S, H, K", [(1, 1, 2, 1), (9, 9, 4, 2), (1, 40, 4, 2), (7, 128, 6, 2), (5, 16, 3, 3)])
+def test_masked_attention(T, S, H, K, run):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, T, H, 16), torch.randn(3, S, K, 16), torch.randn(3, S, K, 16)
+    for mask in masks(3, T, S).values():
+        m = mask.to(DEVICE)
+        got, want = (
+            values_and_gradients(lambda *x, f=f, m=m: f(*x, m), [x.to(DEVICE, dtype) for x in (q, k, v)])
+            for f, dtype in ((run, torch.float32), (masked_ref, torch.float64))
+        )
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def masked_ref(q, k, v, mask):
+    """The softmax over all keys, each query head by itself."""
+    G = q.shape[2] // k.shape[2]
+    heads = []
+    for h in range(q.shape[2]):
+        s = q[:, :, h] @ k[:, :, h // G].mT / q.shape[3] ** 0.5  # (B, T, S)
+        heads.append(s.masked_fill(~mask[:, 0], -torch.inf).softmax(-1) @ v[:, :, h // G])
+    return torch.stack(heads, 2)
+
+
+@pytest.mark.parametrize("T, S, heads, rows", [(1, 128, 2, 4), (9, 128, 2, 36), (128, 128, 8, 128)])
+def test_masked_attention_of_a_gpu_is_not_cudnns(T, S, heads, rows, monkeypatch):
+    """Of a cache with many keys none is copied; where there are as many queries, the mask is not."""
+    asked = []
+
+    def sdpa(q, k, v, attn_mask):
+        asked.append((_cur_sdpa_kernel_backends(), k.shape, attn_mask.shape))
+        return q
+
+    monkeypatch.setattr(attn.F, "scaled_dot_product_attention", sdpa)
+    with FakeTensorMode():
+        q, k = (torch.empty(3, *shape, 16, device="cuda") for shape in ((T, 8), (S, 2)))
+        y = attn.masked_attention(q, k, k, torch.ones(3, 1, T, S, device="cuda", dtype=torch.bool))
+    ((backends, keys, mask),) = asked
+    assert set(backends) == {SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH}
+    assert y.shape == q.shape and keys == (3, heads, S, 16) and mask == (3, 1, rows, S)
 
 
 def test_a_head_dim_that_is_not_served_is_named():
@@ -475,6 +543,45 @@ def test_strided_targets_and_other_integer_types(use):
         check_losses(x, w, targets, use)
 
 
+def test_a_gpu_compiles_the_loss_twice_for_chunks_of_any_length():
+    """And twice without the gradient; torch.compile goes on eagerly, in silence, after eight."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with mock.patch.object(torch, "compile", partial(torch.compile, backend=backend)):
+        run = ce._compiled.__wrapped__()
+    torch.manual_seed(0)
+    c, logits, t = torch.tensor(0.25), torch.randn(300, 128), torch.randint(100, (1000,))
+    for gradient in (True, False):
+        for first, n in [(0, 300), (300, 300), (600, 7), (607, 2), *((0, n) for n in range(20, 120, 10))]:
+            z, targets = logits[:n].clone(), t[first : first + n]
+            want = ce._rows_ref(z.clone(), targets, c, 100, gradient)
+            torch.testing.assert_close(run(z, targets, c, 100, gradient), want)
+    assert len(compiled) <= 4
+
+
+def test_the_loss_without_a_gradient_writes_no_gradient():
+    z = torch.randn(6, 128, dtype=torch.bfloat16)
+    assert ce._rows_ref(z, torch.randint(100, (6,)), torch.ones(()), 100, False)[1] is z
+
+
+@pytest.mark.parametrize("programs", [1, 4, 7, 100])
+def test_the_bits_of_the_loss_do_not_depend_on_the_number_of_programs(programs, monkeypatch):
+    torch.manual_seed(0)
+    x, w, t = torch.randn(7, 8), torch.randn(9000, 8), torch.randint(9000, (7,))
+    run = lambda: values_and_gradients(  # noqa: E731
+        lambda x, w: ce.linear_cross_entropy(x, w, t.to(DEVICE), "mean", "triton"), [x.to(DEVICE), w.to(DEVICE)]
+    )
+    want = run()
+    monkeypatch.setattr(ce, "multiprocessors", lambda device: programs)
+    for a, b in zip(run(), want, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_second_derivative_is_refused():
     x, w = torch.randn(9, 4, requires_grad=True), torch.randn(7, 4)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
@@ -523,38 +630,9 @@ def test_every_operation_is_one_that_torch_compile_can_see():
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Which is chosen
-
-
-def test_choice(monkeypatch):
-    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    torchs, tritons = (dict.fromkeys(kernels.NAMES, use) for use in ("torch", "triton"))
-    assert kernels.choose("auto", cpu) == kernels.choose("torch", gpu) == torchs
-    assert kernels.choose("triton, attention=torch", cpu) == tritons | {"attention": "torch"}
-    for bad in ("cuda", "triton=attention", "softmax=triton", "auto,", ""):
-        with pytest.raises(UserError, match="train.kernels"):
-            kernels.parse(bad)
-    monkeypatch.setitem(kernels.AUTO, "rms_norm", "triton")  # on a GPU auto takes what the table says
-    assert kernels.choose("auto", gpu) == torchs | {"rms_norm": "triton"} and kernels.choose("auto", cpu) == torchs
-    assert kernels.choose("auto,rms_norm=torch,swiglu=triton", gpu) == torchs | {"swiglu": "triton"}
-
-
-def test_what_cannot_be_served_is_said(monkeypatch):
-    c = config.Model(n_head=1, hidden=40)
-    assert kernels.problems("auto", False, c) == kernels.problems("torch", False, c) == []
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
-    assert "no CUDA GPU" in kernels.problems("auto,rope=triton", False, c)[0]
-    assert "16, 32, 64, 96, 128, got model.hidden / model.n_head = 40" in kernels.problems("triton", True, c)[0]
-    assert kernels.problems("triton,attention=torch", True, c) == []
-    monkeypatch.setattr(kernels, "HAVE_TRITON", False)
-    assert "not installed" in kernels.problems("triton", True, c)[0]
-
-
-# ----------------------------------------------------------------------------------------------------------
 # On a GPU
 
 CASES = ["rms_norm", "swiglu", "rope", "cross_entropy", "attention 64", "attention 96", "attention 128"]
-on_a_gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 
 
 def cases():
@@ -598,7 +676,7 @@ def values_and_gradients(function, inputs, seed=1):
     return [y.detach() for y in out] + [x.grad for x in inputs]
 
 
-@on_a_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_bf16_error_is_at_most_twice_that_of_pytorch(name):
     triton, own, exact, inputs = cases()[name]
@@ -610,7 +688,7 @@ def test_bf16_error_is_at_most_twice_that_of_pytorch(name):
         assert error <= 2 * of_pytorch + 1e-6, f"{name} {i}: {error:.2e}, PyTorch's own {of_pytorch:.2e}"
 
 
-@on_a_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_a_hundred_repeats_give_the_same_bits(name):
     triton, _, _, inputs = cases()[name]

@@ -1,0 +1,116 @@
+"""Which operations are Triton's, and whether those are right on this GPU: nobody may have run them on its kind before.
+
+At the start each chosen Triton operation is compared with PyTorch's: values and gradients of a small tensor with the
+run's own widths, heads, vocabulary and dtype. If it differs, raises or does not compile, PyTorch's is used.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import config
+from kernels import AUTO, HAVE_TRITON, NAMES, parse
+from kernels.attention import attention
+from kernels.cross_entropy import IGNORE, linear_cross_entropy, linear_cross_entropy_ref
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rope import rope, rope_table
+from kernels.swiglu import swiglu
+from runtime.errors import UserError, first_line
+
+Case = tuple[Callable[..., Any], list[Tensor]]
+B, T, ROWS = 2, 144, 192  # sequences, tokens, and rows of the loss: more than a block or the programs of a kernel
+
+
+def choose(text: str, c: config.Model, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+    """ "torch" or "triton" for every operation; `text` is train.kernels. UserError if one that it names is not right.
+
+    "auto" is AUTO on GPUs of compute capability 8.0 and later, else PyTorch's own.
+    """
+    wishes, gpu = parse(text), device.type == "cuda"
+    new = gpu and HAVE_TRITON and torch.cuda.get_device_capability(device) >= (8, 0)
+    auto = AUTO if new else dict.fromkeys(NAMES, "torch")
+    chosen = {name: auto[name] if wish == "auto" else wish for name, wish in wishes.items()}
+    shape = (c.hidden, c.n_head, c.n_kv_head or c.n_head, c.ffn or 4 * c.hidden, c.vocab_size, c.norm_eps)
+    for name in [n for n in NAMES if gpu and chosen[n] == "triton"]:
+        if fault := find_fault(name, shape, dtype, device):
+            if wishes[name] == "triton":
+                advice = f"take --train.kernels {text},{name}=torch"
+                raise UserError(f"train.kernels: got {text!r}, but Triton's {name} fails here: {fault}; {advice}")
+            say(f"Triton's {name} fails here: {fault}; PyTorch's is used")
+            chosen[name] = "torch"
+    return chosen
+
+
+@functools.cache
+def say(line: str) -> None:
+    """To stderr, once in a process."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@functools.cache
+def find_fault(name: str, shape: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> str:
+    """How Triton's operation differs from PyTorch's, or why it does not run; "" if it is right.
+
+    Both are compared with float64. Both round to `dtype`, at other places: ours may be off by four times PyTorch's
+    largest error, and by two units in the last place of the largest value where PyTorch's happens to be exact, and by
+    1e-5 of it for the order of float32 sums. A wrong row, block or mask is off by a tenth of it or more.
+    """
+    try:
+        with device:  # the caller may have another one, such as meta
+            call, inputs = case(name, shape, dtype, device)
+        runs = (results(call, *how, inputs) for how in (("triton", False), ("torch", False), ("torch", True)))
+        for ours, own, exact in zip(*runs, strict=True):
+            off, allowed = ((y.double() - exact).abs().max().item() for y in (ours, own))
+            size = exact.abs().max().item()
+            if not off <= 4 * allowed + (2 * torch.finfo(dtype).eps + 1e-5) * size:  # nan is not
+                return f"off by {off:.2g} where PyTorch's is off by {allowed:.2g}, of values up to {size:.2g}"
+    except Exception as e:  # whatever a compiler, a driver or a GPU finds
+        return f"{type(e).__name__}: {first_line(e)}"
+    return ""
+
+
+def results(call: Callable[..., Any], use: str, double: bool, inputs: list[Tensor]) -> list[Tensor]:
+    """The outputs, and the gradients of the inputs for random gradients of the outputs, rounded as the first input."""
+    generator = torch.Generator(inputs[0].device).manual_seed(1)
+    with torch.enable_grad():
+        given = [x.to(torch.float64 if double else x.dtype).detach().requires_grad_() for x in inputs]
+        out = call(use, *given)
+        out = out if isinstance(out, tuple) else (out,)
+        ends = [y for y in out if y.requires_grad]
+        dy = [torch.randn(y.shape, device=y.device, generator=generator).type_as(inputs[0]).type_as(y) for y in ends]
+        return [*out, *torch.autograd.grad(ends, given, dy)]
+
+
+def case(name: str, shape: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Case:
+    """An operation as the model calls it, a function of the choice and the inputs; the inputs."""
+    C, H, K, f, V, eps = shape
+    D, generator = C // H, torch.Generator(device).manual_seed(0)
+
+    def randn(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(size, generator=generator, device=device).to(dtype)
+
+    def norms(use: str, x: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        return rms_norm(x, w, eps, use), *add_rms_norm(x, residual, w, eps, use)
+
+    def loss(use: str, x: Tensor, w: Tensor) -> Tensor:
+        if use == "torch":  # with all logits at once: that in chunks would be compiled
+            return linear_cross_entropy_ref(x, w.type_as(x), targets)
+        return linear_cross_entropy(x, w, targets, "mean", use)
+
+    if name == "rms_norm":
+        return norms, [randn(B, T, C), randn(B, T, C), randn(C, dtype=torch.float32)]
+    if name == "rope":
+        cos, sin = (t.to(device) for t in rope_table(T, D, 10000.0))
+        return lambda use, qkv: rope(qkv, cos, sin, H, K, use), [randn(B, T, H + 2 * K, D)]
+    if name == "attention":
+        return lambda use, q, k, v: attention(q, k, v, use), [randn(B, T, n, D) for n in (H, K, K)]
+    if name == "swiglu":
+        return lambda use, x: swiglu(x, use), [randn(B, T, 2 * f)]
+    targets = torch.randint(V, (ROWS,), generator=generator, device=device)
+    targets[0] = IGNORE
+    # 64 wide: the kernel sees logits only; of size 4, so that some probabilities are large, and so their gradients
+    return loss, [0.5 * randn(ROWS, 64), randn(V, 64, dtype=torch.float32)]
