@@ -123,7 +123,7 @@ def write_shard(file: Path, content: Iterable[Tensor]) -> dict[str, Any]:
                 for piece in part.split(1 << 20):  # Linux takes up to three times as long over larger ones
                     f.write(piece.numpy().data)
             f.flush()
-            flushed = disk.submit(os.fsync, f.fileno())
+            flushed = disk.submit(fsync, file)
             digest = files.chunked_sha256(file)  # reads from memory while the disk is busy
             flushed.result()
             return {"bytes": f.tell(), "chunked_sha256": digest}
