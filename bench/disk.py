@@ -127,7 +127,6 @@ def checkpoint_seconds(state: dict[str, Tensor], folder: Path, rounds: int) -> d
             f.flush()
             os.fsync(f.fileno())
 
-    copy()  # the first time allocates
     clock(FIRST, lambda: saver.save(0, state, record))
     saver.wait()
     for _ in tqdm(range(rounds), desc="checkpoint", disable=None):
