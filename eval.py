@@ -24,7 +24,7 @@ from kernels import check
 from model import Transformer
 from runtime import checkpoint, resume
 from runtime.command_line import Parser, aligned
-from runtime.device import pick_device, steady_malloc
+from runtime.device import activations, pick_device, steady_malloc
 from runtime.errors import UserError, user_errors
 from runtime.runs import finished
 from text import token_files
@@ -76,7 +76,7 @@ def load_model(path: Path, device: torch.device) -> tuple[Transformer, dict[str,
     meta = checkpoint.read_meta(path)
     c = config.model_of(meta["config"])
     checkpoint.verify(path)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = activations("auto", device)
     with torch.device("meta"):  # no weights are drawn
         net = Transformer(c, dtype, check.choose("auto", c, dtype, device))
     net.allocate(torch.device("cpu"))

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import config
 import kernels
-from kernels.attention import attention, masked_attention
+from kernels.attention import TILE, attention, masked_attention
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.linear import linear
 from kernels.rms_norm import add_rms_norm, rms_norm
@@ -80,7 +80,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The output of the block before and the residual stream that it adds to, (B, T, C) each -> this block's.
 
-        `mask` (B, 1, T, S): the keys that a query sees; None: those before it.
+        `mask` (B, 1, T, S): 0 for a key that the query sees, -inf for others; None: it sees those before it.
         """
         y, residual = self.attn_norm(update, residual)
         B, T, C = y.shape
@@ -195,9 +195,13 @@ class Transformer(nn.Module):
             if cache.end:  # else all rows begin, and attention is the usual one
                 cos, sin = self.cos[at], self.sin[at]  # (B, T, D/2)
             cache.end += T
-            if cache.end > T:
-                mask = (torch.arange(cache.end, device=ids.device) <= at[:, :, None])[:, None]  # (B, 1, T, S)
-            pasts = [(k[:, : cache.end], v[:, : cache.end], at) for k, v in zip(cache.k, cache.v, strict=True)]
+            S = cache.end
+            if S > T:
+                S = min(S + -S % TILE.get(ids.device.type, 1), cache.k.shape[2])  # the mask hides keys beyond the end
+                mask = (torch.arange(S, device=ids.device) <= at[:, :, None])[:, None]  # (B, 1, T, S)
+            pasts = [(k[:, :S], v[:, :S], at) for k, v in zip(cache.k, cache.v, strict=True)]
+        if mask is not None:  # once a model: attention would turn true and false into numbers in each layer
+            mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, -torch.inf)
         update, residual = self.embed(ids).to(self.dtype), None  # (B, T, C)
         for block, past in zip(self.blocks, pasts, strict=True):
             inputs = (update, residual, cos, sin, mask, past)

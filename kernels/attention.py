@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kernels import HEAD_DIMS, served, tl, triton
 
 LOG2E = math.log2(math.e)
+TILE = {"cuda": 128}  # keys under a mask are a multiple of it, or PyTorch's kernel would copy the mask in each layer
 
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -268,7 +269,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, use: str = "torch") -> Tensor:
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q k' / sqrt(D)) v over the keys where `mask` (B, 1, T, S) is true, by PyTorch's own operation.
+    """softmax(q k' / sqrt(D) + mask) v with a `mask` (B, 1, T, S) of 0 and -inf, by PyTorch's own operation.
 
     q (B, T, H, D), k and v (B, S, K, D) -> (B, T, H, D). For packed documents, and for decoding with a key cache.
     """

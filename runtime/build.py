@@ -9,7 +9,7 @@ from config import Config
 from kernels import check
 from model import Transformer
 from runtime import checkpoint, distributed
-from runtime.device import steady_malloc
+from runtime.device import activations, steady_malloc
 from runtime.distributed import World, raise_on_all_ranks
 from runtime.start import Start
 
@@ -17,8 +17,8 @@ from runtime.start import Start
 def build(c: Config, start: Start, kind: str, world: World) -> tuple[Transformer, torch.nn.Module, torch.optim.AdamW]:
     """(the weights, the module to call, AdamW): float32 weights, activations in train.dtype, decay on matrices only."""
     t, device = c.train, world.device
-    bf16 = t.dtype == "bfloat16" or (t.dtype == "auto" and device.type == "cuda")
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = activations(t.dtype, device)
+    bf16 = dtype == torch.bfloat16
     torch.set_float32_matmul_precision("high" if bf16 else "highest")  # with bf16, fp32 products may be TF32
     steady_malloc(device)
     torch.manual_seed(t.seed)

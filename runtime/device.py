@@ -29,6 +29,12 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
+def activations(wanted: str, device: torch.device) -> torch.dtype:
+    """The dtype of train.dtype; "auto" is bfloat16 on CUDA and float32 elsewhere."""
+    bf16 = wanted == "bfloat16" or (wanted == "auto" and device.type == "cuda")
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {platform.machine()}"
 

@@ -10,9 +10,11 @@ import torch
 
 import config
 from data import Tokens
+from kernels import check
 from model import Transformer
 from runtime import checkpoint, resume
 from runtime.command_line import this_command
+from runtime.device import activations
 from runtime.distributed import World, broadcast, check_same, raise_on_all_ranks
 from runtime.errors import UserError
 from runtime.files import is_locked, lock, open_log, write_text
@@ -174,13 +176,19 @@ def agree_on_start(run: Run, tokens: Tokens | SFTData, world: World) -> Start:
 
 @contextmanager
 def claim(run: Run, tokens: Tokens | SFTData, start: Start, world: World) -> Iterator[BinaryIO | None]:
-    """On rank 0: check the files to be read, lock the segment's folder, yield the open log. Other ranks: yield None."""
+    """On rank 0: check the files to be read, lock the segment's folder, yield the open log. Other ranks: yield None.
+
+    All ranks try the kernels first: one that was asked for by name and fails is refused before anything is written.
+    """
     c, folder = run.config, run.folder
     with ExitStack() as held:
         log = None
         with raise_on_all_ranks(world):
             if world.rank == 0:
                 check_start(run, tokens, start)
+            check.choose(c.train.kernels, c.model, activations(c.train.dtype, world.device), world.device)
+        with raise_on_all_ranks(world):
+            if world.rank == 0:
                 held.enter_context(lock(folder / ".lock", BUSY.format(folder)))
                 if start != find_start(run, tokens):
                     raise UserError(f"{folder}: another process has just trained here; call this again")

@@ -20,8 +20,10 @@ import data
 import kernels
 import model
 import train
+from kernels import check
 from runtime import checkpoint, start
 from runtime.command_line import this_command
+from runtime.errors import UserError
 from runtime.files import lock, open_log, write_json
 from text import prepare
 
@@ -1038,3 +1040,12 @@ def test_without_triton_all_else_works(tmp_path, prepared):
     assert r.returncode == 0, r.stderr
     r = subprocess.run([*command, "--train.kernels", "triton"], capture_output=True, text=True, cwd=ROOT)
     assert r.returncode == 2 and "Triton is not installed" in r.stderr and len(r.stderr.splitlines()) == 1
+
+
+def test_kernels_that_fail_here_are_refused_before_anything_is_written(train_cli, tmp_path, monkeypatch, capsys):
+    def choose(*_):
+        raise UserError("train.kernels: got 'triton', but Triton's rope fails here: off by 1")
+
+    monkeypatch.setattr(check, "choose", choose)
+    assert train_cli("--mode", "main") == 2
+    assert "Triton's rope fails here" in capsys.readouterr().err and not (tmp_path / "run").exists()
