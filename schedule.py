@@ -188,7 +188,7 @@ def plan(paradigm: str, p: Plan) -> list[Segment]:
         D = decay(S, W) if p.cycle is None else p.cycle - W
         return Segment(f"ptfs-{tag}/v{i}", "ptfs", i, None, 0, S, path(p, 0, S, W, D))
 
-    def cpt(i: int, parent: str) -> Segment:
+    def cpt(i: int) -> Segment:
         a, b = p.end(i - 1), p.end(i)
         lr = {
             "reset_max": path(p, a, b, 0, decay(b - a, 0)),
@@ -196,6 +196,7 @@ def plan(paradigm: str, p: Plan) -> list[Segment]:
             "keep_min": lambda s: p.lowest_lr,
         }[p.cpt_variant]
         name = f"cpt-{tag}" if p.cpt_variant == "reset_max" else f"cpt-{tag}-{p.cpt_variant}"
+        parent = ptfs(1).name if i == 2 else f"{name}/v{i - 1}"
         return Segment(f"{name}/v{i}", "cpt", i, (parent, a), a, b, lr)
 
     def branch(i: int) -> Segment:
@@ -206,13 +207,8 @@ def plan(paradigm: str, p: Plan) -> list[Segment]:
 
     if paradigm == "ptfs":
         return [ptfs(i) for i in range(1, N + 1)]
-
     if paradigm == "cpt":  # version 1 is PTFS's version 1: trained once, under PTFS's name
-        segments = [ptfs(1)]
-        for i in range(2, N + 1):
-            segments.append(cpt(i, segments[-1].name))
-        return segments
-
+        return [ptfs(1), *(cpt(i) for i in range(2, N + 1))]
     # Ours: the main path at max LR ends where the last branch leaves it, at N*T - d
     end = p.end(N) - d
     main = Segment("main", "main", N, None, 0, end, path(p, 0, end, W, 0))
@@ -254,10 +250,8 @@ def problems(p: Plan, paradigm: str) -> list[str]:
     elif paradigm == "ours" and d < 1:
         found.append(f"alpha: got {p.alpha}, not one step of the first increment's {T}; expected at least {1 / T:.3g}")
     elif paradigm == "ours" and T - d < W:
-        found.append(
-            f"alpha / decay_steps: a branch of {d} steps would leave the main path at step {T - d}, inside the warm-up "
-            f"of {W}; expected at most {T - W} steps (alpha {(T - W) / T:.3g})"
-        )
+        got = f"a branch of {d} steps would leave the main path at step {T - d}, inside the warm-up of {W}"
+        found.append(f"alpha / decay_steps: {got}; expected at most {T - W} steps (alpha {(T - W) / T:.3g})")
     if p.cycle is not None:
         decays = {"ptfs": sum(p.T), "cpt": T, "ours": d}[paradigm]
         if p.schedule != "cosine":
@@ -347,9 +341,8 @@ def read_plan(config: str, words: dict[str, str | None]) -> Plan:
     except (ValueError, TypeError, RecursionError) as e:
         raise ValueError(f"{file}: not the TOML of a config: {e}") from None
     p, kinds = Plan(), {f.name: f.type for f in fields(Plan)}
-    given: list[Any] = [(k, v, typed) for k, v in planned.items()] + [
-        (k, words[k], parse) for k in kinds if words[k] is not None
-    ]
+    given: list[Any] = [(k, v, typed) for k, v in planned.items()]
+    given += [(k, words[k], parse) for k in kinds if words[k] is not None]
     for k, value, read in given:
         if k not in kinds:
             raise ValueError(f"{file}: unknown key plan.{k}; expected one of {', '.join(kinds)}")
