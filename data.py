@@ -91,8 +91,7 @@ class Tokens:
     def needs(self, start: int, end: float) -> list[tuple[str, int, int]]:
         """(increment, tokens needed, tokens there) of every increment that steps start .. end - 1 read."""
         found = []
-        for i, stop in enumerate(self.ends):
-            first = self.ends[i - 1] if i else 0
+        for i, (first, stop) in enumerate(itertools.pairwise([0, *self.ends])):
             if first < end and stop > start:
                 there = self.meta["increments"][i]["tokens"] if i < len(self.meta["increments"]) else 0
                 steps = int(min(stop - first, end - first, self.unique or math.inf))
