@@ -125,13 +125,11 @@ def encode(batch: list[list[Piece]], tok: Tokenizer) -> Iterator[tuple[list[int]
     # texts side by side are encoded together, as the template gives them: a token may span both
     runs = [itertools.groupby(e, lambda p: (p[1], isinstance(p[0], token))) for e in batch]
     joined = [[("".join(t for t, _ in run), learned, marker) for (learned, marker), run in e] for e in runs]
-    encoded = iter(tok.encode_many([text for pieces in joined for text, _, _ in pieces]))
+    encoded = iter(tok.encode_many([text for pieces in joined for text, _, marker in pieces if not marker]))
     for pieces in joined:
-        ids: list[int] = []
-        loss: list[bool] = []
+        ids, loss = list[int](), list[bool]()
         for text, learned, marker in pieces:
-            plain = next(encoded)
-            new = [tok.markers[text]] if marker else plain
+            new = [tok.markers[text]] if marker else next(encoded)
             ids += new
             loss += [learned] * len(new)
         yield [*ids, tok.eot], [*loss, True]
@@ -186,12 +184,10 @@ class Examples:
         self.filled = sum(int(lengths[row].sum()) for row in self.train) / (len(self.train) * context)
 
     def __str__(self) -> str:
-        m = self.meta
-        return (
-            f"{m['source']}: {m['examples']:,} examples, {m['tokens']:,} tokens, "
-            f"{m['targets']:,} of them in responses; {self.too_long:,} longer than {self.context} are left out, "
-            f"{sum(map(len, self.val)):,} held out for validation; {len(self.train):,} rows, {self.filled:.0%} filled"
-        )
+        m, held_out = self.meta, sum(map(len, self.val))
+        size = f"{m['examples']:,} examples, {m['tokens']:,} tokens, {m['targets']:,} of them in responses"
+        rest = f"{self.too_long:,} longer than {self.context} are left out, {held_out:,} held out for validation"
+        return f"{m['source']}: {size}; {rest}; {len(self.train):,} rows, {self.filled:.0%} filled"
 
     def order(self, n: np.ndarray) -> np.ndarray:
         """The training rows at the places n of the sequence."""
