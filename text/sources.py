@@ -163,9 +163,8 @@ def documents(file: Path, progress: Callable[[int], Any], parse: Callable[[Any],
 
 def parquet_texts(file: Path, progress: Callable[[int], Any]) -> Iterator[str | None]:
     """The column "text" of a parquet file."""
-    parquet = optional("pyarrow.parquet", "pyarrow", str(file))
     try:
-        f = parquet.ParquetFile(file)
+        f = optional("pyarrow.parquet", "pyarrow", str(file)).ParquetFile(file)
         columns = {field.name: str(field.type) for field in f.schema_arrow}
         kind = columns.get("text", "").removeprefix("dictionary<values=").split(",")[0]
         if kind not in ("string", "large_string", "string_view"):
