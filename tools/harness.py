@@ -44,7 +44,7 @@ try:
     from lm_eval import evaluator
     from lm_eval.api.group import Group
     from lm_eval.api.model import TemplateLM
-    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -158,28 +158,24 @@ class LM(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts up to the first stop string, at which a row ends. A batch holds requests of equal settings."""
-        out = [""] * len(requests)
-        alike: dict[str, list[tuple[list[int], int]]] = {}  # {settings: (context, request)}
-        for i, r in enumerate(requests):
-            ids = self.tok_encode(r.args[0]) or [self.tok.start]
-            alike.setdefault(json.dumps(r.args[1], sort_keys=True), []).append((ids, i))
+        contexts = [self.tok_encode(r.args[0]) or [self.tok.start] for r in requests]
+        settings = [normalize_gen_kwargs(r.args[1], NEW) for r in requests]
+        rows = list(zip(contexts, settings, strict=True))
+        alike = Collator(rows, lambda row: -len(row[0]), group_by="gen_kwargs")  # the longest contexts first
+        texts: list[str] = []
         with self.bar(total=len(requests), desc="answers") as bar:
-            for settings, rows in alike.items():
-                how = normalize_gen_kwargs(json.loads(settings), NEW)
+            for part in alike.get_batched(self.batch):
+                how = part[0][1]
                 until = [s for s in handle_stop_sequences(how["until"], eos=self.end) if s]
                 temperature = how["temperature"] if how.get("do_sample") else 0.0
                 room = self.max_length - how["max_gen_toks"]
-                rows.sort(key=lambda row: len(row[0]), reverse=True)
-                for start in range(0, len(rows), self.batch):
-                    part = rows[start : start + self.batch]
-                    self.drawn += 1
-                    draws = Sampling(temperature, how.get("top_p", 1.0), self.drawn * self.world_size + self.rank)
-                    prompts, stops = [ids[-room:] for ids, _ in part], functools.partial(self.stops, until)
-                    new = generate(self.net, prompts, how["max_gen_toks"], self.ends, draws, stops)
-                    for (_, i), ids in zip(part, new, strict=True):
-                        out[i] = postprocess_generated_text(self.tok_decode(ids), until, None)
-                    bar.update(len(part))
-        return out
+                self.drawn += 1
+                draws = Sampling(temperature, how.get("top_p", 1.0), self.drawn * self.world_size + self.rank)
+                prompts, stops = [ids[-room:] for ids, _ in part], functools.partial(self.stops, until)
+                new = generate(self.net, prompts, how["max_gen_toks"], self.ends, draws, stops)
+                texts += [postprocess_generated_text(self.tok_decode(ids), until, None) for ids in new]
+                bar.update(len(part))
+        return alike.get_original(texts)
 
     def stops(self, until: list[str], ids: list[int]) -> bool:
         """Does a stop string end here? It takes at most as many tokens as bytes; 4 more, as the first may be cut."""
