@@ -24,13 +24,6 @@ SAMPLES = [
 ]
 
 
-def unicode_of_bytes() -> list[str]:
-    """GPT-2's printable character for each byte: the byte's own if it has one, else the next from U+0100 on."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(b if b in plain else next(others)) for b in range(256)]
-
-
 def plain_pattern(pattern: str) -> str:
     """tiktoken's pattern for Oniguruma, where {1,3}+ repeats a repetition, and $ is the end of any line.
 
@@ -48,7 +41,9 @@ def to_tokenizer_json(tok: Tokenizer) -> dict[str, Any]:
     """
     plain = tok.name == "bytes"
     ranks = dict(sorted(tok.encoding._mergeable_ranks.items(), key=lambda item: item[1]))
-    char = unicode_of_bytes()
+    # GPT-2's printable character for each byte: the byte's own if it has one, else the next from U+0100 on
+    printable, others = [*range(33, 127), *range(161, 173), *range(174, 256)], iter(range(256, 512))
+    char = [chr(b if b in printable else next(others)) for b in range(256)]
     spelled = {token: token.decode("latin-1").translate(char) for token in ranks}
     merges = []
     for token in ranks:
