@@ -151,12 +151,9 @@ SCHEDULES: dict[str, tuple[Callable[[int, float, float, float, int], float], flo
 
 
 def path(p: Plan, start: int, end: int, W: int, D: float, warm_from: float = 0.0) -> Callable[[int], float]:
-    """LR of update s: `W` steps of linear warm-up from `warm_from`, then max LR, then a decay of D steps up to `end`.
-
-    If D is longer than the steps after the warm-up (a long cycle), the path stops at `end`, its decay incomplete.
-    """
+    """LR of update s: `W` steps of linear warm-up from `warm_from`, max LR, then a decay of D steps up to `end`."""
     shape, _ = SCHEDULES[p.schedule]
-    decay_start = end - int(min(D, end - start - W))
+    decay_start = end - int(min(D, end - start - W))  # a longer decay (a long cycle) is incomplete at `end`
 
     def lr(s: int) -> float:
         if s - start < W:

@@ -156,10 +156,7 @@ def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
 
 
 class Examples:
-    """An examples folder as rows of `context` tokens: an endless sequence of epochs, each in an order of its own.
-
-    UserError if no example fits into a row; the folder stays, because it serves any context.
-    """
+    """An examples folder as endless epochs of rows of `context` tokens, each shuffled anew. UserError if none fits."""
 
     def __init__(self, folder: Path, context: int, seed: int) -> None:
         self.folder, self.context, self.seed = folder, context, seed
@@ -177,7 +174,7 @@ class Examples:
         train, held_out = np.flatnonzero(fits & ~val), np.flatnonzero(val)
         self.train = [train[row] for row in pack(lengths[train], context)]
         self.val = [held_out[row] for row in pack(lengths[held_out], context)]
-        if not self.train:
+        if not self.train:  # the folder stays, because it serves any context
             problem = f"none of its {self.meta['examples']} examples fits model.context = {context} tokens"
             raise UserError(f"data.sft {self.meta['source']}: {problem}")
         self.targets = np.array([targets[row].sum() for row in self.train])

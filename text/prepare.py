@@ -137,8 +137,8 @@ class Buckets:
         for _, _, source, ids in self.documents():
             tokens[source] += len(ids) // self.dtype.itemsize
         if 0 in tokens:
-            name = self.sources[tokens.index(0)].name
-            raise UserError(f"--source {name}: has no text of its own, so it can have no weight")
+            empty = self.sources[tokens.index(0)]
+            raise UserError(f"--source {empty.name}: has no text of its own, so it can have no weight")
         ratio = [w / n for w, n in zip(weights, tokens, strict=True)]
         return [r / max(ratio) for r in ratio]
 
@@ -168,16 +168,12 @@ def prepare(
     out: str,
     sources: list[str],
     tokenizer: str = str(RANKS),
-    increments: Sequence[float] = (1, 1, 1, 1),
+    increments: Sequence[float] = (1, 1, 1, 1),  # their proportions
     val: float = 0.05,
-    weights: list[float] | None = None,
-    jobs: int = 0,
+    weights: list[float] | None = None,  # ratio of the sources' tokens; None: all there is
+    jobs: int = 0,  # processes; 0: one a core
 ) -> dict[str, Any]:
-    """Make the folder `out` from the sources; returns its meta.
-
-    increments: their proportions [4 equal ones]. weights: ratio of the sources' tokens [all there is]. jobs: processes.
-    UserError if `out` exists, a source does not, or a part of the split would be empty.
-    """
+    """Make a folder; returns its meta. UserError if it exists, a source does not, or a part of the split is empty."""
     folder = Path(out).resolve()  # links to one folder share its lock
     found = list(map(find_source, sources))
     tok = Tokenizer(tokenizer)
