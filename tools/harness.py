@@ -30,7 +30,7 @@ import eval as evaluation
 import model as llama
 from runtime import checkpoint, distributed, resume
 from runtime.command_line import Parser, aligned
-from runtime.device import pick_device, steady_malloc
+from runtime.device import pick_device
 from runtime.distributed import World
 from runtime.errors import UserError, first_line, user_errors
 from sample import Sampling, generate
@@ -97,11 +97,9 @@ class LM(TemplateLM):
         return self._loglikelihood_tokens([self.split(r) for r in requests])
 
     def split(self, r: Any) -> tuple[Any, list[int], list[int]]:
-        """((texts), ids of the question, ids of the answer): from the first token that the question alone has not.
-
-        A token that spans both is the answer's, as are spaces between them. UserError if it has none, or too many.
-        """
+        """((texts), ids of the question, ids of the answer). UserError if the answer has no token, or too many."""
         question, answer = r.args
+        # the answer begins at the first token that the question alone, without spaces at its end, has not
         whole, alone = self.tok_encode(question + answer), self.tok_encode(question.rstrip())
         n = next((i for i, (a, b) in enumerate(zip(whole, alone, strict=False)) if a != b), len(alone))
         size = len(whole) - n if answer else 0
@@ -332,16 +330,13 @@ def evaluate(
     path: Path,
     names: list[str],
     device: torch.device,
-    data: str | None = None,
+    data: str | None = None,  # a prepared folder with the checkpoint's tokenizer
     data_dir: str | None = None,
-    limit: int | None = None,
+    limit: int | None = None,  # only the first questions of each task
     num_fewshot: int | None = None,
     batch: int = 16,
 ) -> Results:
-    """{task: result} of a checkpoint; in a process group on rank 0 alone, nothing on the others.
-
-    `data`: a prepared folder with the checkpoint's tokenizer. `limit`: only the first questions of each task.
-    """
+    """{task: result} of a checkpoint; in a process group on rank 0 alone, nothing on the others."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     world = World(rank, rank, ranks, device)
     with distributed.raise_on_all_ranks(world):
@@ -386,7 +381,6 @@ def main() -> None:
             raise UserError(f"--{key}: got {str(value)[:20]}, expected {low} or more, below 10^12")
     world = distributed.world_from_environment()
     world = replace(world, device=pick_device(o.device, world.local_rank))
-    steady_malloc(world.device)
     if world.ranks > 1:
         distributed.join(world, 1800)
     names = list(dict.fromkeys(n for n in o.tasks.split(",") if n))
