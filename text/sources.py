@@ -133,10 +133,7 @@ def json_text(record: Any) -> str:
 
 
 def documents(file: Path, progress: Callable[[int], Any], parse: Callable[[Any], Any] = json_text) -> Iterator[Any]:
-    """The documents of one file, streamed.
-
-    progress: called with the bytes read since its last call. parse: a line of JSONL -> a document, or ValueError.
-    """
+    """The documents of one file, streamed; `progress` gets the bytes read since its last call, `parse` a JSON line."""
     kind, _ = kind_of(file)
     if kind == "parquet":
         yield from parquet_texts(file, progress)

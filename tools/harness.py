@@ -109,11 +109,8 @@ class LM(TemplateLM):
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: list[Any], **kw: Any) -> list[tuple[float, bool]]:
-        """Of ((texts), context, continuation): nats of the continuation, and whether each token is the likeliest.
-
-        Equal inputs are read once: the answers A, B, C and D to a question differ in their last token only. Rows are
-        padded on their right, after the tokens that are scored, and the head reads only the scored places.
-        """
+        """Of ((texts), context, continuation): nats of the continuation, and whether each token is the likeliest."""
+        # equal inputs are read once: the answers A, B, C and D to a question differ in their last token only
         asked: dict[tuple[int, ...], list[int]] = {}  # {input: requests}
         for i, (_, context, continuation) in enumerate(requests):
             asked.setdefault(tuple((context + continuation)[-self.max_length - 1 : -1]), []).append(i)
@@ -126,6 +123,7 @@ class LM(TemplateLM):
                 ends = [(i, b * T + len(row)) for b, row in enumerate(part) for i in asked[row]]  # flat places
                 at = [k for i, end in ends for k in range(end - len(requests[i][2]), end)]
                 targets = torch.tensor([t for i, _ in ends for t in requests[i][2]], device=self.device)
+                # padded on the right, after the tokens that are scored; the head reads only the scored places
                 ids = torch.tensor([row + (0,) * (T - len(row)) for row in part], device=self.device)
                 nats, best = self.score(self.net.states(ids).flatten(0, 1)[at], targets)
                 begin = 0
@@ -259,11 +257,8 @@ def catalogue(folders: tuple[Path, ...], everything: bool) -> Any:
 
 @functools.cache
 def load(names: tuple[str, ...], data_dir: str | None, num_fewshot: int | None) -> dict[str, Any]:
-    """{name: the harness's task or group}, questions read; a file has the name that is in it.
-
-    A file is a program: its !function, templates and includes run. num_fewshot is only part of the cache's key: the
-    harness writes it into the tasks.
-    """
+    """{name: the harness's task or group}, questions read; a file has the name that is in it."""
+    # num_fewshot is only part of the cache's key: the harness writes it into the tasks
     if data_dir is not None and not Path(data_dir).is_dir():
         raise UserError(f"--data_dir {data_dir}: is no folder; expected one with local copies of the tasks' datasets")
     files = {n: Path(n) for n in names if n.endswith(".yaml")}
@@ -283,7 +278,7 @@ def load(names: tuple[str, ...], data_dir: str | None, num_fewshot: int | None) 
             if n in known.all_tags:
                 raise UserError(f"--tasks: got {n}, which is a tag of several tasks; name the ones that you want")
         with local_copies(data_dir):
-            made = known.load(wanted)
+            made = known.load(wanted)  # a file is a program: its !function, templates and includes run
     found = {n: made["groups"].get(n) or made["tasks"][n] for n in wanted}
     for n, t in found.items():
         if isinstance(t, Group) and not t.has_aggregation:
