@@ -13,7 +13,7 @@ from eval import load_model
 from model import Transformer
 from runtime import resume
 from runtime.command_line import Parser
-from runtime.device import pick_device, steady_malloc
+from runtime.device import pick_device
 from runtime.errors import UserError, user_errors
 from text.sources import clean
 from text.tokenizer import Tokenizer
@@ -112,7 +112,6 @@ def main() -> None:
     if not (o.temperature >= 0 and 0 < o.top_p <= 1):  # nan is refused too
         raise UserError(f"--temperature, --top_p: got {o.temperature} and {o.top_p}, expected 0 or more and 0 < p <= 1")
     device = pick_device(o.device, 0)
-    steady_malloc(device)
     how = Sampling(o.temperature, o.top_p, o.seed)
     texts = {str(p): continuations(p, device, o.prompt, o.length, how, o.data) for p in o.path}
     shown = ["\n\n".join([f"{p}:"] * (len(texts) > 1) + written) for p, written in texts.items()]
