@@ -18,6 +18,12 @@ class Taken(UserError):
     """A folder or lock that another process has, or had first."""
 
 
+def refuse(problems: list[str]) -> None:
+    """UserError of these lines, each once, if there are any."""
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+
+
 @contextmanager
 def user_errors(program: str, show: bool = True, at_once: bool = False) -> Iterator[None]:
     """Turn UserError and OSError into "program: error: .." and an exit code, 2 unless the error has its own.
