@@ -3,7 +3,6 @@
 import argparse
 import json
 import shlex
-import sys
 import typing
 from pathlib import Path
 from typing import Any
@@ -59,16 +58,13 @@ def given(args: argparse.Namespace) -> dict[str, str]:
 
 def this_command(**changes: object) -> str:
     """The train.py command line of this process with some options changed: for errors that suggest a command."""
-    argv, skip = [], False
-    for a in sys.argv[1:]:
-        if a == "--dry_run":
-            continue
-        if not skip and not (a.startswith("--") and a[2:].partition("=")[0] in changes):
-            argv.append(a)
-            continue
-        skip = not skip and "=" not in a
+    left_out = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    left_out.add_argument("--dry_run", action="store_true")
+    for k in changes:
+        left_out.add_argument(f"--{k}")
+    kept = left_out.parse_known_args()[1]
     options = [word for k, v in changes.items() for word in (f"--{k}", str(v))]
-    return shlex.join(["python", "train.py", *argv, *options])
+    return shlex.join(["python", "train.py", *kept, *options])
 
 
 def aligned(rows: list[list[str]]) -> str:
