@@ -10,7 +10,6 @@ import time
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType, TracebackType
 
 import torch
 import torch.distributed as dist
@@ -44,7 +43,7 @@ class Watchdog(threading.Thread):
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.done.set()
 
     def beat(self, what: str) -> None:
@@ -91,7 +90,7 @@ class Guard:
         gc.freeze()  # later collections skip the objects that stay
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, kind: object, e: object, traceback: object) -> None:
         if isinstance(e, UserError):
             self.last_good()  # a save in progress is of an earlier step, and good
         for number, handler in self.handlers.items():
@@ -99,7 +98,7 @@ class Guard:
         gc.unfreeze()
         gc.enable()
 
-    def on_signal(self, number: int, frame: FrameType | None) -> None:
+    def on_signal(self, number: int, frame: object) -> None:
         """The first signal asks for a save. A second one, a second later or more (torchrun repeats its own), exits."""
         if self.signal and time.monotonic() > self.signal_time + 1:
             os._exit(128 + number)
