@@ -26,17 +26,21 @@ results-small: $(if $(filter .venv/%,$(PY)),.venv/dev)
 	$(PY) -m paper fig4 fig5 --scale small
 	mkdir -p results/small && cp out/small/results/* results/small/
 
-# On a machine with a CUDA GPU: test the kernels, time them, keep the figures. Where all of
-# requirements-dev.txt is installed already: make bench PY=python3
+# On a machine with a CUDA GPU: the tests that need one, then every benchmark, figures into results/gpu. What fails is
+# named at the end. Where all of requirements-dev.txt is installed already: make bench PY=python3
 SIZES = 203m 1.2b 3.1b
+FIGURES = results/gpu
 bench: $(if $(filter .venv/%,$(PY)),.venv/dev)
 	@$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make bench: needs a CUDA GPU')"
-	$(PY) -m pytest -q tests -k 'test_kernels or test_parallel'
-	mkdir -p results/gpu
-	$(PY) -m bench kernels --json results/gpu/kernels.json --plot results/gpu/kernels.png
-	for size in $(SIZES); do $(PY) -m bench step --size $$size --json results/gpu/step-$$size.json --plot results/gpu/step-$$size.png || exit; done
-	$(PY) -m bench checkpoint --size 1.2b --json results/gpu/checkpoint.json
-	$(PY) -m bench eval --size 203m --json results/gpu/eval-203m.json
+	@mkdir -p $(FIGURES); failed=; \
+	run() { echo "$$*"; "$$@" || failed="$$failed\n  $$*"; }; \
+	measure() { name=$(FIGURES)/$$1; shift; run $(PY) -m bench "$$@" --json $$name.json --plot $$name.png; }; \
+	run $(PY) -m pytest -q -m gpu tests; \
+	measure kernels kernels; \
+	for size in $(SIZES); do measure step-$$size step --size $$size; done; \
+	measure checkpoint checkpoint --size 1.2b; \
+	measure eval-203m eval --size 203m; \
+	test -z "$$failed" || { printf "make bench: failed:$$failed\n"; exit 1; }
 
 # Break real runs and compare with undisturbed ones: one round of all faults, or rounds for so many minutes
 MINUTES = 0

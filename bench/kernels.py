@@ -1,4 +1,4 @@
-"""Each kernel beside PyTorch, torch.compile, Liger and its bar, as a part of the same run's copy or matrix product."""
+"""Each kernel beside PyTorch, torch.compile and Liger: TFLOP/s, or bytes/s as a part of the same run's copy."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import config
-from bench.measure import Row, roofs, show, timed, verdict
+from bench.measure import Row, capture, roofs, timed
 from bench.peers import liger, missing
 from kernels import attention, cross_entropy, rms_norm, rope, swiglu
 from runtime.command_line import given
@@ -23,20 +23,6 @@ Call = tuple[Callable[..., Any], list[Tensor]]  # a function and its inputs
 CASES = ("rms_norm", "add_rms_norm", "rope", "attention", "swiglu", "cross_entropy")
 HF_LLAMA = "transformers.models.llama.modeling_llama"
 
-# {case and direction: {measure: bar}}: a part of the copy, TFLOP/s of an H100, or speed relative to another row;
-# {width: bar} where it depends on the width, for attention on the size of a head. add_rms_norm has those of rms_norm.
-BARS: dict[str, dict[str, Any]] = {
-    "rms_norm forward": {"of_copy": {512: 0.75, 1024: 0.85, 1536: 0.89, 2048: 0.91}, "compile": 1.25, "liger": 1.0},
-    "rms_norm backward": {"of_copy": {512: 0.70, 1024: 0.78, 1536: 0.82, 2048: 0.85}, "compile": 1.6},
-    "rope forward": {"of_copy": 0.80, "hf": 5.0},
-    "rope backward": {"of_copy": 0.80, "hf": 5.0},
-    "swiglu forward": {"of_copy": 0.90, "torch": 1.6, "compile": 1.0},
-    "swiglu backward": {"of_copy": 0.90, "torch": 1.6, "compile": 1.0},
-    "attention forward": {"tflops": {64: 340, 96: 320, 128: 320}, "sdpa flash": 1.2},
-    "attention both": {"tflops": {64: 275}, "sdpa flash": 1.2},
-    "cross_entropy both": {"tflops": {512: 380, 1024: 500, 1536: 550, 2048: 590}, "liger": {512: 2.0, 2048: 1.3}},
-}
-
 
 def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
     cuda = device.type == "cuda"
@@ -46,45 +32,49 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
     rows: list[Row] = []
     for (size, m), case in tqdm(list(product(models.items(), o.only)), desc="kernels", disable=None):
         torch._dynamo.reset()  # or its limit of recompilations would end in eager rows
-        torch.manual_seed(0)
-        found: dict[str, Row] = {}
-        for name, (call, inputs) in candidates(case, m, sequences, device, dtype).items():
-            row = found[name] = Row(size=size, kernel=case, row=name, note=missing(name, cuda))
-            if row["note"]:
-                continue
-            try:
-                row |= times(call, inputs, device)
-            except Exception as e:  # this device or shape cannot run it; the other rows go on
-                row["note"] = f"failed: {first_line(e)[:120]}"
-            else:
-                row |= rates(row, m, sequences, dtype.itemsize, floors["copy_bytes_per_second"])
-        bars = kernel_bars(case, m, found)
-        found["triton"] |= {"bars": bars, "bar": show(bars) or None}
-        rows += found.values()
+        with torch.cuda.stream(torch.cuda.Stream() if cuda else None):  # the default stream cannot be captured
+            for name, (call, inputs) in candidates(case, m, sequences, device, dtype).items():
+                row = Row(size=size, kernel=case, row=name, note=missing(name, cuda))
+                rows.append(row)
+                if row["note"]:
+                    continue
+                try:
+                    row |= times(call, inputs, device)
+                except Exception as e:  # this device or shape cannot run it; the other rows go on
+                    row["note"] = f"failed: {first_line(e)[:120]}"
+                else:
+                    row |= rates(row, m, sequences, dtype.itemsize, floors["copy_bytes_per_second"])
     return {"floors": floors, "sequences": sequences, "rows": rows}
 
 
 def times(call: Callable[..., Any], inputs: list[Tensor], device: torch.device) -> Row:
-    """Seconds forward, backward and both; on CUDA the peak bytes of both, beside inputs and gradients."""
+    """Seconds of the forward and of both passes; on CUDA the peak bytes of both, beside inputs and gradients.
+
+    On CUDA graphs are timed. `eager` names a pass that could not be one: its time is the host's too.
+    """
 
     def forward() -> list[Tensor]:
         y = call(*inputs)
         return [t for t in (y if isinstance(y, tuple) else (y,)) if t.requires_grad]
 
-    grads = [torch.randn_like(y) for y in forward()]
-    with torch._functorch.config.patch(donated_buffer=False):  # compiled backwards are called more than once
-        ys = forward()
-        out: Row = {
-            "forward": timed(forward, device),
-            "backward": timed(lambda: torch.autograd.grad(ys, inputs, grads, retain_graph=True), device),
-            "both": timed(lambda: torch.autograd.grad(forward(), inputs, grads), device),
-        }
-    if device.type == "cuda":
-        del ys
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        made = torch.autograd.grad(forward(), inputs, grads)
-        out["extra_bytes"] = torch.cuda.max_memory_allocated() - before - sum(g.nbytes for g in made)
+    own = torch.Generator(device).manual_seed(1)  # a capture that failed leaves the default one unusable
+    grads = [torch.randn(y.shape, device=device, dtype=y.dtype, generator=own) for y in forward()]
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(forward(), inputs, grads)
+
+    if device.type != "cuda":
+        return {"forward": timed(forward, device), "both": timed(both, device)}
+    both()  # compiles the kernels, which must not happen in what follows
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    extra = -sum(g.nbytes for g in both()) - before
+    out = Row(extra_bytes=extra + torch.cuda.max_memory_allocated())
+    for one in (forward, both):
+        graph = capture(one)
+        out[one.__name__] = timed(graph.replay if graph else one, device)
+        if not graph:
+            out["eager"] = f"{out.get('eager', '')} {one.__name__}".strip()
     return out
 
 
@@ -93,8 +83,10 @@ def candidates(case: str, m: config.Model, B: int, device: torch.device, dtype: 
     h, H, T, eps = m.hidden, m.n_head, m.context, m.norm_eps
     K, D, f = m.n_kv_head or H, h // H, m.ffn or 4 * h
 
+    own = torch.Generator(device).manual_seed(0)
+
     def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=dtype, requires_grad=True)
+        return torch.randn(shape, device=device, dtype=dtype, generator=own, requires_grad=True)
 
     ours: Callable[..., Any]
     peers: dict[str, Call] = {}
@@ -121,8 +113,8 @@ def candidates(case: str, m: config.Model, B: int, device: torch.device, dtype: 
             backend = sdpa_kernel(SDPBackend.__members__[f"{name.upper()}_ATTENTION"])
             peers[f"sdpa {name}"] = (backend(lambda q, k, v: attention.attention(q, k, v, "torch")), inputs)
     else:
-        y = torch.randint(0, m.vocab_size, (B, T), device=device)
-        weights = (0.02 * torch.randn(m.vocab_size, h, device=device)).requires_grad_()
+        y = torch.randint(0, m.vocab_size, (B, T), device=device, generator=own)
+        weights = (0.02 * randn(m.vocab_size, h).detach().float()).requires_grad_()
         inputs, ours = [x, weights], lambda use, x, w: cross_entropy.linear_cross_entropy(x, w, y, use=use)
         fused = "fused_linear_cross_entropy"
         peers["liger"] = (lambda x, w: liger(fused)(x.view(-1, h), w.type_as(x), y.view(-1)), inputs)
@@ -141,32 +133,13 @@ def rates(row: Row, m: config.Model, B: int, item: int, copy: float) -> Row:
     h, f, T, V, M = m.hidden, m.ffn or 4 * m.hidden, m.context, m.vocab_size, B * m.context
     D, case = h // m.n_head, row["kernel"]
     turned = 2 * M * (h + 2 * (m.n_kv_head or m.n_head) * D) * item + 4 * T * D
-    forward, backward = {
-        "rms_norm": (2 * M * h * item + 4 * h, 3 * M * h * item + 8 * h),
-        "add_rms_norm": (4 * M * h * item + 4 * h, 4 * M * h * item + 8 * h),
-        "rope": (turned, turned),
-        "attention": (2 * M * T * h, 5 * M * T * h),
-        "swiglu": (3 * M * f * item, 5 * M * f * item),
-        "cross_entropy": (6 * M * V * h, 0),
+    forward, both = {
+        "rms_norm": (2 * M * h * item + 4 * h, 5 * M * h * item + 12 * h),
+        "add_rms_norm": (4 * M * h * item + 4 * h, 8 * M * h * item + 12 * h),
+        "rope": (turned, 2 * turned),
+        "attention": (2 * M * T * h, 7 * M * T * h),
+        "swiglu": (3 * M * f * item, 8 * M * f * item),
+        "cross_entropy": (0, 6 * M * V * h),
     }[case]
-    amounts = {"forward": forward, "backward": backward, "both": forward + backward}
-    if case == "cross_entropy":
-        amounts = {"both": forward}
     measure, unit = ("tflops", 1e12) if case in ("attention", "cross_entropy") else ("of_copy", copy)
-    return {f"{d}_{measure}": n / row[d] / unit for d, n in amounts.items()}
-
-
-def kernel_bars(case: str, m: config.Model, rows: dict[str, Row]) -> list[Row]:
-    """The bars of a case, for its triton row."""
-    found, ours = [], rows["triton"]
-    width = m.hidden // m.n_head if case == "attention" else m.hidden
-    for d in ("forward", "backward", "both"):
-        for measure, bar in BARS.get(f"{case.removeprefix('add_')} {d}", {}).items():
-            wanted = bar.get(width) if isinstance(bar, dict) else bar
-            if measure in ("of_copy", "tflops"):
-                found += verdict(f"{d} {measure}", ours.get(f"{d}_{measure}"), wanted)
-            elif d in ours and d in rows.get(measure, {}):
-                found += verdict(f"{d} {measure}/triton", rows[measure][d] / ours[d], wanted)
-    if case == "cross_entropy":
-        found += verdict("extra bytes", ours.get("extra_bytes"), 1e9, at_most=True)
-    return found
+    return {f"{k}_{measure}": n / row[k] / unit for k, n in (("forward", forward), ("both", both)) if n}

@@ -1,36 +1,71 @@
 """How benchmarks measure (timed calls, roofs of the machine, fresh processes) and print (tables of rows, bars)."""
 
-import json
 import os
+import platform
+import shutil
 import statistics
 import subprocess
 import sys
+import time
 import timeit
 from collections.abc import Callable
-from functools import partial
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import config
 from runtime.command_line import aligned
+from runtime.device import device_name
 from runtime.errors import UserError
 
 Row = dict[str, Any]
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel")
+
+
+def environment(device: torch.device) -> Row:
+    """What the figures depend on: the device, versions, the date."""
+    found: Row = {"device": device_name(device), "memory": total_memory(device), "threads": torch.get_num_threads()}
+    found |= {"python": platform.python_version(), "cuda": torch.version.cuda, "driver": None}
+    if device.type == "cuda" and shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "-i", "0", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    found |= {p: version(p) if find_spec(p.replace("-", "_")) else None for p in PACKAGES}
+    return found | {"date": time.strftime("%Y-%m-%dT%H:%M:%S")}
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> float:
     """Median seconds of a call; on CUDA by device events, with the L2 cache flushed before each call."""
     if device.type == "cuda":
-        from triton.testing import do_bench
-
-        return do_bench(call, return_mode="median") / 1e3
+        return import_module("triton.testing").do_bench(call, return_mode="median") / 1e3
     call()
     times: list[float] = []
     while len(times) < 5 or (sum(times) < 0.1 and len(times) < 500):
         times.append(timeit.timeit(call, number=1))
     return statistics.median(times)
+
+
+def capture(call: Callable[[], Any]) -> Any:
+    """A CUDA graph of the call on the current stream, not the default one; None for a call that waits for the device.
+
+    Its replay takes the host a few microseconds; the call itself takes 70 to 100, which would hide a kernel of 20.
+    """
+    call()  # compiles its kernels and gets its workspaces, which must not happen in a capture
+    torch.cuda.synchronize()
+    graph: Any = torch.cuda.CUDAGraph()
+    try:
+        torch.cuda.set_sync_debug_mode("error")  # raises here: a capture that fails leaves its memory pool open
+        call()
+        torch.cuda.set_sync_debug_mode("default")
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            call()
+    except RuntimeError:
+        graph = None
+    torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    return graph
 
 
 def square_product(device: torch.device, dtype: torch.dtype) -> tuple[str, float]:
@@ -40,44 +75,28 @@ def square_product(device: torch.device, dtype: torch.dtype) -> tuple[str, float
     return f"{n}^3 in {str(dtype).removeprefix('torch.')}", 2.0 * n**3 / timed(lambda: a @ b, device)
 
 
-def roofs(device: torch.device, dtype: torch.dtype, c: config.Model | None = None) -> Row:
-    """Bytes/s of a large copy, FLOP/s of a large product; with a model, those of its products for 8 sequences."""
+def roofs(device: torch.device, dtype: torch.dtype) -> Row:
+    """Bytes/s of a large copy, FLOP/s of a large product."""
     a = torch.zeros(int(4e9 if device.type == "cuda" else 2.5e8), dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
     copy = 2 * len(a) / timed(lambda: b.copy_(a), device)
     name, matmul = square_product(device, dtype)
     print(f"copy {copy / 1e9:,.4g} GB/s, read and written; matmul {name} {matmul / 1e12:,.4g} TFLOP/s")
-    gemms = {}
-    for layer, (M, N, K) in (gemm_shapes(c, 8) if c else {}).items():
-        x, w, dy = (torch.randn(s, device=device, dtype=dtype) for s in ((M, K), (N, K), (M, N)))
-        factors = {"forward": (x, w.T), "dx": (dy, w), "dw": (dy.T, x)}
-        rates = {k: 2 * M * N * K / timed(partial(torch.matmul, *f), device) for k, f in factors.items()}
-        gemms[layer] = {"M": M, "N": N, "K": K, **rates}
-    if gemms:
-        table([Row(gemm=layer) | gemm for layer, gemm in gemms.items()])
-    return {"copy_bytes_per_second": copy, "matmul": name, "matmul_flops": matmul, "gemms": gemms}
+    return {"copy_bytes_per_second": copy, "matmul": name, "matmul_flops": matmul}
 
 
-def gemm_shapes(m: config.Model, sequences: int) -> dict[str, tuple[int, int, int]]:
-    """(M, N, K) of the matrix products of a forward pass."""
-    h, f, M = m.hidden, m.ffn or 4 * m.hidden, sequences * m.context
-    qkv = h + 2 * (m.n_kv_head or m.n_head) * (h // m.n_head)
-    block = {"qkv": (M, qkv, h), "attn_out": (M, h, h), "gate_up": (M, 2 * f, h), "ffn_out": (M, h, f)}
-    return block | {"head": (M, m.vocab_size, h)}
+def child(*arguments: str, seconds: float | None = None) -> tuple[bool, str]:
+    """Run Python in the project's root: (whether it succeeded, the last line of its output or else of its errors).
 
-
-def child(*arguments: str) -> tuple[bool, str]:
-    """Run Python in the project's root: (whether it succeeded, the last line of its output or else of its errors)."""
+    A process that runs longer than `seconds` is killed.
+    """
     root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=root)
+    try:
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=root, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return False, f"no end after {seconds:.0f} s"
     lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
     return not done.returncode, (lines or [f"exit code {done.returncode}"])[-1]
-
-
-def fresh_row(*more: str) -> Row:
-    """The row that this command, with `more` options, measures in a fresh process; a note if that fails."""
-    succeeded, said = child("-m", "bench", *sys.argv[1:], *more)
-    return json.loads(said) if succeeded else {"note": f"failed: {said[:160]}"}
 
 
 def total_memory(device: torch.device) -> int:

@@ -2,56 +2,60 @@
 
 import gc
 import itertools
+import json
+import math
 import statistics
+import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.autograd import DeviceType
 from tqdm import tqdm
 
-import config
 import model as llama
+import train
 from bench import peers
-from bench.measure import Row, fresh_row, require, roofs, square_product, total_memory, verdict
-from kernels import check
-from runtime.device import peak_flops, steady_malloc
-from runtime.errors import UserError
+from bench.measure import Row, child, roofs, square_product, total_memory
+from config import Config
+from runtime.device import device_name, peak_flops
+from runtime.distributed import World
+from runtime.start import Start
 
-# (layers, width), 203M to 3.1B parameters: tokens/s of one H100, speed and peak memory relative to hf-compile
-BARS = {
-    (24, 512): (317e3, 1.34, 0.40),
-    (12, 1024): (227e3, 1.28, 0.45),
-    (24, 1024): (133e3, 1.23, 0.55),
-    (24, 1536): (74.6e3, 1.16, 0.65),
-    (48, 1536): (39.9e3, 1.14, 0.75),
-    (40, 2048): (29.7e3, 1.14, 0.85),
+DEFAULTS: dict[bool, Row] = {  # of options; on a GPU: no more than eight minutes at 203M
+    True: {"micro": [16, 32, 8, 4, 2, 1], "peers": ["hf-compile", "hf-liger"], "rounds": 1, "warmup": 4, "steps": 12},
+    False: {"micro": [8, 16, 4], "peers": ["hf", "nanogpt"], "rounds": 3, "warmup": 10, "steps": 20},
 }
-CPU_BARS = (0.50, 1.1)  # MFU of the matrix product, speed relative to nanoGPT's shape
+NO_MEMORY = "no memory"
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
+START = 20.0  # seconds of a new process: importing torch and transformers, reaching the device
 
 
 class Trainer:
-    """The model and optimizer of one row, and the update that train.py makes of them."""
+    """The model and optimizer of one row: ours as train.py makes them, a peer's as its users do."""
 
-    def __init__(self, row: str, c: config.Config, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, row: str, c: Config, device: torch.device, dtype: torch.dtype) -> None:
         self.c, self.device, self.cuda, t = c, device, device.type == "cuda", c.train
-        torch.set_float32_matmul_precision("high" if dtype == torch.bfloat16 else "highest")  # as train.py
+        self.hf, self.autocast = row.startswith("hf"), dtype == torch.bfloat16 and not row.startswith("ours")
+        self.net: nn.Module
+        self.model: Any
+        if row.startswith("ours"):
+            change = row.partition("-")[2]  # "", "compile" or a value of train.kernels
+            t = replace(t, compile="on") if change == "compile" else replace(t, kernels=change or t.kernels)
+            world = World(device=device)
+            self.net, self.model, self.optimizer = train.build(replace(c, train=t), Start(0, []), "none", world)
+            return
+        torch.set_float32_matmul_precision("high" if self.autocast else "highest")
         torch.manual_seed(t.seed)
-        use = check.choose("torch" if row == "ours-torch" else t.kernels, c.model, dtype, device)
+        ours = llama.Transformer(c.model)  # the weights that train.py draws
         with device:
-            ours = llama.Transformer(c.model, dtype, use, t.recompute)
-            self.net: nn.Module = ours
-            if row == "nanogpt":
-                self.net = peers.NanoGPT(c.model)
-            elif row.startswith("hf"):
-                self.net = peers.hugging_face(c.model, ours, "liger" in row)
-        self.hf = row.startswith("hf")
-        self.autocast = dtype == torch.bfloat16 and not row.startswith("ours")
-        self.compiled = row.endswith("compile") or (self.cuda and row in ("ours", "ours-torch", "nanogpt"))
-        self.model: Any = torch.compile(self.net, dynamic=False) if self.compiled else self.net
-        matrices = [w for w in self.net.parameters() if w.dim() >= 2]
-        vectors = [w for w in self.net.parameters() if w.dim() < 2]
+            self.net = peers.hugging_face(c.model, ours, "liger" in row) if self.hf else peers.NanoGPT(c.model)
+        compiled = row.endswith("compile") or (self.cuda and row == "nanogpt")
+        self.model = torch.compile(self.net, dynamic=False) if compiled else self.net
+        matrices, vectors = ([w for w in self.net.parameters() if (w.dim() > 1) == many] for many in (True, False))
         groups = [{"params": matrices, "weight_decay": t.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(t.beta1, t.beta2), fused=True)
 
@@ -63,12 +67,12 @@ class Trainer:
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def step(self, x: Tensor, y: Tensor, micro: int, lr: float) -> Tensor:
-        """One update; returns the loss before it."""
+        """One update, as train.py makes it; returns the loss before it."""
         total = torch.zeros((), device=self.device)
         for a, b in zip(x.split(micro), y.split(micro), strict=True):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                 loss = self.model(input_ids=a, labels=b, shift_labels=b).loss if self.hf else self.model(a, b)
-                loss = loss * (micro / len(x))
+            loss = loss * (micro / len(x))
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.c.train.clip)
@@ -78,160 +82,188 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return total
 
-    def losses(self, sequences: int, micro: int, updates: int) -> Row:
-        """The last loss of some updates under a warm-up; compiling: what the first took beyond the median."""
-        losses, seconds = [], []
+    def losses(self, micro: int, updates: int) -> Row:
+        """The last loss of some updates under a warm-up, and the seconds of the first, which compiles."""
+        found, began = Row(), time.perf_counter()
         for i in range(updates):
-            began = time.perf_counter()
-            losses.append(self.step(*self.ids(sequences, i), micro, self.c.plan.max_lr * (i + 1) / updates).item())
-            seconds.append(time.perf_counter() - began)
-        compiling = seconds[0] - statistics.median(seconds) if self.compiled else None
-        return {"loss": losses[-1], "compile_seconds": compiling}
+            x, y = self.ids(16 // micro * micro or micro, i)
+            found["loss"] = self.step(x, y, micro, self.c.plan.max_lr * (i + 1) / updates).item()
+            found.setdefault("first_update_seconds", time.perf_counter() - began)
+        return found
 
-    def speed(self, micro: int, warmup: int, steps: int) -> float:
-        """Tokens/s of the median of `steps` updates after `warmup` others; on a GPU by device events."""
+    def seconds(self, x: Tensor, y: Tensor, micro: int, warmup: int, steps: int) -> float:
+        """Median seconds of `steps` updates after `warmup` others; on a GPU by device events."""
 
         def mark() -> Any:
             if self.cuda:
                 return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
             return time.perf_counter()
 
-        # an update is on a GPU one micro-batch, on a CPU the batch of the config
-        sequences = micro if self.cuda else max(micro, self.c.batch_sequences)
-        x, y = self.ids(sequences, 0)
         gc.disable()  # as train.py does
-        marks = []
+        marks = [mark()]
         for _ in range(warmup + steps):
-            marks.append(mark())
             self.step(x, y, micro, self.c.plan.max_lr)
-        marks.append(mark())
+            marks.append(mark())
         if self.cuda:
             torch.cuda.synchronize()
         timed = itertools.pairwise(marks[warmup:])
-        seconds = [a.elapsed_time(b) / 1e3 if self.cuda else b - a for a, b in timed]
-        return sequences * self.c.model.context / statistics.median(seconds)
+        return statistics.median(a.elapsed_time(b) / 1e3 if self.cuda else b - a for a, b in timed)
+
+    def profile(self, x: Tensor, y: Tensor, micro: int, seconds: float) -> Row:
+        """Milliseconds of an update that took `seconds`, by kind of operation; gaps: the device had nothing to do."""
+        with torch.profiler.profile() as p:
+            self.step(x, y, micro, self.c.plan.max_lr).item()
+        total = products = attention = 0.0
+        for e in p.key_averages():
+            ms = (e.self_device_time_total if self.cuda else e.self_cpu_time_total) / 1e3
+            if e.device_type == DeviceType.CPU:  # an operation, with the kernels that it started
+                products += ms * (e.key in PRODUCTS)
+                attention += ms * ("attention" in e.key)
+            if (e.device_type == DeviceType.CUDA) == self.cuda and not e.is_user_annotation:
+                total += ms
+        parts = {"products_ms": products, "attention_ms": attention, "others_ms": total - products - attention}
+        return parts | {"gaps_ms": seconds * 1e3 - total}
 
 
-def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
-    cuda = device.type == "cuda"
-    o.micro = o.micro or ([16, 32, 8, 4] if cuda else [8, 16, 4])
-    if any(n % m for m in o.micro for n in (o.micro[0], c.batch_sequences) if m <= n):
-        raise UserError(f"--micro: got {o.micro}, expected divisors of the batch of {c.batch_sequences} sequences")
-    state = 16.0 * c.model.parameters  # weights, gradients and two moments in fp32
-    require(f"--size: training {c.model.parameters:,} parameters", state, total_memory(device), "take a smaller --size")
-    names = ["ours", "ours-torch"] if cuda else ["ours", "ours-compile"]
-    names += (peers.PEERS if cuda else ("hf", "nanogpt")) if o.peers is None else o.peers
+def run(o: Any, c: Config, device: torch.device, dtype: torch.dtype) -> Row:
+    cuda, deadline = device.type == "cuda", time.perf_counter() + 60 * o.minutes - START
+    names = ["ours", *([] if cuda else ["ours-compile"]), *o.peers]
+    need, have = least_bytes("ours", c, 1), total_memory(device)
+    if need > have:  # the next size may fit: this is no error
+        fits = f"a model of at most {have / 16e9:.2g}B parameters fits"
+        note = f"skipped: needs {need / 1e9:,.0f} GB or more, {device_name(device)} has {have / 1e9:,.0f} GB; {fits}"
+        print(note)
+        return {"rows": [Row(row=name, note=note) for name in names]}
     rows = {name: Row(row=name, note=peers.missing(name, cuda)) for name in names}
-    floors = roofs(device, dtype, c.model)
+    floors = roofs(device, dtype)
     torch.cuda.empty_cache()  # for the processes of the rows
     peak, source = 0.0, "the 1024^3 product before and after the row, one thread"  # on a CPU each row measures it
     if cuda:
         peak, source = peak_flops(device, dtype)
-    measure_rounds(o, rows)
+    measure_rounds(o, c, rows, have, deadline)
     measured = {name: row for name, row in rows.items() if not row["note"]}
     compare(measured, c, peak)
     what = f"{peak / 1e12:,.4g} TFLOP/s, {source}" if peak else source
     print(f"MFU of {what}, attention with its causal half; mfu_published: with all of it. loss: of update {o.updates}.")
-    found = {"rows": list(rows.values()), "bars": bars_of(measured, c, cuda)}
-    return {"floors": floors, "peak_flops": peak or None, "peak_from": source} | found
+    return {"floors": floors, "peak_flops": peak or None, "peak_from": source, "rows": list(rows.values())}
 
 
-def measure_rounds(o: Any, rows: dict[str, Row]) -> None:
-    """Add to each row its fastest micro-batch and loss of the first round, and the speed of every round."""
-    until = time.perf_counter() + o.minutes * 60
-    for turn in tqdm(range(o.rounds or 3), desc="rounds", disable=None):
-        if turn and time.perf_counter() > until:
-            print(f"{turn} rounds in {o.minutes:g} minutes")
+def least_bytes(row: str, c: Config, micro: int) -> float:
+    """Bytes below which training in bfloat16 cannot be: a size that needs more is not tried.
+
+    Weights, gradients and two moments in fp32. For each token: the inputs of a block's four products, q and SwiGLU's
+    gate and up; the logits, where they exist as a whole, and their gradient.
+    """
+    m = c.model
+    blocks = 0 if c.train.recompute else m.n_layer * 2 * (4 * m.hidden + 2 * (m.ffn or 4 * m.hidden))
+    logits = 0 if row.startswith("ours") or "liger" in row else 4 * m.vocab_size
+    return 16.0 * m.parameters + micro * m.context * (blocks + logits)
+
+
+def measure_rounds(o: Any, c: Config, rows: dict[str, Row], memory: float, deadline: float) -> None:
+    """Add to each row its fastest micro-batch and loss of the first round, and the speed of every round.
+
+    The time model: a row's first round gets an equal share of what is left until the deadline, or of half of it if
+    more rounds follow. No row begins unless the longest so far, with one micro-batch, would end in time, and none runs
+    past the deadline. A later round begins if all of it would end in time.
+    """
+    needs: dict[str, float] = {}  # seconds of a row with one micro-batch
+    for turn in tqdm(range(o.rounds), desc="rounds", disable=None):
+        waiting = [name for name, row in rows.items() if not row["note"]]
+        if turn and sum(needs[name] for name in waiting) > deadline - time.perf_counter():
+            print(f"{turn} of {o.rounds} rounds: the next would take more than --minutes {o.minutes:g}")
             break
-        for name, row in rows.items():
-            if row["note"]:
-                continue
-            how = ["--micro", str(row["micro"]), "--updates", "0"] if turn else ["--micro", *map(str, o.micro)]
-            found = fresh_row("--row", name, "--minutes", str(o.minutes / 3 / len(rows)), *how)
-            row |= {k: v for k, v in found.items() if k not in row or k == "note"}
-            row.setdefault("rounds", []).append({k: found.get(k) for k in ("tokens_per_second", "roof")})
+        for i, name in enumerate(waiting):
+            now = time.perf_counter()
+            left, longest = deadline - now, max(needs.values(), default=0.0)
+            if turn:
+                found = fresh_row(name, rows[name]["micro"], 0)
+            elif longest >= left:
+                found = Row(note=f"left out: {left:.0f} s are left, and a row took {longest:.0f} s; raise --minutes")
+            else:
+                share = left / (len(waiting) - i) / (1 if o.rounds == 1 else 2)
+                rows[name] |= fastest_micro(o, c, name, memory, now + share, deadline)
+                found = rows[name]
+                needs[name] = found.get("needed_seconds", 0.0)
+            rows[name]["note"] = found.get("note")
+            rows[name].setdefault("rounds", []).append({k: found.get(k) for k in ("tokens_per_second", "roof")})
 
 
-def row(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
-    """One row, in this process: its loss and fastest micro-batch (with --updates 0 the first one), then its speed."""
-    cuda = device.type == "cuda"
-    if o.row.startswith("ours"):  # as train.py does; a peer runs as its users run it
-        steady_malloc(device)
-    trainer = Trainer(o.row, c, device, dtype)
-    found = fastest_micro(o, trainer) if o.updates else Row(micro=o.micro[0])
-    before = 0.0 if cuda else square_product(device, dtype)[1]
-    speed = trainer.speed(found["micro"], o.warmup, o.steps)
-    roof = None if cuda else statistics.harmonic_mean([before, square_product(device, dtype)[1]])
-    return found | {"tokens_per_second": speed, "roof": roof}
-
-
-def fastest_micro(o: Any, trainer: Trainer) -> Row:
-    """The loss after --updates and the fastest of the micro-batches that memory and --minutes allow."""
-    loss, tried, no_memory, no_time = Row(), list[Row](), list[int](), list[int]()
-    until = time.perf_counter() + o.minutes * 60
+def fastest_micro(o: Any, c: Config, name: str, memory: float, until: float, deadline: float) -> Row:
+    """A row's fastest micro-batch of those that memory and its share of the time allow; the loss of the first."""
+    tried, left_out, no_memory = list[Row](), dict[int, str](), math.inf
+    began, seconds = time.perf_counter(), 0.0
     for micro in o.micro:
-        if micro > min(no_memory, default=micro):
-            no_memory.append(micro)
-        elif tried and time.perf_counter() > until:
-            no_time.append(micro)
+        now = time.perf_counter()
+        if micro >= no_memory or least_bytes(name, c, micro) > memory:
+            left_out[micro] = NO_MEMORY
+        elif tried and 4 * micro < max(t["micro"] for t in tried):
+            left_out[micro] = "too small"  # casts and launches only weigh more
+        elif tried and now + seconds > until:  # as long as the one before
+            left_out[micro] = "no time"
         else:
-            try:
-                loss = loss or trainer.losses(o.micro[0], micro, o.updates)
-                trainer.speed(micro, 2, 1)
-                if trainer.cuda:
-                    torch.cuda.reset_peak_memory_stats()
-                rate = trainer.speed(micro, 1, 5)
-                peak = torch.cuda.max_memory_allocated() if trainer.cuda else None
-                tried.append(Row(micro=micro, tokens_per_second=rate, peak_bytes=peak))
-            except torch.OutOfMemoryError:
-                no_memory.append(micro)
-            # outside of the handler, whose exception holds the tensors
-            trainer.optimizer.zero_grad(set_to_none=True)
-            gc.collect()
-            torch.cuda.empty_cache()
-    assert tried, "no micro-batch fits into memory"
-    fastest = max(tried, key=lambda t: t["tokens_per_second"])["micro"]
-    return loss | {"no_memory": no_memory, "no_time": no_time, "tried": tried, "micro": fastest}
+            found = fresh_row(name, micro, 0 if tried else o.updates, deadline - now)
+            seconds = time.perf_counter() - now
+            if not found.get("note"):
+                tried.append(found | {"needed_seconds": time.perf_counter() - began})
+                continue
+            left_out[micro] = found["note"]
+            if found["note"] != NO_MEMORY:
+                break
+            no_memory = micro
+    why = "; ".join(f"{micro}: {why}" for micro, why in left_out.items()) or None
+    if not tried:
+        return Row(note=why)
+    fastest = max(tried, key=lambda t: t["tokens_per_second"]) | {"needed_seconds": tried[0]["needed_seconds"]}
+    return tried[0] | fastest | {"left_out": why, "tried": tried}
 
 
-def median_ratio(a: Row, b: Row) -> float | None:
-    """The median over rounds of a's speed relative to b's; None if either is empty, as it was not measured."""
-    if not a or not b:
-        return None
-    rounds = zip(a["rounds"], b["rounds"], strict=True)
-    return statistics.median(x["tokens_per_second"] / y["tokens_per_second"] for x, y in rounds)
+def fresh_row(name: str, micro: int, updates: int, seconds: float | None = None) -> Row:
+    """The row that this command measures at a micro-batch in a fresh process; a note if that fails."""
+    options = ["--row", name, "--micro", str(micro), "--updates", str(updates)]
+    succeeded, said = child("-m", "bench", *sys.argv[1:], *options, seconds=seconds)
+    return json.loads(said) if succeeded else Row(note=f"failed: {said[:160]}")
 
 
-def compare(rows: dict[str, Row], c: config.Config, peak: float) -> None:
+def row(o: Any, c: Config, device: torch.device, dtype: torch.dtype) -> Row:
+    """A row at one micro-batch, in this process: its loss, speed and peak memory."""
+    cuda, micro = device.type == "cuda", o.micro[0]
+    before = 0.0 if cuda else square_product(device, dtype)[1]
+    try:
+        trainer = Trainer(o.row, c, device, dtype)
+        found = Row(micro=micro) | trainer.losses(micro, o.updates)
+        # an update is on a GPU four micro-batches, on a CPU the batch of the config
+        x, y = trainer.ids(4 * micro if cuda else c.batch_sequences // micro * micro or micro, 0)
+        seconds = trainer.seconds(x, y, micro, o.warmup, o.steps)
+        found["tokens_per_second"] = x.numel() / seconds
+        found["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
+        if isinstance(trainer.net, llama.Transformer):  # what the check at the start has left
+            found["triton"] = " ".join(name for name, use in trainer.net.use.items() if use == "triton") or None
+        if o.profile:
+            found |= trainer.profile(x, y, micro, seconds)
+    except RuntimeError as e:  # PyTorch's, and those of cuBLAS, cuDNN and Triton
+        if "out of memory" not in str(e) and "ALLOC_FAILED" not in str(e):
+            raise
+        return Row(note=NO_MEMORY)
+    found["roof"] = None if cuda else statistics.harmonic_mean([before, square_product(device, dtype)[1]])
+    return found
+
+
+def compare(rows: dict[str, Row], c: Config, peak: float) -> None:
     """Add medians, MFUs and ratios of the rounds. `peak`: FLOP/s of the device; 0: each round has its own "roof"."""
     ours = rows.get("ours", {})
     for name, row in rows.items():
         row["tokens_per_second"] = statistics.median(r["tokens_per_second"] for r in row["rounds"])
-        row["ours_ratio"] = median_ratio(ours, row)
+        pairs = zip(ours.get("rounds", []), row["rounds"], strict=False)  # `ours` may be missing
+        ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs]
+        row["ours_ratio"] = statistics.median(ratios) if ratios else None
         tokens_per_flop = statistics.median(r["tokens_per_second"] / (peak or r["roof"]) for r in row["rounds"])
         row["mfu"] = tokens_per_flop * c.model.flops_per_token()
         row["mfu_published"] = tokens_per_flop * c.model.flops_per_token(causal=False)
         mine, theirs = ({t["micro"]: t["peak_bytes"] for t in r.get("tried", [])} for r in (ours, row))
-        row["peak_bytes"] = theirs.get(row["micro"])
         both = [m for m in mine.keys() & theirs.keys() if theirs[m]]
         row["memory_ratio"] = mine[max(both)] / theirs[max(both)] if both else None
         if name == "nanogpt":  # its weights are others
             row.pop("loss", None)
         elif "loss" in row and "loss" in ours:
             row["loss_difference"] = row["loss"] - ours["loss"]
-        gaps = (("no memory", row.get("no_memory")), ("no time", row.get("no_time")))
-        row["left_out"] = "; ".join(f"{why} for {','.join(map(str, micros))}" for why, micros in gaps if micros) or None
-
-
-def bars_of(rows: dict[str, Row], c: config.Config, cuda: bool) -> list[Row]:
-    if cuda:
-        ours, hf = rows.get("ours", {}), rows.get("hf-compile", {})
-        speed, ratio, memory = BARS.get((c.model.n_layer, c.model.hidden), (None, None, None))
-        bars = verdict("tokens/s (an H100's)", ours.get("tokens_per_second"), speed)
-        bars += verdict("to hf-compile", hf.get("ours_ratio"), ratio)
-        return bars + verdict("memory to hf-compile", hf.get("memory_ratio"), memory, at_most=True)
-    bars = []
-    for name in [name for name in rows if name not in peers.PEERS]:
-        bars += verdict(f"{name}: part of the matmul", rows[name]["mfu"], CPU_BARS[0])
-        bars += verdict(f"{name}: to nanogpt", median_ratio(rows[name], rows.get("nanogpt", {})), CPU_BARS[1])
-    return bars
