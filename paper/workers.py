@@ -40,8 +40,7 @@ class Workers:
             if node.parent:
                 parent = node.parent[0]
                 chain[parent] = max(chain[parent], nodes[parent].steps + chain[name])
-        missing = [n for n, node in nodes.items() if not node.done()]
-        self.waiting = sorted(missing, key=lambda n: chain[n], reverse=True)
+        self.waiting = sorted((n for n in nodes if not nodes[n].done()), key=lambda n: -chain[n])
         self.running: dict[str, tuple[subprocess.Popen, int]] = {}  # with its slot
         self.failed: dict[str, str] = {}  # the last error that it printed
         self.free = list(range(machine.jobs))  # slots
