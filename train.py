@@ -51,7 +51,7 @@ def parse(world: World) -> tuple[Namespace, Config]:
     a.add_argument("--dry_run", action="store_true", help="say what would be done, touch nothing")
     a.add_config()
     default = "small" if torch.cuda.is_available() and Path(config.load("small").data.path).exists() else "tiny"
-    o, c = a.parse_config(default=default, modes={"sft": "sft"})
+    o, c = a.parse_config(default=default)
     if not o.config and o.mode != "sft" and world.rank == 0:
         print(f"no --config given: {default}")
     return o, c

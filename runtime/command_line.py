@@ -34,21 +34,16 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--config", help="a name in configs/ or a .toml file")
         group = self.add_argument_group("keys of the config, each also a flag")
         for k, (f, v) in flatten(Config()).items():
-            choices = f.metadata.get("choices")
+            kind = type_name(f.type).removesuffix(" or none").split()[-1].upper().replace("FALSE", "BOOL")
+            choices = f" ({', '.join(f.metadata['choices'])})" if "choices" in f.metadata else ""
             shown = "none" if v is None else v if isinstance(v, str) else json.dumps(v)
-            group.add_argument(
-                f"--{k}",
-                metavar=type_name(f.type).removesuffix(" or none").split()[-1].upper().replace("FALSE", "BOOL"),
-                help=f.metadata["help"] + (f" ({', '.join(choices)})" if choices else "") + f" [{shown}]",
-            )
+            group.add_argument(f"--{k}", metavar=kind, help=f"{f.metadata['help']}{choices} [{shown}]")
 
-    def parse_config(
-        self, argv: list[str] | None = None, default: str = "tiny", modes: dict[str, str] | None = None
-    ) -> tuple[argparse.Namespace, Config]:
-        """The script's own options, and the config with its overrides. `modes`: the default config of some --mode."""
+    def parse_config(self, argv: list[str] | None = None, default: str = "tiny") -> tuple[argparse.Namespace, Config]:
+        """The script's own options, and the config with its overrides. --mode sft has a default config of its own."""
         args, unknown = self.parse_known_args(argv)
-        name = (modes or {}).get(getattr(args, "mode", ""), default) if args.config is None else args.config
-        return args, load(name, given(args), unknown)
+        default = "sft" if getattr(args, "mode", "") == "sft" else default
+        return args, load(default if args.config is None else args.config, given(args), unknown)
 
 
 def given(args: argparse.Namespace) -> dict[str, str]:
