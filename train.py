@@ -32,7 +32,7 @@ from runtime.build import build, compiles
 from runtime.command_line import Parser, given
 from runtime.device import cpp_compiler, pick_device, to_device
 from runtime.distributed import World, full_tensor, mean_over_ranks
-from runtime.errors import UserError, user_errors
+from runtime.errors import UserError, refuse, user_errors
 from runtime.guards import Guard, Watchdog
 from runtime.logger import Log
 from runtime.preview import preview
@@ -77,8 +77,7 @@ def pick(o: Namespace, c: Config, world: World) -> Run:
                 found.append(f"--parent: {run.segment.name} has none; an imported model is --train.base {o.parent}")
     except UserError as e:
         found += str(e).splitlines()
-    if found:
-        raise UserError("\n".join(found))
+    refuse(found)
     return run
 
 
