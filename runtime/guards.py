@@ -24,8 +24,6 @@ from runtime.logger import Log, read_log, warn
 from runtime.resume import Run
 from text.examples import SFTData
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
 
 class Watchdog(threading.Thread):
     """Ends the process if `beat` was not called for `seconds`: a rank that hangs or died keeps the others waiting."""
@@ -81,7 +79,7 @@ class Guard:
         self.recent: deque[float] = deque(distributed.broadcast(losses[-20:], world.ranks), maxlen=20)
 
     def __enter__(self) -> "Guard":
-        self.handlers = {n: signal.signal(n, self.on_signal) for n in SIGNALS}
+        self.handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
         gc.disable()  # a collection in the middle of a step would hold up the device; graphs are freed without one
         gc.freeze()  # later collections skip the objects that stay
         return self

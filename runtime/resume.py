@@ -71,11 +71,7 @@ class Run:
 
 
 def pick(c: Config, mode: str, version: int | None) -> Run:
-    """The segment of a mode and version. UserError where the plan makes no sense.
-
-    A version past the planned ones prolongs the plan by increments of the same length; the main path ends at the fork
-    point of `version`.
-    """
+    """The segment of a mode and version. UserError where the plan makes no sense."""
     p = c.plan
     if mode == "branch" and c.data.decay_mix and not c.data.sft:
         raise UserError("data.decay_mix: needs examples to mix in; name their file with --data.sft")
@@ -84,6 +80,7 @@ def pick(c: Config, mode: str, version: int | None) -> Run:
         raise UserError(f"data.sft: got {c.data.sft}, {only}; leave it out or give data.decay_mix")
     if version and p.increments and version > len(p.increments):
         raise UserError(f"--version: got {version}, but plan.increments has {len(p.increments)}; add its steps there")
+    # the main path ends at the fork point of `version`; past the plan, it goes on with increments of the same length
     if version and (mode == "main" or version > len(p.T)):
         p = replace(p, versions=version, increments=p.increments[:version])
     segments = config.segments(MODES[mode], p)

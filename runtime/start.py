@@ -27,10 +27,7 @@ BUSY = "{}: another process is training here; wait for it or choose another --ou
 
 
 def open_data(run: Run, world: World, beat: Callable[[str], None], home: Path) -> tuple[Run, Tokens | SFTData]:
-    """The data that the segment reads: enough of it, and of this vocabulary. Fine-tuning gets its number of steps.
-
-    home: where the folder of prepared examples is, or is made.
-    """
+    """The data that the segment reads: enough of it, and of this vocabulary. Fine-tuning gets its number of steps."""
     c, segment = run.config, run.segment
     sft = segment.paradigm == "sft"
     tokens: Any = None
@@ -52,7 +49,7 @@ def open_data(run: Run, world: World, beat: Callable[[str], None], home: Path) -
                 # fine-tuning: the parent's; a branch: that of the text which examples are mixed into
                 where = Path(str(run.parent)), run.meta, c.data.path
                 tok = resume.open_tokenizer(*where) if sft else token_files.tokenizer_of(Path(c.data.path))
-                folder = str(prepare_examples(c.data.sft, tok, home))
+                folder = str(prepare_examples(c.data.sft, tok, home))  # in `home`, made if it is not there
         folder = broadcast(folder, world.ranks)
         with raise_on_all_ranks(world):
             examples = Examples(Path(folder), c.model.context, c.train.seed)
