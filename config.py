@@ -12,7 +12,7 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import UserError
+from runtime.errors import UserError, refuse
 from runtime.files import read_toml
 from schedule import Plan, Segment, key, parse, plan, type_name, typed
 
@@ -159,8 +159,7 @@ def load(name: str, overrides: dict[str, str] | None = None, unknown: list[str] 
         owner, _, leaf = k.rpartition(".")
         setattr(getattr(c, owner) if owner else c, leaf, value)
     c.out = c.out or f"out/{file.stem}"
-    if found := found + check(c):
-        raise UserError("\n".join(found))
+    refuse(found + check(c))
     return c
 
 

@@ -88,8 +88,12 @@ def read_toml(flag: str, name: str, folder: Path) -> tuple[Path, dict[str, Any]]
 
 def content_hash(content: dict[str, Any], unhashed: tuple[str, ...] = ()) -> str:
     """SHA-256 over all of `content` but "hash" itself and the keys in `unhashed`."""
-    rest = {k: v for k, v in content.items() if k != "hash" and k not in unhashed}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return digest({k: v for k, v in content.items() if k != "hash" and k not in unhashed})
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(file: Path) -> str:

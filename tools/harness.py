@@ -32,7 +32,7 @@ from runtime import checkpoint, distributed, resume
 from runtime.command_line import Parser, aligned
 from runtime.device import pick_device
 from runtime.distributed import World
-from runtime.errors import UserError, first_line, user_errors
+from runtime.errors import UserError, first_line, refuse, user_errors
 from sample import Sampling, generate
 from text.examples import held_messages
 from text.tokenizer import Tokenizer
@@ -301,8 +301,7 @@ def check(found: dict[str, Any], context: int, limit: int | None, ranks: int) ->
             problems.append(f"{name} asks for {new} new tokens, and the model's context is {context}; leave it out")
         if more := sorted(set(how) - set(served)):
             problems.append(f"{name} has generation_kwargs {', '.join(more)}, expected {', '.join(served)}")
-    if problems:
-        raise UserError("\n".join(problems))
+    refuse(problems)
 
 
 def leaves(found: dict[str, Any]) -> list[Any]:
