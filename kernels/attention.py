@@ -202,11 +202,13 @@ def _cut(D: int) -> tuple[int, int]:
     return first, D - first
 
 
-def _tiles(D: int, backward: bool) -> tuple[int, int, int, int]:
+def _tiles(D: int, backward: bool, item: int) -> tuple[int, int, int, int]:
     """(rows that a program holds, rows that it visits at a time, warps, stages); the second divides the first.
 
     As large as the registers allow: on sm_90 nothing spills (tests/compile_kernels.py). Not yet tuned for speed.
     """
+    if item == 4:  # float32 is not for tensor cores: larger tiles are unrolled, and take minutes to compile
+        return 32, 32, 4, 1
     if backward:
         return (64, 64, 4, 3) if D <= 64 else (64, 64, 8, 2) if D <= 96 else (64, 32, 8, 2)
     return (128, 64, 4, 3) if D <= 64 else (128, 64, 8, 3)
@@ -222,7 +224,7 @@ def _op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     B, T, H, D = q.shape
     y, L = _outputs(q, k, v)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    held, visited, warps, stages = _tiles(D, False)
+    held, visited, warps, stages = _tiles(D, False, q.element_size())
     if q.numel():
         grid, how = (triton.cdiv(T, held), H, B), {"num_warps": warps, "num_stages": stages}
         shape = (T, H, H // k.shape[2], LOG2E / math.sqrt(D))
@@ -240,7 +242,7 @@ def _op_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, L: Tens
     dy, q, k, v = dy.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
     dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(L)
     if q.numel():
-        held, visited, warps, stages = _tiles(D, True)
+        held, visited, warps, stages = _tiles(D, True, q.element_size())
         blocks, how = triton.cdiv(T, held), {"num_warps": warps, "num_stages": stages}
         shape = (T, H, H // K, LOG2E / math.sqrt(D))
         _backward_q[(blocks, H, B)](q, k, v, y, dy, L, delta, dq, shape, held, visited, *_cut(D), **how)
@@ -285,13 +287,7 @@ def _without_cudnn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     With masks cuDNN gives nan gradients where T % 128 == 64 (pytorch#196678) and wrong values on a B200 (#193893), and
     it plans each new shape anew.
     """
-    (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
-    if T < S:  # decoding: the H/K query heads of a key head become rows of one, so that the many keys are not copied
-        q = q.view(B, T, K, H // K, D).permute(0, 3, 1, 2, 4).reshape(B, -1, K, D)  # (B, H/K T, K, D)
-        mask = mask.repeat(1, 1, H // K, 1)
-    else:  # as many queries as keys: the mask would be the larger one
-        k, v = (t.unsqueeze(3).expand(B, S, K, H // K, D).reshape(B, S, H, D) for t in (k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-    return y.reshape(B, -1, T, K, D).permute(0, 2, 3, 1, 4).reshape(B, T, H, D) if T < S else y
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)

@@ -60,6 +60,6 @@ def compile_blocks(net: Transformer) -> None:
     micro-batches, and would add the embedding's rows in any order.
     """
     torch._dynamo.config.optimize_ddp = False  # it would cut a block's graph at DDP's buckets
-    torch._dynamo.config.recompile_limit = 32  # training, validation and its last, smaller batches
+    torch._dynamo.config.recompile_limit = 32  # training, validation, and its last batches
     for block in net.blocks:
-        block.compile()
+        block.compile(dynamic=False)  # a shorter last batch of a validation must not change the graph of training

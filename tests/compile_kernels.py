@@ -82,6 +82,9 @@ for H, K, D in ((8, 8, 64), (16, 16, 96), (32, 32, 64), (32, 8, 128)):
     q, k, v = rope.rope(tensor(1, 16, H + 2 * K, D), *rope.rope_table(16, D, 1e4), H, K, "triton")
     (q.sum() + k.sum() + v.sum()).backward()
     attention.attention(tensor(1, 256, H, D), tensor(1, 256, K, D), tensor(1, 256, K, D), "triton").sum().backward()
+shape = "float32 D=128"
+q = torch.randn(1, 256, 16, 128, requires_grad=True)
+attention.attention(q, q, q, "triton").sum().backward()
 shape = "V=100277"
 x, w, targets = tensor(4, 16), tensor(100_277, 16), torch.randint(9, (4,))
 cross_entropy.linear_cross_entropy(x, w, targets, "mean", "triton").backward()

@@ -176,7 +176,7 @@ def test_the_kernels_compile_for_gpus_that_are_not_here():
             assert k["wide_loads"] > 0, k  # 16 bytes at a time
             if k["kernel"] == "cross_entropy._rows_kernel":
                 assert k["stack"] <= 8, k  # Triton 3.6 keeps 8 bytes of validation's variant there
-            elif arch == 90:
+            elif arch == 90 and "float32" not in k["shape"]:
                 assert k["stack"] == 0, k  # no register spilled
             if arch == 90:
-                assert k["wgmma"] == (k["kernel"] in MATRIX_KERNELS), k
+                assert k["wgmma"] == (k["kernel"] in MATRIX_KERNELS and "float32" not in k["shape"]), k
