@@ -1,6 +1,7 @@
 """What a step on a GPU depends on, checked on a CPU: copies, casts, memory, graphs, names of cards."""
 
 import re
+from functools import partialmethod
 
 import numpy as np
 import pytest
@@ -176,10 +177,7 @@ def test_blocks_share_their_graphs(monkeypatch, dtype, recompute):
 
     that vary. None is cut, and none is left to run eagerly.
     """
-    compile_block = nn.Module.compile
-    monkeypatch.setattr(
-        nn.Module, "compile", lambda block, **how: compile_block(block, backend="aot_eager", fullgraph=True, **how)
-    )
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager", fullgraph=True))
     torch._dynamo.reset()
     counters.clear()
     keys = {"train__dtype": dtype, "train__recompute": recompute, "train__compile": "on"}
@@ -204,10 +202,7 @@ def test_blocks_share_their_graphs(monkeypatch, dtype, recompute):
 
 
 def test_a_compiled_step_is_the_step(monkeypatch):
-    compile_block = nn.Module.compile
-    monkeypatch.setattr(
-        nn.Module, "compile", lambda block, **how: compile_block(block, backend="aot_eager", fullgraph=True, **how)
-    )
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager", fullgraph=True))
     ids = torch.randint(1024, (4, 64))
     found = []
     for compiled in ("on", "off"):
