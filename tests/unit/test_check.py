@@ -120,11 +120,11 @@ def test_a_right_operation_agrees_and_a_broken_one_does_not(name, compared, monk
 def test_results_do_not_depend_on_memory_that_nobody_wrote(name, compared):
     """As on a GPU a hundred repeats in the same bits (test_kernels): here torch.empty gives nan the second time."""
     call, inputs = check.case(name, MODEL, check.B, check.T, torch.float32, DEVICE)
-    first = check.results(call, "triton", False, inputs)
+    first = check.results(call, "triton", inputs)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
-        second = check.results(call, "triton", False, inputs)
+        second = check.results(call, "triton", inputs)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
