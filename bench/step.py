@@ -1,12 +1,12 @@
 """A training step beside its peers: tokens/s, MFU, peak memory, loss. Fresh processes, rounds in turn (A B A B)."""
 
 import gc
-import itertools
 import json
 import statistics
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ class Trainer:
             marks.append(mark())
         if self.cuda:
             torch.cuda.synchronize()
-        timed = itertools.pairwise(marks[warmup:])
+        timed = pairwise(marks[warmup:])
         return statistics.median(a.elapsed_time(b) / 1e3 if self.cuda else b - a for a, b in timed)
 
     def profile(self, x: Tensor, y: Tensor, micro: int, seconds: float) -> Row:
@@ -160,22 +160,12 @@ def least_bytes(row: str, c: Config, micro: int) -> float:
 def measure_rounds(o: Any, c: Config, rows: dict[str, Row], memory: float, deadline: float) -> None:
     """Add to each row its fastest micro-batch, the loss of the first, and the speed of every round.
 
-    The first round tries the first micro-batch with every row, then the second, and so on, while that leaves the time
-    of the other rounds, which repeat each row's fastest. A process begins if it would end in time, were it as long as
-    the longest of its row, or at first of any row; it is killed at the deadline.
+    The first round tries the first micro-batch with every row, then the second, and so on, for half of the time if more
+    rounds follow. Those repeat each row's fastest. What is running at the deadline is ended.
     """
-    seconds: dict[str, float] = {}  # of a row's longest process
+    middle = deadline if o.rounds == 1 else (time.perf_counter() + deadline) / 2
     tried: dict[str, list[Row]] = {name: [] for name, row in rows.items() if not row["note"]}
     left_out: dict[str, dict[str, list[int]]] = {name: {} for name in tried}  # micro-batches of each reason
-
-    def measured(name: str, micro: int, updates: int, end: float) -> Row:
-        now = time.perf_counter()
-        if now + seconds.get(name, max(seconds.values(), default=0.0)) > end:
-            return Row(note="no time, raise --minutes")
-        found = fresh_row(name, micro, updates, deadline - now)
-        seconds[name] = max(seconds.get(name, 0.0), time.perf_counter() - now)
-        return found
-
     for micro in tqdm(o.micro, desc="micro-batches", disable=None):
         for name, done in tried.items():
             too_large = left_out[name].get(NO_MEMORY, [])
@@ -184,9 +174,9 @@ def measure_rounds(o: Any, c: Config, rows: dict[str, Row], memory: float, deadl
             elif any(4 * micro < row["micro"] for row in done):  # casts and launches only weigh more
                 found = Row(note="too small")
             elif done:
-                found = measured(name, micro, 0, deadline - (o.rounds - 1) * sum(seconds.values()))
+                found = fresh_row(name, micro, 0, middle)
             else:
-                found = measured(name, micro, o.updates, deadline)
+                found = fresh_row(name, micro, o.updates, deadline)
             if found.get("note"):
                 left_out[name].setdefault(found["note"], []).append(micro)
             else:
@@ -198,19 +188,20 @@ def measure_rounds(o: Any, c: Config, rows: dict[str, Row], memory: float, deadl
             rows[name] |= done[0] | fastest | {"left_out": why, "tried": done, "rounds": [fastest]}
         else:
             rows[name]["note"] = why
-    for turn in tqdm(range(1, o.rounds), desc="rounds", disable=None):
-        names = [name for name, row in rows.items() if not row["note"]]
-        if time.perf_counter() + sum(seconds[name] for name in names) > deadline:
-            print(f"{turn} of {o.rounds} rounds: the next would take more than --minutes {o.minutes:g}")
-            break
-        for name in names:
-            found = measured(name, rows[name]["micro"], 0, deadline)
-            rows[name]["note"] = found.get("note")
-            rows[name]["rounds"].append(found)
+    names = [name for name, done in tried.items() if done]
+    for turn, name in tqdm(list(product(range(1, o.rounds), names)), desc="rounds", disable=None):
+        found = fresh_row(name, rows[name]["micro"], 0, deadline)
+        if found.get("note"):
+            print(f"{turn} of {o.rounds} rounds: {name}: {found['note']}")
+            return
+        rows[name]["rounds"].append(found)
 
 
-def fresh_row(name: str, micro: int, updates: int, seconds: float) -> Row:
-    """The row that this command measures at a micro-batch in a fresh process; a note if that fails."""
+def fresh_row(name: str, micro: int, updates: int, end: float) -> Row:
+    """The row that this command measures at a micro-batch in a fresh process; a note if that fails or has no time."""
+    seconds = end - time.perf_counter()
+    if seconds <= 0:
+        return Row(note="no time, raise --minutes")
     options = ["--row", name, "--micro", str(micro), "--updates", str(updates)]
     succeeded, said = child("-m", "bench", *sys.argv[1:], *options, seconds=seconds)
     return json.loads(said) if succeeded else Row(note=f"failed: {said[:160]}")

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def test_step(run, monkeypatch, tmp_path):
     real = peers.missing
     monkeypatch.setattr(peers, "missing", lambda row, cuda: "here" if row == "ours-compile" else real(row, cuda))
 
-    def in_this_process(name, micro, updates, seconds):
+    def in_this_process(name, micro, updates, end):
         o, c = bench.parse([*sys.argv[1:], "--row", name, "--micro", str(micro), "--updates", str(updates)])
         return json.loads(json.dumps(step.row(o, c, torch.device("cpu"), torch.float32)))
 
@@ -114,30 +115,32 @@ def test_step(run, monkeypatch, tmp_path):
 
 def test_rows_in_fresh_processes(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench", "step", *TINY, *QUICK])
-    found = step.fresh_row("ours", 2, 1, 100)
+    now = time.perf_counter()
+    found = step.fresh_row("ours", 2, 1, now + 100)
     assert found["micro"] == 2 and found["tokens_per_second"] > 0 and found["loss"] > 0
-    assert step.fresh_row("ours", 2, 1, 0.01) == {"note": "failed: no end after 0 s"}
+    assert step.fresh_row("ours", 2, 1, time.perf_counter() + 0.01) == {"note": "failed: no end after 0 s"}
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--train.seed", "x"])
-    assert "train.seed: got 'x'" in step.fresh_row("ours", 2, 1, 100)["note"]
+    assert "train.seed: got 'x'" in step.fresh_row("ours", 2, 1, now + 200)["note"]
 
 
 class Clock:
-    """A clock, and rows in fresh processes that move it: seconds and speeds of (row, micro), none: out of memory."""
+    """A clock, and processes of rows that move it: seconds and speeds of (row, micro), none: out of memory."""
 
     def __init__(self, monkeypatch, seconds, speed=lambda micro: micro):
         self.now, self.seconds, self.speed, self.asked = 0.0, seconds, speed, []
-        monkeypatch.setattr(step, "fresh_row", self.fresh_row)
+        monkeypatch.setattr(step, "child", self.child)
         monkeypatch.setattr(step.time, "perf_counter", lambda: self.now)
 
-    def fresh_row(self, name, micro, updates, seconds):
-        self.asked.append((name, micro, updates))
+    def child(self, *arguments, seconds):
+        _, name, _, micro, _, updates = arguments[-6:]
+        micro = int(micro)
+        self.asked.append((name, micro, int(updates)))
         took, fits = self.seconds(name, micro)
+        self.now += min(took, seconds)
         if took > seconds:
-            self.now += seconds
-            return {"note": f"failed: no end after {seconds:.0f} s"}
-        self.now += took
-        loss = {"loss": 1.0} if updates else {}
-        return {"micro": micro, "tokens_per_second": self.speed(micro)} | loss if fits else {"note": step.NO_MEMORY}
+            return False, f"no end after {seconds:.0f} s"
+        found = {"micro": micro, "tokens_per_second": self.speed(micro)} | ({"loss": 1.0} if int(updates) else {})
+        return True, json.dumps(found if fits else {"note": step.NO_MEMORY})
 
 
 def measured(o, names, deadline):
@@ -152,35 +155,31 @@ def test_a_run_ends_within_its_minutes(monkeypatch):
     names = ("ours", "hf-compile", "hf-liger")
     clock = Clock(monkeypatch, lambda name, micro: ({"ours": 45, "hf-compile": 100, "hf-liger": 30}[name], True))
     rows = measured(o, names, 460)
-    assert clock.now <= 460 and all(row["note"] is None and row["loss"] == 1.0 for row in rows.values())
+    assert clock.now == 460 and all(row["note"] is None and row["loss"] == 1.0 for row in rows.values())
     tried = {name: [t["micro"] for t in row["tried"]] for name, row in rows.items()}
-    assert tried == {"ours": [16, 32, 8], "hf-compile": [16, 32], "hf-liger": [16, 32, 8]}  # 425 s
+    assert tried == {"ours": [16, 32, 8], "hf-compile": [16, 32], "hf-liger": [16, 32]}
     assert clock.asked[:4] == [("ours", 16, 20), ("hf-compile", 16, 20), ("hf-liger", 16, 20), ("ours", 32, 0)]
     assert rows["ours"]["left_out"] == "4 2 1: too small"
-    assert rows["hf-compile"]["left_out"] == "8: no time, raise --minutes; 4 2 1: too small"
-    # a row that cannot end does not begin, and the first is ended
-    clock = Clock(monkeypatch, lambda name, micro: (200, True))
+    assert rows["hf-compile"]["left_out"] == "8: failed: no end after 65 s; 4 2 1: too small"
+    assert rows["hf-liger"]["left_out"] == "8: no time, raise --minutes; 4 2 1: too small"
+    # a row that is ended, or never began, says so
+    clock = Clock(monkeypatch, lambda name, micro: (300, True))
     rows = measured(o, names, 460)
-    assert clock.now == 400 and [row["note"] is None for row in rows.values()] == [True, True, False]
+    assert clock.now == 460 and rows["ours"]["note"] is None
+    assert rows["hf-compile"]["note"] == "16: failed: no end after 160 s; 32 8 4 2 1: no time, raise --minutes"
     assert rows["hf-liger"]["note"] == "16 32 8 4 2 1: no time, raise --minutes"
-    clock = Clock(monkeypatch, lambda name, micro: (500, True))
-    rows = measured(o, names, 460)
-    assert clock.now == 460
-    assert rows["ours"]["note"] == "16: failed: no end after 460 s; 32 8 4 2 1: no time, raise --minutes"
 
 
-def test_rounds_in_turn_while_they_end_in_time(monkeypatch, capsys):
+def test_rounds_in_turn_while_there_is_time(monkeypatch, capsys):
     o = Namespace(micro=[8, 16, 4], rounds=3, minutes=8, updates=20)
     clock = Clock(monkeypatch, lambda name, micro: (20, True), speed=lambda micro: 100 - micro)
     rows = measured(o, ("a", "b"), 300)  # 6 x 20 s, then two rounds of 40 s
     assert clock.asked[6:] == [("a", 4, 0), ("b", 4, 0)] * 2 and len(rows["a"]["rounds"]) == 3
-    clock = Clock(monkeypatch, lambda name, micro: (45, True))
-    rows = measured(o, ("a", "b"), 300)  # a second micro-batch alone would leave no time for three rounds
-    assert clock.asked == [("a", 8, 20), ("b", 8, 20), *[("a", 8, 0), ("b", 8, 0)] * 2]
-    assert rows["a"]["left_out"] == "16 4: no time, raise --minutes" and not capsys.readouterr().out
-    clock = Clock(monkeypatch, lambda name, micro: (60, True))
-    rows = measured(o, ("a", "b"), 300)
-    assert len(rows["a"]["rounds"]) == len(rows["b"]["rounds"]) == 2 and "2 of 3 rounds" in capsys.readouterr().out
+    clock = Clock(monkeypatch, lambda name, micro: (50, True))
+    rows = measured(o, ("a", "b"), 300)  # half of the time: micro-batch 8 twice, 16 once
+    assert clock.asked[2:] == [("a", 16, 0), ("a", 16, 0), ("b", 8, 0), ("a", 16, 0)] and clock.now == 300
+    assert [len(row["rounds"]) for row in rows.values()] == [3, 2] and not rows["b"]["note"]
+    assert "2 of 3 rounds: b: no time, raise --minutes" in capsys.readouterr().out
 
 
 def test_micro_batches_that_do_not_fit(monkeypatch):
