@@ -12,7 +12,7 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import UserError
+from runtime.errors import UserError, refuse
 from runtime.files import read_toml
 from schedule import Plan, Segment, key, parse, plan, type_name, typed
 
@@ -45,13 +45,11 @@ class Model:
         return (1 if self.tied else 2) * self.vocab_size * h + self.n_layer * block + h
 
     def flops_per_token(self, causal: bool = True) -> float:
-        """FLOPs of forward and backward: 6 for each weight of a matrix product (the embedding is none), and attention.
-
-        Attention is 6 L h T with the causal half counted; `causal=False` gives the 12 L h T that others publish.
-        """
+        """FLOPs of forward and backward: 6 a weight of a matrix product (the embedding is none), and attention."""
         h, f = self.hidden, self.ffn or 4 * self.hidden
         kv = (self.n_kv_head or self.n_head) * (h // self.n_head)
         matrices = self.n_layer * (2 * h * h + 2 * h * kv + 3 * h * f) + self.vocab_size * h
+        # attention: 6 L h T with the causal half counted; `causal=False` gives the 12 L h T that others publish
         return 6 * matrices + (6 if causal else 12) * self.n_layer * h * self.context
 
 
@@ -137,10 +135,7 @@ def segments(paradigm: str, p: Plan) -> list[Segment]:
 
 
 def load(name: str, overrides: dict[str, str] | None = None, unknown: list[str] | None = None) -> Config:
-    """The config of a name in configs/ or a .toml file, with {key: text} overrides.
-
-    UserError lists every problem, also the arguments that the command line could not place (`unknown`).
-    """
+    """The config of a name in configs/ or a .toml file, with {key: text} overrides. UserError lists every problem."""
     file, tree = read_toml("--config", name, Path(__file__).parent / "configs")
     given: list[tuple[str, str, Any, Any]]  # where, key, value, its reader
     given = [(str(file), k, v, typed) for k, v in tree.items() if not isinstance(v, dict)]
@@ -149,7 +144,7 @@ def load(name: str, overrides: dict[str, str] | None = None, unknown: list[str] 
 
     c = Config()
     known = flatten(c)
-    flags = [a for a in unknown or [] if a.startswith("-")]
+    flags = [a for a in unknown or [] if a.startswith("-")]  # arguments that the command line could not place
     found = [f"command line: unknown argument {a}; {suggest(a.lstrip('-'), list(known))}" for a in flags]
     found = found or [f"command line: unexpected {a!r}; flags are --name value" for a in unknown or []]
     for where, k, v, read in given:
@@ -164,8 +159,7 @@ def load(name: str, overrides: dict[str, str] | None = None, unknown: list[str] 
         owner, _, leaf = k.rpartition(".")
         setattr(getattr(c, owner) if owner else c, leaf, value)
     c.out = c.out or f"out/{file.stem}"
-    if found := found + check(c):
-        raise UserError("\n".join(found))
+    refuse(found + check(c))
     return c
 
 

@@ -63,13 +63,12 @@ def main() -> None:
         return
     size = f"{parameters:,} parameters, {flops / 1e9:.4g} GFLOP a token, {c.train.batch_tokens:,} tokens a step"
     print(f"{size}; counted as in {o.convention}")
-    lines = [["paradigm", "steps", "in T", "relative", "tokens", "FLOPs", "GPU-hours", *["price"] * bool(o.price)]]
+    lines = [["paradigm", "steps", "in T", "relative", "tokens", "FLOPs", "GPU-hours", "price"]]
     for r in rows:
-        sums = [f"{r['tokens']:.4g}", f"{r['flops']:.4g}", f"{r['gpu_hours']:,.4g}"]
-        price = [f"{r['price']:,.0f}"] * bool(o.price)
+        sums = [f"{r['tokens']:.4g}", f"{r['flops']:.4g}", f"{r['gpu_hours']:,.4g}", f"{r['price']:,.0f}"]
         relative = "-" if r["relative"] is None else f"{r['relative']:.2f}x"
-        lines.append([r["paradigm"], f"{r['steps']:,}", f"{r['T']:.4g}T", relative, *sums, *price])
-    print(aligned(lines))
+        lines.append([r["paradigm"], f"{r['steps']:,}", f"{r['T']:.4g}T", relative, *sums])
+    print(aligned(lines if o.price else [line[:-1] for line in lines]))
     print(f"GPU-hours at {o.mfu:.0%} of {o.peak:.4g} FLOP/s")
 
 

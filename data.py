@@ -25,10 +25,8 @@ def mix64(x: np.ndarray) -> np.ndarray:
 
 
 def permute(i: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
-    """The images of the indices i under a seeded permutation of 0..n-1, in memory that does not depend on n.
-
-    A Feistel network of four rounds permutes 0..4^k-1, 4^k >= n; an image >= n is permuted again (cycle walking).
-    """
+    """The images of the indices i under a seeded permutation of 0..n-1, in memory that does not depend on n."""
+    # A Feistel network of four rounds permutes 0..4^k-1, 4^k >= n; an image >= n is permuted again (cycle walking).
     half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     key = np.zeros(1, np.uint64)
@@ -55,21 +53,17 @@ def shuffle(i: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
 
 
 class Tokens:
-    """A prepared folder as one run reads it: global batch `step` of B sequences, for every step of every increment.
-
-    increments: steps of each. repeat: read an increment again once it is used up. unique: read only the first `unique`
-    steps' worth of each increment, again and again.
-    """
+    """A prepared folder as one run reads it: global batch `step` of B sequences, for every step of every increment."""
 
     def __init__(
         self,
         folder: str,
         context: int,
         B: int,
-        increments: list[int],
+        increments: list[int],  # steps of each
         seed: int,
-        repeat: bool = False,
-        unique: int | None = None,
+        repeat: bool = False,  # read an increment again once it is used up
+        unique: int | None = None,  # read only the first `unique` steps' worth of each increment, again and again
     ) -> None:
         self.folder, self.context, self.B, self.seed = Path(folder), context, B, seed
         self.repeat, self.unique = repeat, unique
@@ -91,8 +85,7 @@ class Tokens:
     def needs(self, start: int, end: float) -> list[tuple[str, int, int]]:
         """(increment, tokens needed, tokens there) of every increment that steps start .. end - 1 read."""
         found = []
-        for i, stop in enumerate(self.ends):
-            first = self.ends[i - 1] if i else 0
+        for i, (first, stop) in enumerate(itertools.pairwise([0, *self.ends])):
             if first < end and stop > start:
                 there = self.meta["increments"][i]["tokens"] if i < len(self.meta["increments"]) else 0
                 steps = int(min(stop - first, end - first, self.unique or math.inf))
@@ -149,12 +142,9 @@ class Tokens:
         return ids[:, :-1], ids[:, 1:]
 
     def validation(self, rows: int, limit: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[tuple[np.ndarray, ...]]:
-        """The validation set in order, `rows` sequences at a time, this rank's share of them; the last may be shorter.
-
-        `limit` tokens, 0: all. Every token but the very first is a target once.
-        """
+        """The validation set in order, `rows` sequences at a time, this rank's share; the last may be shorter."""
         T, total = self.context, len(self.tokens("val"))
-        end = min(total - 1, limit or total)
+        end = min(total - 1, limit or total)  # every token but the very first is a target once; limit 0: all of them
         full = end // T
         for first in range(rank * rows, full, ranks * rows):
             yield self.windows("val", np.arange(first, min(first + rows, full)) * T, T)

@@ -76,6 +76,7 @@ def load_model(path: Path, device: torch.device) -> tuple[Transformer, dict[str,
     meta = checkpoint.read_meta(path)
     c = config.model_of(meta["config"])
     checkpoint.verify(path)
+    steady_malloc(device)
     dtype = activations("auto", device)
     with torch.device("meta"):  # no weights are drawn
         net = Transformer(c, dtype, check.choose("auto", c, dtype, device))
@@ -169,7 +170,6 @@ def main() -> None:
     a.add_argument("--context", type=int, default=0, help="tokens of a sequence, to compare models [the model's]")
     o = a.parse_args()
     device = pick_device(o.device, 0)
-    steady_malloc(device)
     run = chosen(o.path)
     paths = sorted({p for versions in run.values() for p in versions.values()}) if run else o.path
     texts = {open_data(p, checkpoint.read_meta(p), o.data, o.context).meta["val"]["sha256"]["bin"] for p in paths}

@@ -13,7 +13,7 @@ from eval import load_model
 from model import Transformer
 from runtime import resume
 from runtime.command_line import Parser
-from runtime.device import pick_device, steady_malloc
+from runtime.device import pick_device
 from runtime.errors import UserError, user_errors
 from text.sources import clean
 from text.tokenizer import Tokenizer
@@ -48,10 +48,7 @@ def draw(logits: Tensor, how: Sampling, chance: list[np.random.Generator]) -> li
 def generate(
     net: Transformer, prompts: list[list[int]], length: int, ends: set[int], how: Sampling = GREEDY, done: Done = None
 ) -> list[list[int]]:
-    """Up to `length` ids after each prompt of one id or more; a row ends before an id of `ends`, or if done(its ids).
-
-    If a row outgrows the context, its first tokens are dropped, up to half a context at a time.
-    """
+    """Up to `length` ids after each prompt of one id or more; a row ends before an id of `ends` or if done(its ids)."""
     out: list[list[int]] = [[] for _ in prompts]
     chance = [np.random.default_rng((how.seed, i)) for i in range(len(prompts))]
     device, context = net.embed.weight.device, net.config.context
@@ -60,7 +57,7 @@ def generate(
         rows = [prompts[i] + out[i] for i in alive]
         left = max(length - len(out[i]) for i in alive)
         longest = min(max(map(len, rows)), context - min(left, context // 2))
-        rows = [row[-longest:] for row in rows]
+        rows = [row[-longest:] for row in rows]  # the context is full: up to half of it is dropped at a time
         cache = net.cache(len(rows), min(longest + left, context))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
         read = torch.tensor([len(row) for row in rows], device=device)
@@ -112,7 +109,6 @@ def main() -> None:
     if not (o.temperature >= 0 and 0 < o.top_p <= 1):  # nan is refused too
         raise UserError(f"--temperature, --top_p: got {o.temperature} and {o.top_p}, expected 0 or more and 0 < p <= 1")
     device = pick_device(o.device, 0)
-    steady_malloc(device)
     how = Sampling(o.temperature, o.top_p, o.seed)
     texts = {str(p): continuations(p, device, o.prompt, o.length, how, o.data) for p in o.path}
     shown = ["\n\n".join([f"{p}:"] * (len(texts) > 1) + written) for p, written in texts.items()]

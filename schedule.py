@@ -151,12 +151,9 @@ SCHEDULES: dict[str, tuple[Callable[[int, float, float, float, int], float], flo
 
 
 def path(p: Plan, start: int, end: int, W: int, D: float, warm_from: float = 0.0) -> Callable[[int], float]:
-    """LR of update s: `W` steps of linear warm-up from `warm_from`, then max LR, then a decay of D steps up to `end`.
-
-    If D is longer than the steps after the warm-up (a long cycle), the path stops at `end`, its decay incomplete.
-    """
+    """LR of update s: `W` steps of linear warm-up from `warm_from`, max LR, then a decay of D steps up to `end`."""
     shape, _ = SCHEDULES[p.schedule]
-    decay_start = end - int(min(D, end - start - W))
+    decay_start = end - int(min(D, end - start - W))  # a longer decay (a long cycle) is incomplete at `end`
 
     def lr(s: int) -> float:
         if s - start < W:
@@ -169,11 +166,8 @@ def path(p: Plan, start: int, end: int, W: int, D: float, warm_from: float = 0.0
 
 
 def plan(paradigm: str, p: Plan) -> list[Segment]:
-    """The segments of a paradigm ("ptfs", "cpt" or "ours"), parents first. Section 3.1, Figure 1, Appendix B.
-
-    Raises ValueError, a line a problem, where `p` makes no sense.
-    """
-    if found := problems(p, paradigm):
+    """The segments of a paradigm ("ptfs", "cpt" or "ours"), parents first (Section 3.1, Figure 1, Appendix B)."""
+    if found := problems(p, paradigm):  # ValueError, a line a problem, where `p` makes no sense
         raise ValueError("\n".join(f"plan.{line}" for line in found))
     N, d, W = len(p.T), p.d, p.warmup
     part = SCHEDULES[p.schedule][1]
@@ -188,7 +182,7 @@ def plan(paradigm: str, p: Plan) -> list[Segment]:
         D = decay(S, W) if p.cycle is None else p.cycle - W
         return Segment(f"ptfs-{tag}/v{i}", "ptfs", i, None, 0, S, path(p, 0, S, W, D))
 
-    def cpt(i: int, parent: str) -> Segment:
+    def cpt(i: int) -> Segment:
         a, b = p.end(i - 1), p.end(i)
         lr = {
             "reset_max": path(p, a, b, 0, decay(b - a, 0)),
@@ -196,6 +190,7 @@ def plan(paradigm: str, p: Plan) -> list[Segment]:
             "keep_min": lambda s: p.lowest_lr,
         }[p.cpt_variant]
         name = f"cpt-{tag}" if p.cpt_variant == "reset_max" else f"cpt-{tag}-{p.cpt_variant}"
+        parent = ptfs(1).name if i == 2 else f"{name}/v{i - 1}"
         return Segment(f"{name}/v{i}", "cpt", i, (parent, a), a, b, lr)
 
     def branch(i: int) -> Segment:
@@ -206,13 +201,8 @@ def plan(paradigm: str, p: Plan) -> list[Segment]:
 
     if paradigm == "ptfs":
         return [ptfs(i) for i in range(1, N + 1)]
-
     if paradigm == "cpt":  # version 1 is PTFS's version 1: trained once, under PTFS's name
-        segments = [ptfs(1)]
-        for i in range(2, N + 1):
-            segments.append(cpt(i, segments[-1].name))
-        return segments
-
+        return [ptfs(1), *(cpt(i) for i in range(2, N + 1))]
     # Ours: the main path at max LR ends where the last branch leaves it, at N*T - d
     end = p.end(N) - d
     main = Segment("main", "main", N, None, 0, end, path(p, 0, end, W, 0))
@@ -254,10 +244,8 @@ def problems(p: Plan, paradigm: str) -> list[str]:
     elif paradigm == "ours" and d < 1:
         found.append(f"alpha: got {p.alpha}, not one step of the first increment's {T}; expected at least {1 / T:.3g}")
     elif paradigm == "ours" and T - d < W:
-        found.append(
-            f"alpha / decay_steps: a branch of {d} steps would leave the main path at step {T - d}, inside the warm-up "
-            f"of {W}; expected at most {T - W} steps (alpha {(T - W) / T:.3g})"
-        )
+        got = f"a branch of {d} steps would leave the main path at step {T - d}, inside the warm-up of {W}"
+        found.append(f"alpha / decay_steps: {got}; expected at most {T - W} steps (alpha {(T - W) / T:.3g})")
     if p.cycle is not None:
         decays = {"ptfs": sum(p.T), "cpt": T, "ours": d}[paradigm]
         if p.schedule != "cosine":
@@ -347,9 +335,8 @@ def read_plan(config: str, words: dict[str, str | None]) -> Plan:
     except (ValueError, TypeError, RecursionError) as e:
         raise ValueError(f"{file}: not the TOML of a config: {e}") from None
     p, kinds = Plan(), {f.name: f.type for f in fields(Plan)}
-    given: list[Any] = [(k, v, typed) for k, v in planned.items()] + [
-        (k, words[k], parse) for k in kinds if words[k] is not None
-    ]
+    given: list[Any] = [(k, v, typed) for k, v in planned.items()]
+    given += [(k, words[k], parse) for k in kinds if words[k] is not None]
     for k, value, read in given:
         if k not in kinds:
             raise ValueError(f"{file}: unknown key plan.{k}; expected one of {', '.join(kinds)}")

@@ -32,7 +32,7 @@ from runtime.build import build, compiles
 from runtime.command_line import Parser, given
 from runtime.device import cpp_compiler, pick_device, to_device
 from runtime.distributed import World, full_tensor, mean_over_ranks
-from runtime.errors import UserError, user_errors
+from runtime.errors import UserError, refuse, user_errors
 from runtime.guards import Guard, Watchdog
 from runtime.logger import Log
 from runtime.preview import preview
@@ -51,7 +51,7 @@ def parse(world: World) -> tuple[Namespace, Config]:
     a.add_argument("--dry_run", action="store_true", help="say what would be done, touch nothing")
     a.add_config()
     default = "small" if torch.cuda.is_available() and Path(config.load("small").data.path).exists() else "tiny"
-    o, c = a.parse_config(default=default, modes={"sft": "sft"})
+    o, c = a.parse_config(default=default)
     if not o.config and o.mode != "sft" and world.rank == 0:
         print(f"no --config given: {default}")
     return o, c
@@ -77,8 +77,7 @@ def pick(o: Namespace, c: Config, world: World) -> Run:
                 found.append(f"--parent: {run.segment.name} has none; an imported model is --train.base {o.parent}")
     except UserError as e:
         found += str(e).splitlines()
-    if found:
-        raise UserError("\n".join(found))
+    refuse(found)
     return run
 
 

@@ -29,7 +29,7 @@ from bench.measure import Row, environment, show, table, text
 from runtime import logger
 from runtime.command_line import Parser
 from runtime.device import activations, pick_device
-from runtime.errors import UserError, user_errors
+from runtime.errors import UserError, refuse, user_errors
 from runtime.files import write_text
 from text.sources import optional
 
@@ -97,8 +97,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
             found += kernels.problems(peer.removeprefix("ours-"), cuda, c.model)
         elif peer not in peers.PEERS:
             found.append(f"--peers: got {peer}, expected {PEERS}")
-    if found:
-        raise UserError("\n".join(dict.fromkeys(found)))
+    refuse(found)
     return o, c
 
 

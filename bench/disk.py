@@ -108,6 +108,7 @@ def checkpoint_seconds(state: dict[str, Tensor], folder: Path, rounds: int) -> d
     segment.mkdir()
     saver, saved = checkpoint.Saver(segment), checkpoint.path(segment, 0)
     record = {"segment": "", "version": 1, "path": {}, "finished": False, "pinned": False, "config": {}, "data": {}}
+    host = {name: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for name, t in state.items()}
     seconds: dict[str, list[float]] = {}
 
     def clock(name: str, call: Callable[[], Any]) -> None:
@@ -115,13 +116,13 @@ def checkpoint_seconds(state: dict[str, Tensor], folder: Path, rounds: int) -> d
 
     def copy() -> None:
         for name, t in state.items():
-            saver.host[name].copy_(t, non_blocking=t.is_cuda)
-        if torch.cuda.is_available():
+            host[name].copy_(t, non_blocking=t.is_cuda)
+        if any(t.is_cuda for t in state.values()):
             torch.cuda.synchronize()
 
     def write() -> None:
         with open(plain, "wb") as f:
-            for t in saver.host.values():
+            for t in host.values():
                 f.write(t.reshape(-1).numpy().data)
             f.flush()
             os.fsync(f.fileno())

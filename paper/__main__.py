@@ -24,9 +24,9 @@ import schedule
 from paper import downstream, figures, graph, measure, plans, report, scales, tables, workers
 from paper.tables import ORDER
 from runtime import distributed
-from runtime.command_line import Parser
+from runtime.command_line import Parser, given
 from runtime.device import pick_device, steady_malloc
-from runtime.errors import UserError, user_errors
+from runtime.errors import UserError, refuse, user_errors
 from runtime.files import lock, replacing, write_text
 from runtime.logger import read_log
 from text import prepare
@@ -61,15 +61,16 @@ def main() -> None:
         print("".join(f"\n{name} left out: {'; '.join(lines)}" for name, lines in overruled.items() if lines))
         return
 
-    given = [k for k in ("sft", "data_dir", "limit", "num_fewshot") if getattr(o, k) is not None]
-    refuse([f"--{k}: is for table4 and table11; ask for one, or leave it out" for k in given if not request.downstream])
+    options = {k: getattr(o, k) for k in ("data_dir", "limit", "num_fewshot")}
+    if not request.downstream:
+        unread = [k for k, v in {"sft": o.sft, **options}.items() if v is not None]
+        refuse([f"--{k}: is for table4 and table11; ask for one, or leave it out" for k in unread])
     if o.sft is not None and not Path(o.sft).is_file():
         raise UserError(f"--sft {o.sft}: is not there; expected a .jsonl file of examples")
     began = time.perf_counter()
     graph.check_lineage(request.nodes)
     todo = graph.left(request.nodes)[0]
     may_train = not o.slurm and (s.scale.train if o.run is None else o.run == "yes")
-    options = {k: getattr(o, k) for k in ("data_dir", "limit", "num_fewshot")}
     tasks = downstream.Tasks(list(dict.fromkeys(filter(None, o.tasks.split(",")))), options, o.sft)
     if request.downstream and (may_train or not todo):
         downstream.check(tasks)
@@ -127,29 +128,22 @@ def parse() -> tuple[argparse.Namespace, scales.Setup]:
     parser.add_config(name=False)
     o, unknown = parser.parse_known_intermixed_args()
     scale = scales.load_scale(o.scale)
-    overrides = {k: v for k in config.flatten(config.Config()) if (v := getattr(o, k)) is not None and k != "out"}
-    config.load(scale.config, overrides | ({"out": o.out} if o.out else {}), unknown)
+    config.load(scale.config, given(o), unknown)
+    overrides = {k: v for k, v in given(o).items() if k != "out"}
     if wrong := [w for w in o.what if w not in (*ORDER, "status", "report")]:
         raise UserError(f"{wrong[0]}: expected status, report or some of {', '.join(ORDER)}")
     schedules = list(dict.fromkeys(o.schedules.split(","))) if o.schedules is not None else list(tables.MAIN)
     if wrong := [n for n in schedules if n not in schedule.SCHEDULES]:
         raise UserError(f"--schedules: got {', '.join(wrong)}, expected some of {', '.join(schedule.SCHEDULES)}")
-    for option, most in (("seeds", 100), ("jobs", 10_000), ("ranks", 10_000), ("limit", 10**9)):
-        if (value := getattr(o, option)) is not None and not 1 <= value <= most:
-            raise UserError(f"--{option}: got {value}, expected 1 to {most}")
-    if not 0.001 <= o.mfu <= 1:
-        raise UserError(f"--mfu: got {o.mfu}, expected 0.001 to 1")
+    limits = {"seeds": (1, 100), "jobs": (1, 10_000), "ranks": (1, 10_000), "limit": (1, 10**9), "mfu": (0.001, 1)}
+    for option, (low, high) in limits.items():
+        if (value := getattr(o, option)) is not None and not low <= value <= high:
+            raise UserError(f"--{option}: got {value}, expected {low} to {high}")
     return o, scales.Setup(scale, overrides, schedules, o.out)
 
 
 # The keys that tables vary themselves, or that a later call may raise
 VARIED = ("plan.schedule", "plan.alpha", "plan.decay_steps", "plan.cpt_variant", "plan.versions", "train.seed")
-
-
-def refuse(problems: list[str]) -> None:
-    """UserError of these lines, each once, if there are any."""
-    if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)))
 
 
 def check_base_setting(s: scales.Setup) -> None:
@@ -169,8 +163,8 @@ def check_training(request: graph.Request, machine: workers.Machine) -> None:
     if 0 < machine.gpus < machine.ranks:
         raise UserError(f"--ranks: got {machine.ranks}, expected at most the {machine.gpus} GPUs of this machine")
     prepare.ship(request.setup.base.data.path)
-    parts = [(n.tokens, n.segment) for n in request.nodes.values()]
-    refuse([line for tokens, segment in parts for line in tokens.problems(segment.start, segment.end)])
+    nodes = request.nodes.values()
+    refuse([line for n in nodes for line in n.tokens.problems(n.segment.start, n.segment.end)])
 
 
 def score(request: graph.Request, machine: workers.Machine) -> dict[str, dict[str, Any]]:

@@ -4,9 +4,7 @@ The versions are nodes of the graph that the other tables share. Once those are 
 graph. The scores of a checkpoint on tasks are kept in <root>/tasks, so a table goes on where it stopped.
 """
 
-import hashlib
 import itertools
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +17,8 @@ from paper.scales import Setup
 from paper.tables import Cell
 from runtime import checkpoint, distributed, resume
 from runtime.device import pick_device
-from runtime.errors import UserError
-from runtime.files import read_json, sha256, write_json
+from runtime.errors import UserError, refuse
+from runtime.files import digest, read_json, sha256, write_json
 from text.examples import Examples, SFTData, prepare_examples
 
 # The paper's tasks: their names in the harness, and in the paper
@@ -62,8 +60,7 @@ def tunings(s: Setup, settings: dict[Path, str], sft: str, ranks: int) -> tuple[
     for path, trained in settings.items():
         setting = f"{trained}-sft-{key}"  # a folder for each set of examples and keys
         c, meta = resume.sft_config(plain, str(path), {"out"})
-        if problems := distributed.batch_problems(c, ranks):
-            raise UserError("\n".join(problems))
+        refuse(distributed.batch_problems(c, ranks))
         if (setting, c.model.context) not in examples:
             prepared = prepare_examples(sft, resume.open_tokenizer(path, meta), s.root / setting)
             examples[setting, c.model.context] = Examples(prepared, c.model.context, c.train.seed)
@@ -74,10 +71,6 @@ def tunings(s: Setup, settings: dict[Path, str], sft: str, ranks: int) -> tuple[
         found[node.name] = node
         results[path] = checkpoint.path(node.folder, segment.end)
     return found, results
-
-
-def digest(content: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def scores(path: Path, tasks: Tasks, kept: Path, device: str) -> Scores:

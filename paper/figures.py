@@ -17,13 +17,14 @@ OF = {"PTFS": COLOURS[0], "CPT": COLOURS[1], "Ours": COLOURS[2]}
 MARKERS = "os^DvP"
 
 
-def canvas(panels: int, width: float = 3.4, height: float = 3.4, **kw: Any) -> tuple[Any, Any]:
-    """A figure with a row of axes, in the one style."""
+def canvas(titles: list[str], width: float = 3.4, height: float = 3.4, size: int = 9, **kw: Any) -> tuple[Any, Any]:
+    """A figure with a row of axes of these titles, in the one style."""
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(max(width * panels, 4.6), height))
-    axes = fig.subplots(1, panels, squeeze=False, **kw)[0]
-    for ax in axes:
+    fig = Figure(figsize=(max(width * len(titles), 4.6), height))
+    axes = fig.subplots(1, len(titles), squeeze=False, **kw)[0]
+    for ax, title in zip(axes, titles, strict=True):
+        ax.set_title(title, fontsize=size)
         ax.grid(alpha=0.25)
         ax.tick_params(labelsize=8)
     return fig, axes
@@ -45,7 +46,7 @@ def distinct(rows: list[dict[str, Any]], key: str) -> list[str]:
 
 def schedules(s: Setup, file: str) -> None:
     """Figure 3: the schedules, each over a whole run of T steps."""
-    fig, (ax,) = canvas(1, 5)
+    fig, (ax,) = canvas([""], 5)
     for i, (name, run) in enumerate(tables.from_plans(s, "fig3").items()):
         first = s.segments(run, 1)[0]
         steps = [*range(0, first.end, max(1, first.end // 10_000)), first.end - 1]
@@ -71,7 +72,7 @@ def paths(request: graph.Request, name: str) -> dict[str, list[float]]:
 
 def stages(record: dict[str, Any], rates: dict[str, list[float]], file: str) -> None:
     """Figures 4 and 5: learning rates of two stages under several cycles, and the PPL that they lead to."""
-    fig, (left, right) = canvas(2, 4.6)
+    fig, (left, right) = canvas(["", ""], 4.6)
     for i, (label, lr) in enumerate(rates.items()):
         left.plot(range(len(lr)), lr, color=COLOURS[i % 6], label=f"cycle {label}", linewidth=1.6)
     left.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
@@ -94,8 +95,8 @@ def table(record: dict[str, Any], file: str) -> None:
     reference = "PTFS" if "PTFS" in names else [*(d["minus"][1] for d in record["differences"]), *names][0]
     colours = OF if reference == "PTFS" else dict(zip(names, COLOURS, strict=False))
     columns, several = record["columns"], len(record["seeds"]) > 1
-    fig, axes = canvas(len(groups), 3.0, sharey=True)
-    for ax, (group, rows) in zip(axes, groups.items(), strict=True):
+    fig, axes = canvas(list(groups), 3.0, sharey=True)
+    for ax, rows in zip(axes, groups.values(), strict=True):
         base = rows[reference]
         ax.axhline(0, color=colours[reference], linewidth=1.2, label=reference)
         for i, name in enumerate(n for n in names if n != reference and n in rows):
@@ -108,7 +109,6 @@ def table(record: dict[str, Any], file: str) -> None:
                 x = [columns.index(c) for c in there]
                 ax.plot(x, y, markerfacecolor="white", linestyle=":", label=f"{name}, the paper's", **style)
         ax.set_xticks(range(len(columns)), columns)
-        ax.set_title(group, fontsize=9)
         ax.set_xlabel("second increment" if record["name"] == "table13" else "version")
         ax.margins(x=0.15)
     axes[0].set_ylabel(f"PPL against {reference} (%)")
@@ -122,7 +122,7 @@ def percent_above(ppl: list[float], base: list[float]) -> list[float]:
 def downstream(record: dict[str, Any], file: str) -> None:
     """Tables 4 and 11: the mean over tasks, a group of bars a version."""
     groups = distinct(record["means"], "group")
-    fig, axes = canvas(len(groups), sharey=True)
+    fig, axes = canvas(groups, sharey=True)
     for ax, group in zip(axes, groups, strict=True):
         of_group = [m for m in record["means"] if m["group"] == group]
         versions = distinct(of_group, "version")
@@ -130,7 +130,6 @@ def downstream(record: dict[str, Any], file: str) -> None:
             x = [v + 0.27 * (i - 1) for v in range(len(versions))]
             ax.bar(x, [m["value"] or 0 for m in of_group if m["name"] == name], 0.25, label=name, color=colour)
         ax.set_xticks(range(len(versions)), versions)
-        ax.set_title(group, fontsize=9)
     axes[0].set_ylabel("mean over tasks (%)")
     axes[0].legend(**LEGEND)
     finish(fig, file)
@@ -139,9 +138,9 @@ def downstream(record: dict[str, Any], file: str) -> None:
 def cost_and_quality(record: dict[str, Any], file: str) -> None:
     """Figure 2: APPL against relative cost, here and in the paper; lower left is better."""
     columns = record["columns"]
-    fig, axes = canvas(2, 4.2)
+    fig, axes = canvas(["measured here", "the paper's"], 4.2)
     markers = {g: MARKERS[i % 6] for i, g in enumerate(distinct(record["rows"], "group"))}
-    for ax, key, title in zip(axes, ("ppl", "paper"), ("measured here", "the paper's"), strict=True):
+    for ax, key in zip(axes, ("ppl", "paper"), strict=True):
         for r in record["rows"]:
             if set(columns) <= set(r[key]):
                 appl = sum(r[key][c] for c in columns) / len(columns)
@@ -149,14 +148,13 @@ def cost_and_quality(record: dict[str, Any], file: str) -> None:
                 ax.scatter(r["costs"]["cost"], appl, s=60, alpha=0.85, **style)
         ax.set(xlabel="relative cost (steps, PTFS = 1)", xlim=(0, 1.1))
         ax.set_ylabel(f"APPL (mean PPL of {columns[0]}..{columns[-1]})")
-        ax.set_title(title, fontsize=9)
         ax.margins(y=0.2)
     finish(fig, file, axes[:1], 3)
 
 
 def losses(runs: list[tuple[schedule.Segment, list[dict[str, Any]]]], name: str, file: str) -> None:
     """Training loss (thin) and validation loss (dots) over steps, from the logs of segments under schedule `name`."""
-    fig, axes = canvas(3, 4.6, 4.0, sharey=True)
+    fig, axes = canvas([f"{title}, {name}" for title in schedule.TITLES.values()], 4.6, 4.0, 10, sharey=True)
     panels = {"ptfs": axes[:1], "cpt": axes[1:2], "main": axes[2:], "branch": axes[2:]}
     low, high = math.inf, 0.0
     for segment, log in runs:
@@ -172,9 +170,7 @@ def losses(runs: list[tuple[schedule.Segment, list[dict[str, Any]]]], name: str,
             ax.plot(list(val), list(val.values()), color=colour, **dots)
         if val:
             low, high = min(low, *val.values(), *train.values()), max(high, *val.values())
-    titles = ("Pre-training from scratch (PTFS)", "Continual pre-training (CPT)", "Path switching (ours)")
-    for ax, title in zip(axes, titles, strict=True):
-        ax.set_title(f"{title}, {name}", fontsize=10)
+    for ax in axes:
         ax.set_xlabel("step")
         if low < high:
             ax.set_ylim(low - 0.05, high + 0.1)

@@ -98,10 +98,9 @@ def print_plan(request: Request, names: list[str], machine: Machine, slurm: bool
 
 def print_commands(nodes: Graph, todo: list[Node], machine: Machine, slurm: bool) -> None:
     """The commands that train these nodes one after another, parents first, or as SLURM jobs."""
-    ranks = machine.ranks
-    start = f"torchrun --nproc_per_node {ranks} train.py" if ranks > 1 else "python train.py"
+    start = f"torchrun --nproc_per_node {machine.ranks} train.py" if machine.ranks > 1 else "python train.py"
     lines = [f"{start} {shlex.join(graph.command(nodes, node))}" for node in todo]
-    print("\n".join(slurm_lines(nodes, todo, machine.mfu * cost.PEAK * ranks) if slurm else lines))
+    print("\n".join(slurm_lines(nodes, todo, machine.mfu * cost.PEAK * machine.ranks) if slurm else lines))
 
 
 def slurm_lines(nodes: Graph, todo: list[Node], flops_per_second: float) -> list[str]:

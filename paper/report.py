@@ -109,9 +109,6 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n".join(out) + "\n"
 
 
-PAGE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
-
-
 def table_html(rows: Matrix) -> str:
     head, *body = rows
     kinds = []  # a class of the style sheet for each column
@@ -155,9 +152,7 @@ def page(results: Path) -> Path:
         if not file.exists() and not drawn.exists():
             continue
         try:
-            record: dict[str, Any] = {"title": CAPTIONS.get(name, name)}
-            if file.exists():
-                record = json.loads(file.read_text(encoding="utf-8"))
+            record: Any = json.loads(file.read_text("utf-8")) if file.exists() else {"title": CAPTIONS.get(name, name)}
             links += f'<a href="#{name}">{escape(record["title"].partition(":")[0])}</a> '
             body += section(name, record, drawn.read_bytes() if drawn.exists() else None)
             if "made" in record:
@@ -166,6 +161,7 @@ def page(results: Path) -> Path:
             raise UserError(f"{file}: is damaged; delete it, and ask for {name} again") from None
     if not body:
         raise UserError(f"{results}: no table or figure is there yet; ask for some, such as table3 and fig2")
-    text = PAGE.substitute(legend=LEGEND, links=links, body=body, settings="".join(settings))
+    template = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
+    text = template.substitute(legend=LEGEND, links=links, body=body, settings="".join(settings))
     write_text(results / "report.html", text)
     return results / "report.html"

@@ -110,12 +110,12 @@ class Setup:
         self.root = Path(out or f"out/{scale.name}")
         self.base = c = config.load(scale.config, overrides)
         values, default = config.values(c), config.values(config.Config())
-        chosen = "plan.increments data.increments data.sft data.epochs data.decay_mix train.save_at".split()
-        if wrong := [f"{k}: got {values[k]}" for k in chosen if values[k] != default[k]]:
-            raise UserError(f"{wrong[0]}, but the tables choose their own; leave it out")
-        for key, value, low, high in (("versions", c.plan.versions, 2, 100), ("steps", c.plan.steps, 1, 10**9)):
-            if not low <= value <= high:
-                raise UserError(f"plan.{key}: got {value}, expected {low} to {high}")
+        for key in "plan.increments data.increments data.sft data.epochs data.decay_mix train.save_at".split():
+            if values[key] != default[key]:
+                raise UserError(f"{key}: got {values[key]}, but the tables choose their own; leave it out")
+        for key, low, high in (("plan.versions", 2, 100), ("plan.steps", 1, 10**9)):
+            if not low <= values[key] <= high:
+                raise UserError(f"{key}: got {values[key]}, expected {low} to {high}")
         for name in {*schedules, c.plan.schedule}:  # refuse an impossible plan before anything is trained
             for paradigm in schedule.PARADIGMS:
                 config.segments(paradigm, replace(c.plan, schedule=name))

@@ -76,10 +76,9 @@ def paradigm_rows(s: Setup, labels: dict[str, str], setting: Setting, cpt_varian
     for paradigm, name in NAMES.items():
         variant = {"plan.cpt_variant": cpt_variant} if paradigm == "cpt" and cpt_variant else {}
         run = Run(paradigm, replace(setting, keys={**setting.keys, **variant}))
+        group, labelled = " ".join(labels.values()), {**labels, "paradigm": name}
         theirs = printed(s.columns, **paper, paradigm=paradigm) if paper else {}
-        costs, also = {"cost": s.cost(run)}, (Point(run, 1),)
-        labelled = {**labels, "paradigm": name}
-        rows.append(Row(" ".join(labels.values()), name, labelled, s.versions(run), theirs, costs, also))
+        rows.append(Row(group, name, labelled, s.versions(run), theirs, {"cost": s.cost(run)}, (Point(run, 1),)))
     return rows
 
 
@@ -110,20 +109,18 @@ def below(text: str, groups: list[str], columns: list[str], a: str, b: str, time
     return Claim(text, {f"{g} {c}".strip(): minus(g, a, b, c, times) for g in groups for c in columns})
 
 
-def ours_is_best(groups: list[str], columns: list[str], beside_ptfs: float = 1.02) -> list[Claim]:
+def ours_is_best(rows: list[Row], columns: list[str], beside_ptfs: float = 1.02) -> list[Claim]:
     near = "ours is below PTFS" + (f" or within {beside_ptfs - 1:.0%} of it" if beside_ptfs > 1 else "")
-    against_cpt = below("ours is below CPT", groups, columns, "Ours", "CPT")
-    return [against_cpt, below(near, groups, columns, "Ours", "PTFS", beside_ptfs)]
+    against_cpt = below("ours is below CPT", groups(rows), columns, "Ours", "CPT")
+    return [against_cpt, below(near, groups(rows), columns, "Ours", "PTFS", beside_ptfs)]
 
 
-def gap_widens(groups: list[str], columns: list[str]) -> list[Claim]:
+def gap_widens(rows: list[Row], columns: list[str]) -> list[Claim]:
     """PTFS is below CPT, the more so the later the version."""
-    gaps = {
-        f"{g} {a} to {b}": {**minus(g, "CPT", "PTFS", a), (g, "CPT", b): -1.0, (g, "PTFS", b): 1.0}
-        for a, b in itertools.pairwise(columns)
-        for g in groups
-    }
-    worse = below("PTFS is below CPT", groups, columns, "PTFS", "CPT")
+    gaps: dict[str, Factors] = {}
+    for (a, b), g in itertools.product(itertools.pairwise(columns), groups(rows)):
+        gaps[f"{g} {a} to {b}"] = minus(g, "CPT", "PTFS", a) | {(g, "CPT", b): -1.0, (g, "PTFS", b): 1.0}
+    worse = below("PTFS is below CPT", groups(rows), columns, "PTFS", "CPT")
     return [worse, Claim("the gap between CPT and PTFS widens with the version", gaps)]
 
 
@@ -132,8 +129,7 @@ def gap_widens(groups: list[str], columns: list[str]) -> list[Claim]:
 
 def table1(s: Setup) -> Table:
     rows = [r for r in schedule_rows(s, "table1_3") if r.name != "Ours"]
-    claims = gap_widens(groups(rows), s.columns)
-    return Table("table1", "Table 1: PTFS against CPT", s.columns, rows, claims, [("CPT", "PTFS")])
+    return Table("table1", "Table 1: PTFS against CPT", s.columns, rows, gap_widens(rows, s.columns), [("CPT", "PTFS")])
 
 
 def fig4(s: Setup) -> Table:
@@ -149,8 +145,7 @@ def fig4(s: Setup) -> Table:
 
 def fig5(s: Setup) -> Table:
     rows = cycle_rows(s, second_stage)
-    complete, *others = rows
-    best = {r.name: minus("", complete.name, r.name, "updated") for r in others}
+    best = {r.name: minus("", rows[0].name, r.name, "updated") for r in rows[1:]}
     claim = Claim("a complete decay in the second stage is best", best)
     return Table("fig5", "Figure 5: the learning rate of the second stage", ["updated"], rows, [claim])
 
@@ -197,7 +192,7 @@ def table2(s: Setup) -> Table:
 
 def table3(s: Setup) -> Table:
     rows = schedule_rows(s, "table1_3")
-    claims = ours_is_best(groups(rows), s.columns) + gap_widens(groups(rows), s.columns)
+    claims = ours_is_best(rows, s.columns) + gap_widens(rows, s.columns)
     return Table("table3", "Table 3: the three paradigms", s.columns, rows, claims, PAIRS)
 
 
@@ -208,7 +203,7 @@ def table4(s: Setup) -> Table:
 def table5(s: Setup) -> Table:
     title = "Table 5: another architecture, Qwen (biases on q, k and v)"
     rows = schedule_rows(s, "table5_qwen_1.2b", Setting("qwen", {"model.qkv_bias": "true"}))
-    return Table("table5", title, s.columns, rows, ours_is_best(groups(rows), s.columns), PAIRS)
+    return Table("table5", title, s.columns, rows, ours_is_best(rows, s.columns), PAIRS)
 
 
 def table6(s: Setup) -> Table:
@@ -216,8 +211,7 @@ def table6(s: Setup) -> Table:
     for size, of in s.scale.sizes.items():
         setting = replace(of, keys={**of.keys, **COSINE})
         rows += paradigm_rows(s, {"size": size}, setting, "rewarm_max", table="table6_model_size_cosine", size=size)
-    claims = ours_is_best(groups(rows), s.columns)
-    return Table("table6", "Table 6: model sizes", s.columns, rows, claims, PAIRS, [REWARM])
+    return Table("table6", "Table 6: model sizes", s.columns, rows, ours_is_best(rows, s.columns), PAIRS, [REWARM])
 
 
 def table7(s: Setup) -> Table:
@@ -228,7 +222,7 @@ def table7(s: Setup) -> Table:
         setting = Setting("base" if part == 1 else f"steps-{T}", keys)
         labels = {"data": f"{count(T * s.N * s.base.train.batch_tokens)} tokens"}
         rows += paradigm_rows(s, labels, setting, table="table7_data_size_cosine", tokens_total=total)
-    return Table("table7", "Table 7: data sizes", s.columns, rows, ours_is_best(groups(rows), s.columns), PAIRS)
+    return Table("table7", "Table 7: data sizes", s.columns, rows, ours_is_best(rows, s.columns), PAIRS)
 
 
 def table8(s: Setup) -> Table:
@@ -238,7 +232,7 @@ def table8(s: Setup) -> Table:
         other = Setting(f"lr-{lr}", {**COSINE, "plan.max_lr": lr}, derived=("plan.max_lr",))
         setting = Setting(keys=COSINE) if max_lr == "3e-4" else other
         rows += paradigm_rows(s, {"max_lr": lr}, setting, "rewarm_max", table="table8_max_lr_cosine", max_lr=max_lr)
-    claims = ours_is_best(groups(rows), s.columns)
+    claims = ours_is_best(rows, s.columns)
     return Table("table8", "Table 8: maximal learning rates", s.columns, rows, claims, PAIRS, [REWARM])
 
 
@@ -287,8 +281,7 @@ def table12(s: Setup) -> Table:
         for paradigm, steps, folder in (("cpt", s.T + d, f"small-set-{s.T + d}"), ("ours", s.T, "small-set")):
             lengths = {"data.unique": unique, "plan.steps": steps, "data.increments": s.N * steps}
             keys = COSINE | {k: str(v) for k, v in lengths.items()} | (decay(d) if paradigm == "ours" else {})
-            run = Run(paradigm, Setting(folder, keys))
-            name = NAMES[paradigm]
+            run, name = Run(paradigm, Setting(folder, keys)), NAMES[paradigm]
             labels = {"alpha": str(alpha), "paradigm": name, "steps of a version": f"{steps:,}"}
             paper = printed(s.columns, "table12_equal_cost_5.25B", alpha=alpha, paradigm=paradigm)
             rows.append(Row(f"alpha {alpha}", name, labels, s.versions(run), paper))
@@ -313,7 +306,7 @@ def table13(s: Setup) -> Table:
         paper = printed(list(sizes.values()), "table13_unequal_increments", paradigm=paradigm)
         here = {c: paper[size] for c, size in sizes.items() if c in columns and size in paper}
         rows.append(Row("", name, {"paradigm": name}, points, here))
-    return Table("table13", title, list(columns), rows, ours_is_best([""], list(columns), 1.0), PAIRS)
+    return Table("table13", title, list(columns), rows, ours_is_best(rows, list(columns), 1.0), PAIRS)
 
 
 ALL = (table1, fig4, fig5, table2, table3, table4, table5, table6, table7, table8, table10, table11, table12, table13)
@@ -342,10 +335,11 @@ def overruled(s: Setup, name: str) -> list[str]:
     name = DRAWN_FROM.get(name, name)
     points = [p for r in TABLES[name](s).rows for p in (*r.points.values(), *r.also)] if name in TABLES else []
     runs = [p.run for p in points] or from_plans(s, name).values()
-    found = {k: v for run in runs for k, v in s.overruled(run).items()}
-    got = {k: f"{k}: got {s.overrides[k]}, but {name} sets {v}" for k, v in found.items()}
-    more = {"plan.schedule": "choose those to compare with --schedules, "}
-    return [f"{line}; {more.get(k, '')}leave it out, or ask for other tables" for k, line in got.items()]
+    lines = []
+    for k, v in {k: v for run in runs for k, v in s.overruled(run).items()}.items():
+        choose = "choose those to compare with --schedules, " * (k == "plan.schedule")
+        lines.append(f"{k}: got {s.overrides[k]}, but {name} sets {v}; {choose}leave it out, or ask for other tables")
+    return lines
 
 
 def count(n: float) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from paper import graph
-from runtime.errors import UserError
+from runtime.errors import refuse
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 
@@ -40,8 +40,7 @@ class Workers:
             if node.parent:
                 parent = node.parent[0]
                 chain[parent] = max(chain[parent], nodes[parent].steps + chain[name])
-        missing = [n for n, node in nodes.items() if not node.done()]
-        self.waiting = sorted(missing, key=lambda n: chain[n], reverse=True)
+        self.waiting = sorted((n for n in nodes if not nodes[n].done()), key=lambda n: -chain[n])
         self.running: dict[str, tuple[subprocess.Popen, int]] = {}  # with its slot
         self.failed: dict[str, str] = {}  # the last error that it printed
         self.free = list(range(machine.jobs))  # slots
@@ -133,7 +132,5 @@ def run(nodes: graph.Graph, root: Path, machine: Machine) -> None:
     if caught:
         print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(128 + caught[0])
-    if workers.failed:
-        failed = [f"{n}: {text} (all of it: {workers.file(n)})" for n, text in workers.failed.items()]
-        not_begun = [f"{n}: not begun, since the checkpoint that it starts from is missing" for n in workers.waiting]
-        raise UserError("\n".join(failed + not_begun))
+    failed = [f"{n}: {text} (all of it: {workers.file(n)})" for n, text in workers.failed.items()]
+    refuse(failed + [f"{n}: not begun, since the checkpoint that it starts from is missing" for n in workers.waiting])

@@ -3,7 +3,6 @@
 import argparse
 import json
 import shlex
-import sys
 import typing
 from pathlib import Path
 from typing import Any
@@ -35,21 +34,16 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--config", help="a name in configs/ or a .toml file")
         group = self.add_argument_group("keys of the config, each also a flag")
         for k, (f, v) in flatten(Config()).items():
-            choices = f.metadata.get("choices")
+            kind = type_name(f.type).removesuffix(" or none").split()[-1].upper().replace("FALSE", "BOOL")
+            choices = f" ({', '.join(f.metadata['choices'])})" if "choices" in f.metadata else ""
             shown = "none" if v is None else v if isinstance(v, str) else json.dumps(v)
-            group.add_argument(
-                f"--{k}",
-                metavar=type_name(f.type).removesuffix(" or none").split()[-1].upper().replace("FALSE", "BOOL"),
-                help=f.metadata["help"] + (f" ({', '.join(choices)})" if choices else "") + f" [{shown}]",
-            )
+            group.add_argument(f"--{k}", metavar=kind, help=f"{f.metadata['help']}{choices} [{shown}]")
 
-    def parse_config(
-        self, argv: list[str] | None = None, default: str = "tiny", modes: dict[str, str] | None = None
-    ) -> tuple[argparse.Namespace, Config]:
-        """The script's own options, and the config with its overrides. `modes`: the default config of some --mode."""
+    def parse_config(self, argv: list[str] | None = None, default: str = "tiny") -> tuple[argparse.Namespace, Config]:
+        """The script's own options, and the config with its overrides. --mode sft has a default config of its own."""
         args, unknown = self.parse_known_args(argv)
-        name = (modes or {}).get(getattr(args, "mode", ""), default) if args.config is None else args.config
-        return args, load(name, given(args), unknown)
+        default = "sft" if getattr(args, "mode", "") == "sft" else default
+        return args, load(default if args.config is None else args.config, given(args), unknown)
 
 
 def given(args: argparse.Namespace) -> dict[str, str]:
@@ -59,16 +53,13 @@ def given(args: argparse.Namespace) -> dict[str, str]:
 
 def this_command(**changes: object) -> str:
     """The train.py command line of this process with some options changed: for errors that suggest a command."""
-    argv, skip = [], False
-    for a in sys.argv[1:]:
-        if a == "--dry_run":
-            continue
-        if not skip and not (a.startswith("--") and a[2:].partition("=")[0] in changes):
-            argv.append(a)
-            continue
-        skip = not skip and "=" not in a
+    left_out = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    left_out.add_argument("--dry_run", action="store_true")
+    for k in changes:
+        left_out.add_argument(f"--{k}")
+    kept = left_out.parse_known_args()[1]
     options = [word for k, v in changes.items() for word in (f"--{k}", str(v))]
-    return shlex.join(["python", "train.py", *argv, *options])
+    return shlex.join(["python", "train.py", *kept, *options])
 
 
 def aligned(rows: list[list[str]]) -> str:

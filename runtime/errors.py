@@ -18,12 +18,15 @@ class Taken(UserError):
     """A folder or lock that another process has, or had first."""
 
 
+def refuse(problems: list[str]) -> None:
+    """UserError of these lines, each once, if there are any."""
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+
+
 @contextmanager
 def user_errors(program: str, show: bool = True, at_once: bool = False) -> Iterator[None]:
-    """Turn UserError and OSError into "program: error: .." and an exit code, 2 unless the error has its own.
-
-    `at_once`: end the process without waiting for its threads and destructors, which may hang in a collective.
-    """
+    """Turn UserError and OSError into "program: error: .." and an exit code, 2 unless the error has its own."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # where it is ASCII or Latin-1, and for names of bytes
     try:
@@ -37,7 +40,7 @@ def user_errors(program: str, show: bool = True, at_once: bool = False) -> Itera
         sys.exit(130)
     for line in lines if show else []:
         print(f"{program}: error: {line}", file=sys.stderr, flush=True)
-    if at_once:
+    if at_once:  # not after threads and destructors, which may hang in a collective
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

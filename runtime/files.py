@@ -10,6 +10,7 @@ import stat
 import time
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO
 from runtime.errors import Taken, UserError
 
 LIMIT = 1 << 26  # bytes of a JSON or rank file; Llama 3's tokenizer.json has 17 MB
+CHUNK = 1 << 24  # bytes that a thread hashes at a time
 STALE = 3600  # seconds after which a partial file is one that a killed process left
 
 
@@ -86,13 +88,26 @@ def read_toml(flag: str, name: str, folder: Path) -> tuple[Path, dict[str, Any]]
 
 def content_hash(content: dict[str, Any], unhashed: tuple[str, ...] = ()) -> str:
     """SHA-256 over all of `content` but "hash" itself and the keys in `unhashed`."""
-    rest = {k: v for k, v in content.items() if k != "hash" and k not in unhashed}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return digest({k: v for k, v in content.items() if k != "hash" and k not in unhashed})
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(file: Path) -> str:
     with open(file, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def chunked_sha256(file: Path) -> str:
+    """SHA-256 of the SHA-256s of a file's chunks of CHUNK bytes, by several threads."""
+    # AMD's processors since 2017 and Intel's since 2021 have instructions for it: here twice as fast as BLAKE2b
+    with open(file, "rb") as f, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        begins = range(0, file.stat().st_size, CHUNK)
+        digests = pool.map(lambda at: hashlib.sha256(os.pread(f.fileno(), CHUNK, at)).digest(), begins)
+        return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def read_bytes(file: Path) -> bytes:

@@ -10,7 +10,6 @@ import time
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType, TracebackType
 
 import torch
 import torch.distributed as dist
@@ -25,17 +24,12 @@ from runtime.logger import Log, read_log, warn
 from runtime.resume import Run
 from text.examples import SFTData
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
 
 class Watchdog(threading.Thread):
-    """Ends the process if `beat` was not called for `seconds`: a rank that died or hangs would keep the others waiting.
-
-    A thread of its own, since the main one is then inside a collective or waits for the device.
-    """
+    """Ends the process if `beat` was not called for `seconds`: a rank that hangs or died keeps the others waiting."""
 
     def __init__(self, seconds: float, rank: int, folder: Path) -> None:
-        super().__init__(daemon=True)
+        super().__init__(daemon=True)  # a thread: the main one is then inside a collective or waits for the device
         self.seconds, self.rank, self.folder = seconds, rank, folder
         self.done = threading.Event()
         self.beat("the start")
@@ -44,7 +38,7 @@ class Watchdog(threading.Thread):
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.done.set()
 
     def beat(self, what: str) -> None:
@@ -80,18 +74,17 @@ class Guard:
         self.bad = torch.full((), self.never, dtype=torch.int64, device=world.device)  # the first such step
         # loss and gradient norm: of the last step, and of the first bad one
         self.numbers = self.bad_numbers = torch.zeros(2, device=world.device)
-        losses: list[float] = []
-        if run.config.train.spike is not None and world.rank == 0:
-            losses = [r["loss"] for r in read_log(run.folder) if "loss" in r and r["step"] < start]
+        log_before = read_log(run.folder) if run.config.train.spike is not None and world.rank == 0 else []
+        losses = [r["loss"] for r in log_before if "loss" in r and r["step"] < start]
         self.recent: deque[float] = deque(distributed.broadcast(losses[-20:], world.ranks), maxlen=20)
 
     def __enter__(self) -> "Guard":
-        self.handlers = {n: signal.signal(n, self.on_signal) for n in SIGNALS}
+        self.handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
         gc.disable()  # a collection in the middle of a step would hold up the device; graphs are freed without one
         gc.freeze()  # later collections skip the objects that stay
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, kind: object, e: object, traceback: object) -> None:
         if isinstance(e, UserError):
             self.last_good()  # a save in progress is of an earlier step, and good
         for number, handler in self.handlers.items():
@@ -99,7 +92,7 @@ class Guard:
         gc.unfreeze()
         gc.enable()
 
-    def on_signal(self, number: int, frame: FrameType | None) -> None:
+    def on_signal(self, number: int, frame: object) -> None:
         """The first signal asks for a save. A second one, a second later or more (torchrun repeats its own), exits."""
         if self.signal and time.monotonic() > self.signal_time + 1:
             os._exit(128 + number)
@@ -107,10 +100,7 @@ class Guard:
             self.signal, self.signal_time = number, time.monotonic()
 
     def poll(self, step: int) -> int:
-        """The signal that any rank received, 0: none; the same on all ranks.
-
-        UserError on all if the log cannot be written on one, or the last save failed.
-        """
+        """The signal that any rank received, or 0, on all ranks. UserError on all if a log or the last save failed."""
         self.watchdog.beat(f"step {step}")
         news = torch.tensor([self.signal, self.saver.busy(), bool(self.log.error)], dtype=torch.int64)
         if self.world.ranks > 1:

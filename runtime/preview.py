@@ -14,10 +14,7 @@ from text import prepare
 
 
 def preview(run: Run, kind: str, why: str, ranks: int) -> None:
-    """Print the segment, its LR at the milestones, sizes, the batch, and the tokens needed and there.
-
-    UserError at the end where the run would refuse; only checksums are not read.
-    """
+    """Print the segment, its LR, sizes, batch and tokens. UserError at the end where the run would refuse."""
     run, problem = check(run)
     c, t, m = run.config, run.config.train, run.config.model
     s, p, required = run.segment, run.plan, run.required
@@ -33,10 +30,9 @@ def preview(run: Run, kind: str, why: str, ranks: int) -> None:
     print(f"saves        {', '.join(f'{step:,}' for step in required)}{regular}, in {run.folder}")
     print(f"parameters   {m.parameters:,}")
     print(f"FLOPs        {flops / 1e9:,.4g} GFLOP a token, {flops * tokens:.4g} in all")
-    state = 16 * m.parameters / 1e9  # float32 weights, gradients, two moments
-    held = f"{state:.3g} GB a rank"
-    if kind == "fsdp":
-        held = f"{state / (t.shard_ranks or ranks):.3g} GB a rank, and all weights and gradients while a step computes"
+    shards = (t.shard_ranks or ranks) if kind == "fsdp" else 1
+    held = f"{16 * m.parameters / shards / 1e9:.3g} GB a rank"  # float32 weights, gradients, two moments
+    held += ", and all weights and gradients while a step computes" * (kind == "fsdp")
     print(f"parallel     {kind} ({why}): weights, gradients and moments take {held}")
     accumulation = t.batch_tokens // (t.micro_batch * m.context * ranks)
     pieces = f"micro-batch {t.micro_batch} x context {m.context} x accumulation {accumulation} x {ranks} rank"

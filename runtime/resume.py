@@ -5,11 +5,10 @@ checkpoint is taken only where this config would have made it, bit for bit: same
 """
 
 import hashlib
-import json
 import platform
 import struct
 from collections.abc import Collection
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import data
 from config import Config
 from runtime import checkpoint
 from runtime.errors import UserError
+from runtime.files import digest
 from schedule import Plan, Segment
 from text import token_files
 from text.examples import SFTData
@@ -71,11 +71,7 @@ class Run:
 
 
 def pick(c: Config, mode: str, version: int | None) -> Run:
-    """The segment of a mode and version. UserError where the plan makes no sense.
-
-    A version past the planned ones prolongs the plan by increments of the same length; the main path ends at the fork
-    point of `version`.
-    """
+    """The segment of a mode and version. UserError where the plan makes no sense."""
     p = c.plan
     if mode == "branch" and c.data.decay_mix and not c.data.sft:
         raise UserError("data.decay_mix: needs examples to mix in; name their file with --data.sft")
@@ -84,6 +80,7 @@ def pick(c: Config, mode: str, version: int | None) -> Run:
         raise UserError(f"data.sft: got {c.data.sft}, {only}; leave it out or give data.decay_mix")
     if version and p.increments and version > len(p.increments):
         raise UserError(f"--version: got {version}, but plan.increments has {len(p.increments)}; add its steps there")
+    # the main path ends at the fork point of `version`; past the plan, it goes on with increments of the same length
     if version and (mode == "main" or version > len(p.T)):
         p = replace(p, versions=version, increments=p.increments[:version])
     segments = config.segments(MODES[mode], p)
@@ -104,12 +101,12 @@ def sft_config(c: Config, parent: str | None, given: Collection[str]) -> tuple[C
     if not c.data.sft:
         raise UserError("--data.sft: not given; --mode sft expects a .jsonl file of examples")
     meta = checkpoint.read_meta(Path(parent))
-    model, default, asked = config.model_of(meta["config"]), config.Model(), c.model
-    for f in fields(model):
-        here, there = getattr(asked, f.name), getattr(model, f.name)
-        if f.name != "context" and here not in (getattr(default, f.name), there):
-            raise UserError(f"model.{f.name}: got {here}, but {parent} has {there}; leave it out")
-    context = asked.context if "model.context" in given or asked.context != default.context else model.context
+    model, default = config.model_of(meta["config"]), config.Model()
+    for k, there in vars(model).items():
+        if k != "context" and (here := getattr(c.model, k)) not in (getattr(default, k), there):
+            raise UserError(f"model.{k}: got {here}, but {parent} has {there}; leave it out")
+    chosen = "model.context" in given or c.model.context != default.context
+    context = c.model.context if chosen else model.context
     if context > model.context:
         raise UserError(f"model.context: got {context}, expected at most the {model.context} of {parent}")
     path = c.data.path if "data.path" in given else str(meta["config"].get("data.path"))
@@ -152,12 +149,9 @@ def open_tokenizer(path: Path, meta: dict[str, Any], folder: str | None = None) 
 
 
 def fingerprint(s: Segment, ends: list[int], step: int) -> dict[str, Any]:
-    """The learning-rate path and the data of a segment up to `step`, whichever keys of the plan they follow from.
-
-    The main path may be prolonged, so its end does not count.
-    """
+    """The learning-rate path and the data of a segment up to `step`, whichever keys of the plan they follow from."""
     rates = b"".join(struct.pack("<d", s.lr(i)) for i in range(s.start, step))
-    end = None if s.paradigm == "main" else s.end
+    end = None if s.paradigm == "main" else s.end  # the main path may be prolonged
     path = {"start": s.start, "end": end, "parent": list(s.parent) if s.parent else None}
     return {**path, "lr_sha256": hashlib.sha256(rates).hexdigest(), "increments": [e for e in ends if e < step]}
 
@@ -167,8 +161,7 @@ def record(run: Run, parent: dict[str, Any] | None, tokens: data.Tokens | SFTDat
     s, values = run.segment, config.values(run.config)
     made = {"segment": s.name, "version": s.version, "path": fingerprint(s, tokens.ends, step)}
     state = {"finished": step == s.end, "parent": parent, "tokens": step * run.config.train.batch_tokens}
-    sha = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-    keys = {"pinned": step in run.required, "config": values, "config_sha256": sha}
+    keys = {"pinned": step in run.required, "config": values, "config_sha256": digest(values)}
     return {**made, **state, **keys, "data": tokens.identity(step), "versions": VERSIONS}
 
 
@@ -184,9 +177,8 @@ def check_lineage(where: Path, c: Config, s: Segment, tokens: data.Tokens | SFTD
     data_keys = {"epochs": "data.epochs", "mix": "data.decay_mix"}
     different = [(k, seen.get(e), own.get(e)) for e, k in data_keys.items() if seen.get(e) != own.get(e)]
 
-    now = config.flatten(c)
     then = config.values(Config()) | meta["config"]  # a key that came later had its default
-    changed = [(k, then[k], v, f) for k, (f, v) in now.items() if then[k] != v]
+    changed = [(k, then[k], v, f) for k, (f, v) in config.flatten(c).items() if then[k] != v]
     different += [(k, a, b) for k, a, b, f in changed if not k.startswith("plan.") and not f.metadata.get("free")]
     if meta["path"] != fingerprint(s, tokens.ends, meta["step"]):
         plan = [(k, a, b) for k, a, b, _ in changed if k.startswith("plan.")]
@@ -204,8 +196,8 @@ def check_lineage(where: Path, c: Config, s: Segment, tokens: data.Tokens | SFTD
 def check_model(where: Path, meta: dict[str, Any], c: Config, tokenizer: str) -> None:
     """UserError unless a checkpoint's shape and tokenizer are the config's; its context may be longer."""
     model = config.model_of(meta["config"])
-    pairs = {f.name: (getattr(model, f.name), getattr(c.model, f.name)) for f in fields(model) if f.name != "context"}
-    if different := [f"model.{k}: {a} there, {b} here" for k, (a, b) in pairs.items() if a != b]:
+    pairs = [(k, there, getattr(c.model, k)) for k, there in vars(model).items() if k != "context"]
+    if different := [f"model.{k}: {there} there, {here} here" for k, there, here in pairs if there != here]:
         raise UserError(f"{where}: is another model ({', '.join(different)}); take its own keys")
     if c.model.context > model.context:
         raise UserError(f"model.context: got {c.model.context}, expected at most the {model.context} of {where}")

@@ -7,10 +7,7 @@ from runtime import checkpoint
 
 
 def finished(run: Path) -> dict[str, dict[int, Path]]:
-    """{"ptfs-cosine": {1: checkpoint, ..}, ..}: the finished versions of a run, by folder.
-
-    CPT begins at version 1 of PTFS, so that is its version 1 as well; a fine-tuned CPT has the fine-tuning of it.
-    """
+    """{"ptfs-cosine": {1: checkpoint, ..}, ..}: the finished versions of a run, by folder."""
     metas: dict[str, dict[str, Any]] = {}  # by segment
     for folder in sorted([*run.glob("*/v*"), *run.glob("sft/*/v*")]):
         checkpoint.check_whole(folder)
@@ -22,14 +19,15 @@ def finished(run: Path) -> dict[str, dict[int, Path]]:
     tuned = {s for s, meta in metas.items() if "epochs" in meta["data"]}  # only a fine-tuning records them
     fine_tunings = {parents[s]: s for s in tuned}
     found: dict[str, dict[int, Path]] = {}
-    for segment in metas:
+    for segment, meta in metas.items():
+        # CPT begins at version 1 of PTFS, so that is its version 1 too; a fine-tuned CPT has the fine-tuning of it
         first = segment
         while first in parents:
             first = parents[first]
         if segment in tuned:
             first = fine_tunings.get(first, segment)
         versions = found.setdefault(Path(segment).parent.as_posix(), {})
-        for s in (first, segment):
-            if s == segment or (s in metas and metas[s]["version"] == 1):
-                versions[metas[s]["version"]] = checkpoint.path(run / s, metas[s]["step"])
+        if first in metas and metas[first]["version"] == 1:
+            versions[1] = checkpoint.path(run / first, metas[first]["step"])
+        versions[meta["version"]] = checkpoint.path(run / segment, meta["step"])
     return found

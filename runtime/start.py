@@ -16,7 +16,7 @@ from runtime import checkpoint, resume
 from runtime.command_line import this_command
 from runtime.device import activations
 from runtime.distributed import World, broadcast, check_same, raise_on_all_ranks
-from runtime.errors import UserError
+from runtime.errors import UserError, refuse
 from runtime.files import is_locked, lock, open_log, write_text
 from runtime.resume import Run
 from text import prepare, token_files
@@ -27,10 +27,7 @@ BUSY = "{}: another process is training here; wait for it or choose another --ou
 
 
 def open_data(run: Run, world: World, beat: Callable[[str], None], home: Path) -> tuple[Run, Tokens | SFTData]:
-    """The data that the segment reads: enough of it, and of this vocabulary. Fine-tuning gets its number of steps.
-
-    home: where the folder of prepared examples is, or is made.
-    """
+    """The data that the segment reads: enough of it, and of this vocabulary. Fine-tuning gets its number of steps."""
     c, segment = run.config, run.segment
     sft = segment.paradigm == "sft"
     tokens: Any = None
@@ -42,10 +39,8 @@ def open_data(run: Run, world: World, beat: Callable[[str], None], home: Path) -
                 prepare.ship(c.data.path)
         with raise_on_all_ranks(world):
             tokens = resume.open_tokens(c, run.plan, MixedData if run.reads_examples else Tokens)
-            found = tokens.problems(segment.start, segment.end)
             check_vocabulary(c, tokens.meta["vocab_size"])
-            if found:
-                raise UserError("\n".join(found))
+            refuse(tokens.problems(segment.start, segment.end))
     if run.reads_examples:
         beat("preparing examples")
         folder = ""
@@ -54,7 +49,7 @@ def open_data(run: Run, world: World, beat: Callable[[str], None], home: Path) -
                 # fine-tuning: the parent's; a branch: that of the text which examples are mixed into
                 where = Path(str(run.parent)), run.meta, c.data.path
                 tok = resume.open_tokenizer(*where) if sft else token_files.tokenizer_of(Path(c.data.path))
-                folder = str(prepare_examples(c.data.sft, tok, home))
+                folder = str(prepare_examples(c.data.sft, tok, home))  # in `home`, made if it is not there
         folder = broadcast(folder, world.ranks)
         with raise_on_all_ranks(world):
             examples = Examples(Path(folder), c.model.context, c.train.seed)
@@ -99,11 +94,11 @@ def check_origin(run: Run) -> None:
     begun = resume.resume_step(run.folder, run.required) is not None
     if begun or not origin or (origin / "meta.json").exists():
         return
-    if run.parent or not s.parent:
-        raise UserError(f"{origin}: is not there, and {s.name} starts from it; expected the folder of a checkpoint")
-    makers = {"branch": {"mode": "main", "version": s.version}, "cpt": {"mode": "cpt", "version": s.version - 1}}
-    maker = this_command(**makers.get(s.paradigm, {}))
-    raise UserError(f"{origin}: is not there, and {s.name} starts from it; make it: {maker}")
+    fix = "expected the folder of a checkpoint"
+    if s.parent and not run.parent:
+        makers = {"branch": {"mode": "main", "version": s.version}, "cpt": {"mode": "cpt", "version": s.version - 1}}
+        fix = f"make it: {this_command(**makers[s.paradigm])}"
+    raise UserError(f"{origin}: is not there, and {s.name} starts from it; {fix}")
 
 
 def find_start(run: Run, tokens: Tokens | SFTData) -> Start:
@@ -167,25 +162,21 @@ def check_start(run: Run, tokens: Tokens | SFTData, start: Start, checksums: boo
 
 def agree_on_start(run: Run, tokens: Tokens | SFTData, world: World) -> Start:
     """find_start as rank 0 sees it: other machines may see an older state of a shared disk for a while."""
-    found: dict[str, Any] = {}
     with raise_on_all_ranks(world):
-        if world.rank == 0:
-            found = vars(find_start(run, tokens))
+        found = vars(find_start(run, tokens)) if world.rank == 0 else {}
     return Start(**broadcast(found, world.ranks))
 
 
 @contextmanager
 def claim(run: Run, tokens: Tokens | SFTData, start: Start, world: World) -> Iterator[BinaryIO | None]:
-    """On rank 0: check the files to be read, lock the segment's folder, yield the open log. Other ranks: yield None.
-
-    All ranks try the kernels first: one that was asked for by name and fails is refused before anything is written.
-    """
+    """On rank 0: check the files to be read, lock the segment's folder, yield the open log. Other ranks: yield None."""
     c, folder = run.config, run.folder
     with ExitStack() as held:
         log = None
         with raise_on_all_ranks(world):
             if world.rank == 0:
                 check_start(run, tokens, start)
+            # a kernel that was asked for by name and fails is refused before anything is written
             check.choose(c.train.kernels, c.model, activations(c.train.dtype, world.device), world.device)
         with raise_on_all_ranks(world):
             if world.rank == 0:

@@ -91,7 +91,7 @@ def second_save_fails(monkeypatch):
 
     from runtime import checkpoint
 
-    original, calls = checkpoint.save_file, []
+    original, calls = checkpoint.write_shard, []
 
     def full(*args, **kw):
         calls.append(1)
@@ -99,5 +99,5 @@ def second_save_fails(monkeypatch):
             raise OSError(28, "No space left on device", "shard")
         return original(*args, **kw)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_shard", full)
     return calls

@@ -199,7 +199,7 @@ def nth_call(k: int, then: Callable[[], None]) -> Callable[[int], None]:
             (os, "unlink"),
             (shutil, "rmtree"),
             (Path, "mkdir"),
-            (checkpoint, "save_file"),
+            (checkpoint, "write_shard"),
         )
         for owner, name in calls:
             setattr(owner, name, hooked(getattr(owner, name)))

@@ -42,7 +42,7 @@ def read_bin(file: Path, tok: Tokenizer) -> np.ndarray:
 
 
 def find_documents(file: Path, ids: np.ndarray, tok: Tokenizer, bar: tqdm) -> np.ndarray:
-    """(first, end, hash of the text) of each document that is not empty, uint64 (n, 3)."""
+    """(first, end, hash of the text, as `add` needs it) of each document that is not empty, uint64 (n, 3)."""
     separators = []  # <|endoftext|> ends documents, as nanoGPT writes it, or begins them, as llm.c does
     for low in range(0, len(ids), BLOCK):
         part = np.asarray(ids[low : low + BLOCK])
@@ -63,18 +63,14 @@ def find_documents(file: Path, ids: np.ndarray, tok: Tokenizer, bar: tqdm) -> np
 
 
 def bins(out: str, val: str, files: list[str], tokenizer: str) -> None:
-    """Make the folder `out` from token files, one for validation and one for each increment.
-
-    Documents keep their order, and each is ended by <|endoftext|>, also one cut off at the end of a file. Equal
-    documents are taken once: validation comes first, then v1 and so on. Hashes are those of the text, as `add` needs.
-    """
+    """Make the folder `out` from token files, one for validation and one for each increment."""
     folder = Path(out).resolve()  # links to one folder share its lock
     tok = Tokenizer(tokenizer)
     if tok.decode(tok.encode("abc")) != "abc":
         raise UserError(f"--tokenizer {tokenizer}: changes texts, so `add` could not know them; prepare the texts")
     dtype = np.dtype(id_dtype(tok.vocab_size))
     paths, written, sources = [Path(f) for f in (val, *files)], [], []
-    seen = np.empty(0, np.uint64)  # hashes of the documents taken
+    seen = np.empty(0, np.uint64)  # hashes of the documents taken: validation's first, then v1's and so on
     with make_folder(folder) as partial:
         opened = [read_bin(f, tok) for f in paths]
         with progress_bar("reading", sum(map(len, opened)), unit="token", delay=2) as bar:
@@ -87,6 +83,7 @@ def bins(out: str, val: str, files: list[str], tokenizer: str) -> None:
                 if not len(kept):
                     raise UserError(f"{file}: has no document of its own; expected one at least")
                 writer = Writer(partial, f"v{i}" if i else "val", dtype)
+                # in their order, each ended by <|endoftext|>, also one cut off at the end of a file
                 for (first, end), h in zip(kept[:, :2].tolist(), np.sort(kept[:, 2]).tolist(), strict=True):
                     writer.write(h, np.append(ids[first:end], tok.eot).astype(dtype).tobytes())
                 written.append(writer.close())

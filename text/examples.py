@@ -125,13 +125,11 @@ def encode(batch: list[list[Piece]], tok: Tokenizer) -> Iterator[tuple[list[int]
     # texts side by side are encoded together, as the template gives them: a token may span both
     runs = [itertools.groupby(e, lambda p: (p[1], isinstance(p[0], token))) for e in batch]
     joined = [[("".join(t for t, _ in run), learned, marker) for (learned, marker), run in e] for e in runs]
-    encoded = iter(tok.encode_many([text for pieces in joined for text, _, _ in pieces]))
+    encoded = iter(tok.encode_many([text for pieces in joined for text, _, marker in pieces if not marker]))
     for pieces in joined:
-        ids: list[int] = []
-        loss: list[bool] = []
+        ids, loss = list[int](), list[bool]()
         for text, learned, marker in pieces:
-            plain = next(encoded)
-            new = [tok.markers[text]] if marker else plain
+            new = [tok.markers[text]] if marker else next(encoded)
             ids += new
             loss += [learned] * len(new)
         yield [*ids, tok.eot], [*loss, True]
@@ -158,10 +156,7 @@ def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
 
 
 class Examples:
-    """An examples folder as rows of `context` tokens: an endless sequence of epochs, each in an order of its own.
-
-    UserError if no example fits into a row; the folder stays, because it serves any context.
-    """
+    """An examples folder as endless epochs of rows of `context` tokens, each shuffled anew. UserError if none fits."""
 
     def __init__(self, folder: Path, context: int, seed: int) -> None:
         self.folder, self.context, self.seed = folder, context, seed
@@ -179,19 +174,17 @@ class Examples:
         train, held_out = np.flatnonzero(fits & ~val), np.flatnonzero(val)
         self.train = [train[row] for row in pack(lengths[train], context)]
         self.val = [held_out[row] for row in pack(lengths[held_out], context)]
-        if not self.train:
+        if not self.train:  # the folder stays, because it serves any context
             problem = f"none of its {self.meta['examples']} examples fits model.context = {context} tokens"
             raise UserError(f"data.sft {self.meta['source']}: {problem}")
         self.targets = np.array([targets[row].sum() for row in self.train])
         self.filled = sum(int(lengths[row].sum()) for row in self.train) / (len(self.train) * context)
 
     def __str__(self) -> str:
-        m = self.meta
-        return (
-            f"{m['source']}: {m['examples']:,} examples, {m['tokens']:,} tokens, "
-            f"{m['targets']:,} of them in responses; {self.too_long:,} longer than {self.context} are left out, "
-            f"{sum(map(len, self.val)):,} held out for validation; {len(self.train):,} rows, {self.filled:.0%} filled"
-        )
+        m, held_out = self.meta, sum(map(len, self.val))
+        size = f"{m['examples']:,} examples, {m['tokens']:,} tokens, {m['targets']:,} of them in responses"
+        rest = f"{self.too_long:,} longer than {self.context} are left out, {held_out:,} held out for validation"
+        return f"{m['source']}: {size}; {rest}; {len(self.train):,} rows, {self.filled:.0%} filled"
 
     def order(self, n: np.ndarray) -> np.ndarray:
         """The training rows at the places n of the sequence."""

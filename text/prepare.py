@@ -13,7 +13,7 @@ import shutil
 import signal
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
@@ -90,14 +90,13 @@ def encode_all(sources: list[Source], tokenizer: str, jobs: int) -> Iterator[tup
 class Buckets:
     """Tokenized documents in the order of their hashes, each text once and none whose hash is in `held` (sorted)."""
 
-    def __init__(self, folder: Path, sources: list[Source], dtype: str, held: list[np.ndarray]) -> None:
+    def __init__(
+        self, folder: Path, sources: list[Source], tokenizer: str, dtype: str, held: list[np.ndarray], jobs: int
+    ) -> None:
         self.folder, self.sources, self.dtype, self.held = folder, sources, np.dtype(dtype), held
         folder.mkdir()  # of a temporary file for each bucket; `gather` removes it
-
-    def fill(self, tokenizer: str, jobs: int) -> None:
-        """Tokenize all documents into the files of their buckets."""
         waiting: dict[int, bytearray] = collections.defaultdict(bytearray)
-        for bucket, record in encode_all(self.sources, tokenizer, jobs or os.cpu_count() or 1):
+        for bucket, record in encode_all(sources, tokenizer, jobs or os.cpu_count() or 1):
             waiting[bucket] += record
             if len(waiting[bucket]) > WAITING:
                 self._append(bucket, waiting.pop(bucket))
@@ -138,8 +137,8 @@ class Buckets:
         for _, _, source, ids in self.documents():
             tokens[source] += len(ids) // self.dtype.itemsize
         if 0 in tokens:
-            name = self.sources[tokens.index(0)].name
-            raise UserError(f"--source {name}: has no text of its own, so it can have no weight")
+            empty = self.sources[tokens.index(0)]
+            raise UserError(f"--source {empty.name}: has no text of its own, so it can have no weight")
         ratio = [w / n for w, n in zip(weights, tokens, strict=True)]
         return [r / max(ratio) for r in ratio]
 
@@ -169,24 +168,18 @@ def prepare(
     out: str,
     sources: list[str],
     tokenizer: str = str(RANKS),
-    increments: list[float] | None = None,
+    increments: Sequence[float] = (1, 1, 1, 1),  # their proportions
     val: float = 0.05,
-    weights: list[float] | None = None,
-    jobs: int = 0,
+    weights: list[float] | None = None,  # ratio of the sources' tokens; None: all there is
+    jobs: int = 0,  # processes; 0: one a core
 ) -> dict[str, Any]:
-    """Make the folder `out` from the sources; returns its meta.
-
-    increments: their proportions [4 equal ones]. weights: ratio of the sources' tokens [all there is]. jobs: processes.
-    UserError if `out` exists, a source does not, or a part of the split would be empty.
-    """
+    """Make a folder; returns its meta. UserError if it exists, a source does not, or a part of the split is empty."""
     folder = Path(out).resolve()  # links to one folder share its lock
     found = list(map(find_source, sources))
     tok = Tokenizer(tokenizer)
-    increments = increments or [1.0] * 4
     parts = {"val": val, **{f"v{i}": (1 - val) * w / sum(increments) for i, w in enumerate(increments, 1)}}
     with make_folder(folder) as partial:
-        buckets = Buckets(partial / "buckets", found, token_files.id_dtype(tok.vocab_size), [])
-        buckets.fill(tokenizer, jobs)
+        buckets = Buckets(partial / "buckets", found, tokenizer, token_files.id_dtype(tok.vocab_size), [], jobs)
         written = buckets.gather(partial, parts, weights)
         if not written:
             raise UserError(f"--source {', '.join(sources)}: the text is empty")
@@ -228,8 +221,7 @@ def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: 
             token_files.check_files(folder)  # a damaged .ids would let documents in again
             names = [p["name"] for p in (meta["val"], *meta["increments"])]
             held: list[np.ndarray] = [np.memmap(folder / f"{name}.ids", "<u8", "r") for name in names]
-            buckets = Buckets(work / "buckets", found, meta["dtype"], held)
-            buckets.fill(tokenizer, jobs)
+            buckets = Buckets(work / "buckets", found, tokenizer, meta["dtype"], held, jobs)
             written = buckets.gather(work, {f"v{len(names)}": 1.0}, weights)
             if not written:
                 known = sum(s.left_out["duplicates"] for s in found)

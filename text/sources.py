@@ -133,10 +133,7 @@ def json_text(record: Any) -> str:
 
 
 def documents(file: Path, progress: Callable[[int], Any], parse: Callable[[Any], Any] = json_text) -> Iterator[Any]:
-    """The documents of one file, streamed.
-
-    progress: called with the bytes read since its last call. parse: a line of JSONL -> a document, or ValueError.
-    """
+    """The documents of one file, streamed; `progress` gets the bytes read since its last call, `parse` a JSON line."""
     kind, _ = kind_of(file)
     if kind == "parquet":
         yield from parquet_texts(file, progress)
@@ -163,9 +160,8 @@ def documents(file: Path, progress: Callable[[int], Any], parse: Callable[[Any],
 
 def parquet_texts(file: Path, progress: Callable[[int], Any]) -> Iterator[str | None]:
     """The column "text" of a parquet file."""
-    parquet = optional("pyarrow.parquet", "pyarrow", str(file))
     try:
-        f = parquet.ParquetFile(file)
+        f = optional("pyarrow.parquet", "pyarrow", str(file)).ParquetFile(file)
         columns = {field.name: str(field.type) for field in f.schema_arrow}
         kind = columns.get("text", "").removeprefix("dictionary<values=").split(",")[0]
         if kind not in ("string", "large_string", "string_view"):

@@ -59,9 +59,7 @@ def write_meta(folder: Path, tok: Tokenizer, source: dict[str, Any], parts: list
         copy_tokenizer(Path(tok.name), folder / kept)
     made_with = {"tokenizer": kept, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size, "eot": tok.eot}
     content = {"sources": [source], "val": parts[0], "increments": parts[1:]}
-    meta = {"format": 1, **made_with, "dtype": id_dtype(tok.vocab_size), **content}
-    write_json(folder / "meta.json", meta)
-    return meta
+    return write_json(folder / "meta.json", {"format": 1, **made_with, "dtype": id_dtype(tok.vocab_size), **content})
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

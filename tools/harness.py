@@ -30,9 +30,9 @@ import eval as evaluation
 import model as llama
 from runtime import checkpoint, distributed, resume
 from runtime.command_line import Parser, aligned
-from runtime.device import pick_device, steady_malloc
+from runtime.device import pick_device
 from runtime.distributed import World
-from runtime.errors import UserError, first_line, user_errors
+from runtime.errors import UserError, first_line, refuse, user_errors
 from sample import Sampling, generate
 from text.examples import held_messages
 from text.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ try:
     from lm_eval import evaluator
     from lm_eval.api.group import Group
     from lm_eval.api.model import TemplateLM
-    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -97,11 +97,9 @@ class LM(TemplateLM):
         return self._loglikelihood_tokens([self.split(r) for r in requests])
 
     def split(self, r: Any) -> tuple[Any, list[int], list[int]]:
-        """((texts), ids of the question, ids of the answer): from the first token that the question alone has not.
-
-        A token that spans both is the answer's, as are spaces between them. UserError if it has none, or too many.
-        """
+        """((texts), ids of the question, ids of the answer). UserError if the answer has no token, or too many."""
         question, answer = r.args
+        # the answer begins at the first token that the question alone, without spaces at its end, has not
         whole, alone = self.tok_encode(question + answer), self.tok_encode(question.rstrip())
         n = next((i for i, (a, b) in enumerate(zip(whole, alone, strict=False)) if a != b), len(alone))
         size = len(whole) - n if answer else 0
@@ -111,11 +109,8 @@ class LM(TemplateLM):
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: list[Any], **kw: Any) -> list[tuple[float, bool]]:
-        """Of ((texts), context, continuation): nats of the continuation, and whether each token is the likeliest.
-
-        Equal inputs are read once: the answers A, B, C and D to a question differ in their last token only. Rows are
-        padded on their right, after the tokens that are scored, and the head reads only the scored places.
-        """
+        """Of ((texts), context, continuation): nats of the continuation, and whether each token is the likeliest."""
+        # equal inputs are read once: the answers A, B, C and D to a question differ in their last token only
         asked: dict[tuple[int, ...], list[int]] = {}  # {input: requests}
         for i, (_, context, continuation) in enumerate(requests):
             asked.setdefault(tuple((context + continuation)[-self.max_length - 1 : -1]), []).append(i)
@@ -128,6 +123,7 @@ class LM(TemplateLM):
                 ends = [(i, b * T + len(row)) for b, row in enumerate(part) for i in asked[row]]  # flat places
                 at = [k for i, end in ends for k in range(end - len(requests[i][2]), end)]
                 targets = torch.tensor([t for i, _ in ends for t in requests[i][2]], device=self.device)
+                # padded on the right, after the tokens that are scored; the head reads only the scored places
                 ids = torch.tensor([row + (0,) * (T - len(row)) for row in part], device=self.device)
                 nats, best = self.score(self.net.states(ids).flatten(0, 1)[at], targets)
                 begin = 0
@@ -158,28 +154,24 @@ class LM(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts up to the first stop string, at which a row ends. A batch holds requests of equal settings."""
-        out = [""] * len(requests)
-        alike: dict[str, list[tuple[list[int], int]]] = {}  # {settings: (context, request)}
-        for i, r in enumerate(requests):
-            ids = self.tok_encode(r.args[0]) or [self.tok.start]
-            alike.setdefault(json.dumps(r.args[1], sort_keys=True), []).append((ids, i))
+        contexts = [self.tok_encode(r.args[0]) or [self.tok.start] for r in requests]
+        settings = [normalize_gen_kwargs(r.args[1], NEW) for r in requests]
+        rows = list(zip(contexts, settings, strict=True))
+        alike = Collator(rows, lambda row: -len(row[0]), group_by="gen_kwargs")  # the longest contexts first
+        texts: list[str] = []
         with self.bar(total=len(requests), desc="answers") as bar:
-            for settings, rows in alike.items():
-                how = normalize_gen_kwargs(json.loads(settings), NEW)
+            for part in alike.get_batched(self.batch):
+                how = part[0][1]
                 until = [s for s in handle_stop_sequences(how["until"], eos=self.end) if s]
                 temperature = how["temperature"] if how.get("do_sample") else 0.0
                 room = self.max_length - how["max_gen_toks"]
-                rows.sort(key=lambda row: len(row[0]), reverse=True)
-                for start in range(0, len(rows), self.batch):
-                    part = rows[start : start + self.batch]
-                    self.drawn += 1
-                    draws = Sampling(temperature, how.get("top_p", 1.0), self.drawn * self.world_size + self.rank)
-                    prompts, stops = [ids[-room:] for ids, _ in part], functools.partial(self.stops, until)
-                    new = generate(self.net, prompts, how["max_gen_toks"], self.ends, draws, stops)
-                    for (_, i), ids in zip(part, new, strict=True):
-                        out[i] = postprocess_generated_text(self.tok_decode(ids), until, None)
-                    bar.update(len(part))
-        return out
+                self.drawn += 1
+                draws = Sampling(temperature, how.get("top_p", 1.0), self.drawn * self.world_size + self.rank)
+                prompts, stops = [ids[-room:] for ids, _ in part], functools.partial(self.stops, until)
+                new = generate(self.net, prompts, how["max_gen_toks"], self.ends, draws, stops)
+                texts += [postprocess_generated_text(self.tok_decode(ids), until, None) for ids in new]
+                bar.update(len(part))
+        return alike.get_original(texts)
 
     def stops(self, until: list[str], ids: list[int]) -> bool:
         """Does a stop string end here? It takes at most as many tokens as bytes; 4 more, as the first may be cut."""
@@ -265,11 +257,8 @@ def catalogue(folders: tuple[Path, ...], everything: bool) -> Any:
 
 @functools.cache
 def load(names: tuple[str, ...], data_dir: str | None, num_fewshot: int | None) -> dict[str, Any]:
-    """{name: the harness's task or group}, questions read; a file has the name that is in it.
-
-    A file is a program: its !function, templates and includes run. num_fewshot is only part of the cache's key: the
-    harness writes it into the tasks.
-    """
+    """{name: the harness's task or group}, questions read; a file has the name that is in it."""
+    # num_fewshot is only part of the cache's key: the harness writes it into the tasks
     if data_dir is not None and not Path(data_dir).is_dir():
         raise UserError(f"--data_dir {data_dir}: is no folder; expected one with local copies of the tasks' datasets")
     files = {n: Path(n) for n in names if n.endswith(".yaml")}
@@ -289,7 +278,7 @@ def load(names: tuple[str, ...], data_dir: str | None, num_fewshot: int | None) 
             if n in known.all_tags:
                 raise UserError(f"--tasks: got {n}, which is a tag of several tasks; name the ones that you want")
         with local_copies(data_dir):
-            made = known.load(wanted)
+            made = known.load(wanted)  # a file is a program: its !function, templates and includes run
     found = {n: made["groups"].get(n) or made["tasks"][n] for n in wanted}
     for n, t in found.items():
         if isinstance(t, Group) and not t.has_aggregation:
@@ -312,8 +301,7 @@ def check(found: dict[str, Any], context: int, limit: int | None, ranks: int) ->
             problems.append(f"{name} asks for {new} new tokens, and the model's context is {context}; leave it out")
         if more := sorted(set(how) - set(served)):
             problems.append(f"{name} has generation_kwargs {', '.join(more)}, expected {', '.join(served)}")
-    if problems:
-        raise UserError("\n".join(problems))
+    refuse(problems)
 
 
 def leaves(found: dict[str, Any]) -> list[Any]:
@@ -336,16 +324,13 @@ def evaluate(
     path: Path,
     names: list[str],
     device: torch.device,
-    data: str | None = None,
+    data: str | None = None,  # a prepared folder with the checkpoint's tokenizer
     data_dir: str | None = None,
-    limit: int | None = None,
+    limit: int | None = None,  # only the first questions of each task
     num_fewshot: int | None = None,
     batch: int = 16,
 ) -> Results:
-    """{task: result} of a checkpoint; in a process group on rank 0 alone, nothing on the others.
-
-    `data`: a prepared folder with the checkpoint's tokenizer. `limit`: only the first questions of each task.
-    """
+    """{task: result} of a checkpoint; in a process group on rank 0 alone, nothing on the others."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     world = World(rank, rank, ranks, device)
     with distributed.raise_on_all_ranks(world):
@@ -390,7 +375,6 @@ def main() -> None:
             raise UserError(f"--{key}: got {str(value)[:20]}, expected {low} or more, below 10^12")
     world = distributed.world_from_environment()
     world = replace(world, device=pick_device(o.device, world.local_rank))
-    steady_malloc(world.device)
     if world.ranks > 1:
         distributed.join(world, 1800)
     names = list(dict.fromkeys(n for n in o.tasks.split(",") if n))

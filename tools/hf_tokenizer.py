@@ -24,33 +24,21 @@ SAMPLES = [
 ]
 
 
-def unicode_of_bytes() -> list[str]:
-    """GPT-2's printable character for each byte: the byte's own if it has one, else the next from U+0100 on."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(b if b in plain else next(others)) for b in range(256)]
-
-
 def plain_pattern(pattern: str) -> str:
-    """tiktoken's pattern for Oniguruma, where {1,3}+ repeats a repetition, and $ is the end of any line.
-
-    These patterns match the same without possessive quantifiers: no part begins with a character of the part before.
-    """
+    """tiktoken's pattern for Oniguruma, where {1,3}+ repeats a repetition, and $ is the end of any line."""
+    # they match the same without possessive quantifiers: no part begins with a character of the part before
     return re.sub(r"([?*+]|\{\d+,?\d*\})\+", r"\1", pattern).replace("$", r"\z")
 
 
 def to_tokenizer_json(tok: Tokenizer) -> dict[str, Any]:
-    """tokenizer.json of `bytes`, an encoding or a rank file: byte-level BPE.
-
-    BPE ranks pairs, tiktoken ranks the merged tokens: all pairs that make a token stand together, at its rank.
-    A token that is a whole word is taken at once (ignore_merges), as tiktoken does. Special tokens are in the
-    vocabulary too, which keeps their ids if there are gaps. Text never becomes one: the pattern cuts it.
-    """
+    """tokenizer.json of `bytes`, an encoding or a rank file: byte-level BPE."""
     plain = tok.name == "bytes"
     ranks = dict(sorted(tok.encoding._mergeable_ranks.items(), key=lambda item: item[1]))
-    char = unicode_of_bytes()
+    # GPT-2's printable character for each byte: the byte's own if it has one, else the next from U+0100 on
+    printable, others = [*range(33, 127), *range(161, 173), *range(174, 256)], iter(range(256, 512))
+    char = [chr(b if b in printable else next(others)) for b in range(256)]
     spelled = {token: token.decode("latin-1").translate(char) for token in ranks}
-    merges = []
+    merges = []  # BPE ranks pairs, tiktoken the merged tokens: all pairs that make a token stand together, at its rank
     for token in ranks:
         cuts = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
         merges += [[spelled[a], spelled[b]] for a, b in sorted(cuts, key=lambda cut: (ranks[cut[0]], ranks[cut[1]]))]
@@ -62,7 +50,9 @@ def to_tokenizer_json(tok: Tokenizer) -> dict[str, Any]:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added = sorted(tok.encoding._special_tokens.items(), key=lambda item: item[1])
     bpe = dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
+    # a token that is a whole word is taken at once (ignore_merges), as tiktoken does
     bpe |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": not plain}
+    # special tokens too, so that ids stay if there are gaps; text never becomes one, as the pattern cuts it
     vocab = {spelled[token]: rank for token, rank in ranks.items()} | dict(added)
     tokens = [{"id": i, "content": text, **flags} for text, i in added]
     first = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": tokens, "normalizer": None}

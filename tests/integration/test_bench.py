@@ -424,9 +424,9 @@ def test_written_answers_that_are_not_the_likeliest_are_noticed():
 def test_checkpoint(run, tmp_path, monkeypatch):
     saves, real = [], checkpoint.Saver.save
 
-    def save(self, step, *args):
+    def save(self, step, *args, **kw):
         saves.append((bool(self.host), self.thread is None, checkpoint.path(self.segment, step).exists()))
-        real(self, step, *args)
+        real(self, step, *args, **kw)
 
     monkeypatch.setattr(checkpoint.Saver, "save", save)
     code, result, _ = run("checkpoint", *TINY, "--rounds", "2", "--dir", str(tmp_path))

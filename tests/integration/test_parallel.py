@@ -15,6 +15,7 @@ import pytest
 import soak
 import torch
 from conftest import BASE, ROOT
+from runs import weights
 
 import config
 import data
@@ -538,36 +539,21 @@ def test_a_signal_in_a_validation_saves_and_stops(train_cli, tmp_path, monkeypat
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("way", ["none", "fsdp"])
-def test_on_a_gpu_resume_and_branch_are_the_same_bits(tmp_path, prepared, way):
-    """Resumed, and branched in two calls, in bfloat16, compiled, with our kernels: SDPA adds in any order."""
-    shape = [
-        "--model.hidden",
-        "128",
-        "--model.n_head",
-        "2",
-        "--train.kernels",
-        "triton",
-        "--train.parallel",
-        way,
-        "--train.device",
-        "cuda",
-    ]
+@pytest.mark.parametrize("way, operations", [("none", "auto"), ("fsdp", "auto"), ("none", "torch")])
+def test_on_a_gpu_runs_resume_and_branch(tmp_path, prepared, way, operations):
+    """In two calls and in one, in bfloat16, compiled: the same bits with our kernels, which add in a fixed order.
+
+    PyTorch's attention adds in any order: within rounding.
+    """
+    shape = (
+        f"--model.hidden 128 --model.n_head 2 --train.device cuda --train.kernels {operations} --train.parallel {way}"
+    )
 
     def run(out, *mode):
-        code = [
-            sys.executable,
-            str(ROOT / "train.py"),
-            "--config",
-            "tiny",
-            *BASE,
-            *shape,
-            "--data.path",
-            str(prepared),
-            "--out",
-            str(tmp_path / out),
-        ]
-        r = subprocess.run([*code, *mode], capture_output=True, text=True)
+        command = [sys.executable, str(ROOT / "train.py"), "--config", "tiny", *BASE, *shape.split(), *mode]
+        r = subprocess.run(
+            [*command, "--data.path", str(prepared), "--out", str(tmp_path / out)], capture_output=True, text=True
+        )
         assert r.returncode == 0, r.stderr[-2000:]
 
     run("whole", "--mode", "main", "--version", "2")
@@ -576,4 +562,9 @@ def test_on_a_gpu_resume_and_branch_are_the_same_bits(tmp_path, prepared, way):
     run("cut", "--mode", "main", "--version", "2")
     run("cut", "--mode", "branch", "--version", "2")
     for where in ("main/step-000014", "ours-cosine/v2/step-000020"):
-        assert soak.same(tmp_path / "whole" / where, tmp_path / "cut" / where)
+        whole, cut = (tmp_path / out / where for out in ("whole", "cut"))
+        if operations == "auto":
+            assert soak.same(whole, cut)
+        a, b = weights(whole), weights(cut)
+        # 20 updates of at most lr = 4e-3: a tenth of one, where a rounding of bfloat16 tips a small gradient over
+        assert all((a[name] - b[name]).abs().mean() < 4e-4 for name in a)

@@ -1,16 +1,20 @@
 """A checkpoint is complete or absent, and damage is found before it is loaded. So is a folder that is made."""
 
+import hashlib
 import json
 import os
 import random
 import re
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT
 from helpers import forged
 
-from runtime import checkpoint
+import config
+from runtime import checkpoint, files
 from runtime.errors import UserError
 from runtime.files import is_locked, lock, make_folder, write_json
 
@@ -294,6 +298,110 @@ def test_too_little_room_is_said_before_a_byte_is_written(tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"a checkpoint takes 0.01 MB and 0.00 MB are free; make room"):
         save(tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The file as bytes
+
+
+@pytest.mark.parametrize("chunk", [64, 1 << 24])
+@pytest.mark.parametrize("in_background", [False, True])
+def test_the_file_is_what_safetensors_itself_reads(tmp_path, monkeypatch, chunk, in_background):
+    """With tensors that lie in several chunks, too. Names, shapes, dtypes, values, metadata; the checksum by hand."""
+    monkeypatch.setattr(files, "CHUNK", chunk)
+    want = {**tensors(), "model.b": torch.randn(3, 2, 5).bfloat16(), "model.c": torch.arange(9)}
+    if in_background:
+        saver = checkpoint.Saver(tmp_path)
+        for step in (6, 7):  # the second in the memory of the first
+            saver.save(step, {n: t + step if n == "model.c" else t for n, t in want.items()}, RECORD)
+        saver.wait()
+        want["model.c"] = want["model.c"] + 7
+    else:
+        checkpoint.save(tmp_path, 7, want, RECORD)
+    file = next((tmp_path / "step-000007").glob("*.safetensors"))
+    got = safetensors.torch.load_file(file)
+    assert got.keys() == want.keys() and all(
+        got[n].dtype == t.dtype and got[n].shape == t.shape and torch.equal(got[n], t) for n, t in want.items()
+    )
+    with safetensors.safe_open(file, "pt") as f:
+        more = f.metadata()
+    assert json.loads(more.pop("DCP_SHARDING_INFO")) == {n: {"saved_offsets": [0] * t.dim()} for n, t in want.items()}
+    assert more == {"DCP_VERSION": "1.0", "format": "pt"}
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    entries = json.loads(raw[8 : 8 + length])
+    del entries["__metadata__"]
+    assert length % 8 == 0 and all(e["data_offsets"][0] % want[n].element_size() == 0 for n, e in entries.items())
+    parts = [hashlib.sha256(raw[at : at + chunk]).digest() for at in range(0, len(raw), chunk)]
+    record = {"bytes": len(raw), "chunked_sha256": hashlib.sha256(b"".join(parts)).hexdigest()}
+    assert checkpoint.read_meta(tmp_path / "step-000007")["files"] == {file.name: record}
+    checkpoint.verify(tmp_path / "step-000007")
+    raw = bytearray(raw)
+    raw[-1] ^= 1  # in the last chunk
+    file.write_bytes(raw)
+    with pytest.raises(UserError, match="its bytes have changed"):
+        checkpoint.verify(tmp_path / "step-000007")
+
+
+def test_checkpoints_with_a_checksum_of_the_whole_file_are_read_and_checked(tmp_path):
+    """As they were written until November 2026, by safetensors."""
+    save(tmp_path, 1)
+    forged(tmp_path / "step-000001", lambda t, o: None)
+    assert [set(r) for r in checkpoint.read_meta(tmp_path / "step-000001")["files"].values()] == [{"bytes", "sha256"}]
+    checkpoint.verify(tmp_path / "step-000001")
+    got = {k: torch.zeros_like(v) for k, v in tensors().items()}
+    checkpoint.load(tmp_path / "step-000001", got)
+    assert all(torch.equal(got[k], v) for k, v in tensors().items())
+    damaged(tmp_path / "step-000001", "flipped")
+    with pytest.raises(UserError, match="its bytes have changed"):
+        checkpoint.verify(tmp_path / "step-000001")
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path, monkeypatch):
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError) as e:
+        save(tmp_path, 1)
+    assert (e.value.errno, Path(e.value.filename).name) == (28, "shard-00001-model-00001-of-00001.safetensors")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What would happen on a GPU, without one
+
+
+def test_a_save_of_tensors_on_the_cpu_does_not_touch_a_gpu(tmp_path, monkeypatch):
+    """Where one is there: to wait for it starts CUDA, after which a process cannot fork."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: pytest.fail("waited for a GPU"))
+    saver = checkpoint.Saver(tmp_path)
+    saver.save(1, tensors(), RECORD)
+    saver.wait()
+    assert checkpoint.steps(tmp_path) == [1]
+
+
+def test_pinned_memory_of_1_2b_wastes_little_and_a_gpu_is_waited_for(tmp_path, monkeypatch):
+    """PyTorch rounds each piece of pinned memory up to a power of two (CachingHostAllocatorImpl::allocate)."""
+    pieces, waits, real = [], [], torch.empty
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    def empty(n, dtype, pin_memory):
+        pieces.append((n, pin_memory))
+        return real(n, dtype=dtype, device="meta")
+
+    size = 80_000 + 12 * config.load("1.2b").model.parameters
+    parts = [real(80_000, device="meta"), real(size - 80_000, device="meta").as_subclass(OnGPU)]
+    saver = checkpoint.Saver(tmp_path)
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(len(pieces)))
+    saver._copy(parts)
+    saver._copy(parts)  # in the same memory
+    monkeypatch.undo()
+    assert sum(n for n, _ in pieces) == size and all(pin for _, pin in pieces) and waits == 2 * [len(pieces)]
+    assert sum(1 << (n - 1).bit_length() for n, _ in pieces) < 1.01 * size
 
 
 # ----------------------------------------------------------------------------------------------------------
