@@ -28,7 +28,7 @@ from bench import kernels as kernel_rows
 from bench.measure import Row, environment, show, table, text
 from runtime import logger
 from runtime.command_line import Parser
-from runtime.device import pick_device
+from runtime.device import activations, pick_device
 from runtime.errors import UserError, refuse, user_errors
 from runtime.files import write_text
 from text.sources import optional
@@ -43,7 +43,7 @@ OPTIONS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("kernels", "--only", {"nargs": "+", "choices": kernel_rows.CASES, "default": kernel_rows.CASES}, "some kernels"),
     ("step", "--peers", {"nargs": "*"}, f"{PEERS} [hf-compile hf-liger; on a CPU hf nanogpt]"),
     ("step", "--micro", {"nargs": "+", "type": int}, "micro-batches to try [16 32 8 4 2 1; on a CPU 8 16 4]"),
-    ("step", "--minutes", {"type": float, "default": 8.0}, "for everything; a row that would take longer is named [8]"),
+    ("step", "--minutes", {"type": float, "default": 8.0}, "for everything; what it ends or leaves out is named [8]"),
     ("step", "--steps", {"type": int}, "timed updates of a round [12; on a CPU 20]"),
     ("step", "--warmup", {"type": int}, "updates before them [4; on a CPU 10]"),
     ("step", "--updates", {"type": int, "default": 20}, "updates whose last loss is compared; 0: none [20]"),
@@ -121,9 +121,8 @@ def main() -> None:
     o, c = parse(sys.argv[1:] or ["--help"])
     t = c.train
     device = pick_device("cpu" if t.device == "auto" and not torch.cuda.is_available() else t.device, 0)
-    cuda = device.type == "cuda"
-    dtype = torch.bfloat16 if t.dtype == "bfloat16" or (t.dtype == "auto" and cuda) else torch.float32
-    if o.verb == "step" and not cuda:
+    dtype = activations(t.dtype, device)
+    if o.verb == "step" and device.type == "cpu":
         torch.set_num_threads(1)
     if o.verb == "step" and o.row:
         print(json.dumps(step.row(o, c, device, dtype)))

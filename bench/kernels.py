@@ -14,11 +14,10 @@ from tqdm import tqdm
 import config
 from bench.measure import Row, capture, roofs, timed
 from bench.peers import liger, missing
-from kernels import attention, cross_entropy, rms_norm, rope, swiglu
+from kernels import check
+from kernels.rope import rope_table
 from runtime.command_line import given
 from runtime.errors import first_line
-
-Call = tuple[Callable[..., Any], list[Tensor]]  # a function and its inputs
 
 CASES = ("rms_norm", "add_rms_norm", "rope", "attention", "swiglu", "cross_entropy")
 HF_LLAMA = "transformers.models.llama.modeling_llama"
@@ -78,50 +77,37 @@ def times(call: Callable[..., Any], inputs: list[Tensor], device: torch.device) 
     return out
 
 
-def candidates(case: str, m: config.Model, B: int, device: torch.device, dtype: torch.dtype) -> dict[str, Call]:
+def candidates(case: str, m: config.Model, B: int, device: torch.device, dtype: torch.dtype) -> dict[str, check.Case]:
     """{row: (function, inputs)}; `triton` and `torch` are the choices of train.kernels."""
-    h, H, T, eps = m.hidden, m.n_head, m.context, m.norm_eps
-    K, D, f = m.n_kv_head or H, h // H, m.ffn or 4 * h
-
-    own = torch.Generator(device).manual_seed(0)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, dtype=dtype, generator=own, requires_grad=True)
-
-    ours: Callable[..., Any]
-    peers: dict[str, Call] = {}
-    x, w = randn(B, T, h), torch.ones(h, device=device, requires_grad=True)
+    h, H, K, T, eps = m.hidden, m.n_head, m.n_kv_head or m.n_head, m.context, m.norm_eps
+    ours, inputs = check.case(case, m, B, T, dtype, device)
+    for x in inputs:
+        x.requires_grad_()
+    rows: dict[str, check.Case] = {use: (partial(ours, use), inputs) for use in ("triton", "torch")}
+    if case != "cross_entropy":  # one operation to torch.compile, which cannot change it
+        rows["compile"] = (torch.compile(rows["torch"][0], dynamic=False), inputs)
     if case == "rms_norm":
-        inputs, ours = [x, w], lambda use, x, w: rms_norm.rms_norm(x, w, eps, use)
-        peers["liger"] = (lambda x, w: liger("rms_norm")(x, w, eps), inputs)
+        rows["liger"] = (lambda x, w: liger("rms_norm")(x, w, eps), inputs)
     elif case == "add_rms_norm":
-        inputs, ours = [x, randn(B, T, h), w], lambda use, x, r, w: rms_norm.add_rms_norm(x, r, w, eps, use)
-        peers["liger"] = (lambda x, r, w: liger("fused_add_rms_norm")(x, r, w, eps), inputs)
+        rows["liger"] = (lambda x, r, w: liger("fused_add_rms_norm")(x, r, w, eps), inputs)
     elif case == "swiglu":
-        inputs, ours = [randn(B, T, 2 * f)], lambda use, gate_up: swiglu.swiglu(gate_up, use)
-        peers["liger"] = (lambda gate, up: liger("swiglu")(gate, up), [randn(B, T, f), randn(B, T, f)])
+        gate_up = [t.contiguous().requires_grad_() for t in inputs[0].detach().chunk(2, dim=-1)]
+        rows["liger"] = (lambda gate, up: liger("swiglu")(gate, up), gate_up)
     elif case == "rope":
-        cos, sin = (t.to(device) for t in rope.rope_table(T, D, m.rope_theta))
-        inputs, ours = [randn(B, T, H + 2 * K, D)], lambda use, qkv: rope.rope(qkv, cos, sin, H, K, use)
-        wide = [torch.cat((t, t), 1)[None].to(dtype) for t in (cos, sin)]  # (1, T, D), as transformers has them
-        views = [randn(B, T, n, D).detach().transpose(1, 2).requires_grad_() for n in (H, K)]
-        peers["hf"] = (lambda q, k: import_module(HF_LLAMA).apply_rotary_pos_emb(q, k, *wide), views)
-        peers["liger"] = (lambda q, k: liger("rope")(q, k, *wide), views)
+        tables = rope_table(T, h // H, m.rope_theta)
+        wide = [torch.cat((t, t), 1)[None].to(device, dtype) for t in tables]  # (1, T, D), as transformers has them
+        queries_and_keys = inputs[0].detach().split((H, K, K), dim=2)[:2]
+        views = [t.contiguous().transpose(1, 2).requires_grad_() for t in queries_and_keys]
+        rows["hf"] = (lambda q, k: import_module(HF_LLAMA).apply_rotary_pos_emb(q, k, *wide), views)
+        rows["liger"] = (lambda q, k: liger("rope")(q, k, *wide), views)
     elif case == "attention":
-        inputs, ours = [randn(B, T, n, D) for n in (H, K, K)], lambda use, q, k, v: attention.attention(q, k, v, use)
         for name in ("flash", "cudnn", "efficient"):
             backend = sdpa_kernel(SDPBackend.__members__[f"{name.upper()}_ATTENTION"])
-            peers[f"sdpa {name}"] = (backend(lambda q, k, v: attention.attention(q, k, v, "torch")), inputs)
+            rows[f"sdpa {name}"] = (backend(partial(ours, "torch")), inputs)
     else:
-        y = torch.randint(0, m.vocab_size, (B, T), device=device, generator=own)
-        weights = (0.02 * randn(m.vocab_size, h).detach().float()).requires_grad_()
-        inputs, ours = [x, weights], lambda use, x, w: cross_entropy.linear_cross_entropy(x, w, y, use=use)
-        fused = "fused_linear_cross_entropy"
-        peers["liger"] = (lambda x, w: liger(fused)(x.view(-1, h), w.type_as(x), y.view(-1)), inputs)
-    out: dict[str, Call] = {use: (partial(ours, use), inputs) for use in ("triton", "torch")}
-    if case != "cross_entropy":  # one operation to torch.compile, which cannot change it
-        out["compile"] = (torch.compile(out["torch"][0], dynamic=False), inputs)
-    return out | peers
+        y, fused = torch.randint(m.vocab_size, (B * T,), device=device), "fused_linear_cross_entropy"
+        rows["liger"] = (lambda x, w: liger(fused)(x.view(-1, h), w.type_as(x), y), inputs)
+    return rows
 
 
 def rates(row: Row, m: config.Model, B: int, item: int, copy: float) -> Row:

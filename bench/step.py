@@ -1,13 +1,12 @@
 """A training step beside its peers: tokens/s, MFU, peak memory, loss. Fresh processes, rounds in turn (A B A B)."""
 
 import gc
-import itertools
 import json
-import math
 import statistics
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -17,10 +16,10 @@ from torch.autograd import DeviceType
 from tqdm import tqdm
 
 import model as llama
-import train
 from bench import peers
 from bench.measure import Row, child, roofs, square_product, total_memory
 from config import Config
+from runtime.build import adamw, build
 from runtime.device import device_name, peak_flops
 from runtime.distributed import World
 from runtime.start import Start
@@ -45,8 +44,8 @@ class Trainer:
         if row.startswith("ours"):
             change = row.partition("-")[2]  # "", "compile" or a value of train.kernels
             t = replace(t, compile="on") if change == "compile" else replace(t, kernels=change or t.kernels)
-            world = World(device=device)
-            self.net, self.model, self.optimizer = train.build(replace(c, train=t), Start(0, []), "none", world)
+            c, world = replace(c, train=t), World(device=device)
+            self.net, self.model, self.optimizer = build(c, Start(0, []), "none", world)
             return
         torch.set_float32_matmul_precision("high" if self.autocast else "highest")
         torch.manual_seed(t.seed)
@@ -55,9 +54,7 @@ class Trainer:
             self.net = peers.hugging_face(c.model, ours, "liger" in row) if self.hf else peers.NanoGPT(c.model)
         compiled = row.endswith("compile") or (self.cuda and row == "nanogpt")
         self.model = torch.compile(self.net, dynamic=False) if compiled else self.net
-        matrices, vectors = ([w for w in self.net.parameters() if (w.dim() > 1) == many] for many in (True, False))
-        groups = [{"params": matrices, "weight_decay": t.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(t.beta1, t.beta2), fused=True)
+        self.optimizer = adamw(self.net, t)
 
     def ids(self, sequences: int, seed: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets (sequences, context), the same for every row. Frequencies of 1/rank are soon learned."""
@@ -106,7 +103,7 @@ class Trainer:
             marks.append(mark())
         if self.cuda:
             torch.cuda.synchronize()
-        timed = itertools.pairwise(marks[warmup:])
+        timed = pairwise(marks[warmup:])
         return statistics.median(a.elapsed_time(b) / 1e3 if self.cuda else b - a for a, b in timed)
 
     def profile(self, x: Tensor, y: Tensor, micro: int, seconds: float) -> Row:
@@ -161,65 +158,50 @@ def least_bytes(row: str, c: Config, micro: int) -> float:
 
 
 def measure_rounds(o: Any, c: Config, rows: dict[str, Row], memory: float, deadline: float) -> None:
-    """Add to each row its fastest micro-batch and loss of the first round, and the speed of every round.
+    """Add to each row its fastest micro-batch, the loss of the first, and the speed of every round.
 
-    The time model: a row's first round gets an equal share of what is left until the deadline, or of half of it if
-    more rounds follow. No row begins unless the longest so far, with one micro-batch, would end in time, and none runs
-    past the deadline. A later round begins if all of it would end in time.
+    The first round tries the first micro-batch with every row, then the second, and so on, for half of the time if more
+    rounds follow. Those repeat each row's fastest. What is running at the deadline is ended.
     """
-    needs: dict[str, float] = {}  # seconds of a row with one micro-batch
-    for turn in tqdm(range(o.rounds), desc="rounds", disable=None):
-        waiting = [name for name, row in rows.items() if not row["note"]]
-        if turn and sum(needs[name] for name in waiting) > deadline - time.perf_counter():
-            print(f"{turn} of {o.rounds} rounds: the next would take more than --minutes {o.minutes:g}")
-            break
-        for i, name in enumerate(waiting):
-            now = time.perf_counter()
-            left, longest = deadline - now, max(needs.values(), default=0.0)
-            if turn:
-                found = fresh_row(name, rows[name]["micro"], 0)
-            elif longest >= left:
-                found = Row(note=f"left out: {left:.0f} s are left, and a row took {longest:.0f} s; raise --minutes")
+    middle = deadline if o.rounds == 1 else (time.perf_counter() + deadline) / 2
+    tried: dict[str, list[Row]] = {name: [] for name, row in rows.items() if not row["note"]}
+    left_out: dict[str, dict[str, list[int]]] = {name: {} for name in tried}  # micro-batches of each reason
+    for micro in tqdm(o.micro, desc="micro-batches", disable=None):
+        for name, done in tried.items():
+            too_large = left_out[name].get(NO_MEMORY, [])
+            if least_bytes(name, c, micro) > memory or any(micro > other for other in too_large):
+                found = Row(note=NO_MEMORY)
+            elif any(4 * micro < row["micro"] for row in done):  # casts and launches only weigh more
+                found = Row(note="too small")
+            elif done:
+                found = fresh_row(name, micro, 0, middle)
             else:
-                share = left / (len(waiting) - i) / (1 if o.rounds == 1 else 2)
-                rows[name] |= fastest_micro(o, c, name, memory, now + share, deadline)
-                found = rows[name]
-                needs[name] = found.get("needed_seconds", 0.0)
-            rows[name]["note"] = found.get("note")
-            rows[name].setdefault("rounds", []).append({k: found.get(k) for k in ("tokens_per_second", "roof")})
-
-
-def fastest_micro(o: Any, c: Config, name: str, memory: float, until: float, deadline: float) -> Row:
-    """A row's fastest micro-batch of those that memory and its share of the time allow; the loss of the first."""
-    tried, left_out, no_memory = list[Row](), dict[int, str](), math.inf
-    began, seconds = time.perf_counter(), 0.0
-    for micro in o.micro:
-        now = time.perf_counter()
-        if micro >= no_memory or least_bytes(name, c, micro) > memory:
-            left_out[micro] = NO_MEMORY
-        elif tried and 4 * micro < max(t["micro"] for t in tried):
-            left_out[micro] = "too small"  # casts and launches only weigh more
-        elif tried and now + seconds > until:  # as long as the one before
-            left_out[micro] = "no time"
+                found = fresh_row(name, micro, o.updates, deadline)
+            if found.get("note"):
+                left_out[name].setdefault(found["note"], []).append(micro)
+            else:
+                done.append(found)
+    for name, done in tried.items():
+        why = "; ".join(f"{' '.join(map(str, micros))}: {why}" for why, micros in left_out[name].items())
+        if done:
+            fastest = max(done, key=lambda row: row["tokens_per_second"])
+            rows[name] |= done[0] | fastest | {"left_out": why, "tried": done, "rounds": [fastest]}
         else:
-            found = fresh_row(name, micro, 0 if tried else o.updates, deadline - now)
-            seconds = time.perf_counter() - now
-            if not found.get("note"):
-                tried.append(found | {"needed_seconds": time.perf_counter() - began})
-                continue
-            left_out[micro] = found["note"]
-            if found["note"] != NO_MEMORY:
-                break
-            no_memory = micro
-    why = "; ".join(f"{micro}: {why}" for micro, why in left_out.items()) or None
-    if not tried:
-        return Row(note=why)
-    fastest = max(tried, key=lambda t: t["tokens_per_second"]) | {"needed_seconds": tried[0]["needed_seconds"]}
-    return tried[0] | fastest | {"left_out": why, "tried": tried}
+            rows[name]["note"] = why
+    names = [name for name, done in tried.items() if done]
+    for turn, name in tqdm(list(product(range(1, o.rounds), names)), desc="rounds", disable=None):
+        found = fresh_row(name, rows[name]["micro"], 0, deadline)
+        if found.get("note"):
+            print(f"{turn} of {o.rounds} rounds: {name}: {found['note']}")
+            return
+        rows[name]["rounds"].append(found)
 
 
-def fresh_row(name: str, micro: int, updates: int, seconds: float | None = None) -> Row:
-    """The row that this command measures at a micro-batch in a fresh process; a note if that fails."""
+def fresh_row(name: str, micro: int, updates: int, end: float) -> Row:
+    """The row that this command measures at a micro-batch in a fresh process; a note if that fails or has no time."""
+    seconds = end - time.perf_counter()
+    if seconds <= 0:
+        return Row(note="no time, raise --minutes")
     options = ["--row", name, "--micro", str(micro), "--updates", str(updates)]
     succeeded, said = child("-m", "bench", *sys.argv[1:], *options, seconds=seconds)
     return json.loads(said) if succeeded else Row(note=f"failed: {said[:160]}")

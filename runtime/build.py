@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from config import Config
+from config import Config, Train
 from kernels import check
 from model import Transformer
 from runtime import checkpoint, distributed
@@ -15,7 +15,7 @@ from runtime.start import Start
 
 
 def build(c: Config, start: Start, kind: str, world: World) -> tuple[Transformer, torch.nn.Module, torch.optim.AdamW]:
-    """(the weights, the module to call, AdamW): float32 weights, activations in train.dtype, decay on matrices only."""
+    """(the weights, the module to call, AdamW): float32 weights, activations in train.dtype."""
     t, device = c.train, world.device
     dtype = activations(t.dtype, device)
     bf16 = dtype == torch.bfloat16
@@ -31,10 +31,7 @@ def build(c: Config, start: Start, kind: str, world: World) -> tuple[Transformer
     if kind == "fsdp":
         distributed.shard(net, world, t.shard_ranks)
     net.allocate(device)
-    matrices = [w for w in net.parameters() if w.dim() >= 2]
-    vectors = [w for w in net.parameters() if w.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": t.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(t.beta1, t.beta2), fused=True)
+    optimizer = adamw(net, t)
     if start.origin:
         with raise_on_all_ranks(world):
             checkpoint.load(Path(start.origin), checkpoint.state(net, None if start.weights_only else optimizer))
@@ -47,6 +44,14 @@ def build(c: Config, start: Start, kind: str, world: World) -> tuple[Transformer
         ids = [device] if device.type == "cuda" else None
         return net, DistributedDataParallel(net, ids, gradient_as_bucket_view=True), optimizer
     return net, net, optimizer
+
+
+def adamw(net: torch.nn.Module, t: Train) -> torch.optim.AdamW:
+    """The optimizer of a model, with decay on matrices only."""
+    matrices = [w for w in net.parameters() if w.dim() >= 2]
+    vectors = [w for w in net.parameters() if w.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": t.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(t.beta1, t.beta2), fused=True)
 
 
 def compiles(c: Config, device: torch.device) -> bool:

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -16,10 +17,9 @@ import torch.nn as nn
 import config
 import model
 import sample
-import train
 from bench import __main__ as bench
 from bench import evaluation, kernels, measure, peers, step
-from runtime import checkpoint
+from runtime import build, checkpoint
 from runtime.distributed import World
 from runtime.errors import user_errors
 from runtime.start import Start
@@ -92,7 +92,7 @@ def test_step(run, monkeypatch, tmp_path):
     real = peers.missing
     monkeypatch.setattr(peers, "missing", lambda row, cuda: "here" if row == "ours-compile" else real(row, cuda))
 
-    def in_this_process(name, micro, updates, seconds=None):
+    def in_this_process(name, micro, updates, end):
         o, c = bench.parse([*sys.argv[1:], "--row", name, "--micro", str(micro), "--updates", str(updates)])
         return json.loads(json.dumps(step.row(o, c, torch.device("cpu"), torch.float32)))
 
@@ -115,30 +115,32 @@ def test_step(run, monkeypatch, tmp_path):
 
 def test_rows_in_fresh_processes(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench", "step", *TINY, *QUICK])
-    found = step.fresh_row("ours", 2, 1)
+    now = time.perf_counter()
+    found = step.fresh_row("ours", 2, 1, now + 100)
     assert found["micro"] == 2 and found["tokens_per_second"] > 0 and found["loss"] > 0
-    assert step.fresh_row("ours", 2, 1, seconds=0.01) == {"note": "failed: no end after 0 s"}
+    assert step.fresh_row("ours", 2, 1, time.perf_counter() + 0.01) == {"note": "failed: no end after 0 s"}
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--train.seed", "x"])
-    assert "train.seed: got 'x'" in step.fresh_row("ours", 2, 1)["note"]
+    assert "train.seed: got 'x'" in step.fresh_row("ours", 2, 1, now + 200)["note"]
 
 
 class Clock:
-    """A clock, and rows in fresh processes that move it: seconds and speeds of (row, micro), none: out of memory."""
+    """A clock, and processes of rows that move it: seconds and speeds of (row, micro), none: out of memory."""
 
     def __init__(self, monkeypatch, seconds, speed=lambda micro: micro):
         self.now, self.seconds, self.speed, self.asked = 0.0, seconds, speed, []
-        monkeypatch.setattr(step, "fresh_row", self.fresh_row)
+        monkeypatch.setattr(step, "child", self.child)
         monkeypatch.setattr(step.time, "perf_counter", lambda: self.now)
 
-    def fresh_row(self, name, micro, updates, seconds=None):
-        self.asked.append((name, micro, updates))
+    def child(self, *arguments, seconds):
+        _, name, _, micro, _, updates = arguments[-6:]
+        micro = int(micro)
+        self.asked.append((name, micro, int(updates)))
         took, fits = self.seconds(name, micro)
-        if seconds is not None and took > seconds:
-            self.now += seconds
-            return {"note": f"failed: no end after {seconds:.0f} s"}
-        self.now += took
-        loss = {"loss": 1.0} if updates else {}
-        return {"micro": micro, "tokens_per_second": self.speed(micro)} | loss if fits else {"note": step.NO_MEMORY}
+        self.now += min(took, seconds)
+        if took > seconds:
+            return False, f"no end after {seconds:.0f} s"
+        found = {"micro": micro, "tokens_per_second": self.speed(micro)} | ({"loss": 1.0} if int(updates) else {})
+        return True, json.dumps(found if fits else {"note": step.NO_MEMORY})
 
 
 def measured(o, names, deadline):
@@ -153,31 +155,31 @@ def test_a_run_ends_within_its_minutes(monkeypatch):
     names = ("ours", "hf-compile", "hf-liger")
     clock = Clock(monkeypatch, lambda name, micro: ({"ours": 45, "hf-compile": 100, "hf-liger": 30}[name], True))
     rows = measured(o, names, 460)
-    assert clock.now <= 460 and all(row["note"] is None and row["loss"] == 1.0 for row in rows.values())
+    assert clock.now == 460 and all(row["note"] is None and row["loss"] == 1.0 for row in rows.values())
     tried = {name: [t["micro"] for t in row["tried"]] for name, row in rows.items()}
-    # ours: a share of 153 s; hf-compile: (460 - 135) / 2 = 162 s; hf-liger: all that is left
-    assert tried == {"ours": [16, 32, 8], "hf-compile": [16], "hf-liger": [16, 32, 8]}
-    assert [updates for name, _, updates in clock.asked if name == "ours"] == [20, 0, 0]  # one loss a row
-    assert rows["ours"]["left_out"] == "4: too small; 2: too small; 1: too small"
-    assert rows["hf-compile"]["left_out"].startswith("32: no time; 8: no time")
-    # a row that cannot end does not begin, and the first is ended
-    clock = Clock(monkeypatch, lambda name, micro: (200, True))
+    assert tried == {"ours": [16, 32, 8], "hf-compile": [16, 32], "hf-liger": [16, 32]}
+    assert clock.asked[:4] == [("ours", 16, 20), ("hf-compile", 16, 20), ("hf-liger", 16, 20), ("ours", 32, 0)]
+    assert rows["ours"]["left_out"] == "4 2 1: too small"
+    assert rows["hf-compile"]["left_out"] == "8: failed: no end after 65 s; 4 2 1: too small"
+    assert rows["hf-liger"]["left_out"] == "8: no time, raise --minutes; 4 2 1: too small"
+    # a row that is ended, or never began, says so
+    clock = Clock(monkeypatch, lambda name, micro: (300, True))
     rows = measured(o, names, 460)
-    assert clock.now == 400 and [row["note"] is None for row in rows.values()] == [True, True, False]
-    assert rows["hf-liger"]["note"] == "left out: 60 s are left, and a row took 200 s; raise --minutes"
-    clock = Clock(monkeypatch, lambda name, micro: (500, True))
-    rows = measured(o, names, 460)
-    assert clock.now == 460 and rows["ours"]["note"] == "16: failed: no end after 460 s"
+    assert clock.now == 460 and rows["ours"]["note"] is None
+    assert rows["hf-compile"]["note"] == "16: failed: no end after 160 s; 32 8 4 2 1: no time, raise --minutes"
+    assert rows["hf-liger"]["note"] == "16 32 8 4 2 1: no time, raise --minutes"
 
 
-def test_rounds_in_turn_while_they_end_in_time(monkeypatch, capsys):
+def test_rounds_in_turn_while_there_is_time(monkeypatch, capsys):
     o = Namespace(micro=[8, 16, 4], rounds=3, minutes=8, updates=20)
     clock = Clock(monkeypatch, lambda name, micro: (20, True), speed=lambda micro: 100 - micro)
-    rows = measured(o, ("a", "b"), 300)  # two rounds: 2 x 3 x 20 s and 40 s; a third would end at 200 s
+    rows = measured(o, ("a", "b"), 300)  # 6 x 20 s, then two rounds of 40 s
     assert clock.asked[6:] == [("a", 4, 0), ("b", 4, 0)] * 2 and len(rows["a"]["rounds"]) == 3
     clock = Clock(monkeypatch, lambda name, micro: (50, True))
-    rows = measured(o, ("a", "b"), 300)
-    assert len(rows["a"]["rounds"]) == len(rows["b"]["rounds"]) < 3 and "of 3 rounds" in capsys.readouterr().out
+    rows = measured(o, ("a", "b"), 300)  # half of the time: micro-batch 8 twice, 16 once
+    assert clock.asked[2:] == [("a", 16, 0), ("a", 16, 0), ("b", 8, 0), ("a", 16, 0)] and clock.now == 300
+    assert [len(row["rounds"]) for row in rows.values()] == [3, 2] and not rows["b"]["note"]
+    assert "2 of 3 rounds: b: no time, raise --minutes" in capsys.readouterr().out
 
 
 def test_micro_batches_that_do_not_fit(monkeypatch):
@@ -185,12 +187,12 @@ def test_micro_batches_that_do_not_fit(monkeypatch):
     clock = Clock(monkeypatch, lambda name, micro: (10, micro <= 8))
     row = measured(o, ["ours"], 400)["ours"]
     assert [micro for _, micro, _ in clock.asked] == [16, 8, 4, 2] and row["micro"] == 8
-    assert row["left_out"] == "16: no memory; 32: no memory; 1: too small"
+    assert row["left_out"] == "16 32: no memory; 1: too small"
     row = measured(Namespace(**vars(o) | {"micro": [2, 1]}), ["ours"], 900)["ours"]
     assert row["note"] is None
     Clock(monkeypatch, lambda name, micro: (10, False))
     row = measured(o, ["ours"], 900)["ours"]
-    assert row["note"].startswith("16: no memory; 32: no memory; 8: no memory") and "tried" not in row
+    assert row["note"] == "16 32 8 4 2 1: no memory" and "tried" not in row
 
 
 def test_out_of_memory_and_other_failures_of_a_row(monkeypatch):
@@ -222,7 +224,7 @@ def test_ours_is_what_train_makes(monkeypatch):
     c = config.load("tiny", {f"model.{k}": str(v) for k, v in SHAPE.items() if v is not None})
     cpu = torch.device("cpu")
     trainer = step.Trainer("ours", c, cpu, torch.float32)
-    net, module, optimizer = train.build(c, Start(0, []), "none", World(device=cpu))
+    net, module, optimizer = build.build(c, Start(0, []), "none", World(device=cpu))
     for _ in range(2):
         x, y = trainer.ids(8, 0)
         loss = trainer.step(x, y, 4, 1e-3)
@@ -237,7 +239,7 @@ def test_ours_is_what_train_makes(monkeypatch):
     for mine, theirs in zip(trainer.net.parameters(), net.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
     made = []
-    monkeypatch.setattr(train, "build", lambda c, *a: made.append(c.train) or (net, module, optimizer))
+    monkeypatch.setattr(step, "build", lambda c, *a: made.append(c.train) or (net, module, optimizer))
     for name in ("ours", "ours-compile", "ours-torch,swiglu=triton"):
         step.Trainer(name, c, cpu, torch.float32)
     assert [(t.compile, t.kernels) for t in made] == [("auto", "auto"), ("on", "auto"), ("auto", "torch,swiglu=triton")]

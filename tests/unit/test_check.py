@@ -1,5 +1,7 @@
 """Which operation is used: what the user asked for, and what agrees with PyTorch's at the start on a GPU."""
 
+from dataclasses import astuple, replace
+
 import pytest
 import torch
 
@@ -85,9 +87,8 @@ def compared(monkeypatch):
     """compared(name) -> the fault of an operation in float32, on few tokens."""
     if not CUDA:
         monkeypatch.setattr(check, "T", 9)
-        monkeypatch.setattr(check, "ROWS", 9)
     find = check.find_fault.__wrapped__
-    return lambda name, shape=(32, 2, 1, 40, 301, 1e-5): find(name, shape, torch.float32, DEVICE)
+    return lambda name, c=MODEL: find(name, astuple(c), torch.float32, DEVICE)
 
 
 OPERATION = {"rms_norm": "add_rms_norm", "cross_entropy": "linear_cross_entropy"}
@@ -118,12 +119,12 @@ def test_a_right_operation_agrees_and_a_broken_one_does_not(name, compared, monk
 @pytest.mark.parametrize("name", kernels.NAMES)
 def test_results_do_not_depend_on_memory_that_nobody_wrote(name, compared):
     """As on a GPU a hundred repeats in the same bits (test_kernels): here torch.empty gives nan the second time."""
-    call, inputs = check.case(name, (32, 2, 1, 40, 301, 1e-5), torch.float32, DEVICE)
-    first = check.results(call, "triton", False, inputs)
+    call, inputs = check.case(name, MODEL, check.B, check.T, torch.float32, DEVICE)
+    first = check.results(call, "triton", inputs)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
-        second = check.results(call, "triton", False, inputs)
+        second = check.results(call, "triton", inputs)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -143,7 +144,7 @@ def test_whatever_an_operation_raises_is_its_fault(compared, monkeypatch):
 
     monkeypatch.setattr(check, "swiglu", raises)
     assert compared("swiglu") == "RuntimeError: PTX was compiled with an unsupported toolchain"
-    assert compared("attention", (80, 2, 2, 40, 301, 1e-5)).startswith("ValueError: attention: head dim 40")
+    assert compared("attention", replace(MODEL, hidden=80)).startswith("ValueError: attention: head dim 40")
 
 
 def test_the_comparison_leaves_nothing_behind(compared):
