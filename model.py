@@ -23,7 +23,7 @@ from kernels.attention import TILE, attention, masked_attention
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.linear import linear
 from kernels.rms_norm import add_rms_norm, rms_norm
-from kernels.rope import rope, rope_table, scaling
+from kernels.rope import rope, rope_table
 from kernels.swiglu import swiglu
 
 
@@ -132,10 +132,9 @@ class Transformer(nn.Module):
         self.head = Linear(c.hidden, c.vocab_size, bias=False)
         if c.tied:
             self.head.weight = self.embed.weight
-        stretch = scaling(c.rope_scaling, c.rope_factor, c.rope_context, c.rope_low, c.rope_high, c.rope_theta)
         meta = self.embed.weight.is_meta
         with torch.device("cpu" if meta else self.embed.weight.device):
-            cos, sin = rope_table(c.context, c.hidden // c.n_head, c.rope_theta, stretch)  # (context, D/2) each
+            cos, sin = rope_table(c.context, c.hidden // c.n_head, c.rope_theta, c)  # (context, D/2) each
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         if not meta:

@@ -10,14 +10,12 @@ one tensor for the product's backward. v is copied, not rotated: cheaper than to
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from config import Model
 from kernels import served, tl, triton
-
-Scaling = Callable[[Tensor], tuple[Tensor, float]]  # frequencies -> (scaled frequencies, a factor of cos and sin)
 
 
 def rope_ref(qkv: Tensor, cos: Tensor, sin: Tensor, H: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,46 +112,42 @@ def rope(qkv: Tensor, cos: Tensor, sin: Tensor, H: int, K: int, use: str = "torc
     cos and sin are (T, D/2), or (B, T, D/2) if the rows of a batch have positions of their own.
     """
     if cos.shape[:-1] not in (qkv.shape[1:2], qkv.shape[:2]):
-        raise ValueError(
-            f"rope: got angles {tuple(cos.shape)} for qkv {tuple(qkv.shape)}, expected those of its tokens"
-        )
+        got = f"angles {tuple(cos.shape)} for qkv {tuple(qkv.shape)}"
+        raise ValueError(f"rope: got {got}, expected those of its tokens")
     if use == "triton":
         served("rope", qkv)
         return _op(qkv, cos, sin, H, K)
     return rope_ref(qkv, cos, sin, H, K)
 
 
-def rope_table(T: int, D: int, theta: float, scaling: Scaling | None = None) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles t theta^(-2i/D), each (T, D/2) in float32."""
+def rope_table(T: int, D: int, theta: float, c: Model | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles t theta^(-2i/D), each (T, D/2) in float32. `c` may stretch them."""
     frequencies, factor = theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D), 1.0
-    if scaling:
-        frequencies, factor = scaling(frequencies)
+    if c:
+        frequencies, factor = scaled(frequencies, c)
     angles = torch.outer(torch.arange(T, dtype=torch.float64), frequencies)
     return (factor * angles.cos()).float(), (factor * angles.sin()).float()
 
 
-def scaling(kind: str, factor: float, context: int, low: float, high: float, theta: float) -> Scaling | None:
-    """How a released model stretches its original `context` (tokens) by `factor`; None for kind "none".
+def scaled(f: Tensor, c: Model) -> tuple[Tensor, float]:
+    """Frequencies (D/2,) as a released model stretches its original context, c.rope_context, and a factor of cos, sin.
 
     linear divides all angles by the factor (Chen et al. 2023). llama3 and yarn divide those of pairs that turn fewer
     than `low` times over the context, keep those of pairs that turn more than `high` times, and interpolate between:
     llama3 by the number of turns, yarn by the index of the pair (Peng et al. 2023). yarn also sharpens the softmax.
     """
-
-    def llama3(f: Tensor) -> tuple[Tensor, float]:
+    context, factor, low, high = c.rope_context, c.rope_factor, c.rope_low, c.rope_high
+    if c.rope_scaling == "linear":
+        return f / factor, 1.0
+    if c.rope_scaling == "llama3":
         turns = context * f / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return f * (keep + (1 - keep) / factor), 1.0
-
-    def yarn(f: Tensor) -> tuple[Tensor, float]:
+    if c.rope_scaling == "yarn":
         D = 2 * len(f)
-
-        def pair(turns: float) -> float:
-            """The index, not rounded, of the pair that turns this often."""
-            return D * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-        first, last = max(math.floor(pair(high)), 0), min(math.ceil(pair(low)), D - 1)
+        # the index of the pair that turns n times: D / 2 log_theta(context / (2 pi n))
+        first, last = (D * math.log(context / (n * 2 * math.pi)) / (2 * math.log(c.rope_theta)) for n in (high, low))
+        first, last = max(math.floor(first), 0), min(math.ceil(last), D - 1)
         divide = ((torch.arange(D // 2, dtype=f.dtype) - first) / max(last - first, 0.001)).clamp(0, 1)
         return f * (1 - divide + divide / factor), 0.1 * math.log(factor) + 1
-
-    return {"none": None, "linear": lambda f: (f / factor, 1.0), "llama3": llama3, "yarn": yarn}[kind]
+    return f, 1.0
