@@ -13,10 +13,9 @@ import os
 import re
 import shutil
 import sys
-import threading
 import warnings
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -144,8 +143,8 @@ class Saver:
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self.names: list[str] = []  # of the tensors in this rank's file, in order, after its header
         self.host: list[Tensor] = []  # memory for the file's bytes, which every save in the background reuses
-        self.thread: threading.Thread | None = None
-        self.error: Exception | None = None
+        self.writer = ThreadPoolExecutor(1)
+        self.running: Future[None] | None = None  # the save in progress
 
     def save(self, step: int, tensors: dict[str, Tensor], record: dict[str, Any], copy: bool = True) -> None:
         """Copy `tensors` to host memory and start to write them and `record`. An existing checkpoint stays as it is.
@@ -158,21 +157,17 @@ class Saver:
             self._lay_out(tensors)
         parts = [self.header, *(local_part(tensors[name]).reshape(-1).view(torch.uint8) for name in self.names)]
         content = self._copy(parts) if copy else (part.cpu() for part in parts)
-        self.thread = threading.Thread(target=self._run, args=(step, record, need, content))
-        self.thread.start()
+        self.running = self.writer.submit(self._run, step, record, need, content)
 
     def busy(self) -> bool:
         """Is a save in progress?"""
-        return self.thread is not None and self.thread.is_alive()
+        return self.running is not None and not self.running.done()
 
     def wait(self) -> None:
         """Wait for the save in progress. If it failed on a rank, every rank raises that rank's error."""
-        if self.thread:
-            self.thread.join()
-            self.thread = None
-        if self.error:
-            error, self.error = self.error, None
-            raise error
+        running, self.running = self.running, None
+        if running:
+            running.result()
 
     def _lay_out(self, tensors: dict[str, Tensor]) -> None:
         """Make the header of this rank's file: https://huggingface.co/docs/safetensors/index#format"""
@@ -214,11 +209,10 @@ class Saver:
             exists = os.path.exists(final / "meta.json")
             if not broadcast(exists, self.world.ranks, group=self.group):
                 self._write(final, {"format": 1, "step": step, **record}, need, content)
-        except Exception as e:
-            self.error = e
+        except Exception:
             if self.world.rank == 0:
                 shutil.rmtree(partial_folder(final), ignore_errors=True)
-            return
+            raise
         if self.world.rank == 0 and self.keep:
             try:
                 prune(self.segment, self.keep, step, self.required)

@@ -425,7 +425,7 @@ def test_checkpoint(run, tmp_path, monkeypatch):
     saves, real = [], checkpoint.Saver.save
 
     def save(self, step, *args, **kw):
-        saves.append((bool(self.host), self.thread is None, checkpoint.path(self.segment, step).exists()))
+        saves.append((bool(self.host), self.running is None, checkpoint.path(self.segment, step).exists()))
         real(self, step, *args, **kw)
 
     monkeypatch.setattr(checkpoint.Saver, "save", save)
