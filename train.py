@@ -132,7 +132,7 @@ def train(run: Run, data: Any, start: Start, file: BinaryIO | None, watchdog: Wa
     accumulation = t.batch_tokens // (t.micro_batch * c.model.context * world.ranks)
     saver = checkpoint.Saver(run.folder, t.keep, required, t.timeout)
     log = Log(run, start, file, world, net.dtype)
-    guard = Guard(run, data, start.step, log, saver, watchdog, world)
+    guard = Guard(data, log, saver, watchdog)
 
     def due(every: int, step: int) -> bool:
         return every > 0 and step % every == 0

@@ -7,10 +7,9 @@ rows, a part a rank; a block's weights are gathered once a step, and its gradien
 Schedules and batches do not depend on the number of ranks: the same global batch goes through the same update.
 """
 
-import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -191,15 +190,12 @@ def raise_on_all_ranks(world: World, group: dist.ProcessGroup | None = None) -> 
 
 
 def broadcast(value: Any, ranks: int, source: int = 0, group: dist.ProcessGroup | None = None) -> Any:
-    """A JSON-serializable value of rank `source`, on all ranks."""
+    """A value of rank `source`, on all ranks."""
     if ranks == 1:
         return value
-    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    size = torch.tensor(len(text))
-    dist.broadcast(size, source, group=group)
-    text = text if dist.get_rank() == source else torch.empty(int(size), dtype=torch.uint8)
-    dist.broadcast(text, source, group=group)
-    return json.loads(bytes(text.tolist()))
+    values = [value]
+    dist.broadcast_object_list(values, source, group=group, device=torch.device("cpu"))
+    return values[0]
 
 
 def mean_over_ranks(values: Tensor, world: World) -> Tensor:
@@ -211,8 +207,9 @@ def mean_over_ranks(values: Tensor, world: World) -> Tensor:
 
 def check_same(values: dict[str, Any], world: World, remedy: str) -> None:
     """UserError unless all ranks hold the same values; it names the first rank that differs, and the keys."""
-    there, here = broadcast(values, world.ranks), json.loads(json.dumps(values))
-    different = [f"{k}: {here.get(k)} here, {there.get(k)} there" for k in there | here if here.get(k) != there.get(k)]
+    there = broadcast(values, world.ranks)
+    keys = [k for k in there | values if values.get(k) != there.get(k)]
+    different = [f"{k}: {values.get(k)} here, {there.get(k)} there" for k in keys]
     with raise_on_all_ranks(world):
         if different:
             raise UserError(f"rank {world.rank} differs from rank 0 ({', '.join(different)}); {remedy}")
@@ -294,10 +291,7 @@ def sync_gradients(model: torch.nn.Module, last: bool) -> Iterator[None]:
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last)
         model.set_is_last_backward(last)
-    if isinstance(model, DistributedDataParallel) and not last:
-        with model.no_sync():
-            yield
-    else:
+    with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
         yield
 
 

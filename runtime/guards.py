@@ -18,10 +18,9 @@ from torch import Tensor
 from data import Tokens
 from runtime import checkpoint, distributed
 from runtime.checkpoint import Saver
-from runtime.distributed import RankLost, World, mean_over_ranks, raise_on_all_ranks, rank0_error
+from runtime.distributed import RankLost, mean_over_ranks, raise_on_all_ranks, rank0_error
 from runtime.errors import UserError, describe
 from runtime.logger import Log, read_log, warn
-from runtime.resume import Run
 from text.examples import SFTData
 
 
@@ -62,11 +61,10 @@ class Watchdog(threading.Thread):
 class Guard:
     """Ends training, on all ranks at the same step, when it cannot go on; every error names the last checkpoint."""
 
-    def __init__(
-        self, run: Run, tokens: Tokens | SFTData, start: int, log: Log, saver: Saver, watchdog: Watchdog, world: World
-    ) -> None:
-        self.run, self.tokens, self.log = run, tokens, log
-        self.saver, self.watchdog, self.world = saver, watchdog, world
+    def __init__(self, tokens: Tokens | SFTData, log: Log, saver: Saver, watchdog: Watchdog) -> None:
+        run, world = log.run, log.world
+        self.run, self.world, self.tokens = run, world, tokens
+        self.log, self.saver, self.watchdog = log, saver, watchdog
         self.signal, self.signal_time = 0, 0.0
         # The host notices a step that is not finite where it waits for the device anyway; until then the device skips
         # that update and all after it
@@ -75,7 +73,7 @@ class Guard:
         # loss and gradient norm: of the last step, and of the first bad one
         self.numbers = self.bad_numbers = torch.zeros(2, device=world.device)
         log_before = read_log(run.folder) if run.config.train.spike is not None and world.rank == 0 else []
-        losses = [r["loss"] for r in log_before if "loss" in r and r["step"] < start]
+        losses = [r["loss"] for r in log_before if "loss" in r and r["step"] < log.start.step]
         self.recent: deque[float] = deque(distributed.broadcast(losses[-20:], world.ranks), maxlen=20)
 
     def __enter__(self) -> "Guard":
@@ -117,8 +115,7 @@ class Guard:
         try:
             self.saver.wait()
         except (UserError, OSError) as e:  # the same on all ranks
-            last = checkpoint.last(self.run.folder)
-            message = f"step {step}: a checkpoint could not be saved: {describe(e)}. {last}"
+            message = f"step {step}: a checkpoint could not be saved: {describe(e)}. {checkpoint.last(self.run.folder)}"
             if self.run.config.train.on_save_error == "stop":
                 raise rank0_error(message, self.world) from None
             if self.world.rank == 0:

@@ -79,7 +79,7 @@ def check_shipped(run: Run) -> None:
 
 @dataclass
 class Start:
-    """Where training begins. JSON-serializable: found on rank 0, broadcast to all."""
+    """Where training begins: found on rank 0, broadcast to all."""
 
     step: int
     done: list[int]  # required steps that are saved already
@@ -163,8 +163,8 @@ def check_start(run: Run, tokens: Tokens | SFTData, start: Start, checksums: boo
 def agree_on_start(run: Run, tokens: Tokens | SFTData, world: World) -> Start:
     """find_start as rank 0 sees it: other machines may see an older state of a shared disk for a while."""
     with raise_on_all_ranks(world):
-        found = vars(find_start(run, tokens)) if world.rank == 0 else {}
-    return Start(**broadcast(found, world.ranks))
+        found = find_start(run, tokens) if world.rank == 0 else None
+    return broadcast(found, world.ranks)
 
 
 @contextmanager
