@@ -27,7 +27,13 @@ def build(c: Config, start: Start, kind: str, world: World) -> tuple[Transformer
     with torch.device("meta"):  # no memory yet: a rank may hold a part of each weight
         net = Transformer(c.model, dtype, use, t.recompute)
     if compiles(c, device):
-        compile_blocks(net)
+        torch._dynamo.config.optimize_ddp = False  # it would cut a block's graph at DDP's buckets
+        torch._dynamo.config.recompile_limit = 32  # training, validation, and its last batches
+        # All blocks share one graph, and FSDP2's work between them stays outside. A graph of the whole model would
+        # return all gradients at once, before any is added to those of earlier micro-batches, and would add the
+        # embedding's rows in any order
+        for block in net.blocks:
+            block.compile(dynamic=False)  # a shorter last batch of a validation must not change the graph of training
     if kind == "fsdp":
         distributed.shard(net, world, t.shard_ranks)
     net.allocate(device)
@@ -56,15 +62,3 @@ def adamw(net: torch.nn.Module, t: Train) -> torch.optim.AdamW:
 
 def compiles(c: Config, device: torch.device) -> bool:
     return c.train.compile == "on" or (c.train.compile == "auto" and device.type == "cuda")
-
-
-def compile_blocks(net: Transformer) -> None:
-    """torch.compile each block; all share one graph, and FSDP2's work between blocks stays outside.
-
-    A graph of the whole model would return all gradients at once, before any is added to those of earlier
-    micro-batches, and would add the embedding's rows in any order.
-    """
-    torch._dynamo.config.optimize_ddp = False  # it would cut a block's graph at DDP's buckets
-    torch._dynamo.config.recompile_limit = 32  # training, validation, and its last batches
-    for block in net.blocks:
-        block.compile(dynamic=False)  # a shorter last batch of a validation must not change the graph of training

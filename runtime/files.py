@@ -154,13 +154,11 @@ def lock(file: Path, busy: str, remove: bool = False) -> Iterator[None]:
 def is_locked(file: Path) -> bool:
     """Does another process hold this lock?"""
     try:
-        with open(file, "rb") as f:
+        with suppress(FileNotFoundError, NotADirectoryError), open(file, "rb") as f:
             fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
     except BlockingIOError:
         return True
-    except (FileNotFoundError, NotADirectoryError):
-        return False
 
 
 def partial_folder(target: Path) -> Path:

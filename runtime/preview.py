@@ -3,8 +3,6 @@
 import tempfile
 from pathlib import Path
 
-import torch
-
 from runtime import resume
 from runtime.distributed import World
 from runtime.errors import UserError
@@ -15,7 +13,18 @@ from text import prepare
 
 def preview(run: Run, kind: str, why: str, ranks: int) -> None:
     """Print the segment, its LR, sizes, batch and tokens. UserError at the end where the run would refuse."""
-    run, problem = check(run)
+    sft, problem = run.segment.paradigm == "sft", None
+    try:
+        if not sft and prepare.ships(run.config.data.path):
+            check_shipped(run)
+        else:
+            with tempfile.TemporaryDirectory() as scratch:  # a fine-tuning has its number of steps only now
+                run, data = open_data(run, World(), lambda doing: None, Path(scratch))
+                check_start(run, data, find_start(run, data), checksums=False)
+    except UserError as e:
+        if sft:  # without examples there is nothing to say
+            raise
+        problem = e
     c, t, m = run.config, run.config.train, run.config.model
     s, p, required = run.segment, run.plan, run.required
     tokens, flops = (s.end - s.start) * t.batch_tokens, m.flops_per_token()
@@ -37,27 +46,10 @@ def preview(run: Run, kind: str, why: str, ranks: int) -> None:
     accumulation = t.batch_tokens // (t.micro_batch * m.context * ranks)
     pieces = f"micro-batch {t.micro_batch} x context {m.context} x accumulation {accumulation} x {ranks} rank"
     print(f"batch        {t.batch_tokens:,} tokens = {pieces}{'s' * (ranks > 1)}")
-    if s.paradigm != "sft" and prepare.ships(c.data.path):
+    if not sft and prepare.ships(c.data.path):
         print(f"data         {c.data.path}: not there yet, the text that ships with the project will be prepared")
-    elif s.paradigm != "sft" and (Path(c.data.path) / "meta.json").exists():
+    elif not sft and (Path(c.data.path) / "meta.json").exists():
         for name, need, there in resume.open_tokens(c, p).needs(s.start, s.end):
             print(f"data         {Path(c.data.path) / name}.bin: {need:,} tokens needed, {there:,} there")
     if problem:
         raise problem
-
-
-def check(run: Run) -> tuple[Run, UserError | None]:
-    """The run (a fine-tuning has its number of steps only now), and the error with which it would end at its start."""
-    sft, alone = run.segment.paradigm == "sft", World(0, 0, 1, torch.device("cpu"))
-    try:
-        if not sft and prepare.ships(run.config.data.path):
-            check_shipped(run)
-        else:
-            with tempfile.TemporaryDirectory() as scratch:
-                run, tokens = open_data(run, alone, lambda doing: None, Path(scratch))
-                check_start(run, tokens, find_start(run, tokens), checksums=False)
-    except UserError as e:
-        if sft:  # without examples there is nothing to say
-            raise
-        return run, e
-    return run, None

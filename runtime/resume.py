@@ -165,8 +165,8 @@ def record(run: Run, parent: dict[str, Any] | None, tokens: data.Tokens | SFTDat
     return {**made, **state, **keys, "data": tokens.identity(step), "versions": VERSIONS}
 
 
-def check_lineage(where: Path, c: Config, s: Segment, tokens: data.Tokens | SFTData) -> dict[str, Any]:
-    """The meta of a checkpoint of segment `s`. UserError names the keys or files if this config would make another."""
+def check_lineage(where: Path, c: Config, s: Segment, tokens: data.Tokens | SFTData) -> None:
+    """UserError unless this config would make this checkpoint of segment `s`; it names keys or files that differ."""
     meta = checkpoint.read_meta(where)
     if meta["segment"] != s.name:
         raise UserError(f"{where}: is a checkpoint of {meta['segment']!r}, expected one of {s.name!r}; move it back")
@@ -190,7 +190,6 @@ def check_lineage(where: Path, c: Config, s: Segment, tokens: data.Tokens | SFTD
         if seen.get(key) != own[key]:
             fix = "choose the data it was trained on"
             raise UserError(f"{where}: was trained {other} than those of data.path {tokens.folder}; {fix}")
-    return meta
 
 
 def check_model(where: Path, meta: dict[str, Any], c: Config, tokenizer: str) -> None:
