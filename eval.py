@@ -26,7 +26,6 @@ from runtime import checkpoint, resume
 from runtime.command_line import Parser, aligned
 from runtime.device import activations, pick_device, steady_malloc
 from runtime.errors import UserError, user_errors
-from runtime.runs import finished
 from text import token_files
 
 
@@ -125,7 +124,7 @@ def score(path: Path, device: torch.device, folder: str | None = None, quiet: bo
 def chosen(paths: list[Path]) -> dict[str, dict[int, Path]] | None:
     """The finished versions if `paths` is one run's folder, None if it is checkpoints."""
     if len(paths) == 1 and not (paths[0] / "meta.json").exists():
-        if run := finished(paths[0]):
+        if run := resume.finished(paths[0]):
             return run
         raise UserError(f"{paths[0]}: is no checkpoint, and no run with a finished version; train one with train.py")
     for p in paths:

@@ -318,8 +318,8 @@ def fits(checkpoint: Path, tensors: dict[str, Tensor]) -> set[str]:
     return set(metadata)
 
 
-def load(checkpoint: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Fill `tensors` (those of `state`, or model.* alone) from a checkpoint that `verify` has passed; returns its meta.
+def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill `tensors` (those of `state`, or model.* alone) from a checkpoint that `verify` has passed.
 
     Each rank reads its own rows, whatever ranks wrote them. UserError if shapes differ or values are not finite.
     """
@@ -332,7 +332,6 @@ def load(checkpoint: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     for name, set_state in (("rng.cpu", torch.set_rng_state), ("rng.cuda", torch.cuda.set_rng_state)):
         if name in tensors:
             set_state(tensors[name])
-    return read_meta(checkpoint)
 
 
 # ---- Keeping and deleting --------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 import config
 import eval as evaluation
 import sample
-from runtime import checkpoint, runs
+from runtime import checkpoint, resume
 from runtime.errors import UserError, user_errors
 from runtime.files import sha256, write_json
 from text import prepare, token_files
@@ -202,9 +202,9 @@ def test_versions_are_found_by_what_is_recorded(trained, tmp_path):
     tuned = [record(f"sft/{s}", v, s, epochs=1) for s, v in (("a/v1", 1), ("b/v3", 3))]
     (lost := tmp_path / "r" / "b" / "v4" / "step-000040").mkdir(parents=True)
     with pytest.raises(UserError, match=r"step-000040: in the way of a checkpoint and not one \(no meta.json\)"):
-        runs.finished(tmp_path / "r")
+        resume.finished(tmp_path / "r")
     lost.rmdir()
-    assert runs.finished(tmp_path / "r") == {
+    assert resume.finished(tmp_path / "r") == {
         "a": {1: a1},
         "b": {1: a1, 2: b2, 3: b3},
         "c": {2: c2},
