@@ -35,9 +35,8 @@ from runtime.distributed import World, full_tensor, mean_over_ranks
 from runtime.errors import UserError, refuse, user_errors
 from runtime.guards import Guard, Watchdog
 from runtime.logger import Log
-from runtime.preview import preview
 from runtime.resume import Run
-from runtime.start import Start, agree_on_start, claim, open_data
+from runtime.start import Start, agree_on_start, claim, open_data, preview
 
 # ---- The segment: wrong input is refused here, before a device or the disk is touched --------------------------------
 
