@@ -205,11 +205,10 @@ def mean_over_ranks(values: Tensor, world: World) -> Tensor:
     return values / world.ranks
 
 
-def check_same(values: dict[str, Any], world: World, remedy: str) -> None:
+def check_same(here: dict[str, Any], world: World, remedy: str) -> None:
     """UserError unless all ranks hold the same values; it names the first rank that differs, and the keys."""
-    there = broadcast(values, world.ranks)
-    keys = [k for k in there | values if values.get(k) != there.get(k)]
-    different = [f"{k}: {values.get(k)} here, {there.get(k)} there" for k in keys]
+    there = broadcast(here, world.ranks)
+    different = [f"{k}: {here.get(k)} here, {there.get(k)} there" for k in there | here if here.get(k) != there.get(k)]
     with raise_on_all_ranks(world):
         if different:
             raise UserError(f"rank {world.rank} differs from rank 0 ({', '.join(different)}); {remedy}")
