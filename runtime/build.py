@@ -59,7 +59,7 @@ def compiles(c: Config, device: torch.device) -> bool:
 
 
 def compile_blocks(net: Transformer) -> None:
-    """torch.compile each block; all share one graph, and FSDP2's work between blocks stays outside.
+    """torch.compile each block; all share their graphs, and FSDP2's work between blocks stays outside.
 
     A graph of the whole model would return all gradients at once, before any is added to those of earlier
     micro-batches, and would add the embedding's rows in any order.
