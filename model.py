@@ -59,7 +59,7 @@ Past = tuple[Tensor, Tensor, Tensor]  # of a cache: keys and values (B, S, K, D)
 class Block(nn.Module):
     """x + attention(norm(x)), then x + swiglu(norm(x)). q, k, v are one matrix, and so are gate and up.
 
-    The residual stream comes without the output of the layer before, its update: the norm adds them in the same pass.
+    The block before gives its output (`update`) and the residual stream apart: this block's first norm adds them.
     """
 
     def __init__(self, c: config.Model, use: dict[str, str]) -> None:
@@ -80,7 +80,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The output of the block before and the residual stream that it adds to, (B, T, C) each -> this block's.
 
-        `mask` (B, 1, T, S): 0 for a key that the query sees, -inf for others; None: it sees those before it.
+        `mask` (B, 1, T, S): 0 for a key that the query sees, -inf for others; None: causal attention.
         """
         y, residual = self.attn_norm(update, residual)
         B, T, C = y.shape

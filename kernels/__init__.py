@@ -1,9 +1,9 @@
 """The operations that decide the speed of a step, one a file: formula, gradient, PyTorch reference, Triton kernels.
 
-    rms_norm.py  rope.py  attention.py  swiglu.py  cross_entropy.py
+    rms_norm.py  rope.py  attention.py  swiglu.py  cross_entropy.py     and linear.py, whose products are PyTorch's
 
-Every public function takes `use`: "torch" is PyTorch's own operations and runs everywhere, "triton" is the kernel and
-needs a CUDA GPU. With TRITON_INTERPRET=1 in the environment the kernels run on the CPU too, in float32, slowly.
+An operation takes `use`: "torch" is PyTorch's own operations and runs everywhere, "triton" is the kernel and needs a
+CUDA GPU. With TRITON_INTERPRET=1 in the environment the kernels run on the CPU too, in float32, slowly.
 check.py turns the key train.kernels into one choice an operation, and tries those of a GPU before they are used.
 """
 

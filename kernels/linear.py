@@ -1,10 +1,10 @@
-"""y = x W' + b, where W and its gradient are float32 and the products are in the dtype of the activations.
+"""y = x W' + b (' transposes), where W and its gradient are float32 and products are in the dtype of the activations.
 
     dx = dy W        dW = dy' x        db = sum over rows of dy
 
-`low` is W in the dtype of x. Kept from one update to the next, it spares a cast of W in each micro-batch, and dW is
-written once, in float32: tensor cores sum in float32, and nothing rounds the sum before it is added to the gradient.
-Without it W is cast here, and autograd's dW is rounded to the dtype of x before it is cast back.
+`low` is a copy of W in the dtype of x. Kept from one update to the next, it spares a cast of W in each micro-batch,
+and dW is written once, in float32: tensor cores sum in float32, and nothing rounds the sum before it is added to the
+gradient. Without it W is cast here, and autograd's dW is rounded to the dtype of x before it is cast back.
 """
 
 from typing import Any

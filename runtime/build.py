@@ -29,7 +29,7 @@ def build(c: Config, start: Start, kind: str, world: World) -> tuple[Transformer
     if compiles(c, device):
         torch._dynamo.config.optimize_ddp = False  # it would cut a block's graph at DDP's buckets
         torch._dynamo.config.recompile_limit = 32  # training, validation, and its last batches
-        # All blocks share one graph, and FSDP2's work between them stays outside. A graph of the whole model would
+        # All blocks share their graphs, and FSDP2's work between them stays outside. A graph of the whole model would
         # return all gradients at once, before any is added to those of earlier micro-batches, and would add the
         # embedding's rows in any order
         for block in net.blocks:

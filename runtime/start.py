@@ -178,7 +178,8 @@ def claim(run: Run, tokens: Tokens | SFTData, start: Start, world: World) -> Ite
             if world.rank == 0:
                 check_start(run, tokens, start)
             # a kernel that was asked for by name and fails is refused before anything is written
-            check.choose(c.train.kernels, c.model, activations(c.train.dtype, world.device), world.device)
+            use = check.choose(c.train.kernels, c.model, activations(c.train.dtype, world.device), world.device)
+        check_same(use, world, "a kernel fails on some GPUs; take --train.kernels torch, or start without them")
         with raise_on_all_ranks(world):
             if world.rank == 0:
                 held.enter_context(lock(folder / ".lock", BUSY.format(folder)))
