@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,7 @@ def plot(result: Row, file: str) -> None:
 
 def main() -> None:
     o, c = parse(sys.argv[1:] or ["--help"])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C, it ends the process of a row as well
     t = c.train
     device = pick_device("cpu" if t.device == "auto" and not torch.cuda.is_available() else t.device, 0)
     dtype = activations(t.dtype, device)

@@ -4,6 +4,8 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -568,3 +570,20 @@ def test_step_is_compared_by_rounds_and_at_equal_micro_batches():
     assert ours["tokens_per_second"] == 3e5 and hf["ours_ratio"] == 2.0  # the median of 3, 2 and 1: round by round
     assert hf["memory_ratio"] == 6 / 20  # at 8, the largest that both did
     assert ours["mfu"] == pytest.approx(3e5 * 1.063e9 / 989e12, rel=1e-3) and ours["mfu_published"] > ours["mfu"]
+
+
+def test_a_benchmark_that_is_terminated_ends_the_process_of_its_row(run, monkeypatch):
+    """SIGTERM raises, so that subprocess.run kills its child, as after Ctrl-C."""
+    ended = []
+
+    def measuring(*_):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            ended.append(True)
+
+    monkeypatch.setitem(bench.VERBS, "step", measuring)
+    handler = signal.getsignal(signal.SIGTERM)
+    code, found, _ = run("step", *TINY)
+    signal.signal(signal.SIGTERM, handler)
+    assert code == 143 and found is None and ended
