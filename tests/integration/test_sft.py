@@ -15,7 +15,7 @@ import eval as evaluation
 import model
 import sample
 from kernels.cross_entropy import IGNORE
-from runtime import checkpoint
+from runtime import checkpoint, resume
 from runtime.errors import UserError
 from text import prepare
 from text.examples import Examples, MixedData, SFTData, pack, prepare_examples
@@ -298,7 +298,7 @@ def test_its_place_is_the_parents_run(train_cli, parent, tmp_path, monkeypatch):
     (end,) = (tmp_path / "run/sft/ours-cosine/v1").glob("step-*")
     settings = checkpoint.read_meta(end)["config"]
     assert settings["model.hidden"] == 16 and settings["plan.max_lr"] == 2e-5
-    assert evaluation.finished(tmp_path / "run")["sft/ours-cosine"] == {1: end}
+    assert resume.finished(tmp_path / "run")["sft/ours-cosine"] == {1: end}
     assert not (parent.parent / "out").exists()
 
 
