@@ -166,8 +166,11 @@ def path(p: Plan, start: int, end: int, W: int, D: float, warm_from: float = 0.0
 
 
 def plan(paradigm: str, p: Plan) -> list[Segment]:
-    """The segments of a paradigm ("ptfs", "cpt" or "ours"), parents first (Section 3.1, Figure 1, Appendix B)."""
-    if found := problems(p, paradigm):  # ValueError, a line a problem, where `p` makes no sense
+    """The segments of a paradigm ("ptfs", "cpt" or "ours"), parents first (Section 3.1, Figure 1, Appendix B).
+
+    ValueError, a line a problem, where `p` makes no sense.
+    """
+    if found := problems(p, paradigm):
         raise ValueError("\n".join(f"plan.{line}" for line in found))
     N, d, W = len(p.T), p.d, p.warmup
     part = SCHEDULES[p.schedule][1]

@@ -26,7 +26,7 @@ import config
 import kernels
 from bench import disk, evaluation, peers, step
 from bench import kernels as kernel_rows
-from bench.measure import Row, environment, show, table, text
+from bench.measure import Row, environment, table, text
 from runtime import logger
 from runtime.command_line import Parser
 from runtime.device import activations, pick_device
@@ -133,7 +133,6 @@ def main() -> None:
     print(f"bench {o.verb}: {where['device']}, {dtype}")
     found = VERBS[o.verb](o, c, device, dtype)
     table(found["rows"])
-    print(show(found.get("bars", [])))
     command = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
     result = {"bench": o.verb, "dtype": str(dtype), **where, "commit": logger.git_commit(), "command": command}
     result |= {"config": config.values(c), **found}

@@ -99,6 +99,7 @@ def run_checkpoint(o: Any, c: config.Config, device: torch.device, dtype: torch.
     bars = verdict("save to plain write", middle[WRITE] / middle["save"], 0.85)
     bars += verdict("stall by copy", middle[STALL] / middle[COPY], 1.5, at_most=True)
     print(f"{size:,} bytes in {where}; reads come from the page cache, since the same bytes were just written")
+    print(show(bars))
     return {"bytes": size, "rows": rows, "bars": bars}
 
 

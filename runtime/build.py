@@ -22,10 +22,8 @@ def build(c: Config, start: Start, kind: str, world: World) -> tuple[Transformer
     torch.set_float32_matmul_precision("high" if bf16 else "highest")  # with bf16, fp32 products may be TF32
     steady_malloc(device)
     torch.manual_seed(t.seed)
-    with raise_on_all_ranks(world):
-        use = check.choose(t.kernels, c.model, dtype, device)
     with torch.device("meta"):  # no memory yet: a rank may hold a part of each weight
-        net = Transformer(c.model, dtype, use, t.recompute)
+        net = Transformer(c.model, dtype, check.choose(t.kernels, c.model, dtype, device), t.recompute)
     if compiles(c, device):
         torch._dynamo.config.optimize_ddp = False  # it would cut a block's graph at DDP's buckets
         torch._dynamo.config.recompile_limit = 32  # training, validation, and its last batches

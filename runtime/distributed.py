@@ -127,7 +127,7 @@ def choose(wanted: str, parameters: int, world: World) -> tuple[str, str]:
     if parameters >= 2e9:
         return "fsdp", "2B parameters or more"
     kind, fit = ("ddp", "fit") if 3 * state <= memory else ("fsdp", "do not fit")
-    return kind, f"{state / 1e9:.3g} GB of weights, gradients and moments {fit} a third of {memory / 1e9:.3g} GB"
+    return kind, f"with bfloat16 copies {state / 1e9:.3g} GB, which {fit} a third of {memory / 1e9:.3g} GB"
 
 
 # ---- Joining and agreeing --------------------------------------------------------------------------------------------
