@@ -58,7 +58,7 @@ def tunings(s: Setup, settings: dict[Path, str], sft: str, ranks: int) -> tuple[
     settled = {k: v for k, (f, v) in config.flatten(plain).items() if not f.metadata.get("free")}
     key = digest([sha256(Path(sft)), plain.data.epochs, settled])[:8]
     for path, trained in settings.items():
-        setting = f"{trained}-sft-{key}"  # a folder for each set of examples and keys
+        setting = f"{trained or s.own}-sft-{key}"  # a folder for each set of examples and keys
         c, meta = resume.sft_config(plain, str(path), {"out"})
         refuse(distributed.batch_problems(c, ranks))
         if (setting, c.model.context) not in examples:

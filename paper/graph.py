@@ -1,6 +1,7 @@
 """The segments that tables need, as one graph: a segment that several tables need is trained once.
 
-    out/<scale>/<setting>-s<seed>/<segment>/      a folder of train.py's for each node
+    out/<scale>/<segment>/                        a folder of train.py's for each node
+    out/<scale>/<setting>-s<seed>/<segment>/      of another setting or seed than the config's own
 
 A node can start once the checkpoint that it starts from is there. For a branch that is long before the main path ends.
 """
@@ -30,7 +31,7 @@ class Node:
     """One segment to train, and how far it is on the disk."""
 
     root: Path
-    setting: str  # with its seed
+    setting: str  # with its seed; empty: the base setting with the config's own seed, at home in `root` itself
     segment: schedule.Segment
     config: config.Config
     arguments: list[str]  # of train.py, except --out, --parent and --train.save_at
@@ -39,7 +40,7 @@ class Node:
 
     @property
     def name(self) -> str:
-        return f"{self.setting}/{self.segment.name}"
+        return (Path(self.setting) / self.segment.name).as_posix()
 
     @property
     def folder(self) -> Path:
@@ -127,10 +128,12 @@ def add(nodes: Graph, s: Setup, point: Point, seed: int) -> tuple[str, int]:
     """Add a point's segment and all segments that it starts from. Returns (name of its node, step)."""
     run, c = point.run, s.config(point.run, seed)
     setting = f"{run.setting.name}-s{seed}"
+    if setting == s.own and not (s.root / setting).exists():  # it is used where an earlier version has made it
+        setting = ""
     segments = {g.name: g for g in s.segments(run, seed)}
 
     def need(segment: schedule.Segment, step: int) -> tuple[str, int]:
-        name = f"{setting}/{segment.name}"
+        name = (Path(setting) / segment.name).as_posix()
         known, main = nodes.get(name), segment.paradigm == "main"
         if known and not main and (segment.start, segment.end) != (known.segment.start, known.segment.end):
             raise UserError(f"{name}: two of the tables asked for need different segments here; give each an --out")

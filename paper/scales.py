@@ -108,6 +108,7 @@ class Setup:
     def __init__(self, scale: Scale, overrides: dict[str, str], schedules: list[str], out: str | None = None) -> None:
         self.scale, self.overrides, self.schedules = scale, overrides, schedules
         self.root = Path(out or f"out/{scale.name}")
+        self.own = f"base-s{config.load(scale.config).train.seed}"  # the setting and seed of train.py without keys
         self.base = c = config.load(scale.config, overrides)
         values, default = config.values(c), config.values(config.Config())
         for key in "plan.increments data.increments data.sft data.epochs data.decay_mix train.save_at".split():

@@ -93,10 +93,10 @@ def test_steps_of_the_paper_in_every_table():
     assert {n.steps for n in alphas.values() if n.segment.paradigm == "branch"} == {2000, 4000, 6000, 8000}
     # one main path for all schedules and all alphas, as long as alpha 0.2 needs it
     assert steps(alphas, "main") == 38_000
-    assert alphas["base-s1/main"].required == {10_000 * v - d for v in (2, 3, 4) for d in (2000, 4000, 6000, 8000)}
+    assert alphas["main"].required == {10_000 * v - d for v in (2, 3, 4) for d in (2000, 4000, 6000, 8000)}
 
     sizes = nodes_of(s, "table7")
-    for T, folder in ((5000, "steps-5000-s1"), (10_000, "base-s1"), (40_000, "steps-40000-s1")):
+    for T, folder in ((5000, "steps-5000-s1"), (10_000, ""), (40_000, "steps-40000-s1")):
         own = {name: n for name, n in sizes.items() if n.setting == folder}
         assert (steps(own, "ptfs"), steps(own, "main", "branch")) == (10 * T, 5.8 * T)
         assert {n.steps for n in own.values() if n.segment.paradigm == "cpt"} == {T}
@@ -118,7 +118,7 @@ def test_steps_of_the_paper_in_every_table():
         *(10_000, 20_000, 30_000, 40_000)
     ]
     assert {name: n.parent for name, n in unequal.items() if n.setting.startswith("increments")} == {
-        f"increments-1-{k}-s1/cpt-cosine/v2": ("base-s1/ptfs-cosine/v1", 10_000) for k in (2, 3)
+        f"increments-1-{k}-s1/cpt-cosine/v2": ("ptfs-cosine/v1", 10_000) for k in (2, 3)
     }
 
     stages = nodes_of(s, "fig4", "fig5")
@@ -194,7 +194,7 @@ def test_segments_that_tables_share_are_one_node():
     s = setup("tiny")
     one, all_of_them = nodes_of(s, "table3"), nodes_of(s, *tables.TABLES)
     assert len(nodes_of(s, "table1", "table3")) == len(one)
-    assert {name for name, n in nodes_of(s, "table7").items() if n.setting == "base-s1"} <= set(one)
+    assert {name for name, n in nodes_of(s, "table7").items() if not n.setting} <= set(one)
     assert nodes_of(s, "table4").keys() <= one.keys()
     two = nodes_of(s, "table3", seeds=(1, 2))
     assert len(two) == 2 * len(one)
@@ -203,7 +203,7 @@ def test_segments_that_tables_share_are_one_node():
         words = flags(node.arguments)
         c = config.load(words["config"], {k: v for k, v in words.items() if "." in k})
         segment = resume.pick(c, words["mode"], int(words.get("version", 0))).segment
-        assert name == f"{node.setting}/{segment.name}"
+        assert name == f"{node.setting}/{segment.name}".lstrip("/")
         assert (segment.start, segment.end) == (node.segment.start, node.segment.end)
 
 
@@ -325,7 +325,7 @@ def start(out, prepared):
 
 def test_table3_end_to_end_stopped_and_gone_on(tmp_path, prepared, main):
     root = tmp_path / "out"
-    run, results = root / "base-s1", root / "results"
+    run, results = root, root / "results"
 
     def wait_for(process, segments):
         while len({f.parent for f in [*run.glob("*/*/step-*"), *run.glob("main/step-*")]}) < segments:
@@ -350,7 +350,7 @@ def test_table3_end_to_end_stopped_and_gone_on(tmp_path, prepared, main):
     assert stopped.wait(timeout=60) == 143
     before = {f: f.stat().st_mtime_ns for f in run.rglob("step-*/meta.json")}
     code, said, _ = main(*words(root, prepared, what=["status"]))
-    assert code == 0 and re.search(r"table3 +6 segments, [2-6] done", said) and "base-s1/ptfs-cosine" in said
+    assert code == 0 and re.search(r"table3 +6 segments, [2-6] done", said) and "  ptfs-cosine " in said
     code, _, said = main(*words(root, prepared))
     assert code == 0, said
     assert all(f.stat().st_mtime_ns == t for f, t in before.items() if f.exists())  # nothing was trained twice
@@ -376,7 +376,9 @@ def test_table3_end_to_end_stopped_and_gone_on(tmp_path, prepared, main):
     with lzma.open(results / "logs.jsonl.xz", "rt") as f:
         logged = {json.loads(line)["cell"] for line in f}
     segments = ("main", "ptfs-cosine/v1", "ptfs-cosine/v2", "cpt-cosine/v2", "ours-cosine/v1", "ours-cosine/v2")
-    assert logged == {f"base-s1/{name}" for name in segments}
+    assert logged == set(segments)
+    # where train.py without keys would train, and eval.py out/tiny reads
+    assert resume.finished(root).keys() == {"ptfs-cosine", "cpt-cosine", "ours-cosine"}
 
     # a line that a kill cut short is passed over
     with open(run / "ptfs-cosine" / "v1" / "log.jsonl", "a") as f:
@@ -398,11 +400,11 @@ def test_table3_end_to_end_stopped_and_gone_on(tmp_path, prepared, main):
 
 
 def test_a_segment_that_fails_is_named_and_the_others_go_on(tmp_path, prepared, main):
-    run = tmp_path / "out" / "base-s1"
+    run = tmp_path / "out"
     (run / "ptfs-cosine").mkdir(parents=True)
     (run / "ptfs-cosine" / "v1").write_text("in the way")
     code, _, said = main(*words(tmp_path / "out", prepared, what=["table1"]))
-    assert code == 2 and "base-s1/ptfs-cosine/v1: " in said and "base-s1/cpt-cosine/v2: not begun" in said
+    assert code == 2 and "error: ptfs-cosine/v1: " in said and "error: cpt-cosine/v2: not begun" in said
     assert checkpoint.steps(run / "ptfs-cosine" / "v2") == [20]
 
 
@@ -493,15 +495,35 @@ def test_modules_are_no_commands():
         assert ended.returncode and len(ended.stderr.splitlines()) == 1 and not ended.stdout, words
 
 
+def test_the_configs_own_run_is_the_scales_folder_and_an_older_place_stays_in_use(tmp_path):
+    def runs():
+        """Folders of version 2 of PTFS, and of main paths."""
+        nodes: graph.Graph = {}
+        s = setup("tiny", ["cosine"], tmp_path)
+        for row in [*tables.TABLES["table3"](s).rows, *tables.TABLES["table8"](s).rows]:
+            for seed in (1, 2):
+                graph.add(nodes, s, row.points["V2"], seed)
+        folders = [n.folder.relative_to(tmp_path).as_posix() for n in nodes.values()]
+        return {f for f in folders if f.endswith(("ptfs-cosine/v2", "main")) and not f.startswith("lr-0.00")}
+
+    assert runs() == {"ptfs-cosine/v2", "main", "base-s2/ptfs-cosine/v2", "base-s2/main"} | {
+        f"lr-0.0107-s{seed}/{name}" for seed in (1, 2) for name in ("ptfs-cosine/v2", "main")
+    }
+    (tmp_path / "base-s1").mkdir()
+    assert {f for f in runs() if not f.startswith("lr-")} == {
+        f"base-s{seed}/{name}" for seed in (1, 2) for name in ("ptfs-cosine/v2", "main")
+    }
+
+
 def test_status_says_what_is_missing_for_which_table(tmp_path):
     """After Table 3 the main path lacks only fork points of Table 2."""
     s = setup("tiny", ["cosine"], tmp_path / "out")
     request = graph.Request(s, ["table2", "table3"], [1])
-    main = request.nodes["base-s1/main"]
-    for step in request.nodes_of["table3"]["base-s1/main"].required:
+    main = request.nodes["main"]
+    for step in request.nodes_of["table3"]["main"].required:
         (main.folder / f"step-{step:06d}").mkdir(parents=True)
         (main.folder / f"step-{step:06d}" / "meta.json").touch()
-    (line,) = [line for line in plans.status(request) if "base-s1/main" in line]
+    (line,) = [line for line in plans.status(request) if "main" in line]
     missing = "240, 320, 360, 440, 520, 560, 640, 720, 760"
     assert line.split("main", 1)[1].strip() == f"760 steps: done for table3; steps {missing} missing for table2"
 

@@ -82,19 +82,17 @@ def check_seeds(commands, root, cells, seeds, parse):
     seen: dict[int, dict[str, dict]] = {seed: {} for seed in seeds}
     for words in commands:
         o, c = parse(words)
-        folder = f"{Path(c.out).relative_to(root)}/{segment_of(o, c).name}"
-        (seed,) = map(int, re.findall(r"-s(\d+)/", folder))
+        folder = (Path(c.out).relative_to(root) / segment_of(o, c).name).as_posix()
+        # the config's own seed, 1, has its base setting in the root itself
+        (seed,) = map(int, re.findall(r"-s(\d+)/", folder) or [1])
         assert c.train.seed == seed == cells[folder].config.train.seed, words
         changed = {"out": "", "train.save_at": []}  # where it goes, and what others need of it
         values = config.values(c) | changed
         assert values == config.values(cells[folder].config) | changed, words
-        plain = folder.replace(f"-s{seed}/", "/")
-        kept = values | {
-            "train.seed": 0,
-            "train.save_at": c.train.save_at,
-            "parent": (o.parent or "").replace(f"-s{seed}/", "/"),
-        }
-        assert f"-s{seed}/" in (o.parent or f"-s{seed}/")
+        parent = Path(o.parent).relative_to(root).as_posix() if o.parent else ""
+        plain, its_parent = (name.replace(f"base-s{seed}/", "").replace(f"-s{seed}/", "/") for name in (folder, parent))
+        kept = values | {"train.seed": 0, "train.save_at": c.train.save_at, "parent": its_parent}
+        assert not parent or f"-s{seed}/" in parent or seed == 1
         assert seen[seed].setdefault(plain, kept) == kept, words
     first = seen[seeds[0]]
     assert first and all(of == first for of in seen.values())
@@ -156,7 +154,7 @@ def test_slurm_jobs_have_the_seeds_of_their_cells_and_wait_for_their_parents(tol
     # and a job is of 20; a version of the main path, 10,000 steps, takes 6.3
     named = [name for _, name, *_ in jobs]
     for name, times in (("ptfs-cosine/v3", 1), ("ptfs-cosine/v4", 2), ("cpt-cosine/v4", 1), ("main", 4)):
-        assert [named.count(f"base-s{seed}/{name}") for seed in (1, 2)] == [times] * 2
+        assert [named.count(f"{folder}{name}") for folder in ("", "base-s2/")] == [times] * 2
     made = set().union(*(after for _, after, _ in of.values()))
     assert {f"{tmp_path / 'out'}/{n}/step-{at:06d}" for n, cell in cells.items() for at in cell.required} <= made
 
@@ -250,7 +248,7 @@ def test_each_number_of_a_record_is_its_own_checkpoints(two_seeds, own_ppl):
     assert [r["name"] for r in record["rows"]] == ["PTFS", "CPT"]
     all_of_them = []
     for row, segment in zip(record["rows"], ("ptfs-cosine/v2", "cpt-cosine/v2"), strict=True):
-        own = [own_ppl(two_seeds / f"base-s{seed}" / segment / "step-000020") for seed in (1, 2)]
+        own = [own_ppl(two_seeds / folder / segment / "step-000020") for folder in ("", "base-s2")]
         # float32 logits and losses of batches of 1 and of 16 sequences: each some 1e-6 off, and of either sign
         assert row["seeds"]["V2"] == pytest.approx(own, rel=1e-5)
         assert row["ppl"]["V2"] == pytest.approx((own[0] + own[1]) / 2, rel=1e-5)
@@ -260,8 +258,8 @@ def test_each_number_of_a_record_is_its_own_checkpoints(two_seeds, own_ppl):
 
 
 def test_the_cpt_of_a_seed_starts_from_that_seeds_version_1(two_seeds):
-    for seed in (1, 2):
-        run = two_seeds / f"base-s{seed}"
+    for seed, folder in ((1, ""), (2, "base-s2")):
+        run = two_seeds / folder
         metas = {
             n: json.loads((run / n / "meta.json").read_text())
             for n in ("ptfs-cosine/v1/step-000010", "cpt-cosine/v2/step-000020")
@@ -275,9 +273,9 @@ def test_scores_are_kept_by_weights_not_by_place(two_seeds, own_ppl, tmp_path):
     """Another model at the same path and step, beside the scores of the first."""
     there = tmp_path / "run" / "ptfs-cosine" / "v2" / "step-000020"
     found = []
-    for seed in (1, 2, 1):
+    for folder in ("", "base-s2", ""):
         shutil.rmtree(there, ignore_errors=True)
-        shutil.copytree(two_seeds / f"base-s{seed}" / "ptfs-cosine" / "v2" / "step-000020", there)
+        shutil.copytree(two_seeds / folder / "ptfs-cosine" / "v2" / "step-000020", there)
         found.append(measure.scores([there], tmp_path / "scores", 64, "cpu")[there].ppl)
         assert found[-1] == pytest.approx(own_ppl(there), rel=1e-5)  # as above
     assert found[0] == found[2] != found[1]
@@ -288,7 +286,7 @@ def test_scores_are_kept_by_weights_not_by_place(two_seeds, own_ppl, tmp_path):
 
 
 def test_a_damaged_score_is_measured_again(two_seeds, tmp_path):
-    at = two_seeds / "base-s1" / "ptfs-cosine" / "v2" / "step-000020"
+    at = two_seeds / "ptfs-cosine" / "v2" / "step-000020"
     ppl = measure.scores([at], tmp_path / "scores", 64, "cpu")[at].ppl
     (file,) = (tmp_path / "scores").iterdir()
     for damaged in (b"", file.read_bytes()[:100], b"text"):
@@ -299,15 +297,15 @@ def test_a_damaged_score_is_measured_again(two_seeds, tmp_path):
 def test_fine_tunings_of_two_seeds_have_a_folder_and_a_parent_each(two_seeds, parse, tmp_path):
     (tmp_path / "sft.jsonl").write_text('{"prompt": "Q:", "response": " red"}\n' * 80)
     s = scales.Setup(scales.load_scale("tiny"), {"train.device": "cpu"}, ["cosine"], tmp_path / "tuned")
-    cells = {f"base-s{seed}/{n}": 20 for seed in (1, 2) for n in ("ptfs-cosine/v2", "cpt-cosine/v2")}
-    at = {two_seeds / n / f"step-{step:06d}": n for n, step in cells.items()}
-    settings = {p: n.partition("/")[0] for p, n in at.items()}
+    segments = ("ptfs-cosine/v2", "cpt-cosine/v2")
+    at = {two_seeds / run / n / "step-000020": (run or "base-s1", n) for run in ("", "base-s2") for n in segments}
+    settings = {p: run.replace("base-s1", "") for p, (run, _) in at.items()}
     found, results = downstream.tunings(s, settings, str(tmp_path / "sft.jsonl"), 1)
     assert len(found) == 4 and len(set(results.values())) == 4
     for name, node in found.items():
         o, c = parse(graph.command(found, node))
         (path,) = (p for p, n in at.items() if p == Path(o.parent))
-        run, _, segment = at[path].partition("/")
+        run, segment = at[path]
         assert Path(c.out).name.startswith(f"{run}-sft-") and name == f"{Path(c.out).name}/sft/{segment}"
         assert results[path].parent == tmp_path / "tuned" / name
 
