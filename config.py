@@ -14,7 +14,7 @@ from typing import Any
 
 from runtime.errors import UserError, refuse
 from runtime.files import read_toml
-from schedule import Plan, Segment, key, parse, plan, type_name, typed
+from schedule import Plan, Segment, key, overrule, parse, plan, type_name, typed
 
 
 @dataclass
@@ -158,6 +158,7 @@ def load(name: str, overrides: dict[str, str] | None = None, unknown: list[str] 
             continue
         owner, _, leaf = k.rpartition(".")
         setattr(getattr(c, owner) if owner else c, leaf, value)
+    overrule(c.plan, [k.removeprefix("plan.") for k in overrides or {}])
     c.out = c.out or f"out/{file.stem}"
     refuse(found + check(c))
     return c

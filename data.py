@@ -1,7 +1,7 @@
 """Token files -> batches: `Tokens.batch(step)` is a pure function of (seed, increments, step).
 
 So no checkpoint stores a data position, seeking is free, and the world size does not matter: each rank reads its rows
-of the same global batch. `python data.py prepare|add|verify|bins|vocab` makes and checks the token files (text/).
+of the same global batch. `python data.py prepare|add|drop|verify|bins|vocab` makes and checks the token files (text/).
 """
 
 import itertools
@@ -82,6 +82,11 @@ class Tokens:
         i = next(i for i, end in enumerate(self.ends) if step < end)
         return i, step - (self.ends[i - 1] if i else 0)
 
+    def steps(self, i: int) -> int:
+        """Steps that increment `i` (from 0) has text for."""
+        increments = self.meta["increments"]
+        return max(0, increments[i]["tokens"] - 1) // (self.B * self.context) if i < len(increments) else 0
+
     def needs(self, start: int, end: float) -> list[tuple[str, int, int]]:
         """(increment, tokens needed, tokens there) of every increment that steps start .. end - 1 read."""
         found = []
@@ -105,8 +110,7 @@ class Tokens:
             elif there <= self.context:
                 found.append(f"{got}, expected one sequence of {self.context} at least")
             elif there < need and not self.repeat:
-                steps = (there - 1) // (self.B * self.context)
-                fix = f"give it more text, at most {steps} steps, or --data.repeat true"
+                fix = f"--data.repeat true reads it again, or plan at most {self.steps(int(name[1:]) - 1)} steps of it"
                 found.append(f"{got} and {need:,} are needed; {fix}")
         return found
 

@@ -18,7 +18,7 @@ import sys
 import tomllib
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -258,6 +258,14 @@ def problems(p: Plan, paradigm: str) -> list[str]:
     return found
 
 
+def overrule(p: Plan, given: Collection[str]) -> None:
+    """Take out what a file says where the keys `given` on the command line say it in another way."""
+    pairs = (("alpha", "decay_steps"), ("decay_steps", "alpha"), ("steps", "increments"), ("versions", "increments"))
+    for key, other in pairs:
+        if key in given and other not in given and getattr(p, key) is not None:
+            setattr(p, other, getattr(Plan(), other))
+
+
 # ---- Values of a config, as TOML or a command line has them ----------------------------------------------------------
 
 
@@ -347,6 +355,7 @@ def read_plan(config: str, words: dict[str, str | None]) -> Plan:
             setattr(p, k, read(kinds[k], value))
         except ValueError:
             raise ValueError(f"plan.{k}: got {value!r}, expected {type_name(kinds[k])}") from None
+    overrule(p, [k for k in kinds if words[k] is not None])
     return p
 
 

@@ -45,7 +45,7 @@ def parse(world: World) -> tuple[Namespace, Config]:
     """The command line and the config; without --config, small where its data is there for a GPU, else tiny."""
     a = Parser(prog="train.py", description=__doc__, usage="train.py [--config NAME] [--mode MODE] [--version I] ..")
     a.add_argument("--mode", default="main", choices=(*resume.MODES, "sft"))
-    a.add_argument("--version", type=int, help="version to train; main: the one at whose fork point to stop [the last]")
+    a.add_argument("--version", type=int, help="version to train; main: save its fork point and stop [all of the plan]")
     a.add_argument("--parent", help="the checkpoint to start from, for branch, cpt and sft [the planned one]")
     a.add_argument("--dry_run", action="store_true", help="say what would be done, touch nothing")
     a.add_config()
@@ -210,7 +210,7 @@ def main() -> None:
         asked = {"mode": o.mode, "version": o.version, "torch": torch.__version__, "ranks": world.ranks}
         distributed.check_same(asked | config.values(c), world, "start all with the same command, files and packages")
         run, data = open_data(run, world, watchdog.beat, Path(c.out))
-        start = agree_on_start(run, data, world)
+        run, start = agree_on_start(run, data, world)
         if start.done == run.required:
             for step in start.done if world.rank == 0 else []:
                 checkpoint.pin(checkpoint.path(run.folder, step))

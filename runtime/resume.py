@@ -40,6 +40,8 @@ class Run:
     segment: Segment
     parent: str | None = None  # --parent: a checkpoint in place of the planned one
     meta: dict[str, Any] = field(default_factory=dict)  # sft: meta.json of the parent
+    one_fork: bool = False  # main: only that of the version asked for must be saved, others if they are on the way
+    passed: list[int] = field(default_factory=list)  # and those that are not on the way
 
     @property
     def folder(self) -> Path:
@@ -56,10 +58,10 @@ class Run:
 
     @property
     def required(self) -> list[int]:
-        """Steps to save and keep: where other segments fork off, the end, and those of train.save_at."""
+        """Steps to save and keep: the end, where other segments fork off, and those of train.save_at."""
         s = self.segment
-        forks = [b.start for b in self.segments if b.parent] if s.paradigm == "main" else [s.end]
-        return sorted({*forks, *(step for step in self.config.train.save_at if s.start <= step < s.end)})
+        forks = {b.start for b in self.segments if b.parent and s.paradigm == "main"}.difference(self.passed)
+        return sorted({s.end, *forks, *(step for step in self.config.train.save_at if s.start <= step < s.end)})
 
     @property
     def reads_examples(self) -> bool:
@@ -79,13 +81,14 @@ def pick(c: Config, mode: str, version: int | None) -> Run:
         only = "which only --mode sft reads, and a branch with data.decay_mix above 0"
         raise UserError(f"data.sft: got {c.data.sft}, {only}; leave it out or give data.decay_mix")
     if version and p.increments and version > len(p.increments):
-        raise UserError(f"--version: got {version}, but plan.increments has {len(p.increments)}; add its steps there")
+        more = f"--plan.increments {','.join(map(str, p.increments))},STEPS"
+        raise UserError(f"--version: got {version}, but plan.increments has {len(p.increments)}; add its steps: {more}")
     # the main path ends at the fork point of `version`; past the plan, it goes on with increments of the same length
     if version and (mode == "main" or version > len(p.T)):
         p = replace(p, versions=version, increments=p.increments[:version])
     segments = config.segments(MODES[mode], p)
     if mode == "main":
-        return Run(c, p, segments, segments[0])
+        return Run(c, p, segments, segments[0], one_fork=bool(version))
     if version is None:
         raise UserError(f"--version: not given; --mode {mode} expects one of 1..{len(p.T)}")
     segment = next(s for s in segments if s.version == version and s.paradigm != "main")
@@ -179,7 +182,9 @@ def check_lineage(where: Path, c: Config, s: Segment, tokens: data.Tokens | SFTD
 
     then = config.values(Config()) | meta["config"]  # a key that came later had its default
     changed = [(k, then[k], v, f) for k, (f, v) in config.flatten(c).items() if then[k] != v]
-    different += [(k, a, b) for k, a, b, f in changed if not k.startswith("plan.") and not f.metadata.get("free")]
+    # which batches were read follows from the rest: data.repeat only allows what is refused without it
+    others = [(k, a, b) for k, a, b, f in changed if not f.metadata.get("free")]
+    different += [x for x in others if not x[0].startswith(("plan.", "data.repeat"))]
     if meta["path"] != fingerprint(s, tokens.ends, meta["step"]):
         plan = [(k, a, b) for k, a, b, _ in changed if k.startswith("plan.")]
         different += plan or [("lengths or learning rates", "others", "these")]
@@ -210,6 +215,14 @@ def resume_step(folder: Path, required: list[int]) -> int | None:
     there = checkpoint.steps(folder)
     missing = [r for r in required if r not in there]
     return max((s for s in there if s <= min(missing, default=required[-1])), default=None)
+
+
+def passed(run: Run) -> list[int]:
+    """Fork points that `--mode main --version I` leaves out: the main path is past them and has not saved them."""
+    if not run.one_fork:
+        return []
+    begin = resume_step(run.folder, replace(run, segments=[]).required) or 0
+    return [fork for fork in run.required if fork < begin and fork not in checkpoint.steps(run.folder)]
 
 
 def finished(run: Path) -> dict[str, dict[int, Path]]:

@@ -1,15 +1,18 @@
 """The start of a segment: open its data, find the checkpoint that it goes on from, take its folder; or say so only."""
 
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 import config
+import schedule
 from data import Tokens
 from kernels import check
 from model import Transformer
@@ -41,7 +44,7 @@ def open_data(run: Run, world: World, beat: Callable[[str], None], home: Path) -
         with raise_on_all_ranks(world):
             tokens = resume.open_tokens(c, run.plan, MixedData if run.reads_examples else Tokens)
             check_vocabulary(c, tokens.meta["vocab_size"])
-            refuse(tokens.problems(segment.start, segment.end))
+            check_text(run, tokens)
     if run.reads_examples:
         beat("preparing examples")
         folder = ""
@@ -72,6 +75,21 @@ def check_vocabulary(c: config.Config, size: int) -> None:
         raise UserError(f"model.vocab_size: got {c.model.vocab_size}, {expected}")
 
 
+def check_text(run: Run, tokens: Tokens) -> None:
+    """UserError if an increment is missing or too short, with the commands that train on what there is of it."""
+    d, p, s = run.config.data, run.plan, run.segment
+    found = tokens.problems(s.start, s.end)
+    steps = [min(T, tokens.steps(i)) for i, T in enumerate(p.T[: s.version])] + p.T[s.version :]
+    possible = not (d.increments or d.unique) and not schedule.problems(replace(p, increments=steps), "ours")
+    if found and steps != p.T and possible:
+        shorter = {"plan.increments": ",".join(map(str, steps))}
+        commands = [this_command(**shorter)]
+        if s.paradigm in ("main", "branch"):
+            commands = [this_command(mode=mode, version=s.version, **shorter) for mode in ("main", "branch")]
+        found[-1] += f": {' && '.join(commands)}"
+    refuse(found)
+
+
 def check_shipped(run: Run) -> None:
     """What can be refused before the text that ships is prepared."""
     check_vocabulary(run.config, Tokenizer(str(prepare.RANKS)).vocab_size)
@@ -98,8 +116,19 @@ def check_origin(run: Run) -> None:
     fix = "expected the folder of a checkpoint"
     if s.parent and not run.parent:
         makers = {"branch": {"mode": "main", "version": s.version}, "cpt": {"mode": "cpt", "version": s.version - 1}}
-        fix = f"make it: {this_command(**makers[s.paradigm])}"
+        fix = f"make it ({effort(run)}): {this_command(**makers[s.paradigm])}"
     raise UserError(f"{origin}: is not there, and {s.name} starts from it; {fix}")
+
+
+def effort(run: Run) -> str:
+    """The steps that make the checkpoint that a segment starts from, and their time if its log has a speed."""
+    parent = next(g for g in run.segments if run.segment.parent and g.name == run.segment.parent[0])
+    folder, end = Path(run.config.out) / parent.name, run.segment.start
+    begin = max((step for step in checkpoint.steps(folder) if step <= end), default=parent.start)
+    log = folder / "log.jsonl"
+    speeds = re.findall(r'"tokens_per_second": ([\d.]+)', log.read_text("utf-8")) if log.is_file() else []
+    time = [timedelta(seconds=round((end - begin) * run.config.train.batch_tokens / float(v))) for v in speeds[-1:]]
+    return ", ".join([f"{end - begin:,} steps from step {begin:,}", *(f"about {t} at its last speed" for t in time)])
 
 
 def find_start(run: Run, tokens: Tokens | SFTData) -> Start:
@@ -161,11 +190,18 @@ def check_start(run: Run, tokens: Tokens | SFTData, start: Start, checksums: boo
         raise UserError(BUSY.format(run.folder))
 
 
-def agree_on_start(run: Run, tokens: Tokens | SFTData, world: World) -> Start:
-    """find_start as rank 0 sees it: other machines may see an older state of a shared disk for a while."""
+def agree_on_start(run: Run, tokens: Tokens | SFTData, world: World) -> tuple[Run, Start]:
+    """What to save and where to begin, as rank 0 sees it: others may see an older state of a shared disk."""
+    found = None
     with raise_on_all_ranks(world):
-        found = find_start(run, tokens) if world.rank == 0 else None
-    return broadcast(found, world.ranks)
+        if world.rank == 0:
+            run = replace(run, passed=resume.passed(run))
+            if run.passed:
+                forks = ", ".join(f"{g.version} (step {g.start:,})" for g in run.segments if g.start in run.passed)
+                print(f"{run.folder}: not saved on its way and not made now: the fork points of versions {forks}")
+            found = run.passed, find_start(run, tokens)
+    passed, start = broadcast(found, world.ranks)
+    return replace(run, passed=passed), start
 
 
 @contextmanager
@@ -199,6 +235,7 @@ def preview(run: Run, kind: str, why: str, ranks: int) -> None:
 
     UserError at the end where the run would refuse.
     """
+    run = replace(run, passed=resume.passed(run))
     sft, problem = run.segment.paradigm == "sft", None
     try:
         if not sft and prepare.ships(run.config.data.path):

@@ -1,4 +1,4 @@
-"""The commands of data.py: prepare, add, verify, bins, vocab."""
+"""The commands of data.py: prepare, add, drop, verify, bins, vocab."""
 
 import argparse
 import signal
@@ -8,7 +8,7 @@ from pathlib import Path
 from runtime.command_line import Parser
 from runtime.errors import UserError, user_errors
 from text.bins import bins
-from text.prepare import RANKS, TEXT, add, prepare
+from text.prepare import RANKS, TEXT, add, drop, prepare
 from text.sources import KINDS
 from text.token_files import check_files, tokenizer_of
 from text.tokenizer import vocab
@@ -35,12 +35,16 @@ def arguments() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     make = commands.add_parser("prepare", help="make a folder of increments and a validation set")
     extend = commands.add_parser("add", help="append an increment to a folder")
+    about = "undo the last add, unless a checkpoint below out/ was trained on it (runs elsewhere are not known)"
+    undo = commands.add_parser("drop", help="take out the increment that was added last", description=about)
     verify = commands.add_parser("verify", help="check a folder's sizes and SHA-256")
     convert = commands.add_parser("bins", help="make a folder of token files of nanoGPT or llm.c")
     train = commands.add_parser("vocab", help="train a rank file on the first increment (needs rustbpe)")
     make.add_argument("--out", default="data/demo", help="a path that does not exist [data/demo]")
     make.add_argument("--tokenizer", default=str(RANKS), help=f"{tokenizer} [corpus/{RANKS.name}]")
     extend.add_argument("--out", required=True, help="the folder")
+    undo.add_argument("--out", required=True, help="the folder")
+    undo.add_argument("--last", action="store_true", required=True, help="the only one that can be taken out")
     verify.add_argument("out", metavar="FOLDER")
     convert.add_argument("--out", required=True, help="a path that does not exist")
     convert.add_argument("--tokenizer", required=True, help=f"of the token files: {tokenizer}")
@@ -76,6 +80,8 @@ def run(o: argparse.Namespace) -> None:
         bins(o.out, o.val, o.files, o.tokenizer)
     elif o.command == "vocab":
         vocab(o.out, sources, o.vocab_size, o.increments, o.val)
+    elif o.command == "drop":
+        drop(o.out)
     elif o.command == "add":
         add(o.out, sources, o.weights, o.jobs)
     else:

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -208,13 +209,18 @@ def ship(out: str) -> None:
             prepare(out, [str(TEXT)])
 
 
+def preparing(folder: Path) -> AbstractContextManager:
+    """The lock of a folder while its increments change."""
+    busy = f"{folder}: another process is preparing it; wait for it"
+    return lock(folder.with_name(f".{folder.name}.lock"), busy, remove=True)
+
+
 def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: int = 0) -> None:
     """Append increment N+1 to a folder: the documents that no other part holds."""
     folder = Path(out).resolve()  # links to one folder share its lock
     found = list(map(find_source, sources))
     tokenizer = token_files.tokenizer_of(folder).name
-    busy = f"{folder}: another process is preparing it; wait for it"
-    with lock(folder.with_name(f".{folder.name}.lock"), busy, remove=True):
+    with preparing(folder):
         work = begin_folder(folder)
         try:
             meta = token_files.read_meta(folder)  # under the lock: another process may have added an increment before
@@ -235,6 +241,26 @@ def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: 
         finally:
             shutil.rmtree(work, ignore_errors=True)
     print_summary(folder, written, found)
+
+
+def drop(out: str) -> None:
+    """Undo the last `add`. UserError if there was none, or if a checkpoint below out/ was trained on it."""
+    folder = Path(out).resolve()
+    with preparing(folder):
+        meta = token_files.read_meta(folder)
+        if len(meta["sources"]) == 1:
+            raise UserError(f"{folder}: nothing was added to it; what it was made with stays")
+        last, _ = meta["increments"].pop(), meta["sources"].pop()
+        for file in Path("out").rglob("step-*/meta.json"):
+            if last["sha256"]["bin"] in file.read_text("utf-8", errors="replace"):
+                fix = f"append more text as another increment, or move {file.parent} away first"
+                raise UserError(f"{folder}: {file.parent} was trained on {last['name']}; {fix}")
+        write_json(
+            folder / "meta.json", meta
+        )  # first: files that it does not name are nothing, and `add` replaces them
+        for kind in last["sha256"]:
+            (folder / f"{last['name']}.{kind}").unlink()
+    print(f"{folder}: without {last['name']} now; the same text added again gives the same increment")
 
 
 def print_summary(folder: Path, written: list[dict], sources: list[Source]) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,7 +23,7 @@ import kernels
 import model
 import train
 from kernels import check
-from runtime import checkpoint, start
+from runtime import checkpoint, resume, start
 from runtime.command_line import this_command
 from runtime.errors import UserError
 from runtime.files import lock, open_log, write_json
@@ -183,12 +185,78 @@ def test_a_version_past_the_plan(train_cli, tmp_path, prepared):
 
 
 def test_another_alpha_adds_its_fork_points_to_the_same_main_path(train_cli, tmp_path):
-    assert train_cli("--mode", "main", "--version", "2", out="a") == 0
-    assert train_cli("--mode", "main", "--version", "2", "--plan.alpha", "0.4", out="a") == 0
-    assert train_cli("--mode", "main", "--version", "2", "--plan.alpha", "0.4", out="b") == 0
+    assert train_cli("--mode", "main", "--plan.versions", "2", out="a") == 0
+    assert train_cli("--mode", "main", "--plan.versions", "2", "--plan.alpha", "0.4", out="a") == 0
+    assert train_cli("--mode", "main", "--plan.versions", "2", "--plan.alpha", "0.4", out="b") == 0
     assert checkpoint.steps(tmp_path / "a" / "main") == [4, 6, 14, 16]
     for step in (6, 16):
         assert equal(tmp_path / "a" / "main" / f"step-{step:06d}", tmp_path / "b" / "main" / f"step-{step:06d}")
+
+
+def commands(printed):
+    """The train.py commands that an error names, as arguments."""
+    return [shlex.split(c)[2:] for c in re.search(r"python train\.py .*", printed)[0].split(" && ")]
+
+
+def test_a_shorter_decay_from_the_main_path_there_is(train_cli, tmp_path, capsys):
+    """Forks at 18 and 28 in place of 14 and 24: made from the nearest checkpoint before them, and nothing else."""
+    shorter = ("--plan.decay_steps", "2")
+    assert train_cli("--mode", "main", "--plan.versions", "3") == 0
+    assert train_cli("--mode", "main", "--plan.versions", "3", *shorter, out="whole") == 0
+    assert checkpoint.steps(tmp_path / "whole" / "main") == [8, 18, 28]
+    run = tmp_path / "run" / "main"
+    for version, begin, fork, passed in (("3", 24, 28, "1 (step 8), 2 (step 18)"), ("2", 14, 18, "1 (step 8)")):
+        branch = ("--mode", "branch", "--version", version, *shorter)
+        capsys.readouterr()
+        assert train_cli(*branch) == 2
+        refused = capsys.readouterr().err
+        assert f"make it (4 steps from step {begin}, about 0:00:0" in refused and len(refused.splitlines()) == 1
+        (words,) = commands(refused)
+        assert train_cli(*words) == 0
+        said = capsys.readouterr().out
+        assert f"fork points of versions {passed}\n" in said and f"from step {begin} to {fork}," in said
+        assert equal(run / f"step-0000{fork}", tmp_path / "whole" / "main" / f"step-0000{fork}")
+        assert train_cli(*words) == 0 and "nothing to do" in capsys.readouterr().out
+        assert train_cli(*branch) == 0 and train_cli(*branch, out="whole") == 0
+        ends = [tmp_path / out / "ours-cosine-d2" / f"v{version}" / f"step-0000{fork + 2}" for out in ("run", "whole")]
+        assert equal(*ends)
+    assert checkpoint.steps(run) == [4, 14, 18, 24, 28]
+    assert train_cli("--mode", "main", "--plan.versions", "3", *shorter) == 0  # without --version: all of the plan
+    assert checkpoint.steps(run) == [4, 8, 14, 18, 24, 28]
+    assert all(equal(run / f"step-{s:06d}", tmp_path / "whole" / "main" / f"step-{s:06d}") for s in (8, 18, 28))
+
+
+def test_an_increment_shorter_than_planned(train_cli, tmp_path, prepared, capsys):
+    """The commands that the refusal names go on from the main path there is, in the bits of a plan of these lengths."""
+    copy = shutil.copytree(prepared, tmp_path / "data")
+    assert train_cli("--mode", "main", data=copy) == 0
+    (tmp_path / "new.txt").write_text("some new prose, " * 64)
+    prepare.add(str(copy), [str(tmp_path / "new.txt")], jobs=1)  # 1,025 tokens: 4 steps of 256
+    for mode in ("main", "branch"):
+        capsys.readouterr()
+        long = ("--plan.alpha", "0.3") if mode == "main" else ()  # forks at 47, seven steps into increment 5
+        assert train_cli("--mode", mode, "--version", "5", *long, data=copy) == 2
+        refused = capsys.readouterr().err
+        assert len(refused.splitlines()) == 1 and "plan at most 4 steps of it: python train.py" in refused
+    words = commands(refused)
+    assert [w[w.index("--mode") + 1] for w in words] == ["main", "branch"]
+    assert all(w[-2:] == ["--plan.increments", "10,10,10,10,4"] for w in words)
+    assert train_cli(*words[0]) == 0 and "from step 34 to 38," in capsys.readouterr().out
+    assert train_cli(*words[1]) == 0
+    for mode in (("main",), ("branch", "--version", "5")):
+        plan = ("--plan.increments", "10,10,10,10,4", "--mode", *mode)
+        assert train_cli(*plan, out="whole", data=copy) == 0
+    for name in ("main/step-000038", "ours-cosine/v5/step-000044"):
+        assert equal(tmp_path / "run" / name, tmp_path / "whole" / name)
+    assert resume.finished(tmp_path / "run") == {
+        "ours-cosine": {5: tmp_path / "run" / "ours-cosine" / "v5" / "step-000044"}
+    }
+    # or it is read again: the batches before are the same, so the run there goes on
+    for out, first in (("run", ()), ("again", ("--data.repeat", "true"))):
+        assert train_cli("--mode", "main", *first, data=copy, out=out) == 0
+        assert train_cli("--mode", "main", "--version", "5", "--data.repeat", "true", data=copy, out=out) == 0
+        assert train_cli("--mode", "main", data=copy, out=out) == 0  # and without the key where it is not needed
+    assert equal(tmp_path / "run" / "main" / "step-000044", tmp_path / "again" / "main" / "step-000044")
 
 
 def test_a_branch_starts_from_its_parents_weights_moments_and_batches(train_cli, tmp_path, monkeypatch):
@@ -575,7 +643,7 @@ def test_a_segment_keeps_one_config_even_where_nothing_could_be_resumed(train_cl
     # alpha 0.8 forks at 2 and 12, before the first checkpoint at 4: begun anew, but not under another seed
     assert train_cli("--mode", "main", "--version", "2", "--plan.alpha", "0.8", "--train.seed", "9") == 2
     assert "train.seed: 1 there, 9 here" in capsys.readouterr().err
-    assert train_cli("--mode", "main", "--version", "2", "--plan.alpha", "0.8") == 0
+    assert train_cli("--mode", "main", "--plan.versions", "2", "--plan.alpha", "0.8") == 0
     assert checkpoint.steps(tmp_path / "run" / "main") == [2, 4, 12, 14]
     (tmp_path / "run" / "main" / "step-000014").rename(tmp_path / "run" / "main" / "step-000024")
     assert train_cli("--mode", "main", "--version", "3") == 2
@@ -605,10 +673,10 @@ def test_what_was_just_saved_is_not_what_is_pruned(train_cli, tmp_path, monkeypa
         tmp_path / "run" / "main" / "step-000004"
     )  # the first fork point: what lies behind it is of no use until it is back
     undo = stop_after(monkeypatch, 2)
-    assert train_cli("--mode", "main", "--version", "2", "--train.checkpoint_every", "1") == 143
+    assert train_cli("--mode", "main", "--plan.versions", "2", "--train.checkpoint_every", "1") == 143
     undo()
     assert 3 in checkpoint.steps(tmp_path / "run" / "main")
-    assert train_cli("--mode", "main", "--version", "2") == 0 and {4, 14} <= set(
+    assert train_cli("--mode", "main", "--plan.versions", "2") == 0 and {4, 14} <= set(
         checkpoint.steps(tmp_path / "run" / "main")
     )
 
