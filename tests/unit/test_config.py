@@ -4,6 +4,7 @@ import pytest
 from conftest import ROOT
 
 import config
+import schedule
 from runtime import distributed
 from runtime.command_line import Parser
 from runtime.errors import UserError
@@ -48,6 +49,25 @@ def test_overrides_are_typed():
         float("inf"),
     )
     assert type(c.plan.max_lr) is float
+
+
+def test_a_key_of_the_command_line_replaces_the_files_alternative(tmp_path):
+    file = tmp_path / "c.toml"
+
+    def plan(text, **keys):
+        file.write_text(f"[plan]\nwarmup = 1\n{text}")
+        return config.load(str(file), {f"plan.{k}": v for k, v in keys.items()}).plan
+
+    assert plan("alpha = 0.6", decay_steps="7").d == 7
+    assert plan("decay_steps = 7", alpha="0.5").d == 50
+    assert plan("decay_steps = 7", alpha="none").d == 7
+    assert plan("decay_steps = 7", alpha="none", decay_steps="8").d == 8
+    assert plan("increments = [9, 8]", steps="5").T == [5] * 4
+    assert plan("increments = [9, 8]", versions="3").T == [100] * 3
+    assert plan("versions = 3\nsteps = 5", increments="9,8").T == [9, 8]
+    for text, keys in (("alpha = 0.6\ndecay_steps = 7", {}), ("", {"alpha": "0.6", "decay_steps": "7"})):
+        p = plan(text, **keys)  # both in one place: refused where the plan is made
+        assert schedule.problems(p, "ours") == ["decay_steps: got 7, expected none beside alpha = 0.6"]
 
 
 @pytest.mark.parametrize(

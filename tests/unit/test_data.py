@@ -129,6 +129,62 @@ def test_add_appends_only_what_is_new(tmp_path, capsys):
     assert listing(tmp_path) == before and folder / "v3.ids" in before
 
 
+def test_drop_undoes_the_last_add_and_nothing_else(copy, monkeypatch, capsys):
+    monkeypatch.chdir(copy.parent)  # without an out/
+    content = {f.name: f.read_bytes() for f in copy.iterdir() if f.is_file()}
+    first, second = (write(copy.parent / f"{s}.jsonl", some_documents(50, s)) for s in (3, 4))
+    prepare.add(str(copy), [first], jobs=1)
+    one = {f.name: f.read_bytes() for f in copy.iterdir() if f.is_file()}
+    prepare.add(str(copy), [second], jobs=1)
+    for expected in (one, content):
+        command_line.main(["drop", "--last", "--out", str(copy)])
+        assert {f.name: f.read_bytes() for f in copy.iterdir() if f.is_file()} == expected
+    for args in (["--last"], []):  # those of `prepare` stay, and which one is meant must be said
+        with pytest.raises(SystemExit):
+            command_line.main(["drop", *args, "--out", str(copy)])
+    assert "nothing was added to it" in (said := capsys.readouterr().err) and "required: --last" in said
+    prepare.add(str(copy), [first], jobs=1)
+    assert {f.name: f.read_bytes() for f in copy.iterdir() if f.is_file()} == one  # bit for bit
+
+
+def test_drop_killed_in_the_middle_leaves_a_usable_folder(copy, monkeypatch):
+    monkeypatch.chdir(copy.parent)
+    first, second = (write(copy.parent / f"{s}.jsonl", some_documents(50, s)) for s in (3, 4))
+    prepare.add(str(copy), [first], jobs=1)
+    real = Path.unlink
+
+    def killed(path, **kw):
+        if path.suffix in (".bin", ".ids"):
+            raise KeyboardInterrupt
+        real(path, **kw)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.drop(str(copy))
+    monkeypatch.undo()
+    assert parts(copy) == ["val", "v1", "v2", "v3", "v4"] and (copy / "v5.bin").exists()
+    token_files.check_files(copy, quiet=True)
+    prepare.add(str(copy), [second], jobs=1)
+    token_files.check_files(copy, quiet=True)
+    assert sorted(read(copy, "v5")) == sorted(some_documents(50, 4))
+
+
+def test_an_increment_that_a_run_was_trained_on_is_not_dropped(copy, monkeypatch):
+    monkeypatch.chdir(copy.parent)
+    prepare.add(str(copy), [write(copy.parent / "a.jsonl", some_documents(50, 3))], jobs=1)
+    seen = [p["sha256"]["bin"] for p in token_files.read_meta(copy)["increments"]]
+    for name, increments in (("main/step-000005", seen[:4]), ("ours-cosine/v5/step-000009", seen)):
+        folder = copy.parent / "out" / "run" / name
+        folder.mkdir(parents=True)
+        write_json(folder / "meta.json", {"data": {"increments": increments}})
+    with pytest.raises(UserError, match="out/run/ours-cosine/v5/step-000009 was trained on v5"):
+        prepare.drop(str(copy))
+    assert len(parts(copy)) == 6
+    shutil.rmtree(copy.parent / "out" / "run" / "ours-cosine")
+    prepare.drop(str(copy))
+    assert len(parts(copy)) == 5
+
+
 def test_one_process_at_a_time_makes_or_extends_a_folder(copy):
     """Under any of its names. A refusal leaves the lock of the other process alone."""
     source = write(copy.parent / "a.jsonl", some_documents(50))

@@ -236,6 +236,9 @@ def test_one_spelling_of_the_plan_in_every_script():
     """The paper's setting with a shorter branch, in schedule.py and in cost.py."""
     args = ["--config", "1.2b", "--plan.alpha", ".4", "--plan.versions", "3"]
     total = script(*args).stdout.splitlines()[-1].split()[-1]
+    steps = [w if w != "--plan.alpha" else "--plan.decay_steps" for w in args if w != ".4"]
+    steps.insert(3, "4000")  # in place of the file's alpha
+    assert script(*steps).stdout == script(*args).stdout
     costs = subprocess.run([sys.executable, "cost.py", *args], cwd=ROOT, capture_output=True, text=True).stdout
     assert total == "38,000" and costs.splitlines()[-2].split()[:2] == ["ours", "38,000"]
 
