@@ -1,7 +1,7 @@
 """Perplexity of checkpoints on the whole validation set, and APPL.
 
-    python eval.py out/tiny/base-s1                             a run: versions x paradigms, APPL, standard errors
-    python eval.py out/tiny/base-s1/main/step-000080 OTHER ..   any checkpoints, the first one compared with the others
+    python eval.py out/tiny                             a run: versions x paradigms, APPL, standard errors
+    python eval.py out/tiny/main/step-000080 OTHER ..   any checkpoints, the first one compared with the others
 
 PPL = exp(mean negative log-likelihood of a token). Standard errors are over documents: tokens of one document are not
 independent, so a document is the unit, and two checkpoints are compared document by document.

@@ -266,7 +266,7 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     except ValueError as e:
         raise UserError(f"{file}: damaged ({e}); {_remedy(checkpoint)}") from None
     if "files" not in meta:  # prepared data has a meta.json, too
-        raise UserError(f"{checkpoint}: is no checkpoint; expected a folder such as out/tiny/base-s1/main/step-000100")
+        raise UserError(f"{checkpoint}: is no checkpoint; expected a folder such as out/tiny/main/step-000100")
     if meta["format"] != 1:
         raise UserError(f"{file}: format {meta['format']}, expected 1: another version of this program made it")
     match = STEP.fullmatch(checkpoint.name)

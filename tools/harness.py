@@ -3,7 +3,7 @@
 The harness (https://github.com/EleutherAI/lm-evaluation-harness) has the questions, prompts and metrics; it asks a
 model through `LM`, which answers as the harness's own adapter `hf` would. configs/tasks adds tasks of our own.
 Under torchrun each rank answers its part of the questions with a whole copy of the model.
-    python -m tools.harness out/tiny/base-s1 --tasks gsm8k,mmlu     a run's versions, or checkpoints
+    python -m tools.harness out/tiny --tasks gsm8k,mmlu     a run's versions, or checkpoints
 """
 
 import contextlib

@@ -123,7 +123,7 @@ def main() -> None:
     p = verbs.add_parser("import", help=f"a folder of {' or '.join(SERVED)} -> a checkpoint")
     p.add_argument("path", metavar="FOLDER", help="config.json, *.safetensors and tokenizer.json, of save_pretrained")
     q = verbs.add_parser("export", help="a checkpoint -> a folder for transformers and other readers of its format")
-    q.add_argument("path", metavar="CHECKPOINT", help="such as out/tiny/base-s1/main/step-000080")
+    q.add_argument("path", metavar="CHECKPOINT", help="such as out/tiny/main/step-000080")
     q.add_argument("--data", help="a prepared folder with its tokenizer [the one that the checkpoint was trained on]")
     for verb in (p, q):
         verb.add_argument("--out", required=True, help="a new folder")
