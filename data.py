@@ -107,11 +107,12 @@ class Tokens:
             if there == 0:
                 command = f"python data.py add --out {shlex.quote(str(self.folder))} --source TEXT"
                 found.append(f"data.path {self.folder}: has no increment {name}; append it: {command}")
-            elif there <= self.context:
-                found.append(f"{got}, expected one sequence of {self.context} at least")
-            elif there < need and not self.repeat:
-                fix = f"--data.repeat true reads it again, or plan at most {self.steps(int(name[1:]) - 1)} steps of it"
-                found.append(f"{got} and {need:,} are needed; {fix}")
+            elif there <= self.context or (there < need and not self.repeat):
+                again = "--data.repeat true reads it again, or " * (there > self.context)
+                fix = f"take it back: python data.py drop --last --out {shlex.quote(str(self.folder))}"
+                if steps := self.steps(int(name[1:]) - 1):
+                    fix = f"plan at most {steps} steps of it"
+                found.append(f"{got} and {need:,} are needed; {again}{fix}")
         return found
 
     def identity(self, step: int) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ RANKS = ROOT / "corpus" / "bpe-1024.tiktoken"  # and its tokenizer, made by `dat
 BATCH = 128  # documents tokenized at once by a process
 BUCKETS = 1024  # temporary files; one of them at a time is held in memory
 WAITING = 1 << 18  # bytes of a bucket held in memory before they are appended to its file
+BUSY = "{}: another process is preparing it; wait for it"
 RECORD = struct.Struct("<QQII")  # hash, draw, source, number of tokens; the tokens follow
 
 _tokenizer: Tokenizer  # of a worker process
@@ -209,18 +209,12 @@ def ship(out: str) -> None:
             prepare(out, [str(TEXT)])
 
 
-def preparing(folder: Path) -> AbstractContextManager:
-    """The lock of a folder while its increments change."""
-    busy = f"{folder}: another process is preparing it; wait for it"
-    return lock(folder.with_name(f".{folder.name}.lock"), busy, remove=True)
-
-
 def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: int = 0) -> None:
     """Append increment N+1 to a folder: the documents that no other part holds."""
     folder = Path(out).resolve()  # links to one folder share its lock
     found = list(map(find_source, sources))
     tokenizer = token_files.tokenizer_of(folder).name
-    with preparing(folder):
+    with lock(folder.with_name(f".{folder.name}.lock"), BUSY.format(folder), remove=True):
         work = begin_folder(folder)
         try:
             meta = token_files.read_meta(folder)  # under the lock: another process may have added an increment before
@@ -246,14 +240,14 @@ def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: 
 def drop(out: str) -> None:
     """Undo the last `add`. UserError if there was none, or if a checkpoint below out/ was trained on it."""
     folder = Path(out).resolve()
-    with preparing(folder):
+    with lock(folder.with_name(f".{folder.name}.lock"), BUSY.format(folder), remove=True):
         meta = token_files.read_meta(folder)
         if len(meta["sources"]) == 1:
-            raise UserError(f"{folder}: nothing was added to it; what it was made with stays")
+            raise UserError(f"{folder}: nothing was added to it; for other text, prepare another folder")
         last, _ = meta["increments"].pop(), meta["sources"].pop()
         for file in Path("out").rglob("step-*/meta.json"):
             if last["sha256"]["bin"] in file.read_text("utf-8", errors="replace"):
-                fix = f"append more text as another increment, or move {file.parent} away first"
+                fix = "move it away first, or add more text as another increment"
                 raise UserError(f"{folder}: {file.parent} was trained on {last['name']}; {fix}")
         write_json(
             folder / "meta.json", meta
