@@ -181,10 +181,9 @@ def check_lineage(where: Path, c: Config, s: Segment, tokens: data.Tokens | SFTD
     different = [(k, seen.get(e), own.get(e)) for e, k in data_keys.items() if seen.get(e) != own.get(e)]
 
     then = config.values(Config()) | meta["config"]  # a key that came later had its default
-    changed = [(k, then[k], v, f) for k, (f, v) in config.flatten(c).items() if then[k] != v]
-    # which batches were read follows from the rest: data.repeat only allows what is refused without it
-    others = [(k, a, b) for k, a, b, f in changed if not f.metadata.get("free")]
-    different += [x for x in others if not x[0].startswith(("plan.", "data.repeat"))]
+    idle = ("data.repeat",)  # only allows what is refused without it: which batches were read follows from the rest
+    changed = [(k, then[k], v, f) for k, (f, v) in config.flatten(c).items() if then[k] != v and k not in idle]
+    different += [(k, a, b) for k, a, b, f in changed if not k.startswith("plan.") and not f.metadata.get("free")]
     if meta["path"] != fingerprint(s, tokens.ends, meta["step"]):
         plan = [(k, a, b) for k, a, b, _ in changed if k.startswith("plan.")]
         different += plan or [("lengths or learning rates", "others", "these")]

@@ -125,10 +125,12 @@ def effort(run: Run) -> str:
     parent = next(g for g in run.segments if run.segment.parent and g.name == run.segment.parent[0])
     folder, end = Path(run.config.out) / parent.name, run.segment.start
     begin = max((step for step in checkpoint.steps(folder) if step <= end), default=parent.start)
-    log = folder / "log.jsonl"
-    speeds = re.findall(r'"tokens_per_second": ([\d.]+)', log.read_text("utf-8")) if log.is_file() else []
-    time = [timedelta(seconds=round((end - begin) * run.config.train.batch_tokens / float(v))) for v in speeds[-1:]]
-    return ", ".join([f"{end - begin:,} steps from step {begin:,}", *(f"about {t} at its last speed" for t in time)])
+    text = f"{end - begin:,} steps from step {begin:,}"
+    log = (folder / "log.jsonl").read_text("utf-8") if (folder / "log.jsonl").is_file() else ""
+    if speeds := re.findall(r'"tokens_per_second": ([\d.]+)', log):
+        seconds = (end - begin) * run.config.train.batch_tokens / float(speeds[-1])
+        text += f", about {timedelta(seconds=round(seconds))} at its last speed"
+    return text
 
 
 def find_start(run: Run, tokens: Tokens | SFTData) -> Start:
