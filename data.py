@@ -82,11 +82,6 @@ class Tokens:
         i = next(i for i, end in enumerate(self.ends) if step < end)
         return i, step - (self.ends[i - 1] if i else 0)
 
-    def steps(self, i: int) -> int:
-        """Steps that increment `i` (from 0) has text for."""
-        increments = self.meta["increments"]
-        return max(0, increments[i]["tokens"] - 1) // (self.B * self.context) if i < len(increments) else 0
-
     def needs(self, start: int, end: float) -> list[tuple[str, int, int]]:
         """(increment, tokens needed, tokens there) of every increment that steps start .. end - 1 read."""
         found = []
@@ -110,7 +105,7 @@ class Tokens:
             elif there <= self.context or (there < need and not self.repeat):
                 again = "--data.repeat true reads it again, or " * (there > self.context)
                 fix = f"take it back: python data.py drop --last --out {shlex.quote(str(self.folder))}"
-                if steps := self.steps(int(name[1:]) - 1):
+                if steps := (there - 1) // (self.B * self.context):
                     fix = f"plan at most {steps} steps of it"
                 found.append(f"{got} and {need:,} are needed; {again}{fix}")
         return found

@@ -77,10 +77,11 @@ def check_vocabulary(c: config.Config, size: int) -> None:
 
 def check_text(run: Run, tokens: Tokens) -> None:
     """UserError if an increment is missing or too short, with the commands that train on what there is of it."""
-    d, p, s = run.config.data, run.plan, run.segment
+    c, p, s = run.config, run.plan, run.segment
     found = tokens.problems(s.start, s.end)
-    steps = [min(T, tokens.steps(i)) for i, T in enumerate(p.T[: s.version])] + p.T[s.version :]
-    possible = not (d.increments or d.unique) and not schedule.problems(replace(p, increments=steps), "ours")
+    lengths = [(there - 1) // c.train.batch_tokens for _, _, there in tokens.needs(0, s.end)]
+    steps = [*map(min, p.T, lengths), *p.T[len(lengths) :]]
+    possible = not (c.data.increments or c.data.unique or schedule.problems(replace(p, increments=steps), "ours"))
     if found and steps != p.T and possible:
         shorter = {"plan.increments": ",".join(map(str, steps))}
         commands = [this_command(**shorter)]
