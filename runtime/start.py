@@ -83,11 +83,9 @@ def check_text(run: Run, tokens: Tokens) -> None:
     steps = [*map(min, p.T, lengths), *p.T[len(lengths) :]]
     possible = not (c.data.increments or c.data.unique or schedule.problems(replace(p, increments=steps), "ours"))
     if found and steps != p.T and possible:
-        shorter = {"plan.increments": ",".join(map(str, steps))}
-        commands = [this_command(**shorter)]
-        if s.paradigm in ("main", "branch"):
-            commands = [this_command(mode=mode, version=s.version, **shorter) for mode in ("main", "branch")]
-        found[-1] += f": {' && '.join(commands)}"
+        changes = {"version": s.version, "plan.increments": ",".join(map(str, steps))}
+        modes = ("main", "branch") if s.paradigm in ("main", "branch") else (s.paradigm,)
+        found[-1] += f": {' && '.join(this_command(mode=mode, **changes) for mode in modes)}"
     refuse(found)
 
 
