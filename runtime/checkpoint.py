@@ -25,10 +25,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from runtime import files
-from runtime.distributed import World, broadcast, local_part, raise_on_all_ranks
+from runtime.distributed import World, broadcast, local_offset, local_part, raise_on_all_ranks
 from runtime.errors import UserError
 from runtime.files import begin_folder, commit_folder, fsync, partial_folder, read_json, write_json
 
@@ -160,7 +159,6 @@ class Saver:
         self.running = self.writer.submit(self._run, step, record, need, content)
 
     def busy(self) -> bool:
-        """Is a save in progress?"""
         return self.running is not None and not self.running.done()
 
     def wait(self) -> None:
@@ -176,10 +174,7 @@ class Saver:
         self.names = sorted(parts, key=lambda name: (-parts[name].element_size(), name))  # so that all are aligned
         entries, where, end = {}, {}, 0
         for name in self.names:
-            t, part, offset = tensors[name], parts[name], [0] * tensors[name].dim()
-            if isinstance(t, DTensor):
-                offset = list(compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)[1])
-            where[name] = {"saved_offsets": offset}
+            part, where[name] = parts[name], {"saved_offsets": local_offset(tensors[name])}
             begin, end = end, end + part.nbytes
             entries[name] = {"dtype": DTYPES[part.dtype], "shape": list(part.shape), "data_offsets": [begin, end]}
         more = {"DCP_SHARDING_INFO": json.dumps(where), "DCP_VERSION": "1.0", "format": "pt"}
@@ -188,7 +183,6 @@ class Saver:
         self.header = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
 
     def _copy(self, parts: list[Tensor]) -> list[Tensor]:
-        """Copy bytes to host memory."""
         cuda, size, at = any(part.is_cuda for part in parts), sum(map(len, parts)), 0
         if not self.host:  # in pieces of a power of two, to which PyTorch rounds up pinned memory
             sizes = [min(files.CHUNK, size - at) for at in range(0, size, files.CHUNK)]
@@ -313,8 +307,7 @@ def fits(checkpoint: Path, tensors: dict[str, Tensor]) -> set[str]:
     for name in want | there:
         got, expected = there.get(name, "none"), want.get(name, "none")
         if got != expected:
-            what = f"got shape {got}, expected {expected}"
-            raise UserError(f"{checkpoint}: {name}: {what}: it is a model of another shape")
+            raise UserError(f"{checkpoint}: {name}: got shape {got}, expected {expected}: a model of another shape")
     return set(metadata)
 
 

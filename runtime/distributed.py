@@ -256,12 +256,17 @@ def full_tensor(t: Tensor) -> Tensor:
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
+def local_offset(t: Tensor) -> list[int]:
+    """The place in the whole tensor at which this rank's part begins."""
+    if isinstance(t, DTensor):
+        return list(compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)[1])
+    return [0] * t.dim()
+
+
 def copy_part(t: Tensor, whole: Tensor) -> None:
     """Copy the values of a whole tensor, or this rank's rows of it, into `t`."""
-    if isinstance(t, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
-        whole = whole[tuple(slice(first, first + n) for first, n in zip(offset, shape, strict=True))]
-    local_part(t).copy_(whole)
+    part = local_part(t)
+    part.copy_(whole[tuple(slice(first, first + n) for first, n in zip(local_offset(t), part.shape, strict=True))])
 
 
 def shard(net: Transformer, world: World, shard_ranks: int | None) -> None:
