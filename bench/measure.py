@@ -85,10 +85,7 @@ def roofs(device: torch.device, dtype: torch.dtype) -> Row:
 
 
 def child(*arguments: str, seconds: float | None = None) -> tuple[bool, str]:
-    """Run Python in the project's root: (whether it succeeded, the last line of its output or else of its errors).
-
-    A process that runs longer than `seconds` is killed.
-    """
+    """(does Python succeed in the project's root, the last line of its output or errors). Killed after `seconds`."""
     root = Path(__file__).parent.parent
     try:
         done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=root, timeout=seconds)

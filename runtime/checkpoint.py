@@ -65,15 +65,14 @@ def last(segment: Path) -> str:
 def state(model: torch.nn.Module, optimizer: torch.optim.AdamW | None = None) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name: model.*, and with an optimizer exp_avg.*, exp_avg_sq.*, updates.* and rng.*.
 
-    They share memory with model and optimizer, so `load` fills these. An optimizer that has not stepped yet gets zero
-    moments, as torch.optim.AdamW with fused=True makes them at its first step.
+    They share memory with model and optimizer, so `load` fills these.
     """
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     if optimizer is None:
         return tensors
     for name, p in model.named_parameters():
         moments = optimizer.state[p]
-        if not moments:
+        if not moments:  # as fused AdamW makes them at its first step
             moments["step"] = torch.zeros((), device=p.device)
             moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         tensors[f"exp_avg.{name}"] = moments["exp_avg"].detach()
@@ -146,10 +145,7 @@ class Saver:
         self.running: Future[None] | None = None  # the save in progress
 
     def save(self, step: int, tensors: dict[str, Tensor], record: dict[str, Any], copy: bool = True) -> None:
-        """Copy `tensors` to host memory and start to write them and `record`. An existing checkpoint stays as it is.
-
-        Without `copy` they are written from where they are, and must not change before `wait` returns.
-        """
+        """Start to write `record` and a copy of `tensors`; without `copy` they must not change until `wait` returns."""
         self.wait()
         need = sum(t.numel() * t.element_size() for t in tensors.values())
         if not self.names:
@@ -200,7 +196,7 @@ class Saver:
         """The background thread: write, then prune."""
         final = path(self.segment, step)
         try:
-            exists = os.path.exists(final / "meta.json")
+            exists = os.path.exists(final / "meta.json")  # it stays as it is
             if not broadcast(exists, self.world.ranks, group=self.group):
                 self._write(final, {"format": 1, "step": step, **record}, need, content)
         except Exception:
@@ -294,12 +290,9 @@ def verify(checkpoint: Path, checksums: bool = True) -> None:
 
 
 def fits(checkpoint: Path, tensors: dict[str, Tensor]) -> set[str]:
-    """Compare names and shapes with `tensors`, which may be on the meta device. UserError names the first difference.
-
-    Returns the names in the checkpoint. RNG states are not compared: one that was made on a CPU has no rng.cuda.
-    """
+    """The names in a checkpoint. UserError names the first tensor that is not there or has another shape."""
     metadata: dict[str, Any] = dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
-    want = {name: tuple(t.shape) for name, t in tensors.items() if not name.startswith("rng.")}
+    want = {name: tuple(t.shape) for name, t in tensors.items() if not name.startswith("rng.")}  # a CPU has no rng.cuda
     kinds = {name.partition(".")[0] for name in want}
     there = {name: tuple(t.size) for name, t in metadata.items() if name.partition(".")[0] in kinds}
     if "exp_avg" in kinds and not any(name.startswith("exp_avg.") for name in there):

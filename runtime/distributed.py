@@ -1,10 +1,7 @@
 """Several ranks, one model: DDP, FSDP2, and agreement between ranks.
 
-DDP keeps a whole copy of the weights on each rank and sums gradients. FSDP2 cuts weights, gradients and moments into
-rows, a part a rank; a block's weights are gathered once a step, and its gradients reduced once. Hybrid sharding
-(`train.shard_ranks`) keeps one sharded copy in every group of ranks, say a node, and sums gradients between groups.
-
-Schedules and batches do not depend on the number of ranks: the same global batch goes through the same update.
+DDP keeps a whole copy of the weights on each rank. FSDP2 cuts weights, gradients and moments into rows, a part a rank;
+hybrid sharding (`train.shard_ranks`) keeps one sharded copy in every group of ranks, say a node.
 """
 
 import os
@@ -111,12 +108,8 @@ def batch_problems(c: Config, ranks: int) -> list[str]:
 
 
 def choose(wanted: str, parameters: int, world: World) -> tuple[str, str]:
-    """("none", "ddp" or "fsdp", the reason).
-
-    auto: on a CPU DDP; on GPUs DDP below 2B parameters, if weights (and a copy in bfloat16), gradients and moments fit
-    a third of a device: activations take the rest.
-    """
-    state = 18 * parameters  # bytes
+    """("none", "ddp" or "fsdp", the reason)."""
+    state = 18 * parameters  # bytes: weights, a copy in bfloat16, gradients and moments; the rest is for activations
     if world.ranks == 1:
         return ("fsdp" if wanted == "fsdp" else "none"), "one rank"
     if wanted != "auto":
@@ -215,10 +208,7 @@ def check_same(here: dict[str, Any], world: World, remedy: str) -> None:
 
 
 def check_replicas(net: torch.nn.Module, shards: int, world: World, step: int) -> None:
-    """UserError on all ranks unless every copy of the weights has the same bits: else a device computes wrongly.
-
-    `shards`: ranks that hold one copy together.
-    """
+    """UserError on all ranks unless every copy of the weights, held by `shards` ranks together, has the same bits."""
     if world.ranks == shards:
         return
     mine = torch.tensor(fingerprint(net), dtype=torch.int64)
