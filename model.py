@@ -57,10 +57,7 @@ Past = tuple[Tensor, Tensor, Tensor]  # of a cache: keys and values (B, S, K, D)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + swiglu(norm(x)). q, k, v are one matrix, and so are gate and up.
-
-    The block before gives its output (`update`) and the residual stream apart: this block's first norm adds them.
-    """
+    """x + attention(norm(x)), then x + swiglu(norm(x)). q, k, v are one matrix, and so are gate and up."""
 
     def __init__(self, c: config.Model, use: dict[str, str]) -> None:
         super().__init__()
@@ -78,7 +75,7 @@ class Block(nn.Module):
     def forward(
         self, update: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, mask: Tensor | None, past: Past | None
     ) -> tuple[Tensor, Tensor]:
-        """The output of the block before and the residual stream that it adds to, (B, T, C) each -> this block's.
+        """The output of the block before and the residual stream, which the first norm adds, (B, T, C) -> this block's.
 
         `mask` (B, 1, T, S): 0 for a key that the query sees, -inf for others; None: causal attention.
         """

@@ -63,10 +63,7 @@ def last(segment: Path) -> str:
 
 
 def state(model: torch.nn.Module, optimizer: torch.optim.AdamW | None = None) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name: model.*, and with an optimizer exp_avg.*, exp_avg_sq.*, updates.* and rng.*.
-
-    They share memory with model and optimizer, so `load` fills these.
-    """
+    """Tensors by name, for `load` to fill: model.*, and with an optimizer exp_avg.*, exp_avg_sq.*, updates.*, rng.*."""
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     if optimizer is None:
         return tensors
@@ -305,10 +302,7 @@ def fits(checkpoint: Path, tensors: dict[str, Tensor]) -> set[str]:
 
 
 def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors` (those of `state`, or model.* alone) from a checkpoint that `verify` has passed.
-
-    Each rank reads its own rows, whatever ranks wrote them. UserError if shapes differ or values are not finite.
-    """
+    """Fill this rank's part of `tensors` from a verified checkpoint. UserError if shapes differ or it is not finite."""
     there = fits(checkpoint, tensors)
     tensors = {name: t for name, t in tensors.items() if name in there}
     dcp.load(dict(tensors), storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
@@ -331,15 +325,12 @@ def pin(checkpoint: Path) -> None:
 
 
 def prune(segment: Path, keep: int, step: int, required: Sequence[int] = ()) -> None:
-    """Delete unpinned checkpoints up to `step`, except the last `keep` and those that lead to a missing `required` one.
-
-    Later ones, from a run that went further, and damaged ones, which the user may want to see, stay.
-    """
+    """Delete unpinned checkpoints up to `step`, but the last `keep` and those that lead to a missing `required` one."""
     there = steps(segment)
     needed = {max((s for s in there if s < r), default=0) for r in required if r <= step and r not in there}
     loose = []
     for s in there:
-        with contextlib.suppress(UserError):  # damaged
+        with contextlib.suppress(UserError):  # damaged, which the user may want to see
             if s <= step and not read_meta(path(segment, s))["pinned"]:
                 loose.append(s)
     for s in set(loose[:-keep]) - needed:

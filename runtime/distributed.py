@@ -127,16 +127,14 @@ def choose(wanted: str, parameters: int, world: World) -> tuple[str, str]:
 
 
 def join(world: World, timeout: float) -> None:
-    """Make the process group: gloo for tensors on the CPU, NCCL for those on GPUs. FSDP2 needs one on one rank, too.
-
-    Its own timeout names no step; it acts only if the Watchdog's, `timeout` seconds, does not come first.
-    """
+    """Make the process group: gloo for tensors on the CPU, NCCL for those on GPUs. FSDP2 needs one on one rank, too."""
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world.ranks == 1 else {}
+    later = timedelta(seconds=2 * timeout + 300)  # than the Watchdog, which names the step
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=2 * timeout + 300), **alone)
+        dist.init_process_group(backend, timeout=later, **alone)
     except (RuntimeError, ValueError) as e:  # the address is taken, or no rank answers
         why = f"{first_line(e)}; MASTER_ADDR and MASTER_PORT must be rank 0's"
         raise RankLost(f"rank {world.rank} could not meet the other {world.ranks - 1}: {why}") from None
