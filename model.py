@@ -137,12 +137,11 @@ class Transformer(nn.Module):
         if not meta:
             self.initialize()
 
-    def allocate(self, device: torch.device) -> "Transformer":
+    def allocate(self, device: torch.device) -> None:
         """Move a model from the meta device: its weights get memory, and their values from `initialize` or a file."""
         self._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
         if self.config.tied:
             self.head.weight = self.embed.weight
-        return self
 
     @torch.no_grad()
     def initialize(self, copy: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:
