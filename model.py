@@ -104,11 +104,7 @@ class Cache:
 
 
 class Transformer(nn.Module):
-    """The modules, and what runs through them. Made on the meta device, it has no memory until `allocate`.
-
-    `dtype`: of the activations. `use`: "torch" or "triton" for each operation, from kernels.check. `recompute`: keep
-    only the blocks' inputs and compute the rest again in the backward: a third more work, a fraction of the memory.
-    """
+    """The modules, and what runs through them. Made on the meta device, it has no memory until `allocate`."""
 
     cos: Tensor
     sin: Tensor
@@ -116,9 +112,9 @@ class Transformer(nn.Module):
     def __init__(
         self,
         c: config.Model,
-        dtype: torch.dtype = torch.float32,
-        use: dict[str, str] | None = None,
-        recompute: bool = False,
+        dtype: torch.dtype = torch.float32,  # of the activations
+        use: dict[str, str] | None = None,  # "torch" or "triton" for each operation, from kernels.check
+        recompute: bool = False,  # keep only the blocks' inputs, and compute the rest again in the backward
     ) -> None:
         super().__init__()
         self.config, self.dtype, self.recompute = c, dtype, recompute
@@ -145,13 +141,10 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, copy: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:
-        """Draw a weight at a time on the CPU, the same everywhere; copy(parameter, value) takes a rank's part of it.
-
-        Matrices: normal(0, 0.02); the two that write to the residual stream 0.02 / sqrt(2 L) (GPT-2).
-        """
+        """Draw a weight at a time on the CPU, the same everywhere; copy(parameter, value) takes a rank's part of it."""
         for name, p in self.named_parameters():
             value = (torch.zeros if name.endswith("bias") else torch.ones)(p.shape, device="cpu")
-            if p.dim() == 2:
+            if p.dim() == 2:  # as GPT-2: less for the two matrices that write to the residual stream
                 value.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("_out.weight") else 0.02)
             copy(p, value)
 

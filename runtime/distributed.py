@@ -258,17 +258,13 @@ def copy_part(t: Tensor, whole: Tensor) -> None:
 
 
 def shard(net: Transformer, world: World, shard_ranks: int | None) -> None:
-    """Apply FSDP2 block by block, in place.
-
-    Blocks compute from bfloat16 copies where activations are bfloat16; embedding and head stay float32, since their
-    gradients are sums over all tokens of a batch. Gradients are reduced in float32. Weights gathered for a forward pass
-    are kept for the backward and for the next micro-batches: one gathering and one reduction a step.
-    """
+    """Apply FSDP2 block by block, in place: one gathering of weights and one reduction of gradients a step."""
     if shard_ranks and shard_ranks < world.ranks:
         shape, names = (world.ranks // shard_ranks, shard_ranks), ("replicate", "shard")
         mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
     else:
         mesh = init_device_mesh(world.device.type, (world.ranks,))
+    # embedding and head stay float32, since their gradients are sums over all tokens of a batch
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)  # RoPE's tables stay float32
     low = MixedPrecisionPolicy(param_dtype=net.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in net.blocks:
