@@ -75,10 +75,7 @@ class Block(nn.Module):
     def forward(
         self, update: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, mask: Tensor | None, past: Past | None
     ) -> tuple[Tensor, Tensor]:
-        """The output of the block before and the residual stream, which the first norm adds, (B, T, C) -> this block's.
-
-        `mask` (B, 1, T, S): 0 for a key that the query sees, -inf for others; None: causal attention.
-        """
+        """The output of the block before, which the first norm adds, and the residual, (B, T, C) -> this block's."""
         y, residual = self.attn_norm(update, residual)
         B, T, C = y.shape
         qkv = self.qkv(y).view(B, T, -1, self.D)
@@ -188,7 +185,7 @@ class Transformer(nn.Module):
                 S = min(S + -S % TILE.get(ids.device.type, 1), cache.k.shape[2])  # the mask hides keys beyond the end
                 mask = (torch.arange(S, device=ids.device) <= at[:, :, None])[:, None]  # (B, 1, T, S)
             pasts = [(k[:, :S], v[:, :S], at) for k, v in zip(cache.k, cache.v, strict=True)]
-        if mask is not None:  # once a model: attention would turn true and false into numbers in each layer
+        if mask is not None:  # 0 and -inf, once a model: attention would turn true and false into them in each layer
             mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, -torch.inf)
         update, residual = self.embed(ids).to(self.dtype), None  # (B, T, C)
         for block, past in zip(self.blocks, pasts, strict=True):

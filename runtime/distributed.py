@@ -159,10 +159,7 @@ def lost_rank_errors(world: World) -> Iterator[None]:
 
 @contextmanager
 def raise_on_all_ranks(world: World, group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """If a rank raises in this block, every rank raises. Only the lowest such rank prints.
-
-    With a `group`, that of a background thread, every rank raises the lowest rank's error.
-    """
+    """If a rank raises in this block, every rank raises. Only the lowest such rank prints."""
     error: Exception | None = None
     try:
         yield
@@ -171,7 +168,7 @@ def raise_on_all_ranks(world: World, group: dist.ProcessGroup | None = None) -> 
     if world.ranks > 1:
         first = torch.tensor(world.rank if error else world.ranks)
         dist.all_reduce(first, dist.ReduceOp.MIN, group=group)
-        if first < world.ranks and group:
+        if first < world.ranks and group:  # of a background thread: every rank raises the lowest rank's error
             said = broadcast(describe(error) if error else "", world.ranks, int(first), group)
             error = UserError(f"rank {int(first)}: {said}")
         elif first < world.ranks and world.rank != first:
