@@ -93,7 +93,7 @@ def table(record: dict[str, Any], file: str) -> None:
     groups = {g: {r["name"]: r for r in record["rows"] if r["group"] == g} for g in distinct(record["rows"], "group")}
     names = distinct(record["rows"], "name")
     reference = "PTFS" if "PTFS" in names else [*(d["minus"][1] for d in record["differences"]), *names][0]
-    colours = OF if reference == "PTFS" else dict(zip(names, COLOURS, strict=False))
+    colours = OF if set(names) <= OF.keys() else dict(zip(names, COLOURS, strict=False))
     columns, several = record["columns"], len(record["seeds"]) > 1
     fig, axes = canvas(list(groups), 3.0, sharey=True)
     for ax, rows in zip(axes, groups.values(), strict=True):

@@ -34,7 +34,7 @@ class Run:
 
     paradigm: str
     setting: Setting = Setting()
-    parent: "Run | None" = None  # CPT from the version 1 of a run in another folder
+    parent: "Run | None" = None  # the run in another folder whose main path it leaves; CPT: whose version 1 it updates
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,9 @@ class Setup:
         self.root = Path(out or f"out/{scale.name}")
         self.base = c = config.load(scale.config, overrides)
         values, default = config.values(c), config.values(config.Config())
-        for key in "plan.increments data.increments data.sft data.epochs data.decay_mix train.save_at".split():
+        for (
+            key
+        ) in "plan.increments train.save_at data.increments data.order data.sft data.epochs data.decay_mix".split():
             if values[key] != default[key]:
                 raise UserError(f"{key}: got {values[key]}, but the tables choose their own; leave it out")
         for key, low, high in (("plan.versions", 2, 100), ("plan.steps", 1, 10**9)):

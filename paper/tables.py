@@ -18,6 +18,7 @@ from paper.scales import Point, Run, Setting, Setup
 PAPER = json.loads((Path(__file__).parent.parent / "results" / "paper.json").read_text(encoding="utf-8"))
 NAMES = {"ptfs": "PTFS", "cpt": "CPT", "ours": "Ours"}
 VARIANTS = {"rewarm_max": "RewarmMax", "reset_max": "ResetMax", "keep_min": "KeepMin"}
+MIXED = "PTFS, shuffled"
 PAIRS = [("Ours", "CPT"), ("Ours", "PTFS"), ("CPT", "PTFS")]
 MAIN = ("cosine", "knee", "multistep")  # the paper's schedules
 ALPHAS = (0.2, 0.4, 0.6, 0.8)
@@ -309,7 +310,62 @@ def table13(s: Setup) -> Table:
     return Table("table13", title, list(columns), rows, ours_is_best(rows, list(columns), 1.0), PAIRS)
 
 
-ALL = (table1, fig4, fig5, table2, table3, table4, table5, table6, table7, table8, table10, table11, table12, table13)
+# ---- Further tables --------------------------------------------------------------------------------------------------
+
+
+def order(s: Setup) -> Table:
+    shuffled = Setting("shuffled", {**COSINE, "data.order": "shuffled"})
+    runs = {NAMES[x]: Run(x, Setting(keys=COSINE)) for x in ("ptfs", "ours")} | {MIXED: Run("ptfs", shuffled)}
+    rows = [Row("", n, {"paradigm": n}, s.versions(r), costs={"cost": s.cost(r)}) for n, r in runs.items()]
+    claim = below("ours is below PTFS or within 2% of it, shuffled too", [""], s.columns, "Ours", MIXED, 1.02)
+    title = "Order of the data: PTFS reads old increments before new ones, or all mixed (no table of the paper)"
+    return Table("order", title, s.columns, rows, [claim], [(MIXED, "PTFS"), ("Ours", MIXED)])
+
+
+def moments(s: Setup) -> Table:
+    rows = []
+    for paradigm in ("cpt", "ours"):
+        kept = Run(paradigm, Setting(keys={**COSINE, "train.reset_moments": "false"}))
+        reset = Run(paradigm, Setting("reset-moments", {**COSINE, "train.reset_moments": "true"}), parent=kept)
+        for name, run in (("kept", kept), ("reset", reset)):
+            labels = {"paradigm": NAMES[paradigm], "moments": name}
+            rows.append(Row(NAMES[paradigm], name, labels, s.versions(run)))
+    parts = {c: {("Ours", "reset", c): 1.0, ("CPT", "reset", c): -1.0} for c in s.columns}
+    claim = Claim("ours is below CPT, with moments reset too", parts)
+    title = "AdamW's moments: kept or reset where branches and CPT's versions begin (no table of the paper)"
+    return Table("moments", title, s.columns, rows, [claim], [("reset", "kept")])
+
+
+def footnote2(s: Setup) -> Table:
+    others = ("constant", "inverse_sqrt")
+    chosen = [n for n in s.schedules if n not in others]
+    runs = {n: Run("ptfs", Setting(keys={"plan.schedule": n})) for n in (*chosen, *others)}
+    rows = [Row("", n, {"schedule": n}, s.versions(run)) for n, run in runs.items()]
+    claims = [
+        Claim(f"{b} is worse", {f"{a} {c}": minus("", a, b, c) for a in chosen for c in s.columns}) for b in others
+    ]
+    pairs = list(itertools.product(others, chosen))
+    title = "Footnote 2: PTFS under constant and inverse square root rates (the paper prints no numbers)"
+    return Table("footnote2", title, s.columns, rows, claims, pairs)
+
+
+PRINTED = (
+    table1,
+    fig4,
+    fig5,
+    table2,
+    table3,
+    table4,
+    table5,
+    table6,
+    table7,
+    table8,
+    table10,
+    table11,
+    table12,
+    table13,
+)
+ALL = (*PRINTED, order, moments, footnote2)
 TABLES: dict[str, Callable[[Setup], Table]] = {f.__name__: f for f in ALL}
 DOWNSTREAM = ("table4", "table11")  # their numbers are scores of tasks, not perplexities: downstream.py makes them
 DRAWN_FROM = {"fig2": "table3", "loss": "table3"}

@@ -125,6 +125,28 @@ def test_steps_of_the_paper_in_every_table():
     assert {n.steps for n in stages.values()} == {10_000} and len(stages) == 14
 
 
+def test_tables_that_the_paper_has_not():
+    """Shuffled PTFS has the steps of PTFS; branches and CPT with moments reset leave the base run's checkpoints."""
+    s = setup(schedules=["cosine", "knee"])
+    mixed = {name: n for name, n in nodes_of(s, "order").items() if n.config.data.order == "shuffled"}
+    assert mixed.keys() == {f"shuffled-s1/ptfs-cosine/v{v}" for v in (2, 3, 4)} and steps(mixed, "ptfs") == 90_000
+    base = nodes_of(s, "table3")
+    reset = {name: n for name, n in nodes_of(s, "moments").items() if n.config.train.reset_moments}
+    ours = {f"reset-moments-s1/ours-cosine/v{v}": ("base-s1/main", 10_000 * v - 6_000) for v in (2, 3, 4)}
+    cpt = {"reset-moments-s1/cpt-cosine/v2": ("base-s1/ptfs-cosine/v1", 10_000)}
+    cpt |= {
+        f"reset-moments-s1/cpt-cosine/v{v}": (f"reset-moments-s1/cpt-cosine/v{v - 1}", (v - 1) * 10_000) for v in (3, 4)
+    }
+    assert {name: n.parent for name, n in reset.items()} == ours | cpt
+    kept = {*nodes_of(s, "order", "moments")} - {*mixed, *reset}
+    assert kept <= base.keys()
+    rates = {n.config.plan.schedule: n.segment.lr(39_999) for n in nodes_of(s, "footnote2").values()}
+    assert rates == pytest.approx({"cosine": 3e-5, "knee": 3e-5, "constant": 3e-4, "inverse_sqrt": 3e-4 / 20**0.5})
+    assert steps({k: n for k, n in nodes_of(s, "footnote2").items() if k not in base}, "ptfs") == 2 * 90_000
+    judged = [(c.text, len(c.below_zero)) for c in tables.footnote2(s).claims]
+    assert judged == [("constant is worse", 6), ("inverse_sqrt is worse", 6)]
+
+
 def test_two_versions_with_a_longer_second_increment_are_the_base_runs_versions_3_and_4():
     """Table 13 may show Table 3's runs for PTFS and path switching: their learning rates are equal, step by step."""
     s = setup()
@@ -397,6 +419,21 @@ def test_table3_end_to_end_stopped_and_gone_on(tmp_path, prepared, main):
     assert meta["parent"]["segment"] == "main" and meta["parent"]["step"] == 14
 
 
+def test_further_tables_end_to_end(tmp_path, prepared, main, train_here):
+    code, said, refused = main(*words(tmp_path / "out", prepared, what=["order", "moments", "footnote2"]))
+    assert code == 0, refused
+    rows = {
+        name: {(r["group"], r["name"]): r["ppl"]["V2"] for r in record["rows"]}
+        for name in ("order", "moments", "footnote2")
+        if (record := json.loads((tmp_path / "out" / "results" / f"{name}.json").read_text()))
+    }
+    for of in rows.values():
+        assert len({*of.values()}) == len(of)  # each row is a model of its own
+    assert rows["order"]["", "PTFS"] == rows["footnote2"]["", "cosine"]
+    assert rows["order"]["", "Ours"] == rows["moments"]["Ours", "kept"]
+    assert said.count("(no table of the paper)") == 2 and "constant is worse: in " in said
+
+
 def test_a_segment_that_fails_is_named_and_the_others_go_on(tmp_path, prepared, main):
     run = tmp_path / "out" / "base-s1"
     (run / "ptfs-cosine").mkdir(parents=True)
@@ -480,6 +517,7 @@ def test_keys_that_tables_set_themselves():
     assert keys("table6", "paper", model__hidden="512") == ["model.hidden"]
     assert keys("table6", "paper", model__vocab_size="50000", train__micro_batch="2") == []
     assert keys("fig3", plan__schedule="knee") == ["plan.schedule"] and keys("fig1", plan__schedule="knee") == []
+    assert keys("moments", train__reset_moments="true") == ["train.reset_moments"]
     for scale in ("tiny", "small", "paper"):
         assert not any(keys(name, scale) for name in tables.ORDER)
     schedules = scales.Setup(scales.load_scale("tiny"), {"plan.schedule": "knee"}, ["knee"])
