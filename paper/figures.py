@@ -131,8 +131,7 @@ def downstream(record: dict[str, Any], file: str) -> None:
             ax.bar(x, [m["value"] or 0 for m in of_group if m["name"] == name], 0.25, label=name, color=colour)
         ax.set_xticks(range(len(versions)), versions)
     axes[0].set_ylabel("mean over tasks (%)")
-    axes[0].legend(**LEGEND)
-    finish(fig, file)
+    finish(fig, file, axes)
 
 
 def cost_and_quality(record: dict[str, Any], file: str) -> None:

@@ -140,7 +140,7 @@ def fig4(s: Setup) -> Table:
     worse = {f"{a} to {b}": minus("", a, b, "initialization") for a, b in pairs}
     better = {f"{a} to {b}": minus("", b, a, "updated") for a, b in pairs}
     text = "a longer cycle, so a larger learning rate at the end, makes the first stage worse"
-    claims = [Claim(text, worse), Claim("and its update better", better)]
+    claims = [Claim(text, worse), Claim("a longer cycle makes the updated model better", better)]
     return Table("fig4", title, ["initialization", "updated"], rows, claims)
 
 
