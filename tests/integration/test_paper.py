@@ -581,6 +581,25 @@ def test_a_report_of_nothing_and_of_names_in_brackets(tmp_path):
     assert not {"<script>", "<b>", "<i>"} & set(re.findall(r"<\w+>", report.page(tmp_path).read_text()))
 
 
+def test_a_report_begins_with_every_statement_and_folds_the_settings_away(tmp_path):
+    folder = ROOT / "results" / "tiny"
+    for name in ("table2", "table3", "table9", "fig4"):
+        (tmp_path / f"{name}.json").write_text((folder / f"{name}.json").read_text())
+    page = report.page(tmp_path).read_text()
+    top, first = page[page.index("<h1>") : page.index("<h2")], page.index("<h2")
+    claims = {
+        name: json.loads((tmp_path / f"{name}.json").read_text()).get("claims", []) for name in ("table2", "fig4")
+    }
+    for name, judged in claims.items():
+        row = next(line for line in top.split("<tr>") if f'href="#{name}"' in line)
+        assert "3 seeds" in row and all(f"{c['verdict']}</b>{c['text']}" in row for c in judged) and judged
+    assert set(re.findall(r'href="#(\w+)"', top)) == set(re.findall(r'<h2 id="(\w+)"', page))
+    counts = {v: int(n) for n, v in re.findall(r"(\d+) (HOLDS|OPEN|FAILS)", top)}
+    assert all(top.count(f'"{v}"') == n > 0 for v, n in counts.items()) and len(counts) == 3
+    settings = page.index("plan.max_lr&quot;")
+    assert page.rindex("<details>", first, settings) > page.rindex("</details>", first, settings)
+
+
 def test_the_committed_results_are_whole():
     """The README cites tables of three seeds, judged, with their pictures and logs."""
     folder = ROOT / "results" / "tiny"
@@ -654,6 +673,7 @@ def test_table4_end_to_end(tmp_path, prepared, main, train_here, monkeypatch):
     code, said, refused = main(*words(root, prepared, *args, "--sft", sft, what=["table4"]))
     assert code == 0 and "fine-tuned on sft.jsonl" in said, refused
     record = json.loads((root / "results" / "table4.json").read_text())
+    assert "1 seed(s)" in record["notes"][-1] and report.seeds(record) == "1 seed"
     assert record["header"][:3] == ["Ver.", "TP", "colours"] and (root / "results" / "table4.png").exists()
     assert [row[:2] for row in record["rows"]] == [["V2", "PTFS"], ["V2", "CPT"], ["V2", "Ours"]]
     (tuned,) = root.glob("base-s1-sft-*/sft/ours-cosine/v2/step-*")
