@@ -179,7 +179,6 @@ def page(results: Path) -> Path:
         try:
             record: Any = json.loads(file.read_text("utf-8")) if file.exists() else {"title": CAPTIONS.get(name, name)}
             body += section(name, record, drawn.read_bytes() if drawn.exists() else None)
-            contents({name: record})
             if "made" in record:
                 settings.add(f"<pre>{escape(json.dumps(record['made']['config'], indent=1))}</pre>")
         except (ValueError, LookupError, TypeError, AttributeError):

@@ -63,6 +63,8 @@ class Scale:
 TYPES = {"config": str, "train": bool, "ranks": int, "per_gpu": int, "sizes": dict, "long": dict, "sft": dict}
 # Keys that a scale may change beside those of model and train
 FREE = ("data.path", "data.repeat", "data.epochs", "plan.max_lr", "plan.min_lr", "plan.warmup")
+# Keys that only tables set
+OWN = "plan.increments train.save_at data.increments data.order data.sft data.epochs data.decay_mix".split()
 
 
 def load_scale(name: str) -> Scale:
@@ -110,9 +112,7 @@ class Setup:
         self.root = Path(out or f"out/{scale.name}")
         self.base = c = config.load(scale.config, overrides)
         values, default = config.values(c), config.values(config.Config())
-        for (
-            key
-        ) in "plan.increments train.save_at data.increments data.order data.sft data.epochs data.decay_mix".split():
+        for key in OWN:
             if values[key] != default[key]:
                 raise UserError(f"{key}: got {values[key]}, but the tables choose their own; leave it out")
         for key, low, high in (("plan.versions", 2, 100), ("plan.steps", 1, 10**9)):

@@ -215,13 +215,11 @@ def held_messages(seen: dict[str, Any]) -> bool | None:
 class SFTData:
     """The data of `--mode sft`, read as data.Tokens: each row `epochs` times in batches of B, the last filled up."""
 
-    mixed = 0  # data.order is of text
-
     def __init__(self, examples: Examples, parent: dict[str, Any], B: int, epochs: int) -> None:
         self.examples, self.parent, self.B, self.epochs, self.folder = examples, parent, B, epochs, examples.folder
         self.total = len(examples.train) * epochs
         self.steps = -(-self.total // B)
-        self.ends = [self.steps]
+        self.ends, self.mixed = [self.steps], 0
         self.meta = {"hash": examples.meta["hash"], "tokenizer_sha256": examples.meta["tokenizer"]}
 
     def place(self, step: int) -> tuple[int, int]:
