@@ -587,3 +587,8 @@ def test_a_benchmark_that_is_terminated_ends_the_process_of_its_row(run, monkeyp
     code, found, _ = run("step", *TINY)
     signal.signal(signal.SIGTERM, handler)
     assert code == 143 and found is None and ended
+
+
+def test_only_the_benchmark_of_tasks_needs_the_harness():
+    code = "import sys; sys.modules['lm_eval'] = sys.modules['datasets'] = None; import bench.__main__"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(bench.__file__).parent.parent).returncode == 0
