@@ -13,7 +13,7 @@ from paper.scales import Setup
 
 LEGEND = {"fontsize": 8, "frameon": False}
 COLOURS, DARK = schedule.COLOURS, "#333333"
-OF = {"PTFS": COLOURS[0], "CPT": COLOURS[1], "Ours": COLOURS[2]}
+OF = {"PTFS": COLOURS[0], "CPT": COLOURS[1], "Ours": COLOURS[2], tables.MIXED: COLOURS[3]}
 MARKERS = "os^DvP"
 
 
@@ -95,7 +95,7 @@ def table(record: dict[str, Any], file: str) -> None:
     groups = {g: {r["name"]: r for r in record["rows"] if r["group"] == g} for g in distinct(record["rows"], "group")}
     names = distinct(record["rows"], "name")
     reference = "PTFS" if "PTFS" in names else [*(d["minus"][1] for d in record["differences"]), *names][0]
-    colours = OF if set(names) <= OF.keys() else dict(zip(names, COLOURS, strict=False))
+    colours = OF if reference == "PTFS" else dict(zip(names, COLOURS, strict=False))
     columns, several = record["columns"], len(record["seeds"]) > 1
     fig, axes = canvas(list(groups), 3.0, sharey=True)
     for ax, rows in zip(axes, groups.values(), strict=True):
@@ -128,9 +128,9 @@ def downstream(record: dict[str, Any], file: str) -> None:
     for ax, group in zip(axes, groups, strict=True):
         of_group = [m for m in record["means"] if m["group"] == group]
         versions = distinct(of_group, "version")
-        for i, (name, colour) in enumerate(OF.items()):
+        for i, name in enumerate(tables.NAMES.values()):
             x = [v + 0.27 * (i - 1) for v in range(len(versions))]
-            ax.bar(x, [m["value"] or 0 for m in of_group if m["name"] == name], 0.25, label=name, color=colour)
+            ax.bar(x, [m["value"] or 0 for m in of_group if m["name"] == name], 0.25, label=name, color=OF[name])
         ax.set_xticks(range(len(versions)), versions)
     axes[0].set_ylabel("mean over tasks (%)")
     finish(fig, file, axes)
