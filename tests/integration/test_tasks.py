@@ -306,7 +306,7 @@ def test_the_letters_are_asked_as_the_examples_teach():
     examples = [json.loads(line) for line in open(harness.OURS / "letters" / "examples.jsonl")]
     taught = {e["prompt"]: e["response"] for e in examples}
     asked = {task.doc_to_text(d): task.doc_to_target(d) for d in task.eval_docs}
-    assert (len(taught), len(asked)) == (2000, 1000) and not taught.keys() & asked.keys()
+    assert (len(taught), len(asked)) == (250, 1000) and not taught.keys() & asked.keys()
     for prompt, letter in (taught | {p: f" {a}" for p, a in asked.items()}).items():
         word, arrow = prompt.split()
         assert (arrow, letter) == ("=>", f" {chr(ord(word[-1]) + 1)}")
