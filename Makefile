@@ -18,7 +18,8 @@ results-tiny: .venv/dev
 	$(PY) -m paper fig1 fig2 fig3 table1 fig4 fig5 table2 table3 table9 fig6 table10 table13 loss --scale tiny --seeds 3
 	$(PY) -m paper order moments footnote2 --scale tiny --seeds 3
 	$(PY) -m paper table5 table6 table7 table8 table12 --scale tiny
-	$(PY) -m paper table4 table11 --scale tiny $(LETTERS)
+	$(PY) -m paper table4 --scale tiny --seeds 3 $(LETTERS)
+	$(PY) -m paper table11 --scale tiny $(LETTERS)
 	mkdir -p results/tiny && cp out/tiny/results/* results/tiny/
 
 # The same at 25M parameters, for a GPU; TEXT is some 200 MB of text: make results-small TEXT='my/*.jsonl' [PY=python3]
