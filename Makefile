@@ -12,9 +12,14 @@ test: .venv/dev
 check: lint
 	$(PY) -m pytest -q -n 2 tests/unit
 
-# What results/tiny holds, anew: two CPU cores, an hour or two; goes on where it was
-results-tiny: .venv/demo
+# What results/tiny holds, anew, on two CPU cores; goes on where it was. Three seeds of the base model, one of the others
+LETTERS = --sft configs/tasks/letters/examples.jsonl --tasks next_letter --data_dir configs/tasks
+results-tiny: .venv/dev
 	$(PY) -m paper fig1 fig2 fig3 table1 fig4 fig5 table2 table3 table9 fig6 table10 table13 loss --scale tiny --seeds 3
+	$(PY) -m paper order moments footnote2 --scale tiny --seeds 3
+	$(PY) -m paper table5 table6 table7 table8 table12 --scale tiny
+	$(PY) -m paper table4 --scale tiny --seeds 3 $(LETTERS)
+	$(PY) -m paper table11 --scale tiny $(LETTERS)
 	mkdir -p results/tiny && cp out/tiny/results/* results/tiny/
 
 # The same at 25M parameters, for a GPU; TEXT is some 200 MB of text: make results-small TEXT='my/*.jsonl' [PY=python3]

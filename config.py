@@ -59,6 +59,7 @@ class Data:
     increments: list[int] = key([], "steps read of v1.bin, v2.bin and so on; empty: those of the plan", free=True)
     unique: int | None = key(None, "read only this many steps of an increment, again and again; none: all of it", low=1)
     repeat: bool = key(False, "read an increment again when it is too short, instead of refusing")
+    order: str = key("sequential", "ptfs: shuffled mixes old and new increments", choices=("sequential", "shuffled"))
     # free: the examples themselves are compared, as data is
     sft: str = key("", "JSONL of examples, for --mode sft and for decay_mix", free=True)
     epochs: int = key(1, "sft: passes over the examples", low=1, free=True)
@@ -88,6 +89,7 @@ class Train:
     checkpoint_every: int = key(500, "steps between checkpoints; 0: fork points and the end only", low=0, free=True)
     keep: int = key(2, "checkpoints kept beside fork points and ends", low=1, free=True)
     base: str = key("", "an imported model's checkpoint, in place of random weights")
+    reset_moments: bool = key(False, "branches and CPT's versions begin with AdamW's moments at zero")
     save_at: list[int] = key([], "further steps to save and keep, such as the fork points of another alpha", free=True)
     on_save_error: str = key("stop", "if a checkpoint cannot be saved", choices=("stop", "continue"), free=True)
     spike: float | None = key(None, "stop at a loss so far above the median of 20; none: never", low=0, free=True)

@@ -55,6 +55,8 @@ def shuffle(i: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
 class Tokens:
     """A prepared folder as one run reads it: global batch `step` of B sequences, for every step of every increment."""
 
+    mixed = 0  # data.order shuffled: the sequences of so many steps, of all increments, are mixed; 0: none are
+
     def __init__(
         self,
         folder: str,
@@ -84,7 +86,7 @@ class Tokens:
 
     def needs(self, start: int, end: float) -> list[tuple[str, int, int]]:
         """(increment, tokens needed, tokens there) of every increment that steps start .. end - 1 read."""
-        found = []
+        found, start = [], 0 if self.mixed else start
         for i, (first, stop) in enumerate(itertools.pairwise([0, *self.ends])):
             if first < end and stop > start:
                 there = self.meta["increments"][i]["tokens"] if i < len(self.meta["increments"]) else 0
@@ -112,7 +114,7 @@ class Tokens:
 
     def identity(self, step: int) -> dict[str, Any]:
         """What a checkpoint at `step` records of the data it has seen: the hashes of tokenizer and increments."""
-        seen = self.place(step - 1)[0] + 1 if step else 0
+        seen = self.place((self.mixed or step) - 1)[0] + 1 if step else 0
         hashes = [p["sha256"]["bin"] for p in self.meta["increments"][:seen]]
         return {"tokenizer": self.meta["tokenizer_sha256"], "increments": hashes}
 
@@ -124,14 +126,21 @@ class Tokens:
         """Rows of global batch `step`: (inputs, targets), each int64 (rows, context).
 
         An increment is cut into sequences of `context` tokens (and one more, the last target). Update k of the
-        increment reads sequences k*B .. (k+1)*B - 1 of a permutation seeded by (seed, increment, epoch).
+        increment reads sequences k*B .. (k+1)*B - 1 of a permutation seeded by (seed, increment, epoch). Where they
+        are `mixed`, the sequences that updates 0 .. mixed - 1 read this way are permuted again, by (seed, mixed).
         """
-        increment, k = self.place(step)
-        name = f"v{increment + 1}"
-        n = (len(self.tokens(name)) - 1) // self.context
-        n = min(n, (self.unique or n) * self.B)
-        sequences = shuffle(k * self.B + np.arange(self.B)[rows], n, (self.seed, increment))
-        return self.windows(name, sequences * self.context, self.context)
+        at = step * self.B + np.arange(self.B)[rows]  # places in the order of the increments
+        if self.mixed:
+            at = permute(at, self.mixed * self.B, (self.seed, self.mixed))
+        increments = np.searchsorted(self.ends, at // self.B, "right")
+        batch = np.empty((2, len(at), self.context), np.int64)
+        for i in map(int, np.unique(increments)):
+            name, here = f"v{i + 1}", increments == i
+            n = (len(self.tokens(name)) - 1) // self.context
+            n = min(n, (self.unique or n) * self.B)
+            k = at[here] - (self.ends[i - 1] * self.B if i else 0)
+            batch[:, here] = self.windows(name, shuffle(k, n, (self.seed, i)) * self.context, self.context)
+        return tuple(batch)
 
     def windows(self, name: str, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         """(inputs, targets), each int64 (starts, length), of the sequences that begin at `starts` in a token file."""

@@ -63,6 +63,8 @@ def pick(o: Namespace, c: Config, world: World) -> Run:
     if o.mode == "sft":
         c, meta = resume.sft_config(c, o.parent, given(o).keys())
     found = distributed.problems(c, world.ranks) + kernels.problems(c.train.kernels, cuda, c.model)
+    if c.data.order != "sequential" and o.mode != "ptfs":
+        found.append(f"data.order: got {c.data.order}, expected sequential with --mode {o.mode}; only ptfs reads it")
     if o.version is not None and (o.mode == "sft" or not 0 < o.version < 10_000):
         raise UserError(f"--version: got {o.version}, expected 1 to 9999, and none with --mode sft")
     if c.train.compile == "on" and not cuda and not cpp_compiler():

@@ -138,4 +138,7 @@ def make(request: Request, name: str, tasks: Tasks, machine: workers.Machine, pr
     known = {p: scores(result, tasks, s.root / "tasks", s.base.train.device) for p, result in results.items()}
     shown = {cell: [known[p] for p in of_seeds] for cell, of_seeds in where.items()}
     limits = "".join(f"; {k} {v}" for k, v in tasks.options.items() if k != "data_dir" and v is not None)
-    return {name: record(request.tables[name], shown, tasks.names, f"Scale {s.scale.name}, versions {how}{limits}.")}
+    error = max(100 * (score["se"] or 0) for of in known.values() for score in of.values())
+    note = f"Scale {s.scale.name}, {len(request.seeds)} seed(s), versions {how}{limits}."
+    note += f" A score's standard error over its questions is {error:.1f} at most."
+    return {name: record(request.tables[name], shown, tasks.names, note)}

@@ -13,7 +13,7 @@ from paper.scales import Setup
 
 LEGEND = {"fontsize": 8, "frameon": False}
 COLOURS, DARK = schedule.COLOURS, "#333333"
-OF = {"PTFS": COLOURS[0], "CPT": COLOURS[1], "Ours": COLOURS[2]}
+OF = {"PTFS": COLOURS[0], "CPT": COLOURS[1], "Ours": COLOURS[2], tables.MIXED: COLOURS[3]}
 MARKERS = "os^DvP"
 
 
@@ -47,14 +47,18 @@ def distinct(rows: list[dict[str, Any]], key: str) -> list[str]:
 def schedules(s: Setup, file: str) -> None:
     """Figure 3: the schedules, each over a whole run of T steps."""
     fig, (ax,) = canvas([""], 5)
-    for i, (name, run) in enumerate(tables.from_plans(s, "fig3").items()):
-        first = s.segments(run, 1)[0]
-        steps = [*range(0, first.end, max(1, first.end // 10_000)), first.end - 1]
-        look = {"color": COLOURS[i % 6], "linestyle": ("-", "--", "-.", ":")[i % 4], "label": name}
-        ax.plot(steps, [first.lr(t) for t in steps], **look)
-    ax.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    firsts = {name: s.segments(run, 1)[0] for name, run in tables.from_plans(s, "fig3").items()}
+    rates(ax, {name: [first.lr(t) for t in range(first.end)] for name, first in firsts.items()})
     ax.legend(**LEGEND)
     finish(fig, file)
+
+
+def rates(ax: Any, paths: dict[str, list[float]]) -> None:
+    """Learning rates over steps, a line a name."""
+    for i, (name, lr) in enumerate(paths.items()):
+        look = {"color": COLOURS[i % 6], "linestyle": ("-", "--", "-.", ":")[i % 4], "linewidth": 1.6}
+        ax.plot(range(len(lr)), lr, label=name, **look)
+    ax.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
 
 
 def paths(request: graph.Request, name: str) -> dict[str, list[float]]:
@@ -70,12 +74,10 @@ def paths(request: graph.Request, name: str) -> dict[str, list[float]]:
     return out
 
 
-def stages(record: dict[str, Any], rates: dict[str, list[float]], file: str) -> None:
+def stages(record: dict[str, Any], cycles: dict[str, list[float]], file: str) -> None:
     """Figures 4 and 5: learning rates of two stages under several cycles, and the PPL that they lead to."""
     fig, (left, right) = canvas(["", ""], 4.6)
-    for i, (label, lr) in enumerate(rates.items()):
-        left.plot(range(len(lr)), lr, color=COLOURS[i % 6], label=f"cycle {label}", linewidth=1.6)
-    left.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    rates(left, {f"cycle {label}": lr for label, lr in cycles.items()})
     left.legend(title="steps", title_fontsize=8, **LEGEND)
     colours = {"initialization": COLOURS[1], "updated": COLOURS[0]}
     for i, column in enumerate(record["columns"]):
@@ -126,13 +128,12 @@ def downstream(record: dict[str, Any], file: str) -> None:
     for ax, group in zip(axes, groups, strict=True):
         of_group = [m for m in record["means"] if m["group"] == group]
         versions = distinct(of_group, "version")
-        for i, (name, colour) in enumerate(OF.items()):
+        for i, name in enumerate(tables.NAMES.values()):
             x = [v + 0.27 * (i - 1) for v in range(len(versions))]
-            ax.bar(x, [m["value"] or 0 for m in of_group if m["name"] == name], 0.25, label=name, color=colour)
+            ax.bar(x, [m["value"] or 0 for m in of_group if m["name"] == name], 0.25, label=name, color=OF[name])
         ax.set_xticks(range(len(versions)), versions)
     axes[0].set_ylabel("mean over tasks (%)")
-    axes[0].legend(**LEGEND)
-    finish(fig, file)
+    finish(fig, file, axes)
 
 
 def cost_and_quality(record: dict[str, Any], file: str) -> None:

@@ -56,7 +56,7 @@ class Node:
 
     @cached_property
     def tokens(self) -> data.Tokens:
-        return resume.open_tokens(self.config, self.config.plan)
+        return resume.open_tokens(self.config, self.config.plan, self.segment)
 
     def saved(self, step: int) -> bool:
         return (checkpoint.path(self.folder, step) / "meta.json").exists()
@@ -140,10 +140,12 @@ def add(nodes: Graph, s: Setup, point: Point, seed: int) -> tuple[str, int]:
         # the main path of several plans is one, as long as the longest of them
         if known is None or segment.end > known.segment.end:
             parent = None
-            if segment.parent and run.parent and segment.version == 2:
-                parent = add(nodes, s, Point(run.parent, 1), seed)
-            elif segment.parent:
-                parent = need(segments[segment.parent[0]], segment.parent[1])
+            if segment.parent:
+                origin, at = segments[segment.parent[0]], segment.parent[1]
+                if run.parent and origin.paradigm != segment.paradigm:
+                    parent = add(nodes, s, Point(run.parent, 1, at if origin.paradigm == "main" else None), seed)
+                else:
+                    parent = need(origin, at)
             version = [] if main else ["--version", str(segment.version)]
             keys = [word for k, v in s.keys(run, seed).items() for word in (f"--{k}", v)]
             words = ["--config", run.setting.config or s.scale.config, "--mode", segment.paradigm, *version, *keys]

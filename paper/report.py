@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections import Counter
 from html import escape
 from pathlib import Path
 from string import Template
@@ -125,13 +126,37 @@ def table_html(rows: Matrix) -> str:
     return f"<table>{''.join(lines)}</table>\n"
 
 
+def seeds(record: dict[str, Any]) -> str:
+    """How many seeds a record is of, in words; empty if nothing was trained for it."""
+    n = len(record.get("seeds") or record.get("scores", [{"seeds": ()}])[0]["seeds"])
+    return f"{n} seed{'s' * (n > 1)}" if n else ""
+
+
+def verdicts(said: list[tuple[str, str]]) -> str:
+    items = "".join(f'<li><b class="{v}">{v}</b>{escape(text)}</li>\n' for v, text in said)
+    return f"<ul>{items}</ul>" if items else ""
+
+
+def contents(records: dict[str, dict[str, Any]]) -> str:
+    """A row for each table and figure: a link, its seeds, and how its statements were judged."""
+    rows = ""
+    count: Counter[str] = Counter()
+    for name, record in records.items():
+        title, _, about = map(escape, record["title"].partition(": "))
+        said = [(c["verdict"], c["text"]) for c in record.get("claims", [])]
+        count.update(v for v, _ in said)
+        rows += f'<tr><td><a href="#{name}">{title}</a></td><td>{about}</td><td>{seeds(record)}</td>'
+        rows += f"<td>{verdicts(said)}</td></tr>\n"
+    judged = ", ".join(f"{count[v]} {v}" for v in ("HOLDS", "OPEN", "FAILS"))
+    return f'<p>Statements: {judged}.</p>\n<table class="contents">{rows}</table>\n'
+
+
 def section(name: str, record: dict[str, Any], picture: bytes | None) -> str:
     """One table or figure: numbers, claims, picture; below them the differences and how it was made."""
     title, measured = escape(record["title"]), "rows" in record
-    out = f'<h2 id="{name}">{title}</h2>\n'
+    out = f'<h2 id="{name}">{title} <small>{seeds(record)}</small></h2>\n'
     if measured:
-        claims = (f'<li><b class="{v}">{v}</b>{escape(text)}</li>\n' for v, text in statements(record))
-        out += f"{table_html(grid(record))}<ul>{''.join(claims)}</ul>\n"
+        out += f"{table_html(grid(record))}{verdicts(statements(record))}\n"
     if picture:
         width = int.from_bytes(picture[16:20]) * 100 // 150  # drawn at 150 dots an inch; so all letters have one size
         source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
@@ -145,23 +170,23 @@ def section(name: str, record: dict[str, Any], picture: bytes | None) -> str:
 
 def page(results: Path) -> Path:
     """Write report.html from the records and pictures of a folder. UserError if there are none yet."""
-    body = links = ""
-    settings: dict[str, None] = {}
+    records: dict[str, dict[str, Any]] = {}
+    body, settings = "", set()
     for name in ORDER:
         file, drawn = results / f"{name}.json", results / f"{name}.png"
         if not file.exists() and not drawn.exists():
             continue
         try:
             record: Any = json.loads(file.read_text("utf-8")) if file.exists() else {"title": CAPTIONS.get(name, name)}
-            links += f'<a href="#{name}">{escape(record["title"].partition(":")[0])}</a> '
             body += section(name, record, drawn.read_bytes() if drawn.exists() else None)
             if "made" in record:
-                settings[f"<pre>{escape(json.dumps(record['made']['config'], indent=1))}</pre>"] = None
+                settings.add(f"<pre>{escape(json.dumps(record['made']['config'], indent=1))}</pre>")
         except (ValueError, LookupError, TypeError, AttributeError):
             raise UserError(f"{file}: is damaged; delete it, and ask for {name} again") from None
+        records[name] = record
     if not body:
         raise UserError(f"{results}: no table or figure is there yet; ask for some, such as table3 and fig2")
     template = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
-    text = template.substitute(legend=LEGEND, links=links, body=body, settings="".join(settings))
+    text = template.substitute(legend=LEGEND, contents=contents(records), body=body, settings="".join(sorted(settings)))
     write_text(results / "report.html", text)
     return results / "report.html"

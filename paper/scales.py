@@ -34,7 +34,7 @@ class Run:
 
     paradigm: str
     setting: Setting = Setting()
-    parent: "Run | None" = None  # CPT from the version 1 of a run in another folder
+    parent: "Run | None" = None  # the run in another folder whose main path it leaves; CPT: whose version 1 it updates
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class Scale:
 TYPES = {"config": str, "train": bool, "ranks": int, "per_gpu": int, "sizes": dict, "long": dict, "sft": dict}
 # Keys that a scale may change beside those of model and train
 FREE = ("data.path", "data.repeat", "data.epochs", "plan.max_lr", "plan.min_lr", "plan.warmup")
+# Keys that only tables set
+OWN = "plan.increments train.save_at data.increments data.order data.sft data.epochs data.decay_mix".split()
 
 
 def load_scale(name: str) -> Scale:
@@ -111,7 +113,7 @@ class Setup:
         self.own = f"base-s{config.load(scale.config).train.seed}"  # the setting and seed of train.py without keys
         self.base = c = config.load(scale.config, overrides)
         values, default = config.values(c), config.values(config.Config())
-        for key in "plan.increments data.increments data.sft data.epochs data.decay_mix train.save_at".split():
+        for key in OWN:
             if values[key] != default[key]:
                 raise UserError(f"{key}: got {values[key]}, but the tables choose their own; leave it out")
         for key, low, high in (("plan.versions", 2, 100), ("plan.steps", 1, 10**9)):

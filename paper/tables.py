@@ -18,6 +18,7 @@ from paper.scales import Point, Run, Setting, Setup
 PAPER = json.loads((Path(__file__).parent.parent / "results" / "paper.json").read_text(encoding="utf-8"))
 NAMES = {"ptfs": "PTFS", "cpt": "CPT", "ours": "Ours"}
 VARIANTS = {"rewarm_max": "RewarmMax", "reset_max": "ResetMax", "keep_min": "KeepMin"}
+MIXED = "PTFS, shuffled"
 PAIRS = [("Ours", "CPT"), ("Ours", "PTFS"), ("CPT", "PTFS")]
 MAIN = ("cosine", "knee", "multistep")  # the paper's schedules
 ALPHAS = (0.2, 0.4, 0.6, 0.8)
@@ -139,7 +140,7 @@ def fig4(s: Setup) -> Table:
     worse = {f"{a} to {b}": minus("", a, b, "initialization") for a, b in pairs}
     better = {f"{a} to {b}": minus("", b, a, "updated") for a, b in pairs}
     text = "a longer cycle, so a larger learning rate at the end, makes the first stage worse"
-    claims = [Claim(text, worse), Claim("and its update better", better)]
+    claims = [Claim(text, worse), Claim("a longer cycle makes the updated model better", better)]
     return Table("fig4", title, ["initialization", "updated"], rows, claims)
 
 
@@ -309,8 +310,43 @@ def table13(s: Setup) -> Table:
     return Table("table13", title, list(columns), rows, ours_is_best(rows, list(columns), 1.0), PAIRS)
 
 
+# ---- Choices that the paper does not measure, or prints no numbers of ------------------------------------------------
+
+
+def order(s: Setup) -> Table:
+    shuffled = Setting("shuffled", {**COSINE, "data.order": "shuffled"})
+    runs = {NAMES[x]: Run(x, Setting(keys=COSINE)) for x in ("ptfs", "ours")} | {MIXED: Run("ptfs", shuffled)}
+    rows = [Row("", n, {"paradigm": n}, s.versions(r), costs={"cost": s.cost(r)}) for n, r in runs.items()]
+    claim = below("ours is below PTFS or within 2% of it, shuffled too", [""], s.columns, "Ours", MIXED, 1.02)
+    title = "Order of the data: PTFS reads old increments before new ones, or all mixed (no table of the paper)"
+    return Table("order", title, s.columns, rows, [claim], [(MIXED, "PTFS"), ("Ours", MIXED)])
+
+
+def moments(s: Setup) -> Table:
+    rows, key = [], "train.reset_moments"
+    for paradigm, name in list(NAMES.items())[1:]:
+        kept = Run(paradigm, Setting(keys={**COSINE, key: "false"}))
+        reset = Run(paradigm, Setting("reset-moments", {**COSINE, key: "true"}), parent=kept)
+        for how, run in (("kept", kept), ("reset", reset)):
+            rows.append(Row(name, how, {"paradigm": name, "moments": how}, s.versions(run)))
+    parts = {c: {("Ours", "reset", c): 1.0, ("CPT", "reset", c): -1.0} for c in s.columns}
+    claim = Claim("ours is below CPT, with moments reset too", parts)
+    title = "AdamW's moments: kept or reset where branches and CPT's versions begin (no table of the paper)"
+    return Table("moments", title, s.columns, rows, [claim], [("reset", "kept")])
+
+
+def footnote2(s: Setup) -> Table:
+    others = ("constant", "inverse_sqrt")
+    runs = {n: Run("ptfs", Setting(keys={"plan.schedule": n})) for n in (*s.schedules, *others)}
+    rows = [Row("", n, {"schedule": n}, s.versions(run)) for n, run in runs.items()]
+    pairs = [(b, a) for b in others for a in s.schedules if a not in others]
+    claims = [below(f"{a} is below {b}", [""], s.columns, a, b) for b, a in pairs]
+    title = "Footnote 2: PTFS under constant and inverse square root rates (the paper prints no numbers)"
+    return Table("footnote2", title, s.columns, rows, claims, pairs)
+
+
 ALL = (table1, fig4, fig5, table2, table3, table4, table5, table6, table7, table8, table10, table11, table12, table13)
-TABLES: dict[str, Callable[[Setup], Table]] = {f.__name__: f for f in ALL}
+TABLES: dict[str, Callable[[Setup], Table]] = {f.__name__: f for f in (*ALL, order, moments, footnote2)}
 DOWNSTREAM = ("table4", "table11")  # their numbers are scores of tasks, not perplexities: downstream.py makes them
 DRAWN_FROM = {"fig2": "table3", "loss": "table3"}
 # All tables and figures, in the paper's order

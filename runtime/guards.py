@@ -172,6 +172,8 @@ class Guard:
 
     def place(self, step: int) -> str:
         """The batch of a step, in words."""
+        if self.tokens.mixed:
+            return f"It is batch {step} of increments that are mixed"
         increment, k = self.tokens.place(step)
         where = self.tokens.folder if self.run.segment.paradigm == "sft" else f"increment v{increment + 1}"
         return f"It is batch {k} of {where}"

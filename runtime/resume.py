@@ -133,10 +133,12 @@ def sft_run(c: Config, meta: dict[str, Any], parent: str, steps: int) -> Run:
 # ---- Its data --------------------------------------------------------------------------------------------------------
 
 
-def open_tokens(c: Config, p: Plan, kind: type[data.Tokens] = data.Tokens) -> Any:
-    """The prepared data as a plan reads it."""
-    d = c.data
-    return kind(d.path, c.model.context, c.batch_sequences, d.increments or p.T, c.train.seed, d.repeat, d.unique)
+def open_tokens(c: Config, p: Plan, s: Segment, kind: type[data.Tokens] = data.Tokens) -> Any:
+    """The prepared data as a segment of a plan reads it."""
+    d, T = c.data, c.data.increments or p.T
+    tokens = kind(d.path, c.model.context, c.batch_sequences, T, c.train.seed, d.repeat, d.unique)
+    tokens.mixed = s.end if d.order == "shuffled" else 0
+    return tokens
 
 
 def open_tokenizer(path: Path, meta: dict[str, Any], folder: str | None = None) -> Tokenizer:
@@ -151,18 +153,19 @@ def open_tokenizer(path: Path, meta: dict[str, Any], folder: str | None = None) 
 # ---- Lineage -------------------------------------------------------------------------------------------------------
 
 
-def fingerprint(s: Segment, ends: list[int], step: int) -> dict[str, Any]:
+def fingerprint(s: Segment, tokens: data.Tokens | SFTData, step: int) -> dict[str, Any]:
     """The learning-rate path and the data of a segment up to `step`, whichever keys of the plan they follow from."""
     rates = b"".join(struct.pack("<d", s.lr(i)) for i in range(s.start, step))
     end = None if s.paradigm == "main" else s.end  # the main path may be prolonged
     path = {"start": s.start, "end": end, "parent": list(s.parent) if s.parent else None}
-    return {**path, "lr_sha256": hashlib.sha256(rates).hexdigest(), "increments": [e for e in ends if e < step]}
+    ends = [e for e in tokens.ends if e < (tokens.mixed or step)]
+    return {**path, "lr_sha256": hashlib.sha256(rates).hexdigest(), "increments": ends}
 
 
 def record(run: Run, parent: dict[str, Any] | None, tokens: data.Tokens | SFTData, step: int) -> dict[str, Any]:
     """The part of a checkpoint's meta.json that says how it was made."""
     s, values = run.segment, config.values(run.config)
-    made = {"segment": s.name, "version": s.version, "path": fingerprint(s, tokens.ends, step)}
+    made = {"segment": s.name, "version": s.version, "path": fingerprint(s, tokens, step)}
     state = {"finished": step == s.end, "parent": parent, "tokens": step * run.config.train.batch_tokens}
     keys = {"pinned": step in run.required, "config": values, "config_sha256": digest(values)}
     return {**made, **state, **keys, "data": tokens.identity(step), "versions": VERSIONS}
@@ -181,10 +184,12 @@ def check_lineage(where: Path, c: Config, s: Segment, tokens: data.Tokens | SFTD
     different = [(k, seen.get(e), own.get(e)) for e, k in data_keys.items() if seen.get(e) != own.get(e)]
 
     then = config.values(Config()) | meta["config"]  # a key that came later had its default
-    idle = ("data.repeat",)  # only allows what is refused without it: which batches were read follows from the rest
+    idle = ["data.repeat"]  # only allows what is refused without it: which batches were read follows from the rest
+    if s.paradigm not in ("branch", "cpt"):
+        idle.append("train.reset_moments")  # these have no parent's moments
     changed = [(k, then[k], v, f) for k, (f, v) in config.flatten(c).items() if then[k] != v and k not in idle]
     different += [(k, a, b) for k, a, b, f in changed if not k.startswith("plan.") and not f.metadata.get("free")]
-    if meta["path"] != fingerprint(s, tokens.ends, meta["step"]):
+    if meta["path"] != fingerprint(s, tokens, meta["step"]):
         plan = [(k, a, b) for k, a, b, _ in changed if k.startswith("plan.")]
         different += plan or [("lengths or learning rates", "others", "these")]
     if different:

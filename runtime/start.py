@@ -42,7 +42,7 @@ def open_data(run: Run, world: World, beat: Callable[[str], None], home: Path) -
                 check_shipped(run)
                 prepare.ship(c.data.path)
         with raise_on_all_ranks(world):
-            tokens = resume.open_tokens(c, run.plan, MixedData if run.reads_examples else Tokens)
+            tokens = resume.open_tokens(c, run.plan, segment, MixedData if run.reads_examples else Tokens)
             check_vocabulary(c, tokens.meta["vocab_size"])
             check_text(run, tokens)
     if run.reads_examples:
@@ -171,7 +171,7 @@ def find_start(run: Run, tokens: Tokens | SFTData) -> Start:
     resume.check_lineage(origin, c, next(g for g in run.segments if g.name == name), tokens)
     if parent["step"] != step:
         raise UserError(f"{origin}: is at step {parent['step']}, expected the {step} at which {s.name} leaves {name}")
-    return Start(s.start, done, str(origin), False, known)
+    return Start(s.start, done, str(origin), c.train.reset_moments, known)
 
 
 def check_start(run: Run, tokens: Tokens | SFTData, start: Start, checksums: bool = True) -> None:
@@ -273,7 +273,7 @@ def preview(run: Run, kind: str, why: str, ranks: int) -> None:
     if not sft and prepare.ships(c.data.path):
         print(f"data         {c.data.path}: not there yet, the text that ships with the project will be prepared")
     elif not sft and (Path(c.data.path) / "meta.json").exists():
-        for name, need, there in resume.open_tokens(c, p).needs(s.start, s.end):
+        for name, need, there in resume.open_tokens(c, p, s).needs(s.start, s.end):
             print(f"data         {Path(c.data.path) / name}.bin: {need:,} tokens needed, {there:,} there")
     if problem:
         raise problem

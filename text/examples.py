@@ -217,7 +217,7 @@ class SFTData:
         self.examples, self.parent, self.B, self.epochs, self.folder = examples, parent, B, epochs, examples.folder
         self.total = len(examples.train) * epochs
         self.steps = -(-self.total // B)
-        self.ends = [self.steps]
+        self.ends, self.mixed = [self.steps], 0
         self.meta = {"hash": examples.meta["hash"], "tokenizer_sha256": examples.meta["tokenizer"]}
 
     def place(self, step: int) -> tuple[int, int]:

@@ -31,6 +31,7 @@ CHANGES: dict[str, tuple[str, tuple[str, str], dict[str, str]]] = {
     "model.rope_high": ("2", PTFS, STRETCHED),
     "model.norm_eps": ("1e-4", PTFS, {}),
     "data.unique": ("2", PTFS, {"data.repeat": "true"}),
+    "data.order": ("shuffled", PTFS, {}),
     "plan.schedule": ("knee", PTFS, {}),
     "plan.steps": ("5", PTFS, {}),
     "plan.increments": ("5,6", PTFS, {}),
@@ -47,6 +48,7 @@ CHANGES: dict[str, tuple[str, tuple[str, str], dict[str, str]]] = {
     "train.beta2": ("0.99", PTFS, {}),
     "train.weight_decay": ("0.2", PTFS, {}),
     "train.clip": ("0.6", PTFS, {}),
+    "train.reset_moments": ("true", BRANCH, {}),
     "train.dtype": ("bfloat16", PTFS, {}),
 }
 # not free, and yet no value of theirs changes the weights of such a run

@@ -125,6 +125,29 @@ def test_steps_of_the_paper_in_every_table():
     assert {n.steps for n in stages.values()} == {10_000} and len(stages) == 14
 
 
+def test_tables_that_the_paper_has_not():
+    """Shuffled PTFS has the steps of PTFS; branches and CPT with moments reset leave the base run's checkpoints."""
+    s = setup(schedules=["cosine", "knee"])
+    mixed = {name: n for name, n in nodes_of(s, "order").items() if n.config.data.order == "shuffled"}
+    assert mixed.keys() == {f"shuffled-s1/ptfs-cosine/v{v}" for v in (2, 3, 4)} and steps(mixed, "ptfs") == 90_000
+    base = nodes_of(s, "table3")
+    reset = {name: n for name, n in nodes_of(s, "moments").items() if n.config.train.reset_moments}
+    path, first = (next(k for k in base if k.endswith(name)) for name in ("main", "ptfs-cosine/v1"))
+    ours = {f"reset-moments-s1/ours-cosine/v{v}": (path, 10_000 * v - 6_000) for v in (2, 3, 4)}
+    cpt = {"reset-moments-s1/cpt-cosine/v2": (first, 10_000)}
+    cpt |= {
+        f"reset-moments-s1/cpt-cosine/v{v}": (f"reset-moments-s1/cpt-cosine/v{v - 1}", (v - 1) * 10_000) for v in (3, 4)
+    }
+    assert {name: n.parent for name, n in reset.items()} == ours | cpt
+    kept = {*nodes_of(s, "order", "moments")} - {*mixed, *reset}
+    assert kept <= base.keys()
+    rates = {n.config.plan.schedule: n.segment.lr(39_999) for n in nodes_of(s, "footnote2").values()}
+    assert rates == pytest.approx({"cosine": 3e-5, "knee": 3e-5, "constant": 3e-4, "inverse_sqrt": 3e-4 / 20**0.5})
+    assert steps({k: n for k, n in nodes_of(s, "footnote2").items() if k not in base}, "ptfs") == 2 * 90_000
+    judged = {c.text for c in tables.footnote2(s).claims}
+    assert judged == {f"{a} is below {b}" for a in ("cosine", "knee") for b in ("constant", "inverse_sqrt")}
+
+
 def test_two_versions_with_a_longer_second_increment_are_the_base_runs_versions_3_and_4():
     """Table 13 may show Table 3's runs for PTFS and path switching: their learning rates are equal, step by step."""
     s = setup()
@@ -399,6 +422,21 @@ def test_table3_end_to_end_stopped_and_gone_on(tmp_path, prepared, main):
     assert meta["parent"]["segment"] == "main" and meta["parent"]["step"] == 14
 
 
+def test_further_tables_end_to_end(tmp_path, prepared, main, train_here):
+    code, said, refused = main(*words(tmp_path / "out", prepared, what=["order", "moments", "footnote2"]))
+    assert code == 0, refused
+    rows = {
+        name: {(r["group"], r["name"]): r["ppl"]["V2"] for r in record["rows"]}
+        for name in ("order", "moments", "footnote2")
+        if (record := json.loads((tmp_path / "out" / "results" / f"{name}.json").read_text()))
+    }
+    for of in rows.values():
+        assert len({*of.values()}) == len(of)  # each row is a model of its own
+    assert rows["order"]["", "PTFS"] == rows["footnote2"]["", "cosine"]
+    assert rows["order"]["", "Ours"] == rows["moments"]["Ours", "kept"]
+    assert said.count("(no table of the paper)") == 2 and "cosine is below constant: in " in said
+
+
 def test_a_segment_that_fails_is_named_and_the_others_go_on(tmp_path, prepared, main):
     run = tmp_path / "out"
     (run / "ptfs-cosine").mkdir(parents=True)
@@ -482,6 +520,7 @@ def test_keys_that_tables_set_themselves():
     assert keys("table6", "paper", model__hidden="512") == ["model.hidden"]
     assert keys("table6", "paper", model__vocab_size="50000", train__micro_batch="2") == []
     assert keys("fig3", plan__schedule="knee") == ["plan.schedule"] and keys("fig1", plan__schedule="knee") == []
+    assert keys("moments", train__reset_moments="true") == ["train.reset_moments"]
     for scale in ("tiny", "small", "paper"):
         assert not any(keys(name, scale) for name in tables.ORDER)
     schedules = scales.Setup(scales.load_scale("tiny"), {"plan.schedule": "knee"}, ["knee"])
@@ -565,6 +604,25 @@ def test_a_report_of_nothing_and_of_names_in_brackets(tmp_path):
     assert not {"<script>", "<b>", "<i>"} & set(re.findall(r"<\w+>", report.page(tmp_path).read_text()))
 
 
+def test_a_report_begins_with_every_statement_and_folds_the_settings_away(tmp_path):
+    folder = ROOT / "results" / "tiny"
+    for name in ("table2", "table3", "table9", "fig4"):
+        (tmp_path / f"{name}.json").write_text((folder / f"{name}.json").read_text())
+    page = report.page(tmp_path).read_text()
+    top, first = page[page.index("<h1>") : page.index("<h2")], page.index("<h2")
+    claims = {
+        name: json.loads((tmp_path / f"{name}.json").read_text()).get("claims", []) for name in ("table2", "fig4")
+    }
+    for name, judged in claims.items():
+        row = next(line for line in top.split("<tr>") if f'href="#{name}"' in line)
+        assert "3 seeds" in row and all(f"{c['verdict']}</b>{c['text']}" in row for c in judged) and judged
+    assert set(re.findall(r'href="#(\w+)"', top)) == set(re.findall(r'<h2 id="(\w+)"', page))
+    counts = {v: int(n) for n, v in re.findall(r"(\d+) (HOLDS|OPEN|FAILS)", top)}
+    assert all(top.count(f'"{v}"') == n > 0 for v, n in counts.items()) and len(counts) == 3
+    settings = page.index("plan.max_lr&quot;")
+    assert page.rindex("<details>", first, settings) > page.rindex("</details>", first, settings)
+
+
 def test_the_committed_results_are_whole():
     """The README cites tables of three seeds, judged, with their pictures and logs."""
     folder = ROOT / "results" / "tiny"
@@ -638,6 +696,7 @@ def test_table4_end_to_end(tmp_path, prepared, main, train_here, monkeypatch):
     code, said, refused = main(*words(root, prepared, *args, "--sft", sft, what=["table4"]))
     assert code == 0 and "fine-tuned on sft.jsonl" in said, refused
     record = json.loads((root / "results" / "table4.json").read_text())
+    assert "1 seed(s)" in record["notes"][-1] and report.seeds(record) == "1 seed"
     assert record["header"][:3] == ["Ver.", "TP", "colours"] and (root / "results" / "table4.png").exists()
     assert [row[:2] for row in record["rows"]] == [["V2", "PTFS"], ["V2", "CPT"], ["V2", "Ours"]]
     (tuned,) = root.glob("base-s1-sft-*/sft/ours-cosine/v2/step-*")

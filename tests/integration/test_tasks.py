@@ -300,6 +300,21 @@ def test_scores_of_tasks_equal_those_of_the_harness(pair):
     )  # and again
 
 
+def test_the_letters_are_asked_as_the_examples_teach():
+    """Each answer is the letter after the word's last; no question is an example; a constant is right 51 times."""
+    (task,) = harness.load(("next_letter",), str(harness.OURS), None).values()
+    examples = [json.loads(line) for line in open(harness.OURS / "letters" / "examples.jsonl")]
+    taught = {e["prompt"]: e["response"] for e in examples}
+    asked = {task.doc_to_text(d): task.doc_to_target(d) for d in task.eval_docs}
+    assert (len(taught), len(asked)) == (250, 1000) and not taught.keys() & asked.keys()
+    for prompt, letter in (taught | {p: f" {a}" for p, a in asked.items()}).items():
+        word, arrow = prompt.split()
+        assert (arrow, letter) == ("=>", f" {chr(ord(word[-1]) + 1)}")
+    answers = list(asked.values())
+    assert set(answers) < set(task.doc_to_choice(next(iter(task.eval_docs))))
+    assert max(map(answers.count, answers)) == 51
+
+
 def test_the_headline_of_a_task():
     both = {
         "exact_match,strict-match": 0.25,

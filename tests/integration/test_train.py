@@ -331,11 +331,55 @@ def test_the_loop_is_adamw_written_out(train_cli, tmp_path, prepared):
         assert (got[f"model.{n}"].double() - p).abs().mean() < 4 * 4e-3 * 1e-5
 
 
+def test_a_shuffled_version_is_resumed_and_never_mixed_with_another_order(train_cli, tmp_path, capsys, monkeypatch):
+    shuffled = ("--mode", "ptfs", "--version", "2", "--data.order", "shuffled")
+    assert train_cli(*shuffled, out="whole") == 0
+    undo = stop_after(monkeypatch, 5)
+    assert train_cli(*shuffled) == 143
+    undo()
+    before = snapshot(tmp_path)
+    for args, words in (
+        (("--mode", "ptfs", "--version", "2"), "data.order: shuffled there, sequential here"),
+        ((*shuffled, "--data.increments", "12,8"), "lengths or learning rates"),  # version 1 ends later
+    ):
+        assert train_cli(*args) == 2 and words in capsys.readouterr().err
+    for mode in ("main", "branch", "cpt"):  # their later data are not there yet
+        assert train_cli("--mode", mode, *shuffled[2:], out="other") == 2
+        assert f"data.order: got shuffled, expected sequential with --mode {mode}" in capsys.readouterr().err
+    assert snapshot(tmp_path) == before
+    assert train_cli(*shuffled) == 0
+    ends = (tmp_path / out / "ptfs-cosine" / "v2" / "step-000020" for out in ("run", "whole"))
+    assert equal(*ends)
+
+
+def test_reset_moments_begin_at_zero(train_cli, tmp_path, capsys):
+    """A branch of one update is AdamW's first from the main path's weights; without the key the moments go on."""
+    one, reset = ("--plan.alpha", "none", "--plan.decay_steps", "1"), ("--train.reset_moments", "true")
+    assert train_cli("--mode", "main", "--version", "1", *one, "--train.log_every", "1") == 0
+    assert train_cli("--mode", "main", "--version", "1", *one, *reset) == 0  # no effect there: nothing to do
+    assert "nothing to do" in capsys.readouterr().out
+    assert train_cli("--mode", "branch", "--version", "1", *one) == 0
+    folder = tmp_path / "run" / "ours-cosine-d1" / "v1" / "step-000010"
+    parent, kept = tensors(tmp_path / "run" / "main" / "step-000009"), tensors(folder)
+    assert train_cli("--mode", "branch", "--version", "1", *one, *reset) == 2
+    assert "train.reset_moments: False there, True here" in capsys.readouterr().err
+    (tmp_path / "run" / "ours-cosine-d1").rename(tmp_path / "kept")
+    assert train_cli("--mode", "branch", "--version", "1", *one, *reset) == 0
+    got = tensors(folder)
+    assert (got["updates.embed.weight"], kept["updates.embed.weight"]) == (1, 10)
+    for n in (k for k in got if k.startswith("model.")):
+        # the same gradient in both: kept moments are 0.9 m + 0.1 g, zero ones 0.1 g
+        m, v = (got[n.replace("model", k)].double() for k in ("exp_avg", "exp_avg_sq"))
+        before = parent[n.replace("model", "exp_avg")].double()
+        torch.testing.assert_close(kept[n.replace("model", "exp_avg")].double(), 0.9 * before + m, rtol=1e-5, atol=1e-9)
+        decayed = parent[n].double() * (1 - 4e-4 * (0.1 if parent[n].dim() >= 2 else 0))
+        expected = decayed - 4e-4 * (m / 0.1) / ((v / 0.05).sqrt() + 1e-8)  # lr: the last of a decay, a tenth of 4e-3
+        torch.testing.assert_close(got[n].double(), expected, rtol=1e-6, atol=1e-7)
+
+
 def test_two_processes_see_the_same_batches_and_agree(tmp_path, prepared, train_cli):
-    assert (
-        train_cli("--mode", "ptfs", "--version", "1", "--train.log_every", "1", "--train.micro_batch", "2", out="one")
-        == 0
-    )
+    args = "--mode ptfs --version 2 --data.order shuffled --train.log_every 1 --train.micro_batch 2".split()
+    assert train_cli(*args, out="one") == 0
     command = [
         sys.executable,
         "-m",
@@ -351,20 +395,13 @@ def test_two_processes_see_the_same_batches_and_agree(tmp_path, prepared, train_
         str(prepared),
         "--out",
         str(tmp_path / "two"),
-        "--mode",
-        "ptfs",
-        "--version",
-        "1",
-        "--train.log_every",
-        "1",
-        "--train.micro_batch",
-        "2",
+        *args,
     ]
     r = subprocess.run(command, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
-    a, b = (losses(tmp_path / n / "ptfs-cosine" / "v1") for n in ("one", "two"))
+    a, b = (losses(tmp_path / n / "ptfs-cosine" / "v2") for n in ("one", "two"))
     assert a.keys() == b.keys()
-    # a mean over 256 tokens in another order: fp32's eps of 6e-8 times a few, grown over 10 updates
+    # a mean over 256 tokens in another order: fp32's eps of 6e-8 times a few, grown over 20 updates
     np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)
     x, y = (tensors(tmp_path / n / "ptfs-cosine" / "v1" / "step-000010") for n in ("one", "two"))
     for k in x:

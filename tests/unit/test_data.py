@@ -495,6 +495,44 @@ def test_repeat_is_another_order_of_the_same(prepared):
     assert "and" in t.problems(0, 3)[0] and "are needed" in t.problems(0, 3)[0] and t.problems(0, 1) == []
 
 
+def test_shuffled_reads_the_sequences_of_all_increments_once_each_and_mixed(prepared):
+    """Sequences are looked up in the files: increment and number of each."""
+    where = {}  # a sequence and its last target: (increment, number)
+    for i in (0, 1):
+        stream = np.fromfile(prepared / f"v{i + 1}.bin", "<u2").astype(np.int64)
+        where |= {stream[32 * k : 32 * k + 33].tobytes(): (i, k) for k in range((len(stream) - 1) // 32)}
+
+    def read(tokens, *steps):
+        """What the rows of these steps are, one step after another."""
+        rows = (np.concatenate([x, y[:, -1:]], 1) for x, y in map(tokens.batch, range(*steps)))
+        return [where[row.tobytes()] for batch in rows for row in batch]
+
+    def opened(B, increments, mixed, seed=3):
+        tokens = data.Tokens(str(prepared), 32, B, increments, seed)
+        tokens.mixed = mixed
+        return tokens
+
+    counts = [sum(i == of for i, _ in where.values()) for of in (0, 1)]
+    assert len(where) == sum(counts) > 2000  # no two sequences are alike
+    assert sorted(read(opened(1, counts, sum(counts)), sum(counts))) == sorted(where.values())  # steps that use all
+
+    # 60 steps of 8 of each increment: the same sequences as without, in another order
+    plain, mixed = opened(8, [60, 60], 0), opened(8, [60, 60], 120)
+    a, b = read(plain, 120), read(mixed, 120)
+    assert len(set(a)) == 960 and sorted(a) == sorted(b) and a != b
+    old = np.array([i == 0 for i, _ in b]).reshape(120, 8).sum(1)
+    assert abs(old[:60].mean() - 4) < 0.6 and 1.2 < old.std() < 1.6  # by chance 0.18 from 4, and sqrt(2)
+    # version 1 has an order of its own; a rank reads its rows of the same batch; another seed has another order
+    first = read(opened(8, [60, 60], 60), 60)
+    assert sorted(first) == sorted(a[:480]) and first not in (a[:480], b[:480])
+    for part in (slice(0, 4), slice(4, 8)):
+        assert all(np.array_equal(x, y[part]) for x, y in zip(mixed.batch(7, part), mixed.batch(7), strict=True))
+    assert read(opened(8, [60, 60], 120, seed=4), 120) != b == read(opened(8, [60, 60, 60, 60], 120), 120)
+    # all of it is looked at before the first step, and recorded after it
+    assert [n for n, _, _ in mixed.needs(7, 120)] == ["v1", "v2"] and [n for n, _, _ in plain.needs(67, 120)] == ["v2"]
+    assert mixed.identity(1) == plain.identity(120) and mixed.identity(0) == plain.identity(0)
+
+
 def test_validation_covers_every_token_once_on_any_number_of_ranks(prepared):
     t = data.Tokens(str(prepared), 32, 8, [1], seed=1)
     stream = np.asarray(t.tokens("val")).astype(np.int64)
