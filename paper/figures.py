@@ -1,15 +1,25 @@
 """The paper's figures, and a picture beside each table, in one style of matplotlib's.
 
+    python -m paper.figures loss out/tiny/main out/tiny/ours-cosine --x tokens      of any segments, paradigms, runs
+
 Each function draws one file: from plans (learning rates), from a table's record (perplexities) or from logs (losses).
 """
 
 import math
 import statistics
-from typing import Any
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
 
 import schedule
 from paper import graph, tables
 from paper.scales import Setup
+from runtime.command_line import Parser
+from runtime.errors import UserError, user_errors
+from runtime.logger import read_log
+from text.sources import optional
 
 LEGEND = {"fontsize": 8, "frameon": False}
 COLOURS, DARK = schedule.COLOURS, "#333333"
@@ -152,27 +162,114 @@ def cost_and_quality(record: dict[str, Any], file: str) -> None:
     finish(fig, file, axes[:1], 3)
 
 
+Points = tuple[Any, list[float]]  # x, y
+
+
+class Curves(NamedTuple):
+    """A segment's log as curves."""
+
+    train: Points
+    val: Points
+    rate: Points  # the learning rate
+
+
+AXES = {"steps": "step", "tokens": "tokens", "seconds": "seconds of training this segment"}
+
+
+def curves(log: list[dict[str, Any]], x: str = "steps") -> Curves:
+    """The losses and rates in a log, over steps, tokens or seconds. A step trained twice counts as the last time."""
+    # a record names the update; the state is after it
+    train = dict(sorted({r["step"] + 1: r for r in log if "loss" in r}.items()))
+    val = dict(sorted({r["step"]: r["val_loss"] for r in log if "val_loss" in r}.items()))
+    steps = [min((r["start"] for r in log if "config" in r), default=0), *train]
+    batch = next((r["tokens"] / step for step, r in train.items()), 0)
+    speeds = [r["tokens_per_second"] / batch for r in train.values()]  # steps a second
+    seconds = accumulate(((b - a) / v for (a, b), v in zip(pairwise(steps), speeds, strict=True)), initial=0.0)
+    at = {"steps": steps, "tokens": [step * batch for step in steps], "seconds": list(seconds)}[x]
+    loss, rate = [r["loss"] for r in train.values()], [r["lr"] for r in train.values()]
+    return Curves((at[1:], loss), (np.interp(list(val), steps, at), list(val.values())), (at[1:], rate))
+
+
+def plot_losses(ax: Any, c: Curves, **look: Any) -> None:
+    """Training loss thin, the mean of a few records where there are more than 400; validation loss with dots."""
+    (x, y), few = c.train, max(1, len(c.train[1]) // 200)
+    ends = range(few, len(y) + 1, few)
+    means = [statistics.fmean(y[end - few : end]) for end in ends]
+    ax.plot([x[end - 1] for end in ends], means, color=look["color"], linewidth=0.7, alpha=0.45)
+    ax.plot(*c.val, marker="o", markersize=4, **{"linewidth": 1.4, **look})
+
+
+def limit_losses(axes: Any, drawn: list[Curves]) -> None:
+    """From the lowest loss to the highest of validation: the first updates' losses would flatten the rest."""
+    val = [y for c in drawn for y in c.val[1]]
+    low, high = min([*val, *(y for c in drawn for y in c.train[1])], default=0), max(val, default=0)
+    for ax in axes if low < high else []:
+        ax.set_ylim(low - 0.05, high + 0.1)
+
+
 def losses(runs: list[tuple[schedule.Segment, list[dict[str, Any]]]], name: str, file: str) -> None:
-    """Training loss (thin) and validation loss (dots) over steps, from the logs of segments under schedule `name`."""
+    """Training and validation loss over steps, from the logs of a table's segments under schedule `name`."""
     fig, axes = canvas([f"{title}, {name}" for title in schedule.TITLES.values()], 4.6, 4.0, 10, sharey=True)
     panels = {"ptfs": axes[:1], "cpt": axes[1:2], "main": axes[2:], "branch": axes[2:]}
-    low, high = math.inf, 0.0
-    for segment, log in runs:
-        main, first = segment.paradigm == "main", segment.paradigm == "ptfs" and segment.version == 1
-        colour = DARK if main else COLOURS[(segment.version - 1) % 6]
-        # a record names the update; the state is after it
-        train = dict(sorted((r["step"] + 1, r["loss"]) for r in log if "loss" in r))
-        val = dict(sorted((r["step"], r["val_loss"]) for r in log if "val_loss" in r))
-        label, width = ("main path", 2.2) if main else (f"V{segment.version}", 1.4)
-        dots = {"marker": "o", "markersize": 4, "linewidth": width, "label": label}
+    drawn = [curves(log) for _, log in runs]
+    for (segment, _), c in zip(runs, drawn, strict=True):
+        first = segment.paradigm == "ptfs" and segment.version == 1
+        look: dict[str, Any] = {"color": COLOURS[(segment.version - 1) % 6], "label": f"V{segment.version}"}
+        if segment.paradigm == "main":
+            look = {"color": DARK, "label": "main path", "linewidth": 2.2}
         for ax in axes[:2] if first else panels[segment.paradigm]:  # PTFS's version 1 is CPT's as well
-            ax.plot(list(train), list(train.values()), color=colour, linewidth=0.7, alpha=0.45)
-            ax.plot(list(val), list(val.values()), color=colour, **dots)
-        if val:
-            low, high = min(low, *val.values(), *train.values()), max(high, *val.values())
+            plot_losses(ax, c, **look)
+    limit_losses(axes, drawn)
     for ax in axes:
         ax.set_xlabel("step")
-        if low < high:
-            ax.set_ylim(low - 0.05, high + 0.1)
     axes[0].set_ylabel("loss (nats a token)")
     finish(fig, file, axes)
+
+
+def compare(logs: dict[str, list[dict[str, Any]]], x: str, file: str) -> None:
+    """Losses and learning rates of any segments, {folder: log}, over `x` of AXES."""
+    fig, (left, right) = canvas(["training (thin) and validation loss", "learning rate"], 5.4, 4.4)
+    drawn = {folder: curves(log, x) for folder, log in logs.items()}
+    for i, (folder, c) in enumerate(drawn.items()):
+        look = {"color": COLOURS[i % 6], "label": folder, "linestyle": ("-", "--", ":")[i // 6 % 3]}
+        plot_losses(left, c, **look)
+        right.plot(*c.rate, **look)
+    limit_losses([left], list(drawn.values()))
+    left.set(xlabel=AXES[x], ylabel="nats a token")
+    right.set(xlabel=AXES[x], ylim=(0, None))
+    finish(fig, file, [right], 3)
+
+
+def segments(folder: Path) -> list[Path]:
+    """The segments that have a log: the folder itself, or those of a paradigm or run."""
+    below = (".", "main", "v*", "*/v*", "sft/*", "sft/*/v*")
+    if found := [log.parent for where in below for log in sorted(folder.glob(f"{where}/log.jsonl"))]:
+        return found
+    others = sorted(log.parent for log in folder.glob("**/log.jsonl"))
+    near = f"such as {others[0]}" if others else "which train.py makes"
+    raise UserError(f"{folder}: has no log.jsonl; expected the folder of a segment, a paradigm or a run, {near}")
+
+
+def main() -> None:
+    a = Parser(prog="python -m paper.figures", description=__doc__)
+    a.add_argument("what", choices=["loss"])
+    a.add_argument("folder", nargs="+", type=Path, help="of a segment, a paradigm or a run")
+    a.add_argument("--x", default="steps", choices=AXES)
+    a.add_argument("--out", default="out/loss.png", metavar="FILE", help="a .png, .pdf or .svg [out/loss.png]")
+    o = a.parse_args()
+    if Path(o.out).suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--out {o.out}: expected a file of the ending .png, .pdf or .svg")
+    logs = {str(f): read_log(f) for folder in o.folder for f in segments(folder)}
+    begun = {f: log for f, log in logs.items() if any("loss" in r for r in log)}
+    if not begun:
+        raise UserError(f"{', '.join(logs)}: no step is logged yet; try again after train.log_every steps")
+    optional("matplotlib", "matplotlib", "drawing")
+    Path(o.out).parent.mkdir(parents=True, exist_ok=True)
+    compare(begun, o.x, o.out)
+    left_out = ", ".join(logs.keys() - begun.keys())
+    print(o.out + f" (without {left_out}: no step logged yet)" * bool(left_out))
+
+
+if __name__ == "__main__":
+    with user_errors("python -m paper.figures"):
+        main()
