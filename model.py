@@ -57,10 +57,7 @@ Past = tuple[Tensor, Tensor, Tensor]  # of a cache: keys and values (B, S, K, D)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + swiglu(norm(x)). q, k, v are one matrix, and so are gate and up.
-
-    The block before gives its output (`update`) and the residual stream apart: this block's first norm adds them.
-    """
+    """x + attention(norm(x)), then x + swiglu(norm(x)). q, k, v are one matrix, and so are gate and up."""
 
     def __init__(self, c: config.Model, use: dict[str, str]) -> None:
         super().__init__()
@@ -78,10 +75,7 @@ class Block(nn.Module):
     def forward(
         self, update: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, mask: Tensor | None, past: Past | None
     ) -> tuple[Tensor, Tensor]:
-        """The output of the block before and the residual stream that it adds to, (B, T, C) each -> this block's.
-
-        `mask` (B, 1, T, S): 0 for a key that the query sees, -inf for others; None: causal attention.
-        """
+        """The output of the block before, which the first norm adds, and the residual, (B, T, C) -> this block's."""
         y, residual = self.attn_norm(update, residual)
         B, T, C = y.shape
         qkv = self.qkv(y).view(B, T, -1, self.D)
@@ -107,11 +101,7 @@ class Cache:
 
 
 class Transformer(nn.Module):
-    """The modules, and what runs through them. Made on the meta device, it has no memory until `allocate`.
-
-    `dtype`: of the activations. `use`: "torch" or "triton" for each operation, from kernels.check. `recompute`: keep
-    only the blocks' inputs and compute the rest again in the backward: a third more work, a fraction of the memory.
-    """
+    """The modules, and what runs through them. Made on the meta device, it has no memory until `allocate`."""
 
     cos: Tensor
     sin: Tensor
@@ -119,9 +109,9 @@ class Transformer(nn.Module):
     def __init__(
         self,
         c: config.Model,
-        dtype: torch.dtype = torch.float32,
-        use: dict[str, str] | None = None,
-        recompute: bool = False,
+        dtype: torch.dtype = torch.float32,  # of the activations
+        use: dict[str, str] | None = None,  # "torch" or "triton" for each operation, from kernels.check
+        recompute: bool = False,  # keep only the blocks' inputs, and compute the rest again in the backward
     ) -> None:
         super().__init__()
         self.config, self.dtype, self.recompute = c, dtype, recompute
@@ -140,22 +130,18 @@ class Transformer(nn.Module):
         if not meta:
             self.initialize()
 
-    def allocate(self, device: torch.device) -> "Transformer":
+    def allocate(self, device: torch.device) -> None:
         """Move a model from the meta device: its weights get memory, and their values from `initialize` or a file."""
         self._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
         if self.config.tied:
             self.head.weight = self.embed.weight
-        return self
 
     @torch.no_grad()
     def initialize(self, copy: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:
-        """Draw a weight at a time on the CPU, the same everywhere; copy(parameter, value) takes a rank's part of it.
-
-        Matrices: normal(0, 0.02); the two that write to the residual stream 0.02 / sqrt(2 L) (GPT-2).
-        """
+        """Draw a weight at a time on the CPU, the same everywhere; copy(parameter, value) takes a rank's part of it."""
         for name, p in self.named_parameters():
             value = (torch.zeros if name.endswith("bias") else torch.ones)(p.shape, device="cpu")
-            if p.dim() == 2:
+            if p.dim() == 2:  # as GPT-2: less for the two matrices that write to the residual stream
                 value.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("_out.weight") else 0.02)
             copy(p, value)
 
@@ -199,7 +185,7 @@ class Transformer(nn.Module):
                 S = min(S + -S % TILE.get(ids.device.type, 1), cache.k.shape[2])  # the mask hides keys beyond the end
                 mask = (torch.arange(S, device=ids.device) <= at[:, :, None])[:, None]  # (B, 1, T, S)
             pasts = [(k[:, :S], v[:, :S], at) for k, v in zip(cache.k, cache.v, strict=True)]
-        if mask is not None:  # once a model: attention would turn true and false into numbers in each layer
+        if mask is not None:  # 0 and -inf, once a model: attention would turn true and false into them in each layer
             mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, -torch.inf)
         update, residual = self.embed(ids).to(self.dtype), None  # (B, T, C)
         for block, past in zip(self.blocks, pasts, strict=True):

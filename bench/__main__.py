@@ -63,7 +63,6 @@ LOWEST = {"micro": 1, "steps": 1, "rounds": 1, "jobs": 1, "megabytes": 0.1, "min
 def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
     """The options and the config. UserError for an option that cannot work, before anything is touched."""
     top = Parser(prog="bench", description=__doc__)
-    top.set_defaults(row=None, dir=None)
     commands = top.add_subparsers(dest="verb", required=True, parser_class=Parser)
     for verb in VERBS:
         command = commands.add_parser(verb, usage=f"bench {verb} [--flag VALUE ..] [--section.key VALUE ..]")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import config
 import data
 import model as llama
-from bench.measure import Row, child, require, show, total_memory, verdict
+from bench.measure import Row, child, total_memory
 from runtime import checkpoint
 from runtime.errors import UserError
 from runtime.files import sha256
@@ -57,16 +57,15 @@ def run_data(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype)
         seconds = statistics.median(timer.repeat(rounds, batches))
     reader = batches * c.batch_sequences * c.model.context / seconds
     writer = statistics.median(a / b for a, b in zip(ours, alone, strict=True))
-    bars = verdict("writer", writer, 0.90) + verdict("reader", reader, 30e6)
-    beside = {"ratio": writer, "to": "tiktoken", "bar": show(bars[:1])}
-    batch = f"{c.batch_sequences} x {c.model.context} a batch"
-    rows = [
-        Row(row=f"tiktoken alone, {o.jobs} threads", tokens_per_second=statistics.median(alone)),
-        Row(row=f"data.py prepare, {o.jobs} processes", tokens_per_second=statistics.median(ours)) | beside,
-        Row(row=f"reader, {batch}", tokens_per_second=reader, bar=show(bars[1:])),
-    ]
+    speeds = {
+        f"tiktoken alone, {o.jobs} threads": statistics.median(alone),
+        f"data.py prepare, {o.jobs} processes": statistics.median(ours),
+        f"reader, {c.batch_sequences} x {c.model.context} a batch": reader,
+    }
+    rows = [Row(row=name, tokens_per_second=speed) for name, speed in speeds.items()]
+    rows[1] |= {"ratio": writer, "to": "tiktoken"}
     print(f"{len(docs):,} documents, {count:,} tokens by {prepare.RANKS.name}")
-    return {"documents": len(docs), "tokens": count, "jobs": o.jobs, "rows": rows, "bars": bars}
+    return {"documents": len(docs), "tokens": count, "jobs": o.jobs, "rows": rows}
 
 
 def documents(megabytes: float) -> list[str]:
@@ -79,9 +78,13 @@ def documents(megabytes: float) -> list[str]:
 def run_checkpoint(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
     """A checkpoint's save, its stall and its load beside a plain write, copy and read of the same bytes, in turn."""
     where = o.dir or tempfile.gettempdir()
-    need, fix = 12 * c.model.parameters, "take a smaller --size or another --dir"
-    require(f"--dir {where}", 2.2 * need, shutil.disk_usage(where).free, fix)
-    require("--size: the memory of the host", 5.0 * need, total_memory(torch.device("cpu")), fix)
+    least, fix = checkpoint.BYTES * c.model.parameters, "take a smaller --size or another --dir"
+    for what, need, have in (
+        (f"--dir {where}", 2.2 * least, shutil.disk_usage(where).free),
+        ("--size: the memory of the host", 5.0 * least, total_memory(torch.device("cpu"))),
+    ):
+        if need > have:
+            raise UserError(f"{what} needs about {need / 1e9:,.1f} GB, and {have / 1e9:,.1f} GB are there; {fix}")
     with device:
         net = llama.Transformer(c.model)
     state = checkpoint.state(net, torch.optim.AdamW(net.parameters(), fused=True))
@@ -96,11 +99,8 @@ def run_checkpoint(o: Any, c: config.Config, device: torch.device, dtype: torch.
     for row in rows:
         if to := BESIDE.get(row["row"]):
             row |= {"ratio": middle[to] / row["seconds"], "to": to}
-    bars = verdict("save to plain write", middle[WRITE] / middle["save"], 0.85)
-    bars += verdict("stall by copy", middle[STALL] / middle[COPY], 1.5, at_most=True)
     print(f"{size:,} bytes in {where}; reads come from the page cache, since the same bytes were just written")
-    print(show(bars))
-    return {"bytes": size, "rows": rows, "bars": bars}
+    return {"bytes": size, "rows": rows}
 
 
 def checkpoint_seconds(state: dict[str, Tensor], folder: Path, rounds: int) -> dict[str, list[float]]:

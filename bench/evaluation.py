@@ -25,7 +25,6 @@ from sample import generate
 from text import prepare
 from text.sources import optional
 from text.tokenizer import Tokenizer
-from tools import harness
 
 BATCH = 16
 # Nats a token by which two sides may differ: 1e-4 is fp32's rounding many times over. bf16 has 8 bits: transformers'
@@ -39,6 +38,8 @@ Calls = dict[str, tuple[Callable[[], list], Callable[[], list]]]  # {name: (ours
 
 def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
     optional("transformers", "transformers", "bench eval")
+    from tools import harness  # it needs the package lm-eval, which the other benchmarks do not
+
     tokenizer, T, rounds = Tokenizer(str(prepare.RANKS)), c.model.context, o.rounds or 5
     if c.model.vocab_size < tokenizer.vocab_size or T < 32:
         got, least = f"got {c.model.vocab_size} and {T}", f"expected {tokenizer.vocab_size} or more"
@@ -83,7 +84,7 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
     return {"batch": BATCH, "rounds": rounds, "rows": rows}
 
 
-def our_nats(lm: harness.LM, requests: list[Request]) -> list[float]:
+def our_nats(lm: Any, requests: list[Request]) -> list[float]:
     return [nats for nats, _ in lm._loglikelihood_tokens([(None, *request) for request in requests])]
 
 

@@ -1,4 +1,4 @@
-"""How benchmarks measure (timed calls, roofs of the machine, fresh processes) and print (tables of rows, bars)."""
+"""How benchmarks measure (timed calls, roofs of the machine, fresh processes) and print their rows."""
 
 import os
 import platform
@@ -19,7 +19,6 @@ import torch
 
 from runtime.command_line import aligned
 from runtime.device import device_name
-from runtime.errors import UserError
 
 Row = dict[str, Any]
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel")
@@ -86,10 +85,7 @@ def roofs(device: torch.device, dtype: torch.dtype) -> Row:
 
 
 def child(*arguments: str, seconds: float | None = None) -> tuple[bool, str]:
-    """Run Python in the project's root: (whether it succeeded, the last line of its output or else of its errors).
-
-    A process that runs longer than `seconds` is killed.
-    """
+    """(does Python succeed in the project's root, the last line of its output or errors). Killed after `seconds`."""
     root = Path(__file__).parent.parent
     try:
         done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=root, timeout=seconds)
@@ -105,12 +101,6 @@ def total_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def require(what: str, need: float, have: float, fix: str) -> None:
-    """UserError unless `have` bytes are enough."""
-    if need > have:
-        raise UserError(f"{what} needs about {need / 1e9:,.1f} GB, and {have / 1e9:,.1f} GB are there; {fix}")
-
-
 def table(rows: list[Row]) -> None:
     """Print one line a row, a column for each key that has a number or a text in some row."""
     keys = list(dict.fromkeys(k for row in rows for k, v in row.items() if isinstance(v, (str, int, float))))
@@ -121,15 +111,3 @@ def text(value: Any) -> str:
     if isinstance(value, (int, float)):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return value or ""
-
-
-def verdict(what: str, got: float | None, bar: float | None, at_most: bool = False) -> list[Row]:
-    """[{what, got, bar, reached}]; empty if either number is missing."""
-    if got is None or bar is None:
-        return []
-    return [{"what": what, "got": got, "bar": bar, "reached": got <= bar if at_most else got >= bar}]
-
-
-def show(bars: list[Row]) -> str:
-    words = ("missed", "reached")
-    return "; ".join(f"{b['what']} {b['got']:,.3g}: {words[b['reached']]} {b['bar']:,.3g}" for b in bars)

@@ -82,5 +82,4 @@ def hugging_face(c: config.Model, ours: llama.Transformer, liger: bool = False) 
 
 
 def liger(name: str) -> Callable[..., Any]:
-    """One of Liger's functions, such as rms_norm."""
     return getattr(importlib.import_module("liger_kernel.transformers.functional"), f"liger_{name}")

@@ -17,8 +17,8 @@ there are no atomic additions, and every run gives the same bits.
 
 Triton's blocks are powers of two, so a head dim is cut into two of them (96 = 64 + 32) rather than padded.
 
-PyTorch's attention (`--train.kernels auto,attention=torch`) may be faster, but its backward may add in any order;
-`python -m bench kernels --only attention` compares them.
+PyTorch's attention (`--train.kernels auto,attention=torch`) is a little faster, but cuDNN's dq has other bits in each
+run (docs/performance.md); `python -m bench kernels --only attention` compares them.
 """
 
 import math
@@ -202,16 +202,14 @@ def _cut(D: int) -> tuple[int, int]:
     return first, D - first
 
 
-def _tiles(D: int, backward: bool, item: int) -> tuple[int, int, int, int]:
+def _tiles(backward: bool, item: int) -> tuple[int, int, int, int]:
     """(rows that a program holds, rows that it visits at a time, warps, stages); the second divides the first.
 
-    As large as the registers allow: on sm_90 nothing spills (tests/compile_kernels.py). Not yet tuned for speed.
+    The fastest of those tried at head dims 64, 96 and 128 on an H200 (docs/performance.md).
     """
     if item == 4:  # float32 is not for tensor cores: larger tiles are unrolled, and take minutes to compile
         return 32, 32, 4, 1
-    if backward:
-        return (64, 64, 4, 3) if D <= 64 else (64, 64, 8, 2) if D <= 96 else (64, 32, 8, 2)
-    return (128, 64, 4, 3) if D <= 64 else (128, 64, 8, 3)
+    return (64, 32, 4, 3) if backward else (64, 64, 4, 3)
 
 
 def _outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,7 +222,7 @@ def _op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     B, T, H, D = q.shape
     y, L = _outputs(q, k, v)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    held, visited, warps, stages = _tiles(D, False, q.element_size())
+    held, visited, warps, stages = _tiles(False, q.element_size())
     if q.numel():
         grid, how = (triton.cdiv(T, held), H, B), {"num_warps": warps, "num_stages": stages}
         shape = (T, H, H // k.shape[2], LOG2E / math.sqrt(D))
@@ -242,7 +240,7 @@ def _op_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, L: Tens
     dy, q, k, v = dy.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
     dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(L)
     if q.numel():
-        held, visited, warps, stages = _tiles(D, True, q.element_size())
+        held, visited, warps, stages = _tiles(True, q.element_size())
         blocks, how = triton.cdiv(T, held), {"num_warps": warps, "num_stages": stages}
         shape = (T, H, H // K, LOG2E / math.sqrt(D))
         _backward_q[(blocks, H, B)](q, k, v, y, dy, L, delta, dq, shape, held, visited, *_cut(D), **how)

@@ -25,7 +25,7 @@ from kernels import multiprocessors, served, tl, triton
 IGNORE = -100
 BLOCK, WARPS = 8192, 32  # 8 elements a thread: 16 bytes of bf16, the widest load
 PAD = 128  # the copy's rows are a multiple: tensor cores get whole tiles, and the kernel loads 16 bytes at a time
-# Bytes of a chunk of logits, which has 128 rows at least; `bench kernels --only cross_entropy` tries others
+# Bytes of a chunk of logits, which has 128 rows at least
 CHUNK_BYTES = {"cuda": 768 << 20, "cpu": 1 << 20}
 
 
@@ -167,7 +167,7 @@ _op.register_autograd(_gradient, setup_context=lambda ctx, inputs, output: ctx.s
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean", use: str = "torch", chunk_bytes: int = 0
+    x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean", use: str = "torch"
 ) -> Tensor:
     """Negative log-likelihood in nats of `targets` (..) under the logits x @ weight.T, in float32.
 
@@ -179,8 +179,7 @@ def linear_cross_entropy(
     if gradient and reduction == "none":
         raise ValueError("linear_cross_entropy: reduction none has no gradient; use mean or sum, or torch.no_grad()")
     row_bytes = (weight.shape[0] + -weight.shape[0] % PAD) * x.element_size()
-    chunk_bytes = chunk_bytes or CHUNK_BYTES.get(x.device.type, 1 << 28)
-    rows = max(128, chunk_bytes // row_bytes // 128 * 128)  # whole tiles of a matrix product
+    rows = max(128, CHUNK_BYTES.get(x.device.type, 1 << 28) // row_bytes // 128 * 128)  # whole tiles of a product
     x, flat = x.reshape(-1, x.shape[-1]).contiguous(), targets.reshape(-1).long().contiguous()
     loss = _op(x, weight, flat, reduction, gradient, rows, use)[0]
     return loss.view(targets.shape) if reduction == "none" else loss

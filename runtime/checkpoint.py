@@ -25,10 +25,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from runtime import files
-from runtime.distributed import World, broadcast, local_part, raise_on_all_ranks
+from runtime.distributed import World, broadcast, local_offset, local_part, raise_on_all_ranks
 from runtime.errors import UserError
 from runtime.files import begin_folder, commit_folder, fsync, partial_folder, read_json, write_json
 
@@ -64,17 +63,13 @@ def last(segment: Path) -> str:
 
 
 def state(model: torch.nn.Module, optimizer: torch.optim.AdamW | None = None) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name: model.*, and with an optimizer exp_avg.*, exp_avg_sq.*, updates.* and rng.*.
-
-    They share memory with model and optimizer, so `load` fills these. An optimizer that has not stepped yet gets zero
-    moments, as torch.optim.AdamW with fused=True makes them at its first step.
-    """
+    """Tensors by name, for `load` to fill: model.*, and with an optimizer exp_avg.*, exp_avg_sq.*, updates.*, rng.*."""
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     if optimizer is None:
         return tensors
     for name, p in model.named_parameters():
         moments = optimizer.state[p]
-        if not moments:
+        if not moments:  # as fused AdamW makes them at its first step
             moments["step"] = torch.zeros((), device=p.device)
             moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         tensors[f"exp_avg.{name}"] = moments["exp_avg"].detach()
@@ -147,10 +142,7 @@ class Saver:
         self.running: Future[None] | None = None  # the save in progress
 
     def save(self, step: int, tensors: dict[str, Tensor], record: dict[str, Any], copy: bool = True) -> None:
-        """Copy `tensors` to host memory and start to write them and `record`. An existing checkpoint stays as it is.
-
-        Without `copy` they are written from where they are, and must not change before `wait` returns.
-        """
+        """Start to write `record` and a copy of `tensors`; without `copy` they must not change until `wait` returns."""
         self.wait()
         need = sum(t.numel() * t.element_size() for t in tensors.values())
         if not self.names:
@@ -160,7 +152,6 @@ class Saver:
         self.running = self.writer.submit(self._run, step, record, need, content)
 
     def busy(self) -> bool:
-        """Is a save in progress?"""
         return self.running is not None and not self.running.done()
 
     def wait(self) -> None:
@@ -176,10 +167,7 @@ class Saver:
         self.names = sorted(parts, key=lambda name: (-parts[name].element_size(), name))  # so that all are aligned
         entries, where, end = {}, {}, 0
         for name in self.names:
-            t, part, offset = tensors[name], parts[name], [0] * tensors[name].dim()
-            if isinstance(t, DTensor):
-                offset = list(compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)[1])
-            where[name] = {"saved_offsets": offset}
+            part, where[name] = parts[name], {"saved_offsets": local_offset(tensors[name])}
             begin, end = end, end + part.nbytes
             entries[name] = {"dtype": DTYPES[part.dtype], "shape": list(part.shape), "data_offsets": [begin, end]}
         more = {"DCP_SHARDING_INFO": json.dumps(where), "DCP_VERSION": "1.0", "format": "pt"}
@@ -188,7 +176,6 @@ class Saver:
         self.header = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
 
     def _copy(self, parts: list[Tensor]) -> list[Tensor]:
-        """Copy bytes to host memory."""
         cuda, size, at = any(part.is_cuda for part in parts), sum(map(len, parts)), 0
         if not self.host:  # in pieces of a power of two, to which PyTorch rounds up pinned memory
             sizes = [min(files.CHUNK, size - at) for at in range(0, size, files.CHUNK)]
@@ -206,7 +193,7 @@ class Saver:
         """The background thread: write, then prune."""
         final = path(self.segment, step)
         try:
-            exists = os.path.exists(final / "meta.json")
+            exists = os.path.exists(final / "meta.json")  # it stays as it is
             if not broadcast(exists, self.world.ranks, group=self.group):
                 self._write(final, {"format": 1, "step": step, **record}, need, content)
         except Exception:
@@ -300,12 +287,9 @@ def verify(checkpoint: Path, checksums: bool = True) -> None:
 
 
 def fits(checkpoint: Path, tensors: dict[str, Tensor]) -> set[str]:
-    """Compare names and shapes with `tensors`, which may be on the meta device. UserError names the first difference.
-
-    Returns the names in the checkpoint. RNG states are not compared: one that was made on a CPU has no rng.cuda.
-    """
+    """The names in a checkpoint. UserError names the first tensor that is not there or has another shape."""
     metadata: dict[str, Any] = dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
-    want = {name: tuple(t.shape) for name, t in tensors.items() if not name.startswith("rng.")}
+    want = {name: tuple(t.shape) for name, t in tensors.items() if not name.startswith("rng.")}  # a CPU has no rng.cuda
     kinds = {name.partition(".")[0] for name in want}
     there = {name: tuple(t.size) for name, t in metadata.items() if name.partition(".")[0] in kinds}
     if "exp_avg" in kinds and not any(name.startswith("exp_avg.") for name in there):
@@ -313,16 +297,12 @@ def fits(checkpoint: Path, tensors: dict[str, Tensor]) -> set[str]:
     for name in want | there:
         got, expected = there.get(name, "none"), want.get(name, "none")
         if got != expected:
-            what = f"got shape {got}, expected {expected}"
-            raise UserError(f"{checkpoint}: {name}: {what}: it is a model of another shape")
+            raise UserError(f"{checkpoint}: {name}: got shape {got}, expected {expected}: a model of another shape")
     return set(metadata)
 
 
 def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors` (those of `state`, or model.* alone) from a checkpoint that `verify` has passed.
-
-    Each rank reads its own rows, whatever ranks wrote them. UserError if shapes differ or values are not finite.
-    """
+    """Fill this rank's part of `tensors` from a verified checkpoint. UserError if shapes differ or it is not finite."""
     there = fits(checkpoint, tensors)
     tensors = {name: t for name, t in tensors.items() if name in there}
     dcp.load(dict(tensors), storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
@@ -345,15 +325,12 @@ def pin(checkpoint: Path) -> None:
 
 
 def prune(segment: Path, keep: int, step: int, required: Sequence[int] = ()) -> None:
-    """Delete unpinned checkpoints up to `step`, except the last `keep` and those that lead to a missing `required` one.
-
-    Later ones, from a run that went further, and damaged ones, which the user may want to see, stay.
-    """
+    """Delete unpinned checkpoints up to `step`, but the last `keep` and those that lead to a missing `required` one."""
     there = steps(segment)
     needed = {max((s for s in there if s < r), default=0) for r in required if r <= step and r not in there}
     loose = []
     for s in there:
-        with contextlib.suppress(UserError):  # damaged
+        with contextlib.suppress(UserError):  # damaged, which the user may want to see
             if s <= step and not read_meta(path(segment, s))["pinned"]:
                 loose.append(s)
     for s in set(loose[:-keep]) - needed:

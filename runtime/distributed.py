@@ -1,10 +1,7 @@
 """Several ranks, one model: DDP, FSDP2, and agreement between ranks.
 
-DDP keeps a whole copy of the weights on each rank and sums gradients. FSDP2 cuts weights, gradients and moments into
-rows, a part a rank; a block's weights are gathered once a step, and its gradients reduced once. Hybrid sharding
-(`train.shard_ranks`) keeps one sharded copy in every group of ranks, say a node, and sums gradients between groups.
-
-Schedules and batches do not depend on the number of ranks: the same global batch goes through the same update.
+DDP keeps a whole copy of the weights on each rank. FSDP2 cuts weights, gradients and moments into rows, a part a rank;
+hybrid sharding (`train.shard_ranks`) keeps one sharded copy in every group of ranks, say a node.
 """
 
 import os
@@ -111,12 +108,8 @@ def batch_problems(c: Config, ranks: int) -> list[str]:
 
 
 def choose(wanted: str, parameters: int, world: World) -> tuple[str, str]:
-    """("none", "ddp" or "fsdp", the reason).
-
-    auto: on a CPU DDP; on GPUs DDP below 2B parameters, if weights (and a copy in bfloat16), gradients and moments fit
-    a third of a device: activations take the rest.
-    """
-    state = 18 * parameters  # bytes
+    """("none", "ddp" or "fsdp", the reason)."""
+    state = 18 * parameters  # bytes: weights, a copy in bfloat16, gradients and moments; the rest is for activations
     if world.ranks == 1:
         return ("fsdp" if wanted == "fsdp" else "none"), "one rank"
     if wanted != "auto":
@@ -134,16 +127,14 @@ def choose(wanted: str, parameters: int, world: World) -> tuple[str, str]:
 
 
 def join(world: World, timeout: float) -> None:
-    """Make the process group: gloo for tensors on the CPU, NCCL for those on GPUs. FSDP2 needs one on one rank, too.
-
-    Its own timeout names no step; it acts only if the Watchdog's, `timeout` seconds, does not come first.
-    """
+    """Make the process group: gloo for tensors on the CPU, NCCL for those on GPUs. FSDP2 needs one on one rank, too."""
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world.ranks == 1 else {}
+    later = timedelta(seconds=2 * timeout + 300)  # than the Watchdog, which names the step
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=2 * timeout + 300), **alone)
+        dist.init_process_group(backend, timeout=later, **alone)
     except (RuntimeError, ValueError) as e:  # the address is taken, or no rank answers
         why = f"{first_line(e)}; MASTER_ADDR and MASTER_PORT must be rank 0's"
         raise RankLost(f"rank {world.rank} could not meet the other {world.ranks - 1}: {why}") from None
@@ -168,10 +159,7 @@ def lost_rank_errors(world: World) -> Iterator[None]:
 
 @contextmanager
 def raise_on_all_ranks(world: World, group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """If a rank raises in this block, every rank raises. Only the lowest such rank prints.
-
-    With a `group`, that of a background thread, every rank raises the lowest rank's error.
-    """
+    """If a rank raises in this block, every rank raises. Only the lowest such rank prints."""
     error: Exception | None = None
     try:
         yield
@@ -180,7 +168,7 @@ def raise_on_all_ranks(world: World, group: dist.ProcessGroup | None = None) -> 
     if world.ranks > 1:
         first = torch.tensor(world.rank if error else world.ranks)
         dist.all_reduce(first, dist.ReduceOp.MIN, group=group)
-        if first < world.ranks and group:
+        if first < world.ranks and group:  # of a background thread: every rank raises the lowest rank's error
             said = broadcast(describe(error) if error else "", world.ranks, int(first), group)
             error = UserError(f"rank {int(first)}: {said}")
         elif first < world.ranks and world.rank != first:
@@ -215,10 +203,7 @@ def check_same(here: dict[str, Any], world: World, remedy: str) -> None:
 
 
 def check_replicas(net: torch.nn.Module, shards: int, world: World, step: int) -> None:
-    """UserError on all ranks unless every copy of the weights has the same bits: else a device computes wrongly.
-
-    `shards`: ranks that hold one copy together.
-    """
+    """UserError on all ranks unless every copy of the weights, held by `shards` ranks together, has the same bits."""
     if world.ranks == shards:
         return
     mine = torch.tensor(fingerprint(net), dtype=torch.int64)
@@ -256,26 +241,27 @@ def full_tensor(t: Tensor) -> Tensor:
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
+def local_offset(t: Tensor) -> list[int]:
+    """The place in the whole tensor at which this rank's part begins."""
+    if isinstance(t, DTensor):
+        return list(compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)[1])
+    return [0] * t.dim()
+
+
 def copy_part(t: Tensor, whole: Tensor) -> None:
     """Copy the values of a whole tensor, or this rank's rows of it, into `t`."""
-    if isinstance(t, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
-        whole = whole[tuple(slice(first, first + n) for first, n in zip(offset, shape, strict=True))]
-    local_part(t).copy_(whole)
+    part = local_part(t)
+    part.copy_(whole[tuple(slice(first, first + n) for first, n in zip(local_offset(t), part.shape, strict=True))])
 
 
 def shard(net: Transformer, world: World, shard_ranks: int | None) -> None:
-    """Apply FSDP2 block by block, in place.
-
-    Blocks compute from bfloat16 copies where activations are bfloat16; embedding and head stay float32, since their
-    gradients are sums over all tokens of a batch. Gradients are reduced in float32. Weights gathered for a forward pass
-    are kept for the backward and for the next micro-batches: one gathering and one reduction a step.
-    """
+    """Apply FSDP2 block by block, in place: one gathering of weights and one reduction of gradients a step."""
     if shard_ranks and shard_ranks < world.ranks:
         shape, names = (world.ranks // shard_ranks, shard_ranks), ("replicate", "shard")
         mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
     else:
         mesh = init_device_mesh(world.device.type, (world.ranks,))
+    # embedding and head stay float32, since their gradients are sums over all tokens of a batch
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)  # RoPE's tables stay float32
     low = MixedPrecisionPolicy(param_dtype=net.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in net.blocks:

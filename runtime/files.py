@@ -33,10 +33,7 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Yield a new path that replaces `file` in one step when the block ends: readers see the old file or the new.
-
-    Several processes may replace one file at once, on several machines too; the last one wins.
-    """
+    """Yield a new path that replaces `file` in one step when the block ends. Of several processes the last one wins."""
     for left in file.parent.glob(f".{file.name}.*partial"):
         with suppress(OSError):  # another process has removed it, or it is another user's
             if left.stat().st_mtime < time.time() - STALE:
@@ -65,10 +62,7 @@ def write_json(file: Path, content: dict[str, Any], unhashed: tuple[str, ...] = 
 
 def read_json(file: Path, unhashed: tuple[str, ...] = ()) -> dict[str, Any]:
     """Read what `write_json` wrote. ValueError if its hash does not hold; FileNotFoundError if it does not exist."""
-    try:
-        content = json.loads(read_bytes(file))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    content = json.loads(read_bytes(file))
     if not isinstance(content, dict) or content.get("hash") != content_hash(content, unhashed):
         raise ValueError("its hash does not fit its content")
     return content
@@ -128,10 +122,7 @@ def open_log(file: Path) -> BinaryIO:
 
 @contextmanager
 def lock(file: Path, busy: str, remove: bool = False) -> Iterator[None]:
-    """Hold the lock `file`, created if missing and with `remove` deleted at the end. A crash releases it.
-
-    Taken(busy) if another process holds it.
-    """
+    """Hold the lock `file`; `remove`: delete it at the end. A crash releases it. Taken(busy) if it is held."""
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "ab") as f:
@@ -182,10 +173,7 @@ def commit_folder(target: Path) -> None:
 
 @contextmanager
 def make_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty hidden folder that becomes `target` when the block ends; a block that raises leaves nothing.
-
-    Taken if `target` exists or another process is making it.
-    """
+    """Yield a hidden folder that becomes `target` unless the block raises. Taken if that exists or is being made."""
     if os.path.lexists(target):
         raise Taken(f"{target}: is there already and is never overwritten; choose another --out")
     missing = [p for p in target.parents if not p.exists()]

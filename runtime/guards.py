@@ -53,8 +53,7 @@ class Watchdog(threading.Thread):
             if waited > self.seconds:
                 waiting = f"{self.what[0]}: rank {self.rank} has waited for {self.seconds:g} s (train.timeout)"
                 why = "another rank, a device or a disk hangs. The same command goes on."
-                good = checkpoint.last(self.folder)
-                print(f"train.py: error: {waiting}: {why} {good}", file=sys.stderr, flush=True)
+                print(f"train.py: error: {waiting}: {why} {checkpoint.last(self.folder)}", file=sys.stderr, flush=True)
                 os._exit(RankLost.code)
 
 

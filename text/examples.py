@@ -191,10 +191,8 @@ class Examples:
         return data.shuffle(n, len(self.train), (self.seed,))
 
     def rows(self, chosen: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(inputs, targets, documents), each int64 (rows, context), of rows given by the indices of their examples.
-
-        Targets outside responses are IGNORE. documents: number of the example in its row from 1; 0 where there is none.
-        """
+        """(inputs, targets, documents), each int64 (rows, context), of rows given by the indices of their examples."""
+        # targets outside responses are IGNORE; a token's document is its example's number in the row, from 1, else 0
         x, y, documents = (np.full((len(chosen), self.context), fill, np.int64) for fill in (0, IGNORE, 0))
         for r, row in enumerate(chosen):
             at = 0

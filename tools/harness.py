@@ -40,10 +40,10 @@ from tools.hf_tokenizer import end_ids
 
 try:
     import datasets
+    import lm_eval.api.model
     import lm_eval.api.task
     from lm_eval import evaluator
     from lm_eval.api.group import Group
-    from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -68,10 +68,8 @@ Versions = dict[str, dict[int, Path]]  # the finished versions of a run, by fold
 # ---- The model, as the harness asks it -------------------------------------------------------------------------------
 
 
-class LM(TemplateLM):
+class LM(lm_eval.api.model.LM):
     """A model, whole on this rank, that answers `batch` rows side by side. T = context, N = scored tokens."""
-
-    eot_token_id = None  # abstract in TemplateLM; for its own loglikelihood, which is replaced here
 
     def __init__(self, net: llama.Transformer, tok: Tokenizer, batch: int, chat: bool = False) -> None:
         super().__init__()
@@ -86,12 +84,11 @@ class LM(TemplateLM):
         self.before = text.ids[: text.special_tokens_mask.index(0)] if text else []  # what it puts before every text
         self.drawn = 0  # batches drawn at random: each has a seed of its own
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kw: Any) -> list[int]:
-        return self.before + self.tok.encode(string)
+    def tok_encode(self, text: str) -> list[int]:
+        return self.before + self.tok.encode(text)
 
     def tok_decode(self, ids: list[int]) -> str:
-        text = [i for i in ids if i not in self.tok.special_ids]
-        return self.tok.hf.decode(text, skip_special_tokens=False) if self.tok.hf else self.tok.decode(ids)
+        return self.tok.decode([i for i in ids if i not in self.tok.special_ids])
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return self._loglikelihood_tokens([self.split(r) for r in requests])
@@ -108,7 +105,7 @@ class LM(TemplateLM):
         return r.args, whole[:n] or [self.tok.start], whole[n:]
 
     @torch.no_grad()
-    def _loglikelihood_tokens(self, requests: list[Any], **kw: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """Of ((texts), context, continuation): nats of the continuation, and whether each token is the likeliest."""
         # equal inputs are read once: the answers A, B, C and D to a question differ in their last token only
         asked: dict[tuple[int, ...], list[int]] = {}  # {input: requests}

@@ -8,7 +8,7 @@ from typing import Any
 
 import config
 import kernels
-from runtime.errors import UserError
+from runtime.errors import UserError, refuse
 from text.tokenizer import json_object
 
 SERVED = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}  # architecture: model_type
@@ -98,8 +98,7 @@ def from_config(file: Path) -> config.Model:
     size = top.values.get("head_dim")
     if size is not None and m.n_head > 0 and m.hidden / m.n_head != size:
         raise top.error("head_dim", size, f"hidden_size / num_attention_heads = {m.hidden / m.n_head:g}")
-    if problems := config.check(config.Config(model=m)) or kernels.rope_problems(m):
-        raise UserError("\n".join(f"{file}: {p}" for p in problems))
+    refuse([f"{file}: {p}" for p in config.check(config.Config(model=m)) or kernels.rope_problems(m)])
     return m
 
 

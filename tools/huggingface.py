@@ -3,8 +3,7 @@
     python -m tools.huggingface import FOLDER --out out/NAME       import/step-000000/, tokenizer/ and model.toml
     python -m tools.huggingface export CHECKPOINT --out FOLDER     model.safetensors, config.json and tokenizer.json
 
-Weights are carried over bit for bit, in float32 (which holds bfloat16 and float16). A config.json that asks for other
-computations than the model's here is refused. Nothing that is read is executed, and pickled weights are not read.
+Weights are carried over bit for bit, in float32 (which holds bfloat16 and float16). Nothing that is read is executed.
 """
 
 import functools

@@ -358,13 +358,9 @@ def test_make_bench_goes_on_after_a_failure_and_names_it(tmp_path):
 
 def test_data(run):
     code, result, _ = run("data", "--megabytes", "0.2", "--jobs", "1", "--rounds", "1")
-    by_row(result)
-    assert (
-        code == 0
-        and result["documents"] == 25
-        and result["tokens"] > 25 * 1000
-        and [b["what"] for b in result["bars"]] == ["writer", "reader"]
-    )
+    alone, ours, reader = by_row(result).values()
+    assert code == 0 and result["documents"] == 25 and result["tokens"] > 25 * 1000
+    assert ours["ratio"] == ours["tokens_per_second"] / alone["tokens_per_second"] and reader["tokens_per_second"] > 0
 
 
 def test_data_that_is_too_little_says_so(run):
@@ -449,12 +445,6 @@ def test_checkpoint(run, tmp_path, monkeypatch):
     seconds = {name: r["seconds"] for name, r in rows.items()}
     assert all(rows[name]["ratio"] == seconds[of] / seconds[name] for name, of in to.items())
     assert seconds["stall of an asynchronous save"] < seconds["whole asynchronous save"]
-    bars = {b["what"]: (b["got"], b["bar"], b["reached"]) for b in result["bars"]}
-    save_to_write, stall = rows["save"]["ratio"], seconds["stall of an asynchronous save"] / seconds["copy to the host"]
-    assert bars == {
-        "save to plain write": (save_to_write, 0.85, save_to_write >= 0.85),
-        "stall by copy": (stall, 1.5, stall <= 1.5),
-    }
     # the first allocates; then in turn one with buffers and a synchronous one; none waits or finds its work done
     assert saves == [(False, True, False), *[(True, True, False), (False, True, False)] * 2]
     c = config.Model(1, 2, None, 16, None, 64, 16)
@@ -587,3 +577,8 @@ def test_a_benchmark_that_is_terminated_ends_the_process_of_its_row(run, monkeyp
     code, found, _ = run("step", *TINY)
     signal.signal(signal.SIGTERM, handler)
     assert code == 143 and found is None and ended
+
+
+def test_only_the_benchmark_of_tasks_needs_the_harness():
+    code = "import sys; sys.modules['lm_eval'] = sys.modules['datasets'] = None; import bench.__main__"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(bench.__file__).parent.parent).returncode == 0

@@ -177,6 +177,8 @@ def test_the_kernels_compile_for_gpus_that_are_not_here():
             if k["kernel"] == "cross_entropy._rows_kernel":
                 assert k["stack"] <= 8, k  # Triton 3.6 keeps 8 bytes of validation's variant there
             elif arch == 90 and "float32" not in k["shape"]:
-                assert k["stack"] == 0, k  # no register spilled
+                # no register spilled; at head dim 128 the tiles that were fastest on an H200 spill 34 of them
+                spills = k["kernel"] == "attention._backward_kv" and "D=128" in k["shape"]
+                assert k["stack"] <= 136 * spills, k
             if arch == 90:
                 assert k["wgmma"] == (k["kernel"] in MATRIX_KERNELS and "float32" not in k["shape"]), k

@@ -213,7 +213,7 @@ def test_nothing_unpickles():
 OTHER = {
     "missing": (
         lambda t, o: t.pop("model.a"),
-        "model.a: got shape none, expected (5, 7): it is a model of another shape",
+        "model.a: got shape none, expected (5, 7): a model of another shape",
     ),
     "no moments": (
         lambda t, o: [t.pop(k) for k in ("exp_avg.a", "updates.a")],

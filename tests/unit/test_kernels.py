@@ -465,10 +465,15 @@ def test_a_dtype_that_is_not_served_is_named():
 # Linear and cross-entropy
 
 
+def in_chunks(*args):
+    with mock.patch.dict(ce.CHUNK_BYTES, dict.fromkeys(("cpu", "cuda"), 1)):
+        return ce.linear_cross_entropy(*args)
+
+
 def cross_entropy(targets, reduction, use):
     """`function`, `reference` and `formula` of compare; 128 rows a chunk."""
     return (
-        lambda x, w: ce.linear_cross_entropy(x, w, targets.to(DEVICE), reduction, use, chunk_bytes=1),
+        lambda x, w: in_chunks(x, w, targets.to(DEVICE), reduction, use),
         lambda x, w: ce.linear_cross_entropy_ref(x, w, targets, reduction),
         cross_entropy_formula(targets, reduction),
     )
@@ -476,7 +481,7 @@ def cross_entropy(targets, reduction, use):
 
 def check_losses(x, w, targets, use):
     with torch.no_grad():
-        each = ce.linear_cross_entropy(x.to(DEVICE), w.to(DEVICE), targets.to(DEVICE), "none", use, chunk_bytes=1)
+        each = in_chunks(x.to(DEVICE), w.to(DEVICE), targets.to(DEVICE), "none", use)
     exact = [Rounded(t.double()) for t in (x, w)]
     bound = cross_entropy_formula(targets.long(), "none")(*exact, Rounded(torch.ones((), dtype=torch.float64)))[0]
     assert ((each.cpu() - bound.value).abs() <= bound.error).all()
