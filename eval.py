@@ -113,10 +113,7 @@ def open_data(path: Path, meta: dict[str, Any], folder: str | None, context: int
 def score(
     path: Path, device: torch.device, folder: str | None = None, context: int = 0, progress: Callable = lambda n: None
 ) -> Score:
-    """Score a checkpoint on the whole validation set of its data; every token but the very first is a target once.
-
-    `progress` gets the number of tokens read since its last call.
-    """
+    """Score a checkpoint on the whole validation set of its data; every token but the very first is a target once."""
     tokens = open_data(path, checkpoint.read_meta(path), folder, context)
     net, _ = load_model(path, device)
     token_files.check_files(tokens.folder, ["val"], quiet=True)

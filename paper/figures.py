@@ -9,7 +9,7 @@ import math
 import statistics
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +46,7 @@ def finish(fig: Any, file: str, axes: Any = (), columns: int = 6) -> None:
     if names := sorted(key):
         fig.legend([key[n] for n in names], names, loc="lower center", ncols=min(len(names), columns), **LEGEND)
     fig.tight_layout(rect=(0, 0.07 * math.ceil(len(names) / columns), 1, 1))
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(file, dpi=150)
 
 
@@ -162,79 +163,65 @@ def cost_and_quality(record: dict[str, Any], file: str) -> None:
     finish(fig, file, axes[:1], 3)
 
 
-Points = tuple[Any, list[float]]  # x, y
-
-
-class Curves(NamedTuple):
-    """A segment's log as curves."""
-
-    train: Points
-    val: Points
-    rate: Points  # the learning rate
-
-
 AXES = {"steps": "step", "tokens": "tokens", "seconds": "seconds of training this segment"}
 
 
-def curves(log: list[dict[str, Any]], x: str = "steps") -> Curves:
-    """The losses and rates in a log, over steps, tokens or seconds. A step trained twice counts as the last time."""
+def curves(log: list[dict[str, Any]], x: str = "steps") -> dict[str, tuple[Any, list[float]]]:
+    """{"loss", "val_loss", "lr": (x, y)} of a segment's log; a step that was trained twice counts as the last time."""
     # a record names the update; the state is after it
     train = dict(sorted({r["step"] + 1: r for r in log if "loss" in r}.items()))
     val = dict(sorted({r["step"]: r["val_loss"] for r in log if "val_loss" in r}.items()))
     steps = [min((r["start"] for r in log if "config" in r), default=0), *train]
     batch = next((r["tokens"] / step for step, r in train.items()), 0)
-    speeds = [r["tokens_per_second"] / batch for r in train.values()]  # steps a second
-    seconds = accumulate(((b - a) / v for (a, b), v in zip(pairwise(steps), speeds, strict=True)), initial=0.0)
-    at = {"steps": steps, "tokens": [step * batch for step in steps], "seconds": list(seconds)}[x]
-    loss, rate = [r["loss"] for r in train.values()], [r["lr"] for r in train.values()]
-    return Curves((at[1:], loss), (np.interp(list(val), steps, at), list(val.values())), (at[1:], rate))
+    took = [batch * (b - a) / train[b]["tokens_per_second"] for a, b in pairwise(steps)]
+    at = {"steps": steps, "tokens": [n * batch for n in steps], "seconds": [*accumulate(took, initial=0.0)]}[x]
+    made = {k: (at[1:], [r[k] for r in train.values()]) for k in ("loss", "lr")}
+    return {**made, "val_loss": (np.interp(list(val), steps, at), list(val.values()))}
 
 
-def plot_losses(ax: Any, c: Curves, **look: Any) -> None:
-    """Training loss thin, the mean of a few records where there are more than 400; validation loss with dots."""
-    (x, y), few = c.train, max(1, len(c.train[1]) // 200)
-    ends = range(few, len(y) + 1, few)
-    means = [statistics.fmean(y[end - few : end]) for end in ends]
-    ax.plot([x[end - 1] for end in ends], means, color=look["color"], linewidth=0.7, alpha=0.45)
-    ax.plot(*c.val, marker="o", markersize=4, **{"linewidth": 1.4, **look})
-
-
-def limit_losses(axes: Any, drawn: list[Curves]) -> None:
-    """From the lowest loss to the highest of validation: the first updates' losses would flatten the rest."""
-    val = [y for c in drawn for y in c.val[1]]
-    low, high = min([*val, *(y for c in drawn for y in c.train[1])], default=0), max(val, default=0)
-    for ax in axes if low < high else []:
-        ax.set_ylim(low - 0.05, high + 0.1)
+def plot_losses(ax: Any, segments: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    """(curves, look of the line) of segments: training loss thin, at most some 200 means; validation loss with dots."""
+    for c, look in segments:
+        x, y = c["loss"]
+        few = len(y) // 200 + 1
+        means = [statistics.fmean(y[i : i + few]) for i in range(0, len(y), few)]
+        ax.plot(x[::few], means, color=look["color"], linewidth=0.7, alpha=0.45)
+        ax.plot(*c["val_loss"], marker="o", markersize=4, **look)
+    val = [v for c, _ in segments for v in c["val_loss"][1]]
+    if val:  # the first updates' losses would flatten the rest
+        ax.set_ylim(min([*val, *(v for c, _ in segments for v in c["loss"][1])]) - 0.05, max(val) + 0.1)
 
 
 def losses(runs: list[tuple[schedule.Segment, list[dict[str, Any]]]], name: str, file: str) -> None:
     """Training and validation loss over steps, from the logs of a table's segments under schedule `name`."""
     fig, axes = canvas([f"{title}, {name}" for title in schedule.TITLES.values()], 4.6, 4.0, 10, sharey=True)
-    panels = {"ptfs": axes[:1], "cpt": axes[1:2], "main": axes[2:], "branch": axes[2:]}
-    drawn = [curves(log) for _, log in runs]
-    for (segment, _), c in zip(runs, drawn, strict=True):
-        first = segment.paradigm == "ptfs" and segment.version == 1
-        look: dict[str, Any] = {"color": COLOURS[(segment.version - 1) % 6], "label": f"V{segment.version}"}
-        if segment.paradigm == "main":
+    panels: list[list[Any]] = [[], [], []]
+    of = {"ptfs": panels[:1], "cpt": panels[1:2], "main": panels[2:], "branch": panels[2:]}
+    for g, log in runs:
+        look = {"color": COLOURS[(g.version - 1) % 6], "label": f"V{g.version}", "linewidth": 1.4}
+        if g.paradigm == "main":
             look = {"color": DARK, "label": "main path", "linewidth": 2.2}
-        for ax in axes[:2] if first else panels[segment.paradigm]:  # PTFS's version 1 is CPT's as well
-            plot_losses(ax, c, **look)
-    limit_losses(axes, drawn)
-    for ax in axes:
+        # PTFS's version 1 is CPT's as well
+        for panel in panels[:2] if (g.paradigm, g.version) == ("ptfs", 1) else of[g.paradigm]:
+            panel.append((curves(log), look))
+    for ax, panel in zip(axes, panels, strict=True):
+        plot_losses(ax, panel)
         ax.set_xlabel("step")
     axes[0].set_ylabel("loss (nats a token)")
     finish(fig, file, axes)
 
 
-def compare(logs: dict[str, list[dict[str, Any]]], x: str, file: str) -> None:
-    """Losses and learning rates of any segments, {folder: log}, over `x` of AXES."""
+def compare(folders: list[Path], x: str, file: str) -> None:
+    """Losses and learning rates of the segments in these folders, over `x` of AXES."""
     fig, (left, right) = canvas(["training (thin) and validation loss", "learning rate"], 5.4, 4.4)
-    drawn = {folder: curves(log, x) for folder, log in logs.items()}
-    for i, (folder, c) in enumerate(drawn.items()):
-        look = {"color": COLOURS[i % 6], "label": folder, "linestyle": ("-", "--", ":")[i // 6 % 3]}
-        plot_losses(left, c, **look)
-        right.plot(*c.rate, **look)
-    limit_losses([left], list(drawn.values()))
+    drawn = []
+    for i, folder in enumerate(dict.fromkeys(f for where in folders for f in segments(where))):
+        c = curves(read_log(folder), x)
+        label = str(folder) + " (no step logged yet)" * (not c["lr"][1])
+        look = {"color": COLOURS[i % 6], "label": label, "linestyle": ("-", "--", ":")[i // 6 % 3]}
+        drawn.append((c, look))
+        right.plot(*c["lr"], **look)
+    plot_losses(left, drawn)
     left.set(xlabel=AXES[x], ylabel="nats a token")
     right.set(xlabel=AXES[x], ylim=(0, None))
     finish(fig, file, [right], 3)
@@ -257,17 +244,11 @@ def main() -> None:
     a.add_argument("--x", default="steps", choices=AXES)
     a.add_argument("--out", default="out/loss.png", metavar="FILE", help="a .png, .pdf or .svg [out/loss.png]")
     o = a.parse_args()
-    if Path(o.out).suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--out {o.out}: expected a file of the ending .png, .pdf or .svg")
-    logs = {str(f): read_log(f) for folder in o.folder for f in segments(folder)}
-    begun = {f: log for f, log in logs.items() if any("loss" in r for r in log)}
-    if not begun:
-        raise UserError(f"{', '.join(logs)}: no step is logged yet; try again after train.log_every steps")
     optional("matplotlib", "matplotlib", "drawing")
-    Path(o.out).parent.mkdir(parents=True, exist_ok=True)
-    compare(begun, o.x, o.out)
-    left_out = ", ".join(logs.keys() - begun.keys())
-    print(o.out + f" (without {left_out}: no step logged yet)" * bool(left_out))
+    if Path(o.out).suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--out {o.out}: expected the ending .png, .pdf or .svg")
+    compare(o.folder, o.x, o.out)
+    print(o.out)
 
 
 if __name__ == "__main__":
