@@ -147,7 +147,8 @@ def load(name: str, overrides: dict[str, str] | None = None, unknown: list[str] 
     c = Config()
     known = flatten(c)
     flags = [a for a in unknown or [] if a.startswith("-")]  # arguments that the command line could not place
-    found = [f"command line: unknown argument {a}; {suggest(a.lstrip('-'), list(known))}" for a in flags]
+    options = [f"--{k}" for k in known]
+    found = [f"command line: unknown argument {a}; {suggest(a.partition('=')[0], options)}" for a in flags]
     found = found or [f"command line: unexpected {a!r}; flags are --name value" for a in unknown or []]
     for where, k, v, read in given:
         if k not in known:
@@ -168,7 +169,8 @@ def load(name: str, overrides: dict[str, str] | None = None, unknown: list[str] 
 
 def suggest(name: str, known: list[str]) -> str:
     """The nearest known key, also where only the section is missing."""
-    near = [k for k in known if k.split(".")[-1] == name.split(".")[-1]] or difflib.get_close_matches(name, known, 1)
+    leaf = name.lstrip("-").split(".")[-1]
+    near = [k for k in known if k.split(".")[-1] == leaf] or difflib.get_close_matches(name, known, 1)
     return f"did you mean {near[0]}?" if near else "see --help"
 
 

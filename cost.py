@@ -1,7 +1,7 @@
-"""The cost of each paradigm: steps, tokens, FLOPs, GPU-hours and money, summed over the same plan that train.py runs.
+"""The cost of each paradigm: steps, tokens, GPU-hours, days and money, summed over the same plan that train.py runs.
 
+    python cost.py --config 3.1b --plan.versions 8 --gpus 8
     python cost.py --config 1.2b --mfu 0.45 --price 2.5
-    python cost.py --config 1.2b --plan.versions 10
     python cost.py --config 1.2b --plan.increments 10000,20000,30000 --convention table2
 
 Two conventions. `section3.2` (the default) counts every segment: 10T, 4T and 5.8T for four versions and alpha 0.6.
@@ -10,6 +10,7 @@ counts in both, since later versions start from it. It is the same run as PTFS's
 """
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import config
@@ -19,6 +20,10 @@ from runtime.command_line import Parser, aligned
 from runtime.errors import UserError, user_errors
 
 PEAK = 989e12  # FLOP/s of an H100 in bf16
+COUNTED = {
+    "section3.2": "all segments of all versions, as in section 3.2",
+    "table2": "versions 2 to N, without PTFS's version 1 and the branch of version 1, as in Table 2",
+}
 
 
 def steps(paradigm: str, p: schedule.Plan, convention: str = "section3.2") -> int:
@@ -30,8 +35,9 @@ def steps(paradigm: str, p: schedule.Plan, convention: str = "section3.2") -> in
 
 
 def table(c: Config, convention: str, mfu: float, peak: float, price: float) -> list[dict[str, Any]]:
-    """A row a paradigm: steps, tokens, FLOPs, GPU-hours, price, and its cost relative to PTFS."""
+    """A row a paradigm: steps, tokens, FLOPs, GPU-hours, price, cost relative to PTFS; steps of the next version."""
     counts = {paradigm: steps(paradigm, c.plan, convention) for paradigm in schedule.PARADIGMS}
+    longer = replace(c.plan, increments=[*c.plan.T, c.plan.T[-1]])
     rows = []
     for paradigm, n in counts.items():
         tokens = n * c.train.batch_tokens
@@ -39,20 +45,22 @@ def table(c: Config, convention: str, mfu: float, peak: float, price: float) -> 
         hours = flops / (mfu * peak) / 3600
         relative = n / counts["ptfs"] if counts["ptfs"] else None  # table2 leaves out all of one version
         row = {"paradigm": paradigm, "steps": n, "T": n / c.plan.T[0], "relative": relative}
-        rows.append({**row, "tokens": tokens, "flops": flops, "gpu_hours": hours, "price": hours * price})
+        row |= {"tokens": tokens, "flops": flops, "gpu_hours": hours, "price": hours * price}
+        rows.append({**row, "next_steps": steps(paradigm, longer, convention) - n})
     return rows
 
 
 def main() -> None:
     a = Parser(prog="cost.py", description=__doc__, usage="cost.py [--config NAME] [--section.key VALUE ..] ..")
-    a.add_argument("--convention", default="section3.2", choices=("section3.2", "table2"))
+    a.add_argument("--convention", default="section3.2", choices=COUNTED)
+    a.add_argument("--gpus", type=int, default=8, help="to count days [8]")
     a.add_argument("--mfu", type=float, default=0.4, help="part of the peak that training reaches [0.4]")
     a.add_argument("--peak", type=float, default=PEAK, help="FLOP/s of a GPU at its peak [989e12, an H100 in bf16]")
     a.add_argument("--price", type=float, default=0.0, help="of a GPU-hour [0]")
     a.add_argument("--json", action="store_true")
     a.add_config()
     o, c = a.parse_config()
-    for name, low, high in (("mfu", 1e-4, 1), ("peak", 1e6, 1e21), ("price", 0, 1e9)):
+    for name, low, high in (("gpus", 1, 1e6), ("mfu", 1e-4, 1), ("peak", 1e6, 1e21), ("price", 0, 1e9)):
         if not low <= (got := getattr(o, name)) <= high:
             raise UserError(f"--{name}: got {got:g}, expected {low:g} to {high:g}")
     rows = table(c, o.convention, o.mfu, o.peak, o.price)
@@ -61,15 +69,18 @@ def main() -> None:
         head = {"convention": o.convention, "parameters": parameters, "flops_per_token": flops}
         print(json.dumps({**head, "rows": rows}, indent=1))
         return
-    size = f"{parameters:,} parameters, {flops / 1e9:.4g} GFLOP a token, {c.train.batch_tokens:,} tokens a step"
-    print(f"{size}; counted as in {o.convention}")
-    lines = [["paradigm", "steps", "in T", "relative", "tokens", "FLOPs", "GPU-hours", "price"]]
+    print(f"{parameters:,} parameters, {flops / 1e9:.4g} GFLOP a token, {c.train.batch_tokens:,} tokens a step")
+    days = f"days on {o.gpus} GPU{'s' * (o.gpus > 1)}"
+    lines = [["paradigm", "steps", "in T", "relative", "tokens", "FLOPs", "GPU-hours", days]]
+    lines[0] += [f"days for V{len(c.plan.T) + 1} alone", "price"]
     for r in rows:
-        sums = [f"{r['tokens']:.4g}", f"{r['flops']:.4g}", f"{r['gpu_hours']:,.4g}", f"{r['price']:,.0f}"]
         relative = "-" if r["relative"] is None else f"{r['relative']:.2f}x"
-        lines.append([r["paradigm"], f"{r['steps']:,}", f"{r['T']:.4g}T", relative, *sums])
+        lines.append([r["paradigm"], f"{r['steps']:,}", f"{r['T']:.4g}T", relative, f"{r['tokens']:.4g}"])
+        day = c.train.batch_tokens * flops / (o.mfu * o.peak) / 86400 / o.gpus  # of a step
+        ends = [f"{r['steps'] * day:,.3g}", f"{r['next_steps'] * day:,.3g}", f"{r['price']:,.0f}"]
+        lines[-1] += [f"{r['flops']:.4g}", f"{r['gpu_hours']:,.4g}", *ends]
     print(aligned(lines if o.price else [line[:-1] for line in lines]))
-    print(f"GPU-hours at {o.mfu:.0%} of {o.peak:.4g} FLOP/s")
+    print(f"Counted: {COUNTED[o.convention]} (--convention). GPU-hours at {o.mfu:.0%} of {o.peak:.4g} FLOP/s")
 
 
 if __name__ == "__main__":

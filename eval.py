@@ -5,18 +5,23 @@
 
 PPL = exp(mean negative log-likelihood of a token). Standard errors are over documents: tokens of one document are not
 independent, so a document is the unit, and two checkpoints are compared document by document.
+
+Scores are kept in `scores/` beside each checkpoint, under a hash of its weights, the text, --context, the kind of
+device and the code of the model, and are not measured again. To be rid of them, delete the folder.
 """
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import config
 import data
@@ -24,9 +29,13 @@ from kernels import check
 from model import Transformer
 from runtime import checkpoint, resume
 from runtime.command_line import Parser, aligned
-from runtime.device import activations, pick_device, steady_malloc
+from runtime.device import activations, pick_device, tune_cpu
 from runtime.errors import UserError, user_errors
+from runtime.files import digest, replacing
 from text import token_files
+from text.sources import progress_bar
+
+ROOT = Path(__file__).parent
 
 
 @dataclass
@@ -75,7 +84,7 @@ def load_model(path: Path, device: torch.device) -> tuple[Transformer, dict[str,
     meta = checkpoint.read_meta(path)
     c = config.model_of(meta["config"])
     checkpoint.verify(path)
-    steady_malloc(device)
+    tune_cpu(device, c.parameters)
     dtype = activations("auto", device)
     with torch.device("meta"):  # no weights are drawn
         net = Transformer(c, dtype, check.choose("auto", c, dtype, device))
@@ -101,7 +110,9 @@ def open_data(path: Path, meta: dict[str, Any], folder: str | None, context: int
 
 
 @torch.no_grad()
-def score(path: Path, device: torch.device, folder: str | None = None, quiet: bool = False, context: int = 0) -> Score:
+def score(
+    path: Path, device: torch.device, folder: str | None = None, context: int = 0, progress: Callable = lambda n: None
+) -> Score:
     """Score a checkpoint on the whole validation set of its data; every token but the very first is a target once."""
     tokens = open_data(path, checkpoint.read_meta(path), folder, context)
     net, _ = load_model(path, device)
@@ -110,15 +121,49 @@ def score(path: Path, device: torch.device, folder: str | None = None, quiet: bo
     # the document of each target, by the <|endoftext|> before it: one belongs to the document that it ends
     document = np.cumsum(stream[:-1] == tokens.meta["eot"])
     losses = []
-    with tqdm(total=len(document), desc=str(path), unit="token", disable=quiet or None, delay=2, leave=False) as bar:
-        for arrays in tokens.validation(rows=16):
-            x, y = (torch.from_numpy(a).to(device) for a in arrays)
-            losses.append(net(x, y, reduction="none").flatten().cpu().numpy().astype(np.float64))
-            bar.update(y.numel())
+    for arrays in tokens.validation(rows=16):
+        x, y = (torch.from_numpy(a).to(device) for a in arrays)
+        losses.append(net(x, y, reduction="none").flatten().cpu().numpy().astype(np.float64))
+        progress(y.numel())
     scored = Score(np.bincount(document, np.concatenate(losses)), np.bincount(document))
     if not scored.loss < 700:  # exp overflows at 710; not a number is not below
         raise UserError(f"{path}: {scored.loss:g} nats a token, no perplexity; its training diverged, leave it out")
     return scored
+
+
+def scores(
+    paths: Sequence[Path], device: torch.device, folder: str | None = None, context: int = 0, jobs: int = 1
+) -> dict[Path, Score]:
+    """Scores of checkpoints, `jobs` at a time: those kept beside them, and the others measured and kept."""
+    known: dict[Path, Score] = {}
+    files: dict[Path, Path] = {}  # of those to measure: where to keep the score
+    code = [f.read_text("utf-8") for f in (ROOT / "model.py", *sorted((ROOT / "kernels").glob("*.py")))]
+    total = 0
+    for path in paths:
+        meta = checkpoint.read_meta(path)
+        tokens = open_data(path, meta, folder, context)
+        text = tokens.meta["val"]["sha256"]["bin"]
+        key = digest([meta["hash"], text, tokens.context, device.type, code])
+        file = path.resolve().parent / "scores" / f"{key[:32]}.npz"
+        try:
+            with np.load(file) as kept:
+                known[path] = Score(kept["nats"], kept["tokens"])
+        except (OSError, ValueError, LookupError, EOFError, BadZipFile):  # not there yet, or damaged
+            files[path] = file
+            total += len(tokens.tokens("val")) - 1
+
+    def measure(path: Path) -> Score:
+        s, file = score(path, device, folder, context, bar.update), files[path]
+        with suppress(OSError):  # a folder that is read-only or full
+            file.parent.mkdir(exist_ok=True)
+            with replacing(file) as partial, open(partial, "wb") as f:
+                np.savez(f, nats=s.nats, tokens=s.tokens)
+        return s
+
+    left = f"{len(files)} of {len(paths)} checkpoints" + f" ({len(known)} scored before)" * bool(known)
+    with progress_bar(left, total, "token") as bar, ThreadPoolExecutor(jobs) as pool:
+        known |= zip(files, pool.map(measure, files), strict=True)
+    return {path: known[path] for path in paths}
 
 
 def chosen(paths: list[Path]) -> dict[str, dict[int, Path]] | None:
@@ -174,7 +219,7 @@ def main() -> None:
     texts = {open_data(p, checkpoint.read_meta(p), o.data, o.context).meta["val"]["sha256"]["bin"] for p in paths}
     if len(texts) > 1:
         raise UserError("the checkpoints have different validation sets; choose the data of one of them with --data")
-    known = {p: score(p, device, o.data, context=o.context) for p in paths}
+    known = scores(paths, device, o.data, o.context)
     rows, lines = of_run(run, known) if run else of_checkpoints(known)
     print(json.dumps(rows, indent=1) if o.json else "\n".join(lines))
 

@@ -1,7 +1,7 @@
-"""Every table and figure of the paper as a command: `python -m paper table3`; only the package is a command."""
+"""Every table and figure of the paper: `python -m paper table3`; any runs' losses: `python -m paper.figures loss`."""
 
 import sys
 
-if sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2].startswith("paper."):
-    print(f"usage: python -m paper WHAT ..; {sys.orig_argv[2]} is no command", file=sys.stderr)
+if sys.orig_argv[1:2] == ["-m"] and (name := sys.orig_argv[2]).startswith("paper.") and name != "paper.figures":
+    print(f"usage: python -m paper WHAT ..; {name} is no command", file=sys.stderr)
     sys.exit(2)

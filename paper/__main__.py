@@ -21,12 +21,13 @@ from typing import Any
 import torch
 
 import config
+import eval as evaluation
 import schedule
 from paper import downstream, figures, graph, measure, plans, report, scales, tables, workers
 from paper.tables import ORDER
 from runtime import distributed
 from runtime.command_line import Parser, given
-from runtime.device import pick_device, steady_malloc
+from runtime.device import pick_device
 from runtime.errors import UserError, refuse, user_errors
 from runtime.files import lock, replacing, write_text
 from runtime.logger import read_log
@@ -172,9 +173,9 @@ def score(request: graph.Request, machine: workers.Machine) -> dict[str, dict[st
     """The records of all tables of perplexities."""
     cells = {name: where for name, where in request.checkpoints.items() if name not in request.downstream}
     paths = sorted({p for where in cells.values() for of_seeds in where.values() for p in of_seeds})
-    device, made = request.setup.base.train.device, {}
-    steady_malloc(pick_device(device, 0))
-    known = measure.scores(paths, request.setup.root / "scores", machine.jobs, device) if paths else {}
+    made, jobs = {}, machine.jobs
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    known = evaluation.scores(paths, pick_device(request.setup.base.train.device, 0), jobs=jobs) if paths else {}
     for name, where in cells.items():
         found = {cell: [known[p] for p in of_seeds] for cell, of_seeds in where.items()}
         record = measure.measure(request.tables[name], found, request.seeds, request.setup.columns)

@@ -1,15 +1,25 @@
 """The paper's figures, and a picture beside each table, in one style of matplotlib's.
 
+    python -m paper.figures loss out/tiny/main out/tiny/ours-cosine --x tokens      of any segments, paradigms, runs
+
 Each function draws one file: from plans (learning rates), from a table's record (perplexities) or from logs (losses).
 """
 
 import math
 import statistics
+from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import schedule
 from paper import graph, tables
 from paper.scales import Setup
+from runtime.command_line import Parser
+from runtime.errors import UserError, user_errors
+from runtime.logger import read_log
+from text.sources import optional
 
 LEGEND = {"fontsize": 8, "frameon": False}
 COLOURS, DARK = schedule.COLOURS, "#333333"
@@ -36,6 +46,7 @@ def finish(fig: Any, file: str, axes: Any = (), columns: int = 6) -> None:
     if names := sorted(key):
         fig.legend([key[n] for n in names], names, loc="lower center", ncols=min(len(names), columns), **LEGEND)
     fig.tight_layout(rect=(0, 0.07 * math.ceil(len(names) / columns), 1, 1))
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(file, dpi=150)
 
 
@@ -153,27 +164,94 @@ def cost_and_quality(record: dict[str, Any], file: str) -> None:
     finish(fig, file, axes[:1], 3)
 
 
+AXES = {"steps": "step", "tokens": "tokens", "seconds": "seconds of training this segment"}
+
+
+def curves(log: list[dict[str, Any]], x: str = "steps") -> dict[str, tuple[Any, list[float]]]:
+    """{"loss", "val_loss", "lr": (x, y)} of a segment's log; a step that was trained twice counts as the last time."""
+    # a record names the update; the state is after it
+    train = dict(sorted({r["step"] + 1: r for r in log if "loss" in r}.items()))
+    val = dict(sorted({r["step"]: r["val_loss"] for r in log if "val_loss" in r}.items()))
+    steps = [min((r["start"] for r in log if "config" in r), default=0), *train]
+    batch = next((r["tokens"] / step for step, r in train.items()), 0)
+    took = [batch * (b - a) / train[b]["tokens_per_second"] for a, b in pairwise(steps)]
+    at = {"steps": steps, "tokens": [n * batch for n in steps], "seconds": [*accumulate(took, initial=0.0)]}[x]
+    made = {k: (at[1:], [r[k] for r in train.values()]) for k in ("loss", "lr")}
+    return {**made, "val_loss": (np.interp(list(val), steps, at), list(val.values()))}
+
+
+def plot_losses(ax: Any, segments: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    """(curves, look of the line) of segments: training loss thin, at most some 200 means; validation loss with dots."""
+    for c, look in segments:
+        x, y = c["loss"]
+        few = len(y) // 200 + 1
+        means = [statistics.fmean(y[i : i + few]) for i in range(0, len(y), few)]
+        ax.plot(x[::few], means, color=look["color"], linewidth=0.7, alpha=0.45)
+        ax.plot(*c["val_loss"], marker="o", markersize=4, **look)
+    val = [v for c, _ in segments for v in c["val_loss"][1]]
+    if val:  # the first updates' losses would flatten the rest
+        ax.set_ylim(min([*val, *(v for c, _ in segments for v in c["loss"][1])]) - 0.05, max(val) + 0.1)
+
+
 def losses(runs: list[tuple[schedule.Segment, list[dict[str, Any]]]], name: str, file: str) -> None:
-    """Training loss (thin) and validation loss (dots) over steps, from the logs of segments under schedule `name`."""
+    """Training and validation loss over steps, from the logs of a table's segments under schedule `name`."""
     fig, axes = canvas([f"{title}, {name}" for title in schedule.TITLES.values()], 4.6, 4.0, 10, sharey=True)
-    panels = {"ptfs": axes[:1], "cpt": axes[1:2], "main": axes[2:], "branch": axes[2:]}
-    low, high = math.inf, 0.0
-    for segment, log in runs:
-        main, first = segment.paradigm == "main", segment.paradigm == "ptfs" and segment.version == 1
-        colour = DARK if main else COLOURS[(segment.version - 1) % 6]
-        # a record names the update; the state is after it
-        train = dict(sorted((r["step"] + 1, r["loss"]) for r in log if "loss" in r))
-        val = dict(sorted((r["step"], r["val_loss"]) for r in log if "val_loss" in r))
-        label, width = ("main path", 2.2) if main else (f"V{segment.version}", 1.4)
-        dots = {"marker": "o", "markersize": 4, "linewidth": width, "label": label}
-        for ax in axes[:2] if first else panels[segment.paradigm]:  # PTFS's version 1 is CPT's as well
-            ax.plot(list(train), list(train.values()), color=colour, linewidth=0.7, alpha=0.45)
-            ax.plot(list(val), list(val.values()), color=colour, **dots)
-        if val:
-            low, high = min(low, *val.values(), *train.values()), max(high, *val.values())
-    for ax in axes:
+    panels: list[list[Any]] = [[], [], []]
+    of = {"ptfs": panels[:1], "cpt": panels[1:2], "main": panels[2:], "branch": panels[2:]}
+    for g, log in runs:
+        look = {"color": COLOURS[(g.version - 1) % 6], "label": f"V{g.version}", "linewidth": 1.4}
+        if g.paradigm == "main":
+            look = {"color": DARK, "label": "main path", "linewidth": 2.2}
+        # PTFS's version 1 is CPT's as well
+        for panel in panels[:2] if (g.paradigm, g.version) == ("ptfs", 1) else of[g.paradigm]:
+            panel.append((curves(log), look))
+    for ax, panel in zip(axes, panels, strict=True):
+        plot_losses(ax, panel)
         ax.set_xlabel("step")
-        if low < high:
-            ax.set_ylim(low - 0.05, high + 0.1)
     axes[0].set_ylabel("loss (nats a token)")
     finish(fig, file, axes)
+
+
+def compare(folders: list[Path], x: str, file: str) -> None:
+    """Losses and learning rates of the segments in these folders, over `x` of AXES."""
+    fig, (left, right) = canvas(["training (thin) and validation loss", "learning rate"], 5.4, 4.4)
+    drawn = []
+    for i, folder in enumerate(dict.fromkeys(f for where in folders for f in segments(where))):
+        c = curves(read_log(folder), x)
+        label = str(folder) + " (no step logged yet)" * (not c["lr"][1])
+        look = {"color": COLOURS[i % 6], "label": label, "linestyle": ("-", "--", ":")[i // 6 % 3]}
+        drawn.append((c, look))
+        right.plot(*c["lr"], **look)
+    plot_losses(left, drawn)
+    left.set(xlabel=AXES[x], ylabel="nats a token")
+    right.set(xlabel=AXES[x], ylim=(0, None))
+    finish(fig, file, [right], 3)
+
+
+def segments(folder: Path) -> list[Path]:
+    """The segments that have a log: the folder itself, or those of a paradigm or run."""
+    below = (".", "main", "v*", "*/v*", "sft/*", "sft/*/v*")
+    if found := [log.parent for where in below for log in sorted(folder.glob(f"{where}/log.jsonl"))]:
+        return found
+    others = sorted(log.parent for log in folder.glob("**/log.jsonl"))
+    near = f"such as {others[0]}" if others else "which train.py makes"
+    raise UserError(f"{folder}: has no log.jsonl; expected the folder of a segment, a paradigm or a run, {near}")
+
+
+def main() -> None:
+    a = Parser(prog="python -m paper.figures", description=__doc__)
+    a.add_argument("what", choices=["loss"])
+    a.add_argument("folder", nargs="+", type=Path, help="of a segment, a paradigm or a run")
+    a.add_argument("--x", default="steps", choices=AXES)
+    a.add_argument("--out", default="out/loss.png", metavar="FILE", help="a .png, .pdf or .svg [out/loss.png]")
+    o = a.parse_args()
+    optional("matplotlib", "matplotlib", "drawing")
+    if Path(o.out).suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--out {o.out}: expected the ending .png, .pdf or .svg")
+    compare(o.folder, o.x, o.out)
+    print(o.out)
+
+
+if __name__ == "__main__":
+    with user_errors("python -m paper.figures"):
+        main()

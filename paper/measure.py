@@ -2,53 +2,21 @@
 
 import itertools
 import math
-import os
 import statistics
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
 import config
 import eval as evaluation
 from paper import tables
 from paper.graph import Request, trained
 from paper.tables import Cell, Claim, Factors, minus
-from runtime import checkpoint
-from runtime.device import pick_device
-from runtime.files import replacing
 
 # Student's t, 97.5 %, for 1, 2, .. degrees of freedom
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 Scores = dict[Cell, list[evaluation.Score]]  # one a seed
-
-
-def scores(checkpoints: list[Path], kept: Path, jobs: int, device: str) -> dict[Path, evaluation.Score]:
-    """Scores of checkpoints on the whole validation set, kept in `kept` under the hashes of weights and text."""
-    kept.mkdir(exist_ok=True)
-
-    def one(path: Path) -> evaluation.Score:
-        meta = checkpoint.read_meta(path)
-        tokens = evaluation.open_data(path, meta, None)
-        file = kept / f"{meta['hash'][:24]}-{tokens.meta['val']['sha256']['bin'][:8]}.npz"
-        # not there yet, or damaged
-        with suppress(OSError, ValueError, LookupError, EOFError, BadZipFile), np.load(file) as stored:
-            return evaluation.Score(stored["nats"], stored["tokens"])
-        s = evaluation.score(path, pick_device(device, 0), quiet=True)
-        with replacing(file) as partial, open(partial, "wb") as f:
-            np.savez(f, nats=s.nats, tokens=s.tokens)
-        return s
-
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
-    with ThreadPoolExecutor(jobs) as pool:
-        found = tqdm(pool.map(one, checkpoints), total=len(checkpoints), desc="evaluating", unit="checkpoint")
-        return dict(zip(checkpoints, found, strict=True))
 
 
 def combine(found: Scores, factors: Factors) -> tuple[float, float | None]:

@@ -9,7 +9,7 @@ from config import Config, Train
 from kernels import check
 from model import Transformer
 from runtime import checkpoint, distributed
-from runtime.device import activations, steady_malloc
+from runtime.device import activations, tune_cpu
 from runtime.distributed import World, raise_on_all_ranks
 from runtime.start import Start
 
@@ -20,7 +20,7 @@ def build(c: Config, start: Start, kind: str, world: World) -> tuple[Transformer
     dtype = activations(t.dtype, device)
     bf16 = dtype == torch.bfloat16
     torch.set_float32_matmul_precision("high" if bf16 else "highest")  # with bf16, fp32 products may be TF32
-    steady_malloc(device)
+    tune_cpu(device, c.model.parameters)
     torch.manual_seed(t.seed)
     with torch.device("meta"):  # no memory yet: a rank may hold a part of each weight
         net = Transformer(c.model, dtype, check.choose(t.kernels, c.model, dtype, device), t.recompute)

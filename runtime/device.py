@@ -14,6 +14,7 @@ from runtime.errors import UserError
 # Dense bf16 FLOP/s of the data sheets, by a part of the card's name: the first that fits, so longer names first
 PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 PEAK |= {"GB200": 2500e12, "B200": 2250e12}
+SMALL = 1_000_000  # parameters of a model that one thread computes
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:
@@ -67,9 +68,16 @@ def to_device(arrays: tuple[np.ndarray, ...], device: torch.device) -> list[torc
     return [(h.pin_memory() if device.type == "cuda" else h).to(device, non_blocking=True) for h in host]
 
 
-def steady_malloc(device: torch.device) -> None:
-    """On a CPU, let glibc keep freed memory for the next tensor: to get large blocks again page by page is slow."""
-    if device.type == "cpu" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+def tune_cpu(device: torch.device, parameters: int) -> None:
+    """On a CPU, one thread for a model of so few parameters, unless OMP_NUM_THREADS is given, and steady memory."""
+    if device.type != "cpu":
+        return
+    # OpenMP's threads wait for each other in a loop that takes the core, at every one of many small operations. Beside
+    # other work, two threads were 10 times and more slower than one; alone they gain little at this size
+    if parameters < SMALL and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        # glibc keeps freed memory for the next tensor: to get large blocks again page by page is slow
         mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: at its largest, 32 MiB
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 

@@ -27,7 +27,7 @@ from runtime.command_line import aligned
 from runtime.errors import UserError
 from runtime.files import begin_folder, fsync, lock, make_folder, wait_if_taken, write_json
 from text import token_files
-from text.sources import Source, all_documents, find_source, hashes, print_left_out
+from text.sources import PIECE, Source, all_documents, find_source, hashes, print_left_out
 from text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -186,13 +186,26 @@ def prepare(
             raise UserError(f"--source {', '.join(sources)}: the text is empty")
         filled = {p["name"] for p in written}
         if empty := [name for name in parts if name not in filled]:
-            total = sum(p["documents"] for p in written)
-            fix = "expected more text, fewer increments or another --val"
-            raise UserError(f"{empty[0]}: got none of {total} documents; {fix}")
+            places = np.concatenate([np.fromfile(f, "<u8") for f in partial.glob("*.ids")]) / 2**64
+            cut = f"a .txt is one document for every {PIECE:,} characters or so, a .jsonl one for each line"
+            none = f"{empty[0]}: none of {len(places)} documents fell into it; a hash of a text decides its place"
+            raise UserError(f"{none}. Give more documents ({cut}){working_split(places, increments)}")
         source = {"increments": len(increments), "from": sources, "weights": weights}
         meta = token_files.write_meta(partial, tok, source, written)
     print_summary(folder, written, found)
     return meta
+
+
+def working_split(places: np.ndarray, increments: Sequence[float]) -> str:
+    """Options near to the given ones that leave no part empty, for documents at these places of [0, 1)."""
+    for n in range(len(increments), 0, -1):
+        for val in (0.05, 0.1, 0.2, 0.3, 0.5):
+            kept = increments[:n]
+            edges = np.cumsum([val, *((1 - val) * w / sum(kept) for w in kept)])
+            if len(np.unique(np.searchsorted(edges[:-1], places, "right"))) == n + 1:
+                words = n if len(set(kept)) == 1 else ",".join(f"{w:g}" for w in kept)
+                return f", or take --val {val:g} --increments {words}"
+    return ""
 
 
 def ships(out: str) -> bool:

@@ -383,7 +383,7 @@ def test_table3_end_to_end_stopped_and_gone_on(tmp_path, prepared, main):
     assert costs == [("PTFS", 1.0), ("CPT", round(20 / 30, 3)), ("Ours", round(26 / 30, 3))]
     ppl = [r["ppl"]["V2"] for r in record["rows"]]
     for row, folder in zip(record["rows"], ("ptfs-cosine", "cpt-cosine", "ours-cosine"), strict=True):
-        s = evaluation.score(run / folder / "v2" / "step-000020", torch.device("cpu"), quiet=True)
+        s = evaluation.score(run / folder / "v2" / "step-000020", torch.device("cpu"))
         assert row["ppl"]["V2"] == pytest.approx(s.ppl, rel=1e-9) and row["appl"] == row["ppl"]["V2"]
     ours_cpt = next(d for d in record["differences"] if d["minus"] == ["Ours", "CPT"])
     assert ours_cpt["value"]["V2"] == pytest.approx(ppl[2] - ppl[1])
@@ -476,7 +476,7 @@ def test_segments_of_two_processes_each(tmp_path, prepared):
         (["--plan.alpha", "0.9"], "inside the warm-up"),
         (["--data.path", "nowhere"], "no prepared data"),
         (["--train.micro_batch", "5"], "train.batch_tokens: got 256"),
-        (["--train.micro_btach", "5"], "did you mean train.micro_batch?"),
+        (["--train.micro_btach", "5"], "did you mean --train.micro_batch?"),
         (["--plan.increments", "10,20"], "plan.increments: got [10, 20], but the tables choose"),
         (["--seeds", "99999999999999999999"], "--seeds: got 99999999999999999999, expected 1 to 100"),
         (["--plan.schedule", "nope"], "plan.schedule: got 'nope'"),
@@ -648,6 +648,46 @@ def test_fig2_and_losses_of_any_schedules(tmp_path):
     main = s.segments(scales.Run("ours"), 1)[0]
     figures.losses([(main, [])], "cosine", str(tmp_path / "loss.png"))  # nothing logged yet
     assert all((tmp_path / f"{n}.png").stat().st_size > 10_000 for n in ("fig2", "fig3", "loss"))
+
+
+def test_curves_of_a_log_that_was_resumed():
+    """Ten tokens a step; steps 3 and 4 were trained twice, the second time at half the speed."""
+    log = [{"config": {}, "start": 0}]
+    log += [{"step": t, "tokens": 10 * (t + 1), "loss": 9.0 - t, "lr": 0.1, "tokens_per_second": 10} for t in (1, 3)]
+    log += [{"step": 2, "tokens": 20, "val_loss": 7.5}, {"config": {}, "start": 2}]
+    log += [{"step": 3, "tokens": 40, "loss": 5.0, "lr": 0.2, "tokens_per_second": 5}]
+    log += [{"step": 4, "tokens": 40, "val_loss": 5.5}]
+    made = {x: figures.curves(log, x) for x in figures.AXES}
+    for x, train, val in (("steps", [2, 4], [2, 4]), ("tokens", [20, 40], [20, 40]), ("seconds", [2, 6], [2, 6])):
+        (at, loss), (val_at, val_loss), (lr_at, lr) = (made[x][k] for k in ("loss", "val_loss", "lr"))
+        assert list(at) == list(lr_at) == train and list(val_at) == val
+        assert (loss, val_loss, lr) == ([8.0, 5.0], [7.5, 5.5], [0.1, 0.2])
+
+
+def test_losses_of_any_folders(train_cli, tmp_path, monkeypatch, capsys):
+    for words in (["ptfs", "--version", "1"], ["main", "--version", "1"], ["branch", "--version", "1"]):
+        assert train_cli("--mode", *words, "--train.log_every", "2") == 0
+    run, file = tmp_path / "run", tmp_path / "new" / "p.png"
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["x", "loss", *map(str, words), "--out", str(file)])
+        capsys.readouterr()
+        code = 0
+        try:
+            with user_errors("x"):
+                figures.main()
+        except SystemExit as e:
+            code = e.code
+        return capsys.readouterr(), code
+
+    assert figures.segments(run) == [run / n for n in ("main", "ours-cosine/v1", "ptfs-cosine/v1")]
+    assert figures.segments(run / "ours-cosine") == figures.segments(run / "ours-cosine" / "v1")
+    said, code = call(tmp_path)
+    assert code == 2 and "such as" in said.err and len(said.err.splitlines()) == 1 and not file.exists()
+    with open(run / "main" / "log.jsonl", "w") as f:  # just begun
+        f.write('{"config": {}, "start": 0}\n')
+    said, _ = call(run, "--x", "tokens")
+    assert said.out == f"{file}\n" and file.read_bytes()[:4] == b"\x89PNG"
 
 
 # ---- Costs -----------------------------------------------------------------------------------------------------------

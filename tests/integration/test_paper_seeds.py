@@ -19,9 +19,11 @@ import config
 import eval as evaluation
 import train
 from paper import __main__ as paper
-from paper import downstream, graph, measure, scales, tables, workers
+from paper import downstream, graph, scales, tables, workers
 from runtime import resume
 from runtime.command_line import Parser
+
+CPU = torch.device("cpu")
 
 NAMES = ["table1", "table2", "table3", "table6", "table8", "table10", "table12", "table13", "fig4", "fig5"]
 
@@ -276,22 +278,13 @@ def test_scores_are_kept_by_weights_not_by_place(two_seeds, own_ppl, tmp_path):
     for folder in ("", "base-s2", ""):
         shutil.rmtree(there, ignore_errors=True)
         shutil.copytree(two_seeds / folder / "ptfs-cosine" / "v2" / "step-000020", there)
-        found.append(measure.scores([there], tmp_path / "scores", 64, "cpu")[there].ppl)
+        found.append(evaluation.scores([there], CPU, jobs=64)[there].ppl)
         assert found[-1] == pytest.approx(own_ppl(there), rel=1e-5)  # as above
     assert found[0] == found[2] != found[1]
     # and one of the same name elsewhere, asked for together with it
     elsewhere = two_seeds / "base-s2" / "ptfs-cosine" / "v2" / "step-000020"
-    both = measure.scores([there, elsewhere], tmp_path / "scores", 64, "cpu")
+    both = evaluation.scores([there, elsewhere], CPU)
     assert [both[there].ppl, both[elsewhere].ppl] == found[:2]
-
-
-def test_a_damaged_score_is_measured_again(two_seeds, tmp_path):
-    at = two_seeds / "ptfs-cosine" / "v2" / "step-000020"
-    ppl = measure.scores([at], tmp_path / "scores", 64, "cpu")[at].ppl
-    (file,) = (tmp_path / "scores").iterdir()
-    for damaged in (b"", file.read_bytes()[:100], b"text"):
-        file.write_bytes(damaged)
-        assert measure.scores([at], tmp_path / "scores", 64, "cpu")[at].ppl == ppl
 
 
 def test_fine_tunings_of_two_seeds_have_a_folder_and_a_parent_each(two_seeds, parse, tmp_path):

@@ -545,7 +545,7 @@ def snapshot(folder):
         (["--plan.warmup", "10"], ["plan.warmup: got 10"]),
         (["--train.batch_tokens", "300"], ["train.batch_tokens: got 300", "with the nearest, 256"]),
         (["--model.n_head", "5"], ["model.n_head: got 5"]),
-        (["--plan.alpah", "0.5"], ["unknown argument --plan.alpah; did you mean plan.alpha?"]),
+        (["--plan.alpah", "0.5"], ["unknown argument --plan.alpah; did you mean --plan.alpha?"]),
         (["--plan.steps", "many"], ["plan.steps: got 'many', expected a whole number"]),
         (["--mode", "branch", "--version", "2"], ["main/step-000014: is not there", "--mode main --version 2"]),
         (["--mode", "cpt", "--version", "3"], ["cpt-cosine/v2/step-000020: is not there", "--mode cpt --version 2"]),

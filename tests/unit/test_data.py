@@ -666,6 +666,17 @@ def material(tmp_path_factory, prepared):
     return t
 
 
+@pytest.mark.parametrize("count, increments", [(3, [1] * 4), (6, [1] * 4), (12, [1, 1, 2, 9]), (2, [1])])
+def test_the_split_that_an_error_names_works(tmp_path, count, increments):
+    file, out = write(tmp_path / "t.jsonl", some_documents(count)), str(tmp_path / "d")
+    with pytest.raises(UserError, match="documents fell into it") as refused:
+        prepare.prepare(out, [file], "bytes", increments, 0.001, jobs=1)
+    options = str(refused.value).rpartition(", or take ")[2]
+    words = f"prepare --jobs 1 --out {out} --source {file} --tokenizer bytes {options}".split()
+    command_line.run(command_line.arguments().parse_args(words))
+    assert len(token_files.read_meta(Path(out))["increments"]) <= len(increments)
+
+
 PREPARE = "prepare --jobs 1 --out {t}/new/deeper/d"
 ADD = "add --jobs 1 --source {t}/all.jsonl"
 BINS = "bins --out {t}/new/deeper/d --tokenizer bytes --val {t}/val.bin"
@@ -691,7 +702,7 @@ VOCAB = "vocab --vocab_size 300 --out {t}/new/deeper/r.tiktoken"
         (f"{PREPARE} --source {{t}}/cut.jsonl.zst", "cannot be read after line"),
         (f"{PREPARE} --source {{t}}/int.parquet", "has columns {'text': 'int64'}; expected"),
         (f"{PREPARE} --source {{t}}/cut.parquet", "not a readable parquet file"),
-        (f"{PREPARE} --source {{t}}/few.jsonl", "expected more text, fewer increments or another --val"),
+        (f"{PREPARE} --source {{t}}/few.jsonl", "documents fell into it; a hash of a text decides its place"),
         (f"{PREPARE} --source {{t}}/few.jsonl --source {{t}}/blank.txt --weights 1,1", "so it can have no weight"),
         (f"{PREPARE} --source=", "--source '': does not exist"),
         (f"{PREPARE} --tokenizer cl1000k", "tokenizer cl1000k: Unknown encoding cl1000k"),

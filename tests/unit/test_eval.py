@@ -12,7 +12,7 @@ import torch
 import config
 import eval as evaluation
 import sample
-from runtime import checkpoint, resume
+from runtime import checkpoint, device, resume
 from runtime.errors import UserError, user_errors
 from runtime.files import sha256, write_json
 from text import prepare, token_files
@@ -47,7 +47,7 @@ def cli(monkeypatch, capsys):
 
 
 def test_score_is_the_mean_over_every_token_and_by_document(trained, prepared):
-    s = evaluation.score(trained, CPU, quiet=True)
+    s = evaluation.score(trained, CPU)
     net, _ = evaluation.load_model(trained, CPU)
     stream = np.fromfile(prepared / "val.bin", "<u2").astype(np.int64)
     nats, document, by_document = [], 0, {}
@@ -66,7 +66,7 @@ def test_score_is_the_mean_over_every_token_and_by_document(trained, prepared):
 
 def test_shorter_windows_are_those_of_a_model_of_that_context(trained):
     net, _ = evaluation.load_model(trained, CPU)
-    s = evaluation.score(trained, CPU, quiet=True, context=8)
+    s = evaluation.score(trained, CPU, context=8)
     stream = np.fromfile(
         evaluation.open_data(trained, checkpoint.read_meta(trained), None).folder / "val.bin", "<u2"
     ).astype(np.int64)
@@ -76,7 +76,7 @@ def test_shorter_windows_are_those_of_a_model_of_that_context(trained):
         assert s.nats.sum() == pytest.approx(
             net(rows, targets, "sum").item(), rel=1e-3
         )  # but for the last, shorter one
-    assert s.ppl > evaluation.score(trained, CPU, quiet=True).ppl  # less to go by
+    assert s.ppl > evaluation.score(trained, CPU).ppl  # less to go by
 
 
 def test_standard_errors_are_those_of_a_bootstrap_over_documents():
@@ -160,12 +160,57 @@ def test_checkpoints_of_other_held_out_text_are_not_compared(trained, prepared, 
     assert cli(trained, other, "--data", tmp_path / "d").count("PPL") == 2
 
 
+def test_a_score_is_measured_once_for_a_model_a_text_and_a_context(trained, tmp_path, monkeypatch):
+    measured = []
+    original = evaluation.load_model
+    monkeypatch.setattr(evaluation, "load_model", lambda *a: measured.append(a) or original(*a))
+    (first,) = evaluation.scores([trained], CPU).values()
+    (again,) = evaluation.scores([trained], CPU).values()
+    assert len(measured) == 1 and (again.nats == first.nats).all() and (again.tokens == first.tokens).all()
+    (short,) = evaluation.scores([trained], CPU, context=8).values()
+    assert len(measured) == 2 and short.ppl > first.ppl
+    assert evaluation.scores([trained], CPU)[trained].ppl == first.ppl == evaluation.score(trained, CPU).ppl
+
+    # a damaged file is measured again, as is a model whose code has changed; the order is that of the paths
+    file, _ = sorted((trained.parent / "scores").iterdir(), key=lambda f: f.stat().st_mtime_ns)
+    for damaged in (b"", file.read_bytes()[:100], b"text"):
+        file.write_bytes(damaged)
+        assert evaluation.scores([trained], CPU)[trained].ppl == first.ppl
+    assert len(measured) == 6  # one by `score` itself
+    other = tmp_path / "other" / "step-000010"
+    shutil.copytree(trained, other)
+    assert list(evaluation.scores([other, trained], CPU)) == [other, trained]
+    (tmp_path / "code" / "kernels").mkdir(parents=True)
+    (tmp_path / "code" / "model.py").write_text("another model")
+    monkeypatch.setattr(evaluation, "ROOT", tmp_path / "code")
+    evaluation.scores([trained], CPU)
+    assert len(measured) == 8
+
+
+def test_a_folder_that_cannot_be_written_is_scored(trained, tmp_path):
+    (trained.parent / "scores").write_text("in the way, as a read-only folder is")
+    assert evaluation.scores([trained], CPU)[trained].ppl == evaluation.score(trained, CPU).ppl
+
+
+def test_one_thread_for_a_small_model_unless_the_user_says_otherwise(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    device.tune_cpu(CPU, 262_464)
+    assert not chosen  # OMP_NUM_THREADS is given in all tests
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    device.tune_cpu(CPU, 1_214_095_872)
+    device.tune_cpu(torch.device("cuda"), 262_464)
+    assert not chosen
+    device.tune_cpu(CPU, 262_464)
+    assert chosen == [1]
+
+
 def test_a_model_without_a_perplexity_is_refused(trained, monkeypatch):
     for factor in (1e4, float("nan")):  # exp of 50,000 nats overflows; JSON has no NaN
         with monkeypatch.context() as m:
             m.setattr(evaluation.Transformer, "forward", lambda net, x, y, reduction, f=factor: y.double() * 0 + f)
             with pytest.raises(UserError, match="nats a token, no perplexity"):
-                evaluation.score(trained, CPU, quiet=True)
+                evaluation.score(trained, CPU)
 
 
 def test_a_table_of_a_run_and_single_checkpoints(trained, train_cli, tmp_path, cli):
@@ -244,7 +289,7 @@ def test_bad_input(trained, tmp_path, prepared, cli):
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(50)))
     prepare.prepare(str(tmp_path / "other"), [str(tmp_path / "t.jsonl")], str(prepare.RANKS), [1], 0.5, jobs=1)
     with pytest.raises(UserError, match="its tokenizer is not that of"):
-        evaluation.score(trained, CPU, str(tmp_path / "other"), quiet=True)
+        evaluation.score(trained, CPU, str(tmp_path / "other"))
     meta = checkpoint.read_meta(trained)
     meta["config"]["model.n_layer"] = 2
     (trained / "meta.json").write_text(json.dumps(meta))
@@ -256,7 +301,7 @@ def test_data_of_another_vocabulary_is_refused(trained, prepared, tmp_path):
     shutil.copytree(prepared, tmp_path / "d")
     write_json(tmp_path / "d" / "meta.json", {**token_files.read_meta(prepared), "vocab_size": 300})
     with pytest.raises(UserError, match="its tokenizer is not that of"):
-        evaluation.score(trained, CPU, str(tmp_path / "d"), quiet=True)
+        evaluation.score(trained, CPU, str(tmp_path / "d"))
 
 
 def test_models_are_those_of_their_configs(trained):

@@ -134,6 +134,19 @@ def cost_json(monkeypatch, capsys):
     return run
 
 
+def test_cost_in_days_and_of_the_next_version(monkeypatch, capsys):
+    """Eight versions of 3.1B on eight GPUs; the ninth alone takes 9T, T and (1 + alpha) T."""
+    words = "cost.py --config 3.1b --plan.versions 8 --gpus 8 --mfu 0.5 --peak 1e15 --price 2".split()
+    monkeypatch.setattr(sys, "argv", words)
+    cost.main()
+    head, *rows, last = capsys.readouterr().out.splitlines()[1:]
+    assert "days on 8 GPUs  days for V9 alone" in head and "all segments of all versions" in last
+    c = config.load("3.1b")
+    step = c.train.batch_tokens * c.model.flops_per_token() / 0.5e15 / 86400 / 8  # days
+    for row, steps, new in zip(rows, (360_000, 80_000, 122_000), (90_000, 10_000, 16_000), strict=True):
+        assert [float(v) for v in row.split()[-3:-1]] == pytest.approx([steps * step, new * step], rel=5e-3)
+
+
 def test_cost_script_of_1_2b(cost_json):
     made = cost_json("--mfu", "0.5", "--peak", "1e15", "--price", "2")
     # 24 blocks of 4 x 1,536^2 + 3 x 1,536 x 6,144 = 37,748,736 weights and two norms, two embeddings of 100,277, a norm
