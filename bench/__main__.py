@@ -13,7 +13,6 @@ turn with the others. `--json FILE` keeps everything.
 import argparse
 import json
 import math
-import os
 import shlex
 import signal
 import sys
@@ -36,11 +35,10 @@ from runtime.files import write_text
 VERBS: Any = {"step": step.run, "kernels": kernel_rows.run, "eval": evaluation.run}
 VERBS |= {"data": disk.run_data, "checkpoint": disk.run_checkpoint}
 PEERS = f"some of {' '.join(peers.PEERS)}, and ours-K with a value K of train.kernels, such as ours-torch; none: ours"
+ALL = " ".join(VERBS)
 # (commands, option, its argparse arguments, help)
 OPTIONS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
-    ("step data checkpoint eval", "--size", {"dest": "config"}, "a name in configs/ or a .toml file, as --config"),
-    ("kernels", "--size", {"dest": "sizes", "nargs": "+"}, "names in configs/ [203m to 3.1b; on a CPU tiny]"),
-    ("kernels", "--only", {"nargs": "+", "choices": kernel_rows.CASES, "default": kernel_rows.CASES}, "some kernels"),
+    (ALL, "--size", {"dest": "config"}, "a name in configs/ or a .toml file, as --config [kernels on a GPU: several]"),
     ("step", "--peers", {"nargs": "*"}, f"{PEERS} [hf-compile hf-liger; on a CPU hf nanogpt]"),
     ("step", "--micro", {"nargs": "+", "type": int}, "micro-batches to try [16 32 8 4 2 1; on a CPU 8 16 4]"),
     ("step", "--minutes", {"type": float, "default": 8.0}, "for everything; what it ends or leaves out is named [8]"),
@@ -51,11 +49,9 @@ OPTIONS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("step", "--row", {}, argparse.SUPPRESS),  # measure this row alone, in this process
     ("step data checkpoint eval", "--rounds", {"type": int}, "rounds, all rows in turn [3; eval 5; step on a GPU 1]"),
     ("data", "--megabytes", {"type": float, "default": 64.0}, "of text to tokenize [64]"),
-    ("data", "--jobs", {"type": int, "default": os.cpu_count() or 1}, "processes, threads of tiktoken [one a core]"),
-    ("data checkpoint", "--dir", {}, "where to write [the system's temporary folder]"),
-    ("step kernels data checkpoint eval", "--json", {}, "write everything to this file"),
+    (ALL, "--json", {}, "write everything to this file"),
 )
-LOWEST = {"micro": 1, "steps": 1, "rounds": 1, "jobs": 1, "megabytes": 0.1, "minutes": 0, "warmup": 0, "updates": 0}
+LOWEST = {"micro": 1, "steps": 1, "rounds": 1, "megabytes": 0.1, "minutes": 0, "warmup": 0, "updates": 0}
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
@@ -71,8 +67,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
     default = {"checkpoint": "small", "step": "203m" if torch.cuda.is_available() else "tiny"}.get(argv[0], "tiny")
     o, c = top.parse_config(argv, default=default)
     cuda = torch.cuda.is_available() and c.train.device != "cpu"
-    if o.verb == "kernels":
-        o.sizes = o.sizes or ([o.config] if o.config else ["203m", "608m", "1.2b", "3.1b"] if cuda else ["tiny"])
     for key, value in (step.DEFAULTS[cuda] if o.verb == "step" else {}).items():
         if getattr(o, key) is None:
             setattr(o, key, value)

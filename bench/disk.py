@@ -32,20 +32,19 @@ BESIDE = {STALL: COPY, FIRST: COPY, WHOLE: WRITE, "save": WRITE, "verify": HASH,
 
 
 def run_data(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
-    """The shard writer beside tiktoken alone, on the same documents and as many processes; the reader on one core."""
-    tokenizer, rounds = Tokenizer(str(prepare.RANKS)), o.rounds or 3
+    """The shard writer beside tiktoken alone, on the same documents and all cores; the reader on one core."""
+    tokenizer, rounds, cores = Tokenizer(str(prepare.RANKS)), o.rounds or 3, os.cpu_count() or 1
     docs = documents(o.megabytes)
     alone, ours = [], []  # tokens/s
-    with tempfile.TemporaryDirectory(dir=o.dir) as name:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name).absolute()
         (folder / "text.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in docs), "utf-8")
         for i in tqdm(range(rounds), desc="data", disable=None):
             began = time.perf_counter()
-            count = sum(map(len, tokenizer.encoding.encode_ordinary_batch(docs, num_threads=o.jobs)))
+            count = sum(map(len, tokenizer.encode_many(docs)))
             middle = time.perf_counter()
-            files = ["--source", f"{folder}/text.jsonl", "--out", f"{folder}/{i}"]
-            how = ["--tokenizer", tokenizer.name, "--jobs", str(o.jobs)]
-            succeeded, said = child("data.py", "prepare", *files, *how)
+            options = ["--source", f"{folder}/text.jsonl", "--out", f"{folder}/{i}", "--tokenizer", tokenizer.name]
+            succeeded, said = child("data.py", "prepare", *options)
             if not succeeded:
                 raise UserError(f"--megabytes {o.megabytes:g}: data.py could not prepare that text: {said}")
             alone.append(count / (middle - began))
@@ -58,14 +57,14 @@ def run_data(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype)
     reader = batches * c.batch_sequences * c.model.context / seconds
     writer = statistics.median(a / b for a, b in zip(ours, alone, strict=True))
     speeds = {
-        f"tiktoken alone, {o.jobs} threads": statistics.median(alone),
-        f"data.py prepare, {o.jobs} processes": statistics.median(ours),
+        f"tiktoken alone, {cores} threads": statistics.median(alone),
+        f"data.py prepare, {cores} processes": statistics.median(ours),
         f"reader, {c.batch_sequences} x {c.model.context} a batch": reader,
     }
     rows = [Row(row=name, tokens_per_second=speed) for name, speed in speeds.items()]
     rows[1] |= {"ratio": writer, "to": "tiktoken"}
     print(f"{len(docs):,} documents, {count:,} tokens by {prepare.RANKS.name}")
-    return {"documents": len(docs), "tokens": count, "jobs": o.jobs, "rows": rows}
+    return {"documents": len(docs), "tokens": count, "jobs": cores, "rows": rows}
 
 
 def documents(megabytes: float) -> list[str]:
@@ -77,21 +76,21 @@ def documents(megabytes: float) -> list[str]:
 
 def run_checkpoint(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
     """A checkpoint's save, its stall and its load beside a plain write, copy and read of the same bytes, in turn."""
-    where = o.dir or tempfile.gettempdir()
-    least, fix = checkpoint.BYTES * c.model.parameters, "take a smaller --size or another --dir"
+    where, least = tempfile.gettempdir(), checkpoint.BYTES * c.model.parameters
     for what, need, have in (
-        (f"--dir {where}", 2.2 * least, shutil.disk_usage(where).free),
-        ("--size: the memory of the host", 5.0 * least, total_memory(torch.device("cpu"))),
+        (f"{where} (TMPDIR)", 2.2 * least, shutil.disk_usage(where).free),
+        ("the host's memory", 5.0 * least, total_memory(torch.device("cpu"))),
     ):
         if need > have:
-            raise UserError(f"{what} needs about {need / 1e9:,.1f} GB, and {have / 1e9:,.1f} GB are there; {fix}")
+            needs = f"needs about {need / 1e9:,.1f} GB of {what}, and {have / 1e9:,.1f} GB are there"
+            raise UserError(f"--size: {needs}; take a smaller size")
     with device:
         net = llama.Transformer(c.model)
     state = checkpoint.state(net, torch.optim.AdamW(net.parameters(), fused=True))
     for name, t in state.items():
         if name.startswith("exp_avg"):
             t.normal_()  # zeros could be compressed
-    with tempfile.TemporaryDirectory(dir=where) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         seconds = checkpoint_seconds(state, Path(folder), o.rounds or 3)
     middle = {name: statistics.median(s) for name, s in seconds.items()}
     size = sum(t.nbytes for t in state.values())

@@ -26,10 +26,11 @@ HF_LLAMA = "transformers.models.llama.modeling_llama"
 def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
     cuda = device.type == "cuda"
     sequences = 8 if cuda else 2
-    models = {size: config.load(size, given(o)).model for size in o.sizes}
+    sizes = [o.config] if o.config else ["203m", "608m", "1.2b", "3.1b"] if cuda else ["tiny"]
+    models = {size: config.load(size, given(o)).model for size in sizes}
     floors = roofs(device, dtype)
     rows: list[Row] = []
-    for (size, m), case in tqdm(list(product(models.items(), o.only)), desc="kernels", disable=None):
+    for (size, m), case in tqdm(list(product(models.items(), CASES)), desc="kernels", disable=None):
         torch._dynamo.reset()  # or its limit of recompilations would end in eager rows
         with torch.cuda.stream(torch.cuda.Stream() if cuda else None):  # the default stream cannot be captured
             for name, (call, inputs) in candidates(case, m, sequences, device, dtype).items():
