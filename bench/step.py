@@ -20,7 +20,7 @@ from bench import peers
 from bench.measure import Row, child, roofs, square_product, total_memory
 from config import Config
 from runtime.build import adamw, build
-from runtime.device import device_name, peak_flops
+from runtime.device import peak_flops
 from runtime.distributed import World
 from runtime.start import Start
 
@@ -125,19 +125,13 @@ class Trainer:
 def run(o: Any, c: Config, device: torch.device, dtype: torch.dtype) -> Row:
     cuda, deadline = device.type == "cuda", time.perf_counter() + 60 * o.minutes - START
     names = ["ours", *([] if cuda else ["ours-compile"]), *o.peers]
-    need, have = least_bytes("ours", c, 1), total_memory(device)
-    if need > have:  # the next size may fit: this is no error
-        fits = f"a model of at most {have / 16e9:.2g}B parameters fits"
-        note = f"skipped: needs {need / 1e9:,.0f} GB or more, {device_name(device)} has {have / 1e9:,.0f} GB; {fits}"
-        print(note)
-        return {"rows": [Row(row=name, note=note) for name in names]}
     rows = {name: Row(row=name, note=peers.missing(name, cuda)) for name in names}
     floors = roofs(device, dtype)
     torch.cuda.empty_cache()  # for the processes of the rows
     peak, source = 0.0, "the 1024^3 product before and after the row, one thread"  # on a CPU each row measures it
     if cuda:
         peak, source = peak_flops(device, dtype)
-    measure_rounds(o, c, rows, have, deadline)
+    measure_rounds(o, c, rows, total_memory(device), deadline)
     measured = {name: row for name, row in rows.items() if not row["note"]}
     compare(measured, c, peak)
     what = f"{peak / 1e12:,.4g} TFLOP/s, {source}" if peak else source
