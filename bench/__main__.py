@@ -42,8 +42,6 @@ OPTIONS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("step", "--peers", {"nargs": "*"}, f"{PEERS} [hf-compile hf-liger; on a CPU hf nanogpt]"),
     ("step", "--micro", {"nargs": "+", "type": int}, "micro-batches to try [16 32 8 4 2 1; on a CPU 8 16 4]"),
     ("step", "--minutes", {"type": float, "default": 8.0}, "for everything; what it ends or leaves out is named [8]"),
-    ("step", "--steps", {"type": int}, "timed updates of a round [12; on a CPU 20]"),
-    ("step", "--warmup", {"type": int}, "updates before them [4; on a CPU 10]"),
     ("step", "--updates", {"type": int, "default": 20}, "updates whose last loss is compared; 0: none [20]"),
     ("step", "--profile", {"action": "store_true"}, "also an update's milliseconds by kind of operation"),
     ("step", "--row", {}, argparse.SUPPRESS),  # measure this row alone, in this process
@@ -51,7 +49,7 @@ OPTIONS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("data", "--megabytes", {"type": float, "default": 64.0}, "of text to tokenize [64]"),
     (ALL, "--json", {}, "write everything to this file"),
 )
-LOWEST = {"micro": 1, "steps": 1, "rounds": 1, "megabytes": 0.1, "minutes": 0, "warmup": 0, "updates": 0}
+LOWEST = {"micro": 1, "rounds": 1, "megabytes": 0.1, "minutes": 0, "updates": 0}
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:

@@ -22,13 +22,12 @@ import model as llama
 from bench.measure import Row, child, total_memory
 from runtime import checkpoint
 from runtime.errors import UserError
-from runtime.files import sha256
 from text import prepare, sources
 from text.tokenizer import Tokenizer
 
 STALL, WHOLE, FIRST = "stall of an asynchronous save", "whole asynchronous save", "the first one, which allocates"
-COPY, WRITE, READ, HASH = "copy to the host", "plain write and fsync", "plain read", "SHA-256 of it"
-BESIDE = {STALL: COPY, FIRST: COPY, WHOLE: WRITE, "save": WRITE, "verify": HASH, "load": READ}
+COPY, WRITE, READ = "copy to the host", "plain write and fsync", "plain read"
+BESIDE = {STALL: COPY, FIRST: COPY, WHOLE: WRITE, "save": WRITE, "load": READ}
 
 
 def run_data(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
@@ -139,8 +138,6 @@ def checkpoint_seconds(state: dict[str, Tensor], folder: Path, rounds: int) -> d
         plain.unlink(missing_ok=True)  # freeing its pages is no part of a write
         clock(WRITE, write)
         clock("save", lambda: checkpoint.save(segment, 0, state, record))
-        clock(HASH, lambda: sha256(plain))
-        clock("verify", lambda: checkpoint.verify(saved))
         clock(READ, plain.read_bytes)
         clock("load", lambda: checkpoint.load(saved, state))
     return seconds

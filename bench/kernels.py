@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import config
-from bench.measure import Row, capture, roofs, timed
+from bench.measure import Row, capture, copy_speed, timed
 from bench.peers import liger, missing
 from kernels import check
 from kernels.rope import rope_table
@@ -28,7 +28,8 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
     sequences = 8 if cuda else 2
     sizes = [o.config] if o.config else ["203m", "608m", "1.2b", "3.1b"] if cuda else ["tiny"]
     models = {size: config.load(size, given(o)).model for size in sizes}
-    floors = roofs(device, dtype)
+    copy = copy_speed(device)
+    print(f"copy {copy / 1e9:,.4g} GB/s, read and written")
     rows: list[Row] = []
     for (size, m), case in tqdm(list(product(models.items(), CASES)), desc="kernels", disable=None):
         torch._dynamo.reset()  # or its limit of recompilations would end in eager rows
@@ -43,8 +44,8 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
                 except Exception as e:  # this device or shape cannot run it; the other rows go on
                     row["note"] = f"failed: {first_line(e)[:120]}"
                 else:
-                    row |= rates(row, m, sequences, dtype.itemsize, floors["copy_bytes_per_second"])
-    return {"floors": floors, "sequences": sequences, "rows": rows}
+                    row |= rates(row, m, sequences, dtype.itemsize, copy)
+    return {"copy_bytes_per_second": copy, "sequences": sequences, "rows": rows}
 
 
 def times(call: Callable[..., Any], inputs: list[Tensor], device: torch.device) -> Row:

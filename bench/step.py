@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import model as llama
 from bench import peers
-from bench.measure import Row, child, roofs, square_product, total_memory
+from bench.measure import Row, child, product_speed, total_memory
 from config import Config
 from runtime.build import adamw, build
 from runtime.device import peak_flops
@@ -25,8 +25,8 @@ from runtime.distributed import World
 from runtime.start import Start
 
 DEFAULTS: dict[bool, Row] = {  # of options; on a GPU: no more than eight minutes at 203M
-    True: {"micro": [16, 32, 8, 4, 2, 1], "peers": ["hf-compile", "hf-liger"], "rounds": 1, "warmup": 4, "steps": 12},
-    False: {"micro": [8, 16, 4], "peers": ["hf", "nanogpt"], "rounds": 3, "warmup": 10, "steps": 20},
+    True: {"micro": [16, 32, 8, 4, 2, 1], "peers": ["hf-compile", "hf-liger"], "rounds": 1},
+    False: {"micro": [8, 16, 4], "peers": ["hf", "nanogpt"], "rounds": 3},
 }
 NO_MEMORY = "no memory"
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
@@ -88,8 +88,9 @@ class Trainer:
             found.setdefault("first_update_seconds", time.perf_counter() - began)
         return found
 
-    def seconds(self, x: Tensor, y: Tensor, micro: int, warmup: int, steps: int) -> float:
-        """Median seconds of `steps` updates after `warmup` others; on a GPU by device events."""
+    def seconds(self, x: Tensor, y: Tensor, micro: int) -> float:
+        """Median seconds of an update, after some that warm up; on a GPU by device events."""
+        warmup, steps = (4, 12) if self.cuda else (10, 20)
 
         def mark() -> Any:
             if self.cuda:
@@ -126,8 +127,6 @@ def run(o: Any, c: Config, device: torch.device, dtype: torch.dtype) -> Row:
     cuda, deadline = device.type == "cuda", time.perf_counter() + 60 * o.minutes - START
     names = ["ours", *([] if cuda else ["ours-compile"]), *o.peers]
     rows = {name: Row(row=name, note=peers.missing(name, cuda)) for name in names}
-    floors = roofs(device, dtype)
-    torch.cuda.empty_cache()  # for the processes of the rows
     peak, source = 0.0, "the 1024^3 product before and after the row, one thread"  # on a CPU each row measures it
     if cuda:
         peak, source = peak_flops(device, dtype)
@@ -136,7 +135,7 @@ def run(o: Any, c: Config, device: torch.device, dtype: torch.dtype) -> Row:
     compare(measured, c, peak)
     what = f"{peak / 1e12:,.4g} TFLOP/s, {source}" if peak else source
     print(f"MFU of {what}, attention with its causal half; mfu_published: with all of it. loss: of update {o.updates}.")
-    return {"floors": floors, "peak_flops": peak or None, "peak_from": source, "rows": list(rows.values())}
+    return {"peak_flops": peak or None, "peak_from": source, "rows": list(rows.values())}
 
 
 def least_bytes(row: str, c: Config, micro: int) -> float:
@@ -204,13 +203,13 @@ def fresh_row(name: str, micro: int, updates: int, end: float) -> Row:
 def row(o: Any, c: Config, device: torch.device, dtype: torch.dtype) -> Row:
     """A row at one micro-batch, in this process: its loss, speed and peak memory."""
     cuda, micro = device.type == "cuda", o.micro[0]
-    before = 0.0 if cuda else square_product(device, dtype)[1]
+    before = 0.0 if cuda else product_speed(device, dtype)
     try:
         trainer = Trainer(o.row, c, device, dtype)
         found = Row(micro=micro) | trainer.losses(micro, o.updates)
         # an update is on a GPU four micro-batches, on a CPU the batch of the config
         x, y = trainer.ids(4 * micro if cuda else c.batch_sequences // micro * micro or micro, 0)
-        seconds = trainer.seconds(x, y, micro, o.warmup, o.steps)
+        seconds = trainer.seconds(x, y, micro)
         found["tokens_per_second"] = x.numel() / seconds
         found["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
         if isinstance(trainer.net, llama.Transformer):  # what the check at the start has left
@@ -221,7 +220,7 @@ def row(o: Any, c: Config, device: torch.device, dtype: torch.dtype) -> Row:
         if "out of memory" not in str(e) and "ALLOC_FAILED" not in str(e):
             raise
         return Row(note=NO_MEMORY)
-    found["roof"] = None if cuda else statistics.harmonic_mean([before, square_product(device, dtype)[1]])
+    found["roof"] = None if cuda else statistics.harmonic_mean([before, product_speed(device, dtype)])
     return found
 
 
