@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from itertools import product
 from typing import Any
 
@@ -20,7 +19,6 @@ from runtime.command_line import given
 from runtime.errors import first_line
 
 CASES = ("rms_norm", "add_rms_norm", "rope", "attention", "swiglu", "cross_entropy")
-HF_LLAMA = "transformers.models.llama.modeling_llama"
 
 
 def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
@@ -100,7 +98,6 @@ def candidates(case: str, m: config.Model, B: int, device: torch.device, dtype: 
         wide = [torch.cat((t, t), 1)[None].to(device, dtype) for t in tables]  # (1, T, D), as transformers has them
         queries_and_keys = inputs[0].detach().split((H, K, K), dim=2)[:2]
         views = [t.contiguous().transpose(1, 2).requires_grad_() for t in queries_and_keys]
-        rows["hf"] = (lambda q, k: import_module(HF_LLAMA).apply_rotary_pos_emb(q, k, *wide), views)
         rows["liger"] = (lambda q, k: liger("rope")(q, k, *wide), views)
     elif case == "attention":
         for name in ("flash", "cudnn", "efficient"):

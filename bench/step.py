@@ -158,30 +158,28 @@ def measure_rounds(o: Any, c: Config, rows: dict[str, Row], memory: float, deadl
     """
     middle = deadline if o.rounds == 1 else (time.perf_counter() + deadline) / 2
     tried: dict[str, list[Row]] = {name: [] for name, row in rows.items() if not row["note"]}
-    left_out: dict[str, dict[str, list[int]]] = {name: {} for name in tried}  # micro-batches of each reason
     for micro in tqdm(o.micro, desc="micro-batches", disable=None):
-        for name, done in tried.items():
-            too_large = left_out[name].get(NO_MEMORY, [])
+        for name, so_far in tried.items():
+            done = [row["micro"] for row in so_far if not row.get("note")]
+            too_large = [row["micro"] for row in so_far if row.get("note") == NO_MEMORY]
             if least_bytes(name, c, micro) > memory or any(micro > other for other in too_large):
                 found = Row(note=NO_MEMORY)
-            elif any(4 * micro < row["micro"] for row in done):  # casts and launches only weigh more
+            elif any(4 * micro < other for other in done):  # casts and launches only weigh more
                 found = Row(note="too small")
             elif done:
                 found = fresh_row(name, micro, 0, middle)
             else:
                 found = fresh_row(name, micro, o.updates, deadline)
-            if found.get("note"):
-                left_out[name].setdefault(found["note"], []).append(micro)
-            else:
-                done.append(found)
-    for name, done in tried.items():
-        why = "; ".join(f"{' '.join(map(str, micros))}: {why}" for why, micros in left_out[name].items())
-        if done:
-            fastest = max(done, key=lambda row: row["tokens_per_second"])
-            rows[name] |= done[0] | fastest | {"left_out": why, "tried": done, "rounds": [fastest]}
+            so_far.append(Row(micro=micro) | found)
+    for name, every in tried.items():
+        good = [row for row in every if not row.get("note")]
+        why = "; ".join(f"{row['micro']}: {row['note']}" for row in every if row.get("note"))
+        if good:
+            fastest = max(good, key=lambda row: row["tokens_per_second"])
+            rows[name] |= good[0] | fastest | {"left_out": why, "tried": good, "rounds": [fastest]}
         else:
             rows[name]["note"] = why
-    names = [name for name, done in tried.items() if done]
+    names = [name for name in tried if not rows[name]["note"]]
     for turn, name in tqdm(list(product(range(1, o.rounds), names)), desc="rounds", disable=None):
         found = fresh_row(name, rows[name]["micro"], 0, deadline)
         if found.get("note"):
