@@ -227,10 +227,7 @@ def find_below(folder: Path, files: Any) -> Any:
     if isinstance(files, list):
         return [find_below(folder, f) for f in files]
     if not (folder / files).is_file():
-        problem = f"--data_dir: there is no {folder / files}, which a task reads"
-        owner = "/".join(Path(files).parts[:2])  # of the repository, in our own tasks
-        clone = f"git clone https://github.com/{owner} {shlex.quote(str(folder / owner))}"
-        raise UserError(f"{problem}; get it: {clone}" if len(Path(files).parts) > 2 else problem)
+        raise UserError(f"--data_dir: there is no {folder / files}, which a task reads; see docs/tasks.md")
     return str(folder / files)
 
 

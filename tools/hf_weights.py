@@ -57,9 +57,8 @@ def find_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
     if (whole := folder / "model.safetensors").is_file():
         return [whole], {}
     if not (index := folder / INDEX).is_file():
-        if pickled := sorted(f for kind in ("*.bin", "*.pt", "*.pth") for f in folder.glob(kind)):
-            raise UserError(f"{pickled[0]}: pickled weights are not read: they may run code; convert to safetensors")
-        raise UserError(f"{folder}: has no {whole.name} and no {INDEX}; expected a folder that save_pretrained made")
+        expected = "expected a folder that save_pretrained made; pickled weights are not read: convert them"
+        raise UserError(f"{folder}: has no {whole.name} and no {INDEX}; {expected}")
     names: Any = json_object(index).get("weight_map")
     for name in names.values() if isinstance(names, dict) else [names]:
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", name):

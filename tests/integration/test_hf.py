@@ -756,7 +756,7 @@ NORM, DOWN = "model__norm__weight", "model.layers.1.mlp.down_proj.weight"
             keys(rope_parameters={k: v for k, v in YARN.items() if "orig" not in k}),
             "rope_parameters.original_max_position_embeddings: got None",
         ),
-        (pickled, "pytorch_model.bin: pickled weights are not read"),
+        (pickled, "pickled weights are not read"),
         (lambda f: os.remove(f / "model.safetensors"), "has no model.safetensors and no model.safetensors.index.json"),
         (lambda f: os.truncate(f / "model.safetensors", 999), "model.safetensors: is no safetensors file"),
         (put("adapter_config.json", b"{}"), "adapter_config.json: is an adapter"),
