@@ -55,13 +55,12 @@ def run_data(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype)
         seconds = statistics.median(timer.repeat(rounds, batches))
     reader = batches * c.batch_sequences * c.model.context / seconds
     writer = statistics.median(a / b for a, b in zip(ours, alone, strict=True))
-    speeds = {
-        f"tiktoken alone, {cores} threads": statistics.median(alone),
-        f"data.py prepare, {cores} processes": statistics.median(ours),
-        f"reader, {c.batch_sequences} x {c.model.context} a batch": reader,
-    }
-    rows = [Row(row=name, tokens_per_second=speed) for name, speed in speeds.items()]
-    rows[1] |= {"ratio": writer, "to": "tiktoken"}
+    own = Row(tokens_per_second=statistics.median(ours), ratio=writer, to="tiktoken")
+    rows = [
+        Row(row=f"tiktoken alone, {cores} threads", tokens_per_second=statistics.median(alone)),
+        Row(row=f"data.py prepare, {cores} processes") | own,
+        Row(row=f"reader, {c.batch_sequences} x {c.model.context} a batch", tokens_per_second=reader),
+    ]
     print(f"{len(docs):,} documents, {count:,} tokens by {prepare.RANKS.name}")
     return {"documents": len(docs), "tokens": count, "jobs": cores, "rows": rows}
 

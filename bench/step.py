@@ -80,12 +80,11 @@ class Trainer:
         return total
 
     def losses(self, micro: int, updates: int) -> Row:
-        """The last loss of some updates under a warm-up, and the seconds of the first, which compiles."""
-        found, began = Row(), time.perf_counter()
+        """The last loss of some updates under a warm-up."""
+        found = Row()
         for i in range(updates):
             x, y = self.ids(16 // micro * micro or micro, i)
             found["loss"] = self.step(x, y, micro, self.c.plan.max_lr * (i + 1) / updates).item()
-            found.setdefault("first_update_seconds", time.perf_counter() - began)
         return found
 
     def seconds(self, x: Tensor, y: Tensor, micro: int) -> float:

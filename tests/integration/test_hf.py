@@ -780,10 +780,6 @@ NORM, DOWN = "model__norm__weight", "model.layers.1.mlp.down_proj.weight"
             "weight_map: got '../m-1.safetensors', expected",
         ),
         (index(**{DOWN: "/etc/passwd"}), "weight_map: got '/etc/passwd'"),
-        (
-            index(**{DOWN: "m-0.safetensors"}),
-            f"m-0.safetensors: has no {DOWN}, but model.safetensors.index.json says so",
-        ),
         (index(**{DOWN: 7}), "weight_map: got"),
         (lambda f: os.remove(f / "tokenizer.json"), "tokenizer.json: is not there; make it"),
         (put("tokenizer.json", b"{}"), "tokenizer.json: is no tokenizer of Hugging Face"),
