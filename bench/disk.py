@@ -19,7 +19,7 @@ from tqdm import tqdm
 import config
 import data
 import model as llama
-from bench.measure import Row, child, total_memory
+from bench.measure import Row, child, timed, total_memory
 from runtime import checkpoint
 from runtime.errors import UserError
 from text import prepare, sources
@@ -50,10 +50,8 @@ def run_data(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype)
             ours.append(count / (time.perf_counter() - middle))
         tokens = data.Tokens(f"{folder}/0", c.model.context, c.batch_sequences, [10**9], c.train.seed, repeat=True)
         steps = itertools.count()
-        timer = timeit.Timer(lambda: tokens.batch(next(steps)))
-        batches, _ = timer.autorange()  # of at least 0.2 seconds; the first maps the file into memory
-        seconds = statistics.median(timer.repeat(rounds, batches))
-    reader = batches * c.batch_sequences * c.model.context / seconds
+        seconds = timed(lambda: tokens.batch(next(steps)), torch.device("cpu"))
+    reader = c.batch_sequences * c.model.context / seconds
     writer = statistics.median(a / b for a, b in zip(ours, alone, strict=True))
     own = Row(tokens_per_second=statistics.median(ours), ratio=writer, to="tiktoken")
     rows = [

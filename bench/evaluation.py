@@ -57,7 +57,10 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
     }
     prompts, new = [q[: T // 4] for q in questions], T // 2
     lm = harness.LM(net, tokenizer, BATCH)
-    calls: Calls = {name: (partial(our_nats, lm, x), partial(their_nats, peer, x, device)) for name, x in asked.items()}
+    calls: Calls = {}
+    for name, x in asked.items():
+        own = partial(lm._loglikelihood_tokens, [(None, *request) for request in x])
+        calls[name] = own, partial(their_nats, peer, x, device)
     calls["written answers"] = partial(generate, net, prompts, new, set()), partial(written, peer, prompts, new, device)
     tokens = {name: sum(len(q) + len(a) - 1 for q, a in x) for name, x in asked.items()}
     tokens["written answers"] = BATCH * new
@@ -65,7 +68,7 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
     for name, (ours, theirs) in tqdm(calls.items(), desc="eval", disable=None):
         mine, other = ours(), theirs()  # the first calls, which warm up
         if name in asked:
-            gaps = [abs(x - y) / len(a) for x, y, (_, a) in zip(mine, other, asked[name], strict=True)]
+            gaps = [abs(x - y) / len(a) for (x, _), y, (_, a) in zip(mine, other, asked[name], strict=True)]
         else:  # the likeliest id may be another by rounding, and so all after it
             gaps = [shortfall(peer, p, new_ids, device) for p, new_ids in zip(prompts, mine, strict=True)]
         if not all(gap <= ROUNDING[dtype] for gap in gaps):  # nan too
@@ -78,10 +81,6 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
         rows.append(Row(row=f"transformers: {name}", tokens_per_second=peers_speed))
     print(f"{BATCH} rows of {T}; tokens are counted once an answer, of written answers the new ones")
     return {"batch": BATCH, "rounds": rounds, "rows": rows}
-
-
-def our_nats(lm: Any, requests: list[Request]) -> list[float]:
-    return [nats for nats, _ in lm._loglikelihood_tokens([(None, *request) for request in requests])]
 
 
 @torch.no_grad()

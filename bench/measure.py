@@ -3,11 +3,9 @@
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import time
-import timeit
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 
 from runtime.command_line import aligned
 from runtime.device import device_name
@@ -39,11 +38,8 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
     """Median seconds of a call; on CUDA by device events, with the L2 cache flushed before each call."""
     if device.type == "cuda":
         return import_module("triton.testing").do_bench(call, return_mode="median") / 1e3
-    call()
-    times: list[float] = []
-    while len(times) < 5 or (sum(times) < 0.1 and len(times) < 500):
-        times.append(timeit.timeit(call, number=1))
-    return statistics.median(times)
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.1).median
 
 
 def capture(call: Callable[[], Any]) -> Any:
