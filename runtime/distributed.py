@@ -72,10 +72,8 @@ def problems(c: Config, ranks: int) -> list[str]:
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # https://github.com/pytorch/pytorch/issues/135712
-        found.append(
-            "torchrun --max-restarts: ranks that were started again would be given the addresses of the dead ones; "
-            "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, and take --standalone or --rdzv-backend c10d"
-        )
+        fix = "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before, and take --standalone or --rdzv-backend c10d"
+        found.append(f"torchrun --max-restarts: new ranks would be given the addresses of the dead ones; {fix}")
     return found
 
 
