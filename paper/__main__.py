@@ -215,7 +215,7 @@ def publish(name: str, request: graph.Request, made: dict[str, dict[str, Any]]) 
         first, nodes = s.schedules[0], request.nodes_of["table3"].values()
         shown = [n for n in nodes if n.segment.paradigm == "main" or n.config.plan.schedule == first]
         runs = [(n.segment, n.log()) for n in shown if n.config.train.seed == request.seeds[0]]
-        figures.losses(runs, first, file)
+        figures.losses(figures.by_paradigm(runs, first), file)
     else:
         figures.table(made[name], file)
     print(f"{file}\n")
