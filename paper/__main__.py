@@ -132,7 +132,8 @@ def parse() -> tuple[argparse.Namespace, scales.Setup]:
     config.load(scale.config, given(o), unknown)
     overrides = {k: v for k, v in given(o).items() if k != "out"}
     if wrong := [w for w in o.what if w not in (*ORDER, "status", "report")]:
-        raise UserError(f"{wrong[0]}: expected status, report or some of {', '.join(ORDER)}")
+        losses = "; of folders: python -m paper.figures loss" * ("loss" in o.what)
+        raise UserError(f"{wrong[0]}: expected status, report or some of {', '.join(ORDER)}{losses}")
     schedules = list(dict.fromkeys(o.schedules.split(","))) if o.schedules is not None else list(tables.MAIN)
     if wrong := [n for n in schedules if n not in schedule.SCHEDULES]:
         raise UserError(f"--schedules: got {', '.join(wrong)}, expected some of {', '.join(schedule.SCHEDULES)}")
