@@ -646,7 +646,7 @@ def test_fig2_and_losses_of_any_schedules(tmp_path):
     figures.cost_and_quality({"rows": rows, "columns": ["V2"]}, str(tmp_path / "fig2.png"))
     figures.schedules(s, str(tmp_path / "fig3.png"))
     main = s.segments(scales.Run("ours"), 1)[0]
-    figures.losses([(main, [])], "cosine", str(tmp_path / "loss.png"))  # nothing logged yet
+    figures.losses(figures.by_paradigm([(main, [])], "cosine"), str(tmp_path / "loss.png"))  # nothing logged yet
     assert all((tmp_path / f"{n}.png").stat().st_size > 10_000 for n in ("fig2", "fig3", "loss"))
 
 
