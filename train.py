@@ -127,7 +127,8 @@ def train(run: Run, data: Any, start: Start, file: BinaryIO | None, watchdog: Wa
     A checkpoint named `step` holds the state after exactly `step` updates.
     """
     watchdog.beat("making and loading the model")
-    c, t, segment, required = run.config, run.config.train, run.segment, run.required
+    c, t, segment = run.config, run.config.train, run.segment
+    required = [step for step in run.required if step >= start.step]
     net, model, optimizer = build(c, start, kind, world)
     shards = (t.shard_ranks or world.ranks) if kind == "fsdp" else 1
     accumulation = t.batch_tokens // (t.micro_batch * c.model.context * world.ranks)
@@ -212,8 +213,8 @@ def main() -> None:
         asked = {"mode": o.mode, "version": o.version, "torch": torch.__version__, "ranks": world.ranks}
         distributed.check_same(asked | config.values(c), world, "start all with the same command, files and packages")
         run, data = open_data(run, world, watchdog.beat, Path(c.out))
-        run, start = agree_on_start(run, data, world)
-        if start.done == run.required:
+        start = agree_on_start(run, data, world)
+        if start.done and start.step == run.segment.end:
             for step in start.done if world.rank == 0 else []:
                 checkpoint.pin(checkpoint.path(run.folder, step))
             say(f"{run.folder}: finished at step {run.segment.end}; nothing to do")

@@ -40,8 +40,7 @@ class Run:
     segment: Segment
     parent: str | None = None  # --parent: a checkpoint in place of the planned one
     meta: dict[str, Any] = field(default_factory=dict)  # sft: meta.json of the parent
-    one_fork: bool = False  # main: only that of the version asked for must be saved, others if they are on the way
-    passed: list[int] = field(default_factory=list)  # and those that are not on the way
+    optional: list[int] = field(default_factory=list)  # main --version: forks before its own, saved if on the way
 
     @property
     def folder(self) -> Path:
@@ -60,8 +59,13 @@ class Run:
     def required(self) -> list[int]:
         """Steps to save and keep: the end, where other segments fork off, and those of train.save_at."""
         s = self.segment
-        forks = {b.start for b in self.segments if b.parent and s.paradigm == "main"}.difference(self.passed)
+        forks = {b.start for b in self.segments if b.parent and s.paradigm == "main"}
         return sorted({s.end, *forks, *(step for step in self.config.train.save_at if s.start <= step < s.end)})
+
+    @property
+    def last(self) -> int | None:
+        """The step of its own checkpoint that it goes on from; None: begin."""
+        return resume_step(self.folder, [step for step in self.required if step not in self.optional])
 
     @property
     def reads_examples(self) -> bool:
@@ -88,7 +92,8 @@ def pick(c: Config, mode: str, version: int | None) -> Run:
         p = replace(p, versions=version, increments=p.increments[:version])
     segments = config.segments(MODES[mode], p)
     if mode == "main":
-        return Run(c, p, segments, segments[0], one_fork=bool(version))
+        forks = [b.start for b in segments[1:-1] if version and b.start not in c.train.save_at]
+        return Run(c, p, segments, segments[0], optional=forks)
     if version is None:
         raise UserError(f"--version: not given; --mode {mode} expects one of 1..{len(p.T)}")
     segment = next(s for s in segments if s.version == version and s.paradigm != "main")
@@ -219,14 +224,6 @@ def resume_step(folder: Path, required: list[int]) -> int | None:
     there = checkpoint.steps(folder)
     missing = [r for r in required if r not in there]
     return max((s for s in there if s <= min(missing, default=required[-1])), default=None)
-
-
-def passed(run: Run) -> list[int]:
-    """Fork points that `--mode main --version I` leaves out: the main path is past them and has not saved them."""
-    if not run.one_fork:
-        return []
-    begin = resume_step(run.folder, replace(run, segments=[]).required) or 0
-    return [fork for fork in run.required if fork < begin and fork not in checkpoint.steps(run.folder)]
 
 
 def finished(run: Path) -> dict[str, dict[int, Path]]:
