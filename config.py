@@ -1,8 +1,8 @@
 """Configuration: TOML into typed dataclasses, `--section.key value` on top, every problem reported at once.
 
 The fields below and those of schedule.Plan are the whole vocabulary: names, types, defaults, help. Unknown keys and
-wrong types are refused; nothing is executed or guessed. Rules of a key: `low`, its smallest value; `below`, what it must not
-reach; `choices`; `free`: a resumed run may change it, since no result depends on it.
+wrong types are refused; nothing is executed or guessed. Rules of a key: `low`, its smallest value; `below`, which it
+must not reach; `choices`; `free`: a resumed run may change it, since no result depends on it.
 """
 
 import difflib

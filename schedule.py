@@ -14,7 +14,6 @@ import argparse
 import ast
 import math
 import signal
-import sys
 import tomllib
 import types
 import typing
@@ -371,17 +370,13 @@ def main() -> None:
     o, unknown = a.parse_known_args()
     try:
         if unknown:
-            name = unknown[0].lstrip("-").partition("=")[0]
-            hint = f"did you mean --plan.{name}?" if name in vars(o) else "the plan's keys are --plan.KEY, see --help"
-            raise ValueError(f"unknown argument {unknown[0]}; {hint}")
+            raise ValueError(f"unknown argument {unknown[0]}; the plan's keys are --plan.KEY, see --help")
         segments = plan(o.paradigm, read_plan(o.config, vars(o)))
         if o.plot:
             draw({o.paradigm: segments}, o.plot)
     except (ValueError, TypeError, AttributeError, RecursionError, OSError, ImportError) as e:
-        text = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e)
-        for line in text.splitlines():
-            print(f"schedule.py: error: {line}", file=sys.stderr)
-        sys.exit(2)
+        lines = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e)
+        a.error(lines.replace("\n", "\nschedule.py: error: "))
     if o.csv:
         print("segment,step,lr")
         for g in segments:
