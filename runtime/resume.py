@@ -40,7 +40,7 @@ class Run:
     segment: Segment
     parent: str | None = None  # --parent: a checkpoint in place of the planned one
     meta: dict[str, Any] = field(default_factory=dict)  # sft: meta.json of the parent
-    optional: list[int] = field(default_factory=list)  # main --version: forks before its own, saved if on the way
+    optional: set[int] = field(default_factory=set)  # main --version: fork points before its own, saved if on the way
 
     @property
     def folder(self) -> Path:
@@ -76,9 +76,11 @@ class Run:
 # ---- The segment -----------------------------------------------------------------------------------------------------
 
 
-def pick(c: Config, mode: str, version: int | None) -> Run:
+def pick(c: Config, mode: str, version: int | None, parent: str | None = None) -> Run:
     """The segment of a mode and version. UserError where the plan makes no sense."""
     p = c.plan
+    if c.data.order != "sequential" and mode != "ptfs":
+        raise UserError(f"data.order: got {c.data.order}, expected sequential with --mode {mode}; only ptfs reads it")
     if mode == "branch" and c.data.decay_mix and not c.data.sft:
         raise UserError("data.decay_mix: needs examples to mix in; name their file with --data.sft")
     if c.data.sft and not c.data.decay_mix:
@@ -91,15 +93,15 @@ def pick(c: Config, mode: str, version: int | None) -> Run:
     if version and (mode == "main" or version > len(p.T)):
         p = replace(p, versions=version, increments=p.increments[:version])
     segments = config.segments(MODES[mode], p)
-    if mode == "main":
-        forks = [b.start for b in segments[1:-1] if version and b.start not in c.train.save_at]
-        return Run(c, p, segments, segments[0], optional=forks)
-    if version is None:
+    if version is None and mode != "main":
         raise UserError(f"--version: not given; --mode {mode} expects one of 1..{len(p.T)}")
-    segment = next(s for s in segments if s.version == version and s.paradigm != "main")
+    segment = next(s for s in segments if mode == "main" or (s.version == version and s.paradigm != "main"))
     if mode == "branch" and c.data.decay_mix:
         segment = replace(segment, name=segment.name.replace("/", f"-mix{c.data.decay_mix:g}/"))
-    return Run(c, p, segments, segment)
+    if parent and not segment.parent:
+        raise UserError(f"--parent: {segment.name} has none; an imported model is --train.base {parent}")
+    before = segments[1:-1] if mode == "main" and version else []
+    return Run(c, p, segments, segment, parent, optional={b.start for b in before}.difference(c.train.save_at))
 
 
 def sft_config(c: Config, parent: str | None, given: Collection[str]) -> tuple[Config, dict[str, Any]]:
@@ -126,8 +128,9 @@ def sft_config(c: Config, parent: str | None, given: Collection[str]) -> tuple[C
     return replace(c, model=replace(model, context=context), data=replace(c.data, path=path), out=out), meta
 
 
-def sft_run(c: Config, meta: dict[str, Any], parent: str, steps: int) -> Run:
+def sft_run(c: Config, meta: dict[str, Any], parent: str, steps: int = 0) -> Run:
     """Fine-tuning of `steps` updates: the rates of a version 1 from scratch, at most a tenth of them warm-up."""
+    steps = steps or 10 * max(c.plan.warmup, 1)  # until the examples are counted, so many that the warm-up fits
     p = replace(c.plan, increments=[steps], warmup=min(c.plan.warmup, steps // 10))
     first = config.segments("ptfs", p)[0]
     name, start = f"sft/{meta['segment']}", (meta["segment"], meta["step"])

@@ -196,10 +196,9 @@ def agree_on_start(run: Run, tokens: Tokens | SFTData, world: World) -> Start:
     with raise_on_all_ranks(world):
         if world.rank == 0:
             start = find_start(run, tokens)
-            passed = [step for step in run.optional if step < start.step and step not in start.done]
-            if forks := [f"{g.version} (step {g.start:,})" for g in run.segments if g.start in passed]:
-                where = f"the fork points of versions {', '.join(forks)}"
-                print(f"{run.folder}: not saved on its way and not made now: {where}")
+            passed = {step for step in run.optional if step < start.step}.difference(start.done)
+            if forks := ", ".join(f"{g.version} (step {g.start:,})" for g in run.segments if g.start in passed):
+                print(f"{run.folder}: not saved on its way and not made now: the fork points of versions {forks}")
     return broadcast(start, world.ranks)
 
 
