@@ -139,8 +139,7 @@ def segments(paradigm: str, p: Plan) -> list[Segment]:
 def load(name: str, overrides: dict[str, str] | None = None, unknown: list[str] | None = None) -> Config:
     """The config of a name in configs/ or a .toml file, with {key: text} overrides. UserError lists every problem."""
     file, tree = read_toml("--config", name, Path(__file__).parent / "configs")
-    given: list[tuple[str, str, Any, Any]]  # where, key, value, its reader
-    given = [(str(file), k, v, typed) for k, v in tree.items() if not isinstance(v, dict)]
+    given: list[Any] = [(str(file), k, v, typed) for k, v in tree.items() if not isinstance(v, dict)]
     given += [(str(file), f"{s}.{k}", v, typed) for s, t in tree.items() if isinstance(t, dict) for k, v in t.items()]
     given += [("command line", k, v, parse) for k, v in (overrides or {}).items()]
 

@@ -208,8 +208,6 @@ def main() -> None:
         run, data = open_data(run, world, watchdog.beat, Path(c.out))
         start = agree_on_start(run, data, world)
         if start.done and start.step == run.segment.end:
-            for step in start.done if world.rank == 0 else []:
-                checkpoint.pin(checkpoint.path(run.folder, step))
             say(f"{run.folder}: finished at step {run.segment.end}; nothing to do")
             return
         with claim(run, data, start, world) as file:

@@ -199,6 +199,8 @@ def agree_on_start(run: Run, tokens: Tokens | SFTData, world: World) -> Start:
             passed = {step for step in run.optional if step < start.step}.difference(start.done)
             if forks := ", ".join(f"{g.version} (step {g.start:,})" for g in run.segments if g.start in passed):
                 print(f"{run.folder}: not saved on its way and not made now: the fork points of versions {forks}")
+            for step in start.done if start.step == run.segment.end else []:  # nothing left to do: no `claim` pins them
+                checkpoint.pin(checkpoint.path(run.folder, step))
     return broadcast(start, world.ranks)
 
 
