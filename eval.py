@@ -162,7 +162,8 @@ def scores(
 
     left = f"{len(files)} of {len(paths)} checkpoints" + f" ({len(known)} scored before)" * bool(known)
     with progress_bar(left, total, "token") as bar, ThreadPoolExecutor(jobs) as pool:
-        known |= zip(files, pool.map(measure, files), strict=True)
+        apply = pool.map if jobs > 1 else map  # Ctrl-C ends a thread only after its checkpoint
+        known |= zip(files, apply(measure, files), strict=True)
     return {path: known[path] for path in paths}
 
 

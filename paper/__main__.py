@@ -133,7 +133,8 @@ def parse() -> tuple[argparse.Namespace, scales.Setup]:
     config.load(scale.config, given(o), unknown)
     overrides = {k: v for k, v in given(o).items() if k != "out"}
     if wrong := [w for w in o.what if w not in (*ORDER, "status", "report")]:
-        raise UserError(f"{wrong[0]}: expected status, report or some of {', '.join(ORDER)}")
+        losses = "; of folders: python -m paper.figures loss" * ("loss" in o.what)
+        raise UserError(f"{wrong[0]}: expected status, report or some of {', '.join(ORDER)}{losses}")
     schedules = list(dict.fromkeys(o.schedules.split(","))) if o.schedules is not None else list(tables.MAIN)
     if wrong := [n for n in schedules if n not in schedule.SCHEDULES]:
         raise UserError(f"--schedules: got {', '.join(wrong)}, expected some of {', '.join(schedule.SCHEDULES)}")
@@ -216,7 +217,7 @@ def publish(name: str, request: graph.Request, made: dict[str, dict[str, Any]]) 
         first, nodes = s.schedules[0], request.nodes_of["table3"].values()
         shown = [n for n in nodes if n.segment.paradigm == "main" or n.config.plan.schedule == first]
         runs = [(n.segment, n.log()) for n in shown if n.config.train.seed == request.seeds[0]]
-        figures.losses(runs, first, file)
+        figures.losses(figures.by_paradigm(runs, first), file)
     else:
         figures.table(made[name], file)
     print(f"{file}\n")

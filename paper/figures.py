@@ -22,22 +22,22 @@ from runtime.logger import read_log
 from text.sources import optional
 
 LEGEND = {"fontsize": 8, "frameon": False}
-COLOURS, DARK = schedule.COLOURS, "#333333"
+COLOURS = schedule.COLOURS
 OF = {"PTFS": COLOURS[0], "CPT": COLOURS[1], "Ours": COLOURS[2], tables.MIXED: COLOURS[3]}
 MARKERS = "os^DvP"
 
 
-def canvas(titles: list[str], width: float = 3.4, height: float = 3.4, size: int = 9, **kw: Any) -> tuple[Any, Any]:
-    """A figure with a row of axes of these titles, in the one style."""
+def canvas(titles: list[str], width: float = 3.4, height: float = 3.4, rows: int = 1, **kw: Any) -> tuple[Any, Any]:
+    """A figure with axes of these titles side by side, in the one style; several rows have the titles at the top."""
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(max(width * len(titles), 4.6), height))
-    axes = fig.subplots(1, len(titles), squeeze=False, **kw)[0]
-    for ax, title in zip(axes, titles, strict=True):
-        ax.set_title(title, fontsize=size)
+    axes = fig.subplots(rows, len(titles), squeeze=False, **kw)
+    for ax, title in zip(axes.flat, titles + [""] * len(titles) * (rows - 1), strict=True):
+        ax.set_title(title, fontsize=9)
         ax.grid(alpha=0.25)
         ax.tick_params(labelsize=8)
-    return fig, axes
+    return fig, axes if rows > 1 else axes[0]
 
 
 def finish(fig: Any, file: str, axes: Any = (), columns: int = 6) -> None:
@@ -164,10 +164,11 @@ def cost_and_quality(record: dict[str, Any], file: str) -> None:
     finish(fig, file, axes[:1], 3)
 
 
+Log = list[dict[str, Any]]
 AXES = {"steps": "step", "tokens": "tokens", "seconds": "seconds of training this segment"}
 
 
-def curves(log: list[dict[str, Any]], x: str = "steps") -> dict[str, tuple[Any, list[float]]]:
+def curves(log: Log, x: str = "steps") -> dict[str, tuple[Any, list[float]]]:
     """{"loss", "val_loss", "lr": (x, y)} of a segment's log; a step that was trained twice counts as the last time."""
     # a record names the update; the state is after it
     train = dict(sorted({r["step"] + 1: r for r in log if "loss" in r}.items()))
@@ -180,52 +181,39 @@ def curves(log: list[dict[str, Any]], x: str = "steps") -> dict[str, tuple[Any, 
     return {**made, "val_loss": (np.interp(list(val), steps, at), list(val.values()))}
 
 
-def plot_losses(ax: Any, segments: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-    """(curves, look of the line) of segments: training loss thin, at most some 200 means; validation loss with dots."""
-    for c, look in segments:
-        x, y = c["loss"]
-        few = len(y) // 200 + 1
-        means = [statistics.fmean(y[i : i + few]) for i in range(0, len(y), few)]
-        ax.plot(x[::few], means, color=look["color"], linewidth=0.7, alpha=0.45)
-        ax.plot(*c["val_loss"], marker="o", markersize=4, **look)
-    val = [v for c, _ in segments for v in c["val_loss"][1]]
+def losses(panels: dict[str, dict[str, Log]], file: str, x: str = "steps") -> None:
+    """Logs, {title: {label: log}}: training loss (thin, at most some 200 means) and validation loss, rates below."""
+    width, columns = (4.6, 6) if len(panels) > 1 else (8.0, 3)
+    fig, (above, below) = canvas(list(panels), width, 6.0, rows=2, sharex="col", sharey="row")
+    labels = list(dict.fromkeys(label for logs in panels.values() for label in logs))
+    train, val = list[float](), list[float]()
+    for top, bottom, logs in zip(above, below, panels.values(), strict=True):
+        for label, log in logs.items():
+            i, c = labels.index(label), curves(log, x)
+            look: Any = {"color": COLOURS[i % 6], "linestyle": ("-", "--", ":")[i // 6 % 3], "label": label}
+            at, loss = c["loss"]
+            few = len(loss) // 200 + 1
+            means = [statistics.fmean(loss[k : k + few]) for k in range(0, len(loss), few)]
+            top.plot(at[::few], means, color=look["color"], linewidth=0.7, alpha=0.45)
+            top.plot(*c["val_loss"], marker="o", markersize=4, **look)
+            bottom.plot(*c["lr"], **look)
+            train, val = train + loss, val + c["val_loss"][1]
+        bottom.set_xlabel(AXES[x])
     if val:  # the first updates' losses would flatten the rest
-        ax.set_ylim(min([*val, *(v for c, _ in segments for v in c["loss"][1])]) - 0.05, max(val) + 0.1)
+        above[0].set_ylim(min(train + val) - 0.05, max(val) + 0.1)
+    above[0].set_ylabel("loss (nats a token)")
+    below[0].set_ylabel("learning rate")
+    finish(fig, file, below, columns)
 
 
-def losses(runs: list[tuple[schedule.Segment, list[dict[str, Any]]]], name: str, file: str) -> None:
-    """Training and validation loss over steps, from the logs of a table's segments under schedule `name`."""
-    fig, axes = canvas([f"{title}, {name}" for title in schedule.TITLES.values()], 4.6, 4.0, 10, sharey=True)
-    panels: list[list[Any]] = [[], [], []]
-    of = {"ptfs": panels[:1], "cpt": panels[1:2], "main": panels[2:], "branch": panels[2:]}
+def by_paradigm(runs: list[tuple[schedule.Segment, Log]], name: str) -> dict[str, dict[str, Log]]:
+    """Panels of `losses` from the logs of a table's segments under schedule `name`."""
+    panels: dict[str, dict[str, Log]] = {paradigm: {} for paradigm in schedule.TITLES}
     for g, log in runs:
-        look = {"color": COLOURS[(g.version - 1) % 6], "label": f"V{g.version}", "linewidth": 1.4}
-        if g.paradigm == "main":
-            look = {"color": DARK, "label": "main path", "linewidth": 2.2}
-        # PTFS's version 1 is CPT's as well
-        for panel in panels[:2] if (g.paradigm, g.version) == ("ptfs", 1) else of[g.paradigm]:
-            panel.append((curves(log), look))
-    for ax, panel in zip(axes, panels, strict=True):
-        plot_losses(ax, panel)
-        ax.set_xlabel("step")
-    axes[0].set_ylabel("loss (nats a token)")
-    finish(fig, file, axes)
-
-
-def compare(folders: list[Path], x: str, file: str) -> None:
-    """Losses and learning rates of the segments in these folders, over `x` of AXES."""
-    fig, (left, right) = canvas(["training (thin) and validation loss", "learning rate"], 5.4, 4.4)
-    drawn = []
-    for i, folder in enumerate(dict.fromkeys(f for where in folders for f in segments(where))):
-        c = curves(read_log(folder), x)
-        label = str(folder) + " (no step logged yet)" * (not c["lr"][1])
-        look = {"color": COLOURS[i % 6], "label": label, "linestyle": ("-", "--", ":")[i // 6 % 3]}
-        drawn.append((c, look))
-        right.plot(*c["lr"], **look)
-    plot_losses(left, drawn)
-    left.set(xlabel=AXES[x], ylabel="nats a token")
-    right.set(xlabel=AXES[x], ylim=(0, None))
-    finish(fig, file, [right], 3)
+        label = "main path" if g.paradigm == "main" else f"V{g.version}"
+        panels[g.paradigm if g.paradigm in panels else "ours"][label] = log
+    panels["cpt"] = {"V1": panels["ptfs"].get("V1", []), **panels["cpt"]}  # the same segment
+    return {f"{title}, {name}": panels[paradigm] for paradigm, title in schedule.TITLES.items()}
 
 
 def segments(folder: Path) -> list[Path]:
@@ -248,7 +236,9 @@ def main() -> None:
     optional("matplotlib", "matplotlib", "drawing")
     if Path(o.out).suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--out {o.out}: expected the ending .png, .pdf or .svg")
-    compare(o.folder, o.x, o.out)
+    logs = {str(f): read_log(f) for folder in o.folder for f in segments(folder)}
+    shown = {f + " (no step logged yet)" * (not curves(log)["lr"][1]): log for f, log in logs.items()}
+    losses({"training loss (thin) and validation loss": shown}, o.out, o.x)
     print(o.out)
 
 

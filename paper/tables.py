@@ -279,11 +279,12 @@ def table12(s: Setup) -> Table:
     unique = max(1, s.T // 2)  # one set of T/2 steps for all versions
     for alpha in ALPHAS[:3]:
         d = schedule.round_half_up(alpha, s.T)
-        for paradigm, steps, folder in (("cpt", s.T + d, f"small-set-{s.T + d}"), ("ours", s.T, "small-set")):
-            lengths = {"data.unique": unique, "plan.steps": steps, "data.increments": s.N * steps}
+        for paradigm, later, folder in (("cpt", s.T + d, f"small-set-{s.T + d}"), ("ours", s.T, "small-set")):
+            T = [s.T] + [later] * (s.N - 1)  # so that both take N T + (N - 1) d steps
+            lengths = {"data.unique": unique, "plan.increments": ",".join(map(str, T)), "data.increments": sum(T)}
             keys = COSINE | {k: str(v) for k, v in lengths.items()} | (decay(d) if paradigm == "ours" else {})
             run, name = Run(paradigm, Setting(folder, keys)), NAMES[paradigm]
-            labels = {"alpha": str(alpha), "paradigm": name, "steps of a version": f"{steps:,}"}
+            labels = {"alpha": str(alpha), "paradigm": name, "steps of an update": f"{later:,}"}
             paper = printed(s.columns, "table12_equal_cost_5.25B", alpha=alpha, paradigm=paradigm)
             rows.append(Row(f"alpha {alpha}", name, labels, s.versions(run), paper))
     claim = below("at equal cost, ours is below CPT", groups(rows), s.columns, "Ours", "CPT")

@@ -187,9 +187,9 @@ def prepare(
         filled = {p["name"] for p in written}
         if empty := [name for name in parts if name not in filled]:
             places = np.concatenate([np.fromfile(f, "<u8") for f in partial.glob("*.ids")]) / 2**64
-            cut = f"a .txt is one document for every {PIECE:,} characters or so, a .jsonl one for each line"
             none = f"{empty[0]}: none of {len(places)} documents fell into it; a hash of a text decides its place"
-            raise UserError(f"{none}. Give more documents ({cut}){working_split(places, len(increments))}")
+            more = f"give more (a line of .jsonl is one, and so are some {PIECE:,} characters of a .txt)"
+            raise UserError(f"{none}; {more}{working_split(places, len(increments))}")
         source = {"increments": len(increments), "from": sources, "weights": weights}
         meta = token_files.write_meta(partial, tok, source, written)
     print_summary(folder, written, found)

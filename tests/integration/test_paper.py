@@ -103,8 +103,10 @@ def test_steps_of_the_paper_in_every_table():
         assert all(n.config.plan.warmup == 2000 for n in own.values())
 
     equal = nodes_of(s, "table12")
-    cpt = {n.setting: n.steps for n in equal.values() if n.segment.paradigm in ("ptfs", "cpt")}
+    cpt = {n.setting: n.steps for n in equal.values() if n.segment.paradigm == "cpt"}
     assert cpt == {f"small-set-{k}-s1": k for k in (12_000, 14_000, 16_000)}
+    for k, total in ((12_000, 46_000), (14_000, 52_000), (16_000, 58_000)):  # those of path switching in the paper
+        assert sum(n.steps for n in equal.values() if n.setting == f"small-set-{k}-s1") == total
     assert {n.steps for n in equal.values() if n.segment.paradigm == "branch"} == {2000, 4000, 6000}
     assert steps(equal, "main") == 38_000 and {n.config.data.unique for n in equal.values()} == {5000}
     assert all(sum(n.config.data.increments) >= n.segment.end for n in equal.values())
@@ -646,7 +648,7 @@ def test_fig2_and_losses_of_any_schedules(tmp_path):
     figures.cost_and_quality({"rows": rows, "columns": ["V2"]}, str(tmp_path / "fig2.png"))
     figures.schedules(s, str(tmp_path / "fig3.png"))
     main = s.segments(scales.Run("ours"), 1)[0]
-    figures.losses([(main, [])], "cosine", str(tmp_path / "loss.png"))  # nothing logged yet
+    figures.losses(figures.by_paradigm([(main, [])], "cosine"), str(tmp_path / "loss.png"))  # nothing logged yet
     assert all((tmp_path / f"{n}.png").stat().st_size > 10_000 for n in ("fig2", "fig3", "loss"))
 
 

@@ -188,7 +188,7 @@ def test_launched_commands_have_the_seeds_of_their_cells(prepared, parse, monkey
     class Trained(Exception):
         pass
 
-    def trained(*args):
+    def trained(*args, **options):
         raise Trained
 
     scale = tmp_path / "s.toml"  # its sizes are of the model that the command line gives
@@ -198,7 +198,7 @@ def test_launched_commands_have_the_seeds_of_their_cells(prepared, parse, monkey
     scale.write_text(scale.read_text().replace("model.n_head = 4, ", ""))
     own = [*BASE, "--data.path", str(prepared), "--plan.versions", "2"]
     monkeypatch.setattr(workers, "subprocess", SimpleNamespace(Popen=Process, STDOUT=None))
-    monkeypatch.setattr(paper.measure, "scores", trained)
+    monkeypatch.setattr(evaluation, "scores", trained)
     argv = ["paper", *NAMES, *own, "--seeds", "2", "--train.seed", "5", "--schedules", "cosine", "--jobs", "500"]
     monkeypatch.setattr(sys, "argv", [*argv, "--out", str(root), "--run", "yes", "--scale", str(scale)])
     with pytest.raises(Trained):
