@@ -370,7 +370,9 @@ def main() -> None:
     o, unknown = a.parse_known_args()
     try:
         if unknown:
-            raise ValueError(f"unknown argument {unknown[0]}; the plan's keys are --plan.KEY, see --help")
+            name = unknown[0].lstrip("-").partition("=")[0]
+            hint = f"did you mean --plan.{name}?" if name in vars(o) else "the plan's keys are --plan.KEY, see --help"
+            raise ValueError(f"unknown argument {unknown[0]}; {hint}")
         segments = plan(o.paradigm, read_plan(o.config, vars(o)))
         if o.plot:
             draw({o.paradigm: segments}, o.plot)
