@@ -1,8 +1,8 @@
 """Configuration: TOML into typed dataclasses, `--section.key value` on top, every problem reported at once.
 
 The fields below and those of schedule.Plan are the whole vocabulary: names, types, defaults, help. Unknown keys and
-wrong types are refused; nothing is executed or guessed. Rules of a key: `low`, its smallest value; `choices`; `free`: a
-resumed run may change it, since no result depends on it.
+wrong types are refused; nothing is executed or guessed. Rules of a key: `low`, its smallest value; `below`, which it
+must not reach; `choices`; `free`: a resumed run may change it, since no result depends on it.
 """
 
 import difflib
@@ -56,14 +56,14 @@ class Model:
 @dataclass
 class Data:
     path: str = key("data/demo", "folder made by data.py prepare", free=True)
-    increments: list[int] = key([], "steps read of v1.bin, v2.bin and so on; empty: those of the plan", free=True)
+    increments: list[int] = key([], "steps read of v1.bin and so on; empty: those of the plan", low=1, free=True)
     unique: int | None = key(None, "read only this many steps of an increment, again and again; none: all of it", low=1)
     repeat: bool = key(False, "read an increment again when it is too short, instead of refusing")
     order: str = key("sequential", "ptfs: shuffled mixes old and new increments", choices=("sequential", "shuffled"))
     # free: the examples themselves are compared, as data is
     sft: str = key("", "JSONL of examples, for --mode sft and for decay_mix", free=True)
-    epochs: int = key(1, "sft: passes over the examples", low=1, free=True)
-    decay_mix: float = key(0.0, "part of the sequences of a branch that are examples of data.sft", low=0, free=True)
+    epochs: int = key(1, "sft: passes over the examples", low=1, below=10_001, free=True)
+    decay_mix: float = key(0.0, "part of a branch's sequences that are examples of data.sft", low=0, below=1, free=True)
     verify: bool = key(True, "check the SHA-256 of the token files before training", free=True)
 
 
@@ -72,8 +72,8 @@ class Train:
     batch_tokens: int = key(4096, "tokens of a global batch", low=1)
     micro_batch: int = key(32, "sequences of a forward pass on one device", low=1, free=True)
     seed: int = key(1, "seed of the initial weights and of the order of the data", low=0)
-    beta1: float = key(0.9, "AdamW, below 1", low=0)
-    beta2: float = key(0.95, "AdamW, below 1", low=0)
+    beta1: float = key(0.9, "AdamW, below 1", low=0, below=1)
+    beta2: float = key(0.95, "AdamW, below 1", low=0, below=1)
     weight_decay: float = key(0.1, "AdamW, on matrices only", low=0)
     clip: float = key(1.0, "clip the gradient to this norm", low=1e-12)
     parallel: str = key("auto", "weights: all or a part a rank", choices=("auto", "none", "ddp", "fsdp"), free=True)
@@ -90,7 +90,7 @@ class Train:
     keep: int = key(2, "checkpoints kept beside fork points and ends", low=1, free=True)
     base: str = key("", "an imported model's checkpoint, in place of random weights")
     reset_moments: bool = key(False, "branches and CPT's versions begin with AdamW's moments at zero")
-    save_at: list[int] = key([], "further steps to save and keep, such as the fork points of another alpha", free=True)
+    save_at: list[int] = key([], "more steps to save and keep, such as fork points of another alpha", low=0, free=True)
     on_save_error: str = key("stop", "if a checkpoint cannot be saved", choices=("stop", "continue"), free=True)
     spike: float | None = key(None, "stop at a loss so far above the median of 20; none: never", low=0, free=True)
     timeout: float = key(1800.0, "seconds until a hanging step or save is given up (exit code 124)", low=1, free=True)
@@ -139,8 +139,7 @@ def segments(paradigm: str, p: Plan) -> list[Segment]:
 def load(name: str, overrides: dict[str, str] | None = None, unknown: list[str] | None = None) -> Config:
     """The config of a name in configs/ or a .toml file, with {key: text} overrides. UserError lists every problem."""
     file, tree = read_toml("--config", name, Path(__file__).parent / "configs")
-    given: list[tuple[str, str, Any, Any]]  # where, key, value, its reader
-    given = [(str(file), k, v, typed) for k, v in tree.items() if not isinstance(v, dict)]
+    given: list[Any] = [(str(file), k, v, typed) for k, v in tree.items() if not isinstance(v, dict)]
     given += [(str(file), f"{s}.{k}", v, typed) for s, t in tree.items() if isinstance(t, dict) for k, v in t.items()]
     given += [("command line", k, v, parse) for k, v in (overrides or {}).items()]
 
@@ -176,29 +175,24 @@ def suggest(name: str, known: list[str]) -> str:
 
 def check(c: Config) -> list[str]:
     """Problems of the values, apart from those of the plan (schedule.problems) and the batch (distributed.problems)."""
-    m, t, found = c.model, c.train, []
+    m, found = c.model, []
     for k, (f, v) in flatten(c).items():
-        low, choices = f.metadata.get("low"), f.metadata.get("choices")
-        if low is not None and v is not None and not (low <= v < math.inf):
-            found.append(f"{k}: got {v}, expected {low:g} or more")
+        low, below, choices = (f.metadata.get(rule) for rule in ("low", "below", "choices"))
+        numbers = [] if low is None or v is None else v if isinstance(v, list) else [v]
+        if not all(low <= n < (below or math.inf) for n in numbers):
+            found.append(f"{k}: got {v}, expected {low:g} or more" + (f" and below {below}" if below else ""))
         if choices and v not in choices:
             found.append(f"{k}: got {v!r}, expected one of {', '.join(choices)}")
     if found:
         return found
-    fits = m.hidden % m.n_head == 0 and m.hidden // m.n_head % 2 == 0  # RoPE turns pairs
-    others = [n for n in range(1, min(m.hidden, 4096) + 1) if m.hidden % n == 0 and m.hidden // n % 2 == 0]
-    near = f"; the nearest is {min(others, key=lambda n: abs(n - m.n_head))}" if others else "; make model.hidden even"
-    checks = [  # key, value, expected, valid
-        ("train.beta1", t.beta1, "below 1", t.beta1 < 1),
-        ("train.beta2", t.beta2, "below 1", t.beta2 < 1),
-        ("data.increments", c.data.increments, "steps of 1 or more each", min(c.data.increments, default=1) > 0),
-        ("train.save_at", t.save_at, "steps of 0 or more", min(t.save_at, default=0) >= 0),
-        ("data.epochs", c.data.epochs, "at most 10000", c.data.epochs <= 10_000),
-        ("data.decay_mix", c.data.decay_mix, "below 1", c.data.decay_mix < 1),
-        ("model.n_head", m.n_head, f"a divisor of model.hidden = {m.hidden} with heads of an even size{near}", fits),
-        ("model.n_kv_head", m.n_kv_head, f"a divisor of model.n_head = {m.n_head}", m.n_head % (m.n_kv_head or 1) == 0),
-    ]
-    return [f"{name}: got {got}, expected {expected}" for name, got, expected, fine in checks if not fine]
+    if m.hidden % m.n_head or m.hidden // m.n_head % 2:  # RoPE turns pairs
+        fits = [n for n in range(1, min(m.hidden, 4096) + 1) if m.hidden % n == 0 and m.hidden // n % 2 == 0]
+        near = f"the nearest is {min(fits, key=lambda n: abs(n - m.n_head))}" if fits else "make model.hidden even"
+        expected = f"a divisor of model.hidden = {m.hidden} with heads of an even size"
+        found.append(f"model.n_head: got {m.n_head}, expected {expected}; {near}")
+    if m.n_head % (m.n_kv_head or 1):
+        found.append(f"model.n_kv_head: got {m.n_kv_head}, expected a divisor of model.n_head = {m.n_head}")
+    return found
 
 
 def to_toml(c: Config) -> str:

@@ -35,9 +35,8 @@ def steps(paradigm: str, p: schedule.Plan, convention: str = "section3.2") -> in
 
 
 def table(c: Config, convention: str, mfu: float, peak: float, price: float) -> list[dict[str, Any]]:
-    """A row a paradigm: steps, tokens, FLOPs, GPU-hours, price, cost relative to PTFS; steps of the next version."""
+    """A row a paradigm: steps, tokens, FLOPs, GPU-hours, price, and its cost relative to PTFS."""
     counts = {paradigm: steps(paradigm, c.plan, convention) for paradigm in schedule.PARADIGMS}
-    longer = replace(c.plan, increments=[*c.plan.T, c.plan.T[-1]])
     rows = []
     for paradigm, n in counts.items():
         tokens = n * c.train.batch_tokens
@@ -45,8 +44,7 @@ def table(c: Config, convention: str, mfu: float, peak: float, price: float) -> 
         hours = flops / (mfu * peak) / 3600
         relative = n / counts["ptfs"] if counts["ptfs"] else None  # table2 leaves out all of one version
         row = {"paradigm": paradigm, "steps": n, "T": n / c.plan.T[0], "relative": relative}
-        row |= {"tokens": tokens, "flops": flops, "gpu_hours": hours, "price": hours * price}
-        rows.append({**row, "next_steps": steps(paradigm, longer, convention) - n})
+        rows.append({**row, "tokens": tokens, "flops": flops, "gpu_hours": hours, "price": hours * price})
     return rows
 
 
@@ -70,15 +68,14 @@ def main() -> None:
         print(json.dumps({**head, "rows": rows}, indent=1))
         return
     print(f"{parameters:,} parameters, {flops / 1e9:.4g} GFLOP a token, {c.train.batch_tokens:,} tokens a step")
-    days = f"days on {o.gpus} GPU{'s' * (o.gpus > 1)}"
-    lines = [["paradigm", "steps", "in T", "relative", "tokens", "FLOPs", "GPU-hours", days]]
-    lines[0] += [f"days for V{len(c.plan.T) + 1} alone", "price"]
-    for r in rows:
+    names = ["paradigm", "steps", "in T", "relative", "tokens", "FLOPs", "GPU-hours"]
+    lines = [[*names, f"days on {o.gpus} GPU{'s' * (o.gpus > 1)}", f"days for V{len(c.plan.T) + 1} alone", "price"]]
+    longer = replace(c, plan=replace(c.plan, increments=[*c.plan.T, c.plan.T[-1]]))
+    for r, after in zip(rows, table(longer, o.convention, o.mfu, o.peak, o.price), strict=True):
         relative = "-" if r["relative"] is None else f"{r['relative']:.2f}x"
         lines.append([r["paradigm"], f"{r['steps']:,}", f"{r['T']:.4g}T", relative, f"{r['tokens']:.4g}"])
-        day = c.train.batch_tokens * flops / (o.mfu * o.peak) / 86400 / o.gpus  # of a step
-        ends = [f"{r['steps'] * day:,.3g}", f"{r['next_steps'] * day:,.3g}", f"{r['price']:,.0f}"]
-        lines[-1] += [f"{r['flops']:.4g}", f"{r['gpu_hours']:,.4g}", *ends]
+        days = [f"{h / 24 / o.gpus:,.3g}" for h in (r["gpu_hours"], after["gpu_hours"] - r["gpu_hours"])]
+        lines[-1] += [f"{r['flops']:.4g}", f"{r['gpu_hours']:,.4g}", *days, f"{r['price']:,.0f}"]
     print(aligned(lines if o.price else [line[:-1] for line in lines]))
     print(f"Counted: {COUNTED[o.convention]} (--convention). GPU-hours at {o.mfu:.0%} of {o.peak:.4g} FLOP/s")
 

@@ -100,16 +100,15 @@ class Tokens:
         if self.ends[-1] < end < math.inf:
             found.append(f"data.increments: {self.ends[-1]:,} steps in all, expected at least the {int(end):,} trained")
         for name, need, there in self.needs(start, end):
-            got = f"data.path {self.folder}: {name} has {there:,} tokens"
+            out, steps = f"--out {shlex.quote(str(self.folder))}", (there - 1) // (self.B * self.context)
             if there == 0:
-                command = f"python data.py add --out {shlex.quote(str(self.folder))} --source TEXT"
-                found.append(f"data.path {self.folder}: has no increment {name}; append it: {command}")
+                fix = f"append it: python data.py add {out} --source TEXT"
+                found.append(f"data.path {self.folder}: has no increment {name}; {fix}")
             elif there <= self.context or (there < need and not self.repeat):
-                again = "--data.repeat true reads it again, or " * (there > self.context)
-                fix = f"take it back: python data.py drop --last --out {shlex.quote(str(self.folder))}"
-                if steps := (there - 1) // (self.B * self.context):
-                    fix = f"plan at most {steps} steps of it"
-                found.append(f"{got} and {need:,} are needed; {again}{fix}")
+                fix = f"take it back: python data.py drop --last {out}"
+                if steps:
+                    fix = f"--data.repeat true reads it again, or plan at most {steps} steps of it"
+                found.append(f"data.path {self.folder}: {name} has {there:,} tokens and {need:,} are needed; {fix}")
         return found
 
     def identity(self, step: int) -> dict[str, Any]:

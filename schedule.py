@@ -14,7 +14,6 @@ import argparse
 import ast
 import math
 import signal
-import sys
 import tomllib
 import types
 import typing
@@ -378,10 +377,8 @@ def main() -> None:
         if o.plot:
             draw({o.paradigm: segments}, o.plot)
     except (ValueError, TypeError, AttributeError, RecursionError, OSError, ImportError) as e:
-        text = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e)
-        for line in text.splitlines():
-            print(f"schedule.py: error: {line}", file=sys.stderr)
-        sys.exit(2)
+        lines = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e)
+        a.error(lines.replace("\n", "\nschedule.py: error: "))
     if o.csv:
         print("segment,step,lr")
         for g in segments:

@@ -59,23 +59,16 @@ def parse(world: World) -> tuple[Namespace, Config]:
 def pick(o: Namespace, c: Config, world: World) -> Run:
     """The segment to train. UserError lists the problems of the config on this machine."""
     cuda = torch.cuda.is_available() and c.train.device in ("auto", "cuda")
-    meta: dict[str, Any] = {}
-    if o.mode == "sft":
+    sft, meta = o.mode == "sft", dict[str, Any]()
+    if sft:
         c, meta = resume.sft_config(c, o.parent, given(o).keys())
     found = distributed.problems(c, world.ranks) + kernels.problems(c.train.kernels, cuda, c.model)
-    if c.data.order != "sequential" and o.mode != "ptfs":
-        found.append(f"data.order: got {c.data.order}, expected sequential with --mode {o.mode}; only ptfs reads it")
-    if o.version is not None and (o.mode == "sft" or not 0 < o.version < 10_000):
+    if o.version is not None and (sft or not 0 < o.version < 10_000):
         raise UserError(f"--version: got {o.version}, expected 1 to 9999, and none with --mode sft")
     if c.train.compile == "on" and not cuda and not cpp_compiler():
         found.append("train.compile: got on, which on a CPU needs a C++ compiler; install g++, or take off")
     try:
-        if o.mode == "sft":  # the examples, counted later, decide how many steps
-            run = resume.sft_run(c, meta, o.parent, 10 * max(c.plan.warmup, 1))  # so many that the warm-up fits
-        else:
-            run = replace(resume.pick(c, o.mode, o.version), parent=o.parent)
-            if o.parent and not run.segment.parent:
-                found.append(f"--parent: {run.segment.name} has none; an imported model is --train.base {o.parent}")
+        run = resume.sft_run(c, meta, o.parent) if sft else resume.pick(c, o.mode, o.version, o.parent)
     except UserError as e:
         found += str(e).splitlines()
     refuse(found)
@@ -127,7 +120,8 @@ def train(run: Run, data: Any, start: Start, file: BinaryIO | None, watchdog: Wa
     A checkpoint named `step` holds the state after exactly `step` updates.
     """
     watchdog.beat("making and loading the model")
-    c, t, segment, required = run.config, run.config.train, run.segment, run.required
+    c, t, segment = run.config, run.config.train, run.segment
+    required = [step for step in run.required if step >= start.step]
     net, model, optimizer = build(c, start, kind, world)
     shards = (t.shard_ranks or world.ranks) if kind == "fsdp" else 1
     accumulation = t.batch_tokens // (t.micro_batch * c.model.context * world.ranks)
@@ -212,10 +206,8 @@ def main() -> None:
         asked = {"mode": o.mode, "version": o.version, "torch": torch.__version__, "ranks": world.ranks}
         distributed.check_same(asked | config.values(c), world, "start all with the same command, files and packages")
         run, data = open_data(run, world, watchdog.beat, Path(c.out))
-        run, start = agree_on_start(run, data, world)
-        if start.done == run.required:
-            for step in start.done if world.rank == 0 else []:
-                checkpoint.pin(checkpoint.path(run.folder, step))
+        start = agree_on_start(run, data, world)
+        if start.done and start.step == run.segment.end:
             say(f"{run.folder}: finished at step {run.segment.end}; nothing to do")
             return
         with claim(run, data, start, world) as file:

@@ -40,8 +40,7 @@ class Run:
     segment: Segment
     parent: str | None = None  # --parent: a checkpoint in place of the planned one
     meta: dict[str, Any] = field(default_factory=dict)  # sft: meta.json of the parent
-    one_fork: bool = False  # main: only that of the version asked for must be saved, others if they are on the way
-    passed: list[int] = field(default_factory=list)  # and those that are not on the way
+    optional: set[int] = field(default_factory=set)  # main --version: fork points before its own, saved if on the way
 
     @property
     def folder(self) -> Path:
@@ -60,8 +59,13 @@ class Run:
     def required(self) -> list[int]:
         """Steps to save and keep: the end, where other segments fork off, and those of train.save_at."""
         s = self.segment
-        forks = {b.start for b in self.segments if b.parent and s.paradigm == "main"}.difference(self.passed)
+        forks = {b.start for b in self.segments if b.parent and s.paradigm == "main"}
         return sorted({s.end, *forks, *(step for step in self.config.train.save_at if s.start <= step < s.end)})
+
+    @property
+    def last(self) -> int | None:
+        """The step of its own checkpoint that it goes on from; None: begin."""
+        return resume_step(self.folder, [step for step in self.required if step not in self.optional])
 
     @property
     def reads_examples(self) -> bool:
@@ -72,9 +76,11 @@ class Run:
 # ---- The segment -----------------------------------------------------------------------------------------------------
 
 
-def pick(c: Config, mode: str, version: int | None) -> Run:
+def pick(c: Config, mode: str, version: int | None, parent: str | None = None) -> Run:
     """The segment of a mode and version. UserError where the plan makes no sense."""
     p = c.plan
+    if c.data.order != "sequential" and mode != "ptfs":
+        raise UserError(f"data.order: got {c.data.order}, expected sequential with --mode {mode}; only ptfs reads it")
     if mode == "branch" and c.data.decay_mix and not c.data.sft:
         raise UserError("data.decay_mix: needs examples to mix in; name their file with --data.sft")
     if c.data.sft and not c.data.decay_mix:
@@ -87,14 +93,15 @@ def pick(c: Config, mode: str, version: int | None) -> Run:
     if version and (mode == "main" or version > len(p.T)):
         p = replace(p, versions=version, increments=p.increments[:version])
     segments = config.segments(MODES[mode], p)
-    if mode == "main":
-        return Run(c, p, segments, segments[0], one_fork=bool(version))
-    if version is None:
+    if version is None and mode != "main":
         raise UserError(f"--version: not given; --mode {mode} expects one of 1..{len(p.T)}")
-    segment = next(s for s in segments if s.version == version and s.paradigm != "main")
+    segment = next(s for s in segments if mode == "main" or (s.version == version and s.paradigm != "main"))
     if mode == "branch" and c.data.decay_mix:
         segment = replace(segment, name=segment.name.replace("/", f"-mix{c.data.decay_mix:g}/"))
-    return Run(c, p, segments, segment)
+    if parent and not segment.parent:
+        raise UserError(f"--parent: {segment.name} has none; an imported model is --train.base {parent}")
+    before = segments[1:-1] if mode == "main" and version else []
+    return Run(c, p, segments, segment, parent, optional={b.start for b in before}.difference(c.train.save_at))
 
 
 def sft_config(c: Config, parent: str | None, given: Collection[str]) -> tuple[Config, dict[str, Any]]:
@@ -121,8 +128,10 @@ def sft_config(c: Config, parent: str | None, given: Collection[str]) -> tuple[C
     return replace(c, model=replace(model, context=context), data=replace(c.data, path=path), out=out), meta
 
 
-def sft_run(c: Config, meta: dict[str, Any], parent: str, steps: int) -> Run:
+def sft_run(c: Config, meta: dict[str, Any], parent: str, steps: int | None = None) -> Run:
     """Fine-tuning of `steps` updates: the rates of a version 1 from scratch, at most a tenth of them warm-up."""
+    if steps is None:  # until the examples are counted: so many that the warm-up fits
+        steps = 10 * max(c.plan.warmup, 1)
     p = replace(c.plan, increments=[steps], warmup=min(c.plan.warmup, steps // 10))
     first = config.segments("ptfs", p)[0]
     name, start = f"sft/{meta['segment']}", (meta["segment"], meta["step"])
@@ -219,14 +228,6 @@ def resume_step(folder: Path, required: list[int]) -> int | None:
     there = checkpoint.steps(folder)
     missing = [r for r in required if r not in there]
     return max((s for s in there if s <= min(missing, default=required[-1])), default=None)
-
-
-def passed(run: Run) -> list[int]:
-    """Fork points that `--mode main --version I` leaves out: the main path is past them and has not saved them."""
-    if not run.one_fork:
-        return []
-    begin = resume_step(run.folder, replace(run, segments=[]).required) or 0
-    return [fork for fork in run.required if fork < begin and fork not in checkpoint.steps(run.folder)]
 
 
 def finished(run: Path) -> dict[str, dict[int, Path]]:

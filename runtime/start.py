@@ -109,8 +109,7 @@ class Start:
 def check_origin(run: Run) -> None:
     """UserError, with the command that makes it, if the checkpoint that a new segment starts from is missing."""
     s, origin = run.segment, run.origin
-    begun = resume.resume_step(run.folder, run.required) is not None
-    if begun or not origin or (origin / "meta.json").exists():
+    if run.last is not None or not origin or (origin / "meta.json").exists():
         return
     fix = "expected the folder of a checkpoint"
     if s.parent and not run.parent:
@@ -153,7 +152,7 @@ def find_start(run: Run, tokens: Tokens | SFTData) -> Start:
     for step in there:  # all of them: one folder never holds two runs
         if step <= s.end or s.paradigm == "sft":  # a main path may be longer; fine-tuning of another length is another
             resume.check_lineage(checkpoint.path(folder, step), c, s, tokens)
-    if (last := resume.resume_step(folder, run.required)) is not None:
+    if (last := run.last) is not None:
         own = checkpoint.path(folder, last)
         return Start(last, done, str(own), False, checkpoint.read_meta(own).get("parent"))
 
@@ -191,18 +190,18 @@ def check_start(run: Run, tokens: Tokens | SFTData, start: Start, checksums: boo
         raise UserError(BUSY.format(run.folder))
 
 
-def agree_on_start(run: Run, tokens: Tokens | SFTData, world: World) -> tuple[Run, Start]:
-    """What to save and where to begin, as rank 0 sees it: others may see an older state of a shared disk."""
-    found = None
+def agree_on_start(run: Run, tokens: Tokens | SFTData, world: World) -> Start:
+    """find_start as rank 0 sees it: others may see an older state of a shared disk."""
+    start = None
     with raise_on_all_ranks(world):
         if world.rank == 0:
-            run = replace(run, passed=resume.passed(run))
-            if run.passed:
-                forks = ", ".join(f"{g.version} (step {g.start:,})" for g in run.segments if g.start in run.passed)
+            start = find_start(run, tokens)
+            passed = {step for step in run.optional if step < start.step}.difference(start.done)
+            if forks := ", ".join(f"{g.version} (step {g.start:,})" for g in run.segments if g.start in passed):
                 print(f"{run.folder}: not saved on its way and not made now: the fork points of versions {forks}")
-            found = run.passed, find_start(run, tokens)
-    passed, start = broadcast(found, world.ranks)
-    return replace(run, passed=passed), start
+            for step in start.done if start.step == run.segment.end else []:  # nothing left to do: no `claim` pins them
+                checkpoint.pin(checkpoint.path(run.folder, step))
+    return broadcast(start, world.ranks)
 
 
 @contextmanager
@@ -236,7 +235,6 @@ def preview(run: Run, kind: str, why: str, ranks: int) -> None:
 
     UserError at the end where the run would refuse.
     """
-    run = replace(run, passed=resume.passed(run))
     sft, problem = run.segment.paradigm == "sft", None
     try:
         if not sft and prepare.ships(run.config.data.path):
@@ -250,11 +248,12 @@ def preview(run: Run, kind: str, why: str, ranks: int) -> None:
             raise
         problem = e
     c, t, m = run.config, run.config.train, run.config.model
-    s, p, required = run.segment, run.plan, run.required
+    s, p, own = run.segment, run.plan, run.last
+    required = [step for step in run.required if step >= (own or s.start)]
     tokens, flops = (s.end - s.start) * t.batch_tokens, m.flops_per_token()
     begin = f"from {run.origin or 'random weights'}"
-    if (own := resume.resume_step(run.folder, required)) is not None:
-        begin = "finished" if own == required[-1] else f"goes on from {run.folder} at step {own:,}"
+    if own is not None:
+        begin = "finished" if own == s.end else f"goes on from {run.folder} at step {own:,}"
     print(f"segment      {s.name}: steps {s.start:,} .. {s.end:,} ({s.end - s.start:,}), {begin}")
     milestones = {s.start, s.start + p.warmup - 1, *(p.end(i + 1) - 1 for i in range(len(p.T))), *required, s.end - 1}
     rates = [f"update {i:>9,}: {s.lr(i):.6g}" for i in sorted(milestones) if s.start <= i < s.end]

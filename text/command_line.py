@@ -35,8 +35,7 @@ def arguments() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     make = commands.add_parser("prepare", help="make a folder of increments and a validation set")
     extend = commands.add_parser("add", help="append an increment to a folder")
-    about = "undo the last add, unless a checkpoint below out/ was trained on it (runs elsewhere are not known)"
-    undo = commands.add_parser("drop", help="take out the increment that was added last", description=about)
+    undo = commands.add_parser("drop", help="undo the last add, unless a checkpoint below out/ was trained on it")
     verify = commands.add_parser("verify", help="check a folder's sizes and SHA-256")
     convert = commands.add_parser("bins", help="make a folder of token files of nanoGPT or llm.c")
     train = commands.add_parser("vocab", help="train a rank file on the first increment (needs rustbpe)")

@@ -189,22 +189,19 @@ def prepare(
             places = np.concatenate([np.fromfile(f, "<u8") for f in partial.glob("*.ids")]) / 2**64
             none = f"{empty[0]}: none of {len(places)} documents fell into it; a hash of a text decides its place"
             more = f"give more (a line of .jsonl is one, and so are some {PIECE:,} characters of a .txt)"
-            raise UserError(f"{none}; {more}{working_split(places, increments)}")
+            raise UserError(f"{none}; {more}{working_split(places, len(increments))}")
         source = {"increments": len(increments), "from": sources, "weights": weights}
         meta = token_files.write_meta(partial, tok, source, written)
     print_summary(folder, written, found)
     return meta
 
 
-def working_split(places: np.ndarray, increments: Sequence[float]) -> str:
-    """Options near to the given ones that leave no part empty, for documents at these places of [0, 1)."""
-    for n in range(len(increments), 0, -1):
+def working_split(places: np.ndarray, most: int) -> str:
+    """Options of `most` equal increments or fewer that leave no part empty, for documents at these places of [0, 1)."""
+    for n in range(most, 0, -1):
         for val in (0.05, 0.1, 0.2, 0.3, 0.5):
-            kept = increments[:n]
-            edges = np.cumsum([val, *((1 - val) * w / sum(kept) for w in kept)])
-            if len(np.unique(np.searchsorted(edges[:-1], places, "right"))) == n + 1:
-                words = n if len(set(kept)) == 1 else ",".join(f"{w:g}" for w in kept)
-                return f", or take --val {val:g} --increments {words}"
+            if np.histogram(places, [0, *np.linspace(val, 1, n + 1)])[0].all():
+                return f", or take --val {val:g} --increments {n}"
     return ""
 
 
@@ -262,9 +259,7 @@ def drop(out: str) -> None:
             if last["sha256"]["bin"] in file.read_text("utf-8", errors="replace"):
                 fix = "move it away first, or add more text as another increment"
                 raise UserError(f"{folder}: {file.parent} was trained on {last['name']}; {fix}")
-        write_json(
-            folder / "meta.json", meta
-        )  # first: files that it does not name are nothing, and `add` replaces them
+        write_json(folder / "meta.json", meta)  # first: files that it does not name are nothing; `add` replaces them
         for kind in last["sha256"]:
             (folder / f"{last['name']}.{kind}").unlink()
     print(f"{folder}: without {last['name']} now; the same text added again gives the same increment")

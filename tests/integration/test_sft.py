@@ -352,7 +352,7 @@ def test_examples_in_the_decay_of_a_branch(train_cli, tmp_path, capsys):
             (*mix[:6], "--data.decay_mix", "0.01"),
             "data.decay_mix: got 0.01 of 8 sequences, expected 0.125 to 0.875",
         ),
-        ((*mix[:6], "--data.decay_mix", "1"), "expected below 1"),
+        ((*mix[:6], "--data.decay_mix", "1"), "expected 0 or more and below 1"),
         (
             (*mix[:4], "--data.sft", jsonl(tmp_path / "b.jsonl", sums(100, 2)), *mix[6:]),
             "was trained on other examples",

@@ -81,9 +81,9 @@ def test_a_key_of_the_command_line_replaces_the_files_alternative(tmp_path):
         (("data.repeat", "yes"), "data.repeat: got 'yes', expected true or false"),
         (("plan.max_lr", "high"), "plan.max_lr: got 'high', expected a number"),
         (("plan.increments", "5,x"), "plan.increments: got '5,x', expected a list of whole numbers"),
-        (("data.increments", "5,0"), "data.increments: got [5, 0], expected steps of 1 or more each"),
+        (("data.increments", "5,0"), "data.increments: got [5, 0], expected 1 or more"),
         (("train.clip", "nan"), "train.clip: got nan, expected 1e-12 or more"),
-        (("train.beta2", "1"), "train.beta2: got 1.0, expected below 1"),
+        (("train.beta2", "1"), "train.beta2: got 1.0, expected 0 or more and below 1"),
         (("train.device", "tpu"), "train.device: got 'tpu', expected one of auto, cuda, mps, cpu"),
         (
             ("model.n_head", "3"),
