@@ -152,6 +152,17 @@ def scores(
         return dict(zip(opened, apply(known, opened), strict=True))
 
 
+def chosen(paths: list[Path]) -> dict[str, dict[int, Path]] | None:
+    """The finished versions if `paths` is one run's folder, None if it is checkpoints."""
+    if len(paths) == 1 and not (paths[0] / "meta.json").exists():
+        if run := resume.finished(paths[0]):
+            return run
+        raise UserError(f"{paths[0]}: is no checkpoint, and no run with a finished version; train one with train.py")
+    for p in paths:
+        checkpoint.read_meta(p)
+    return None
+
+
 def of_run(run: dict[str, dict[int, Path]], known: dict[Path, Score]) -> tuple[dict[str, Any], list[str]]:
     """A row for each paradigm, for JSON and as text: PPL (SE) of its versions, and APPL if it has all of the table."""
     columns = sorted({v for versions in run.values() for v in versions})
@@ -189,10 +200,7 @@ def main() -> None:
     a.add_argument("--context", type=int, default=0, help="tokens of a sequence, to compare models [the model's]")
     o = a.parse_args()
     device = pick_device(o.device, 0)
-    folder = len(o.path) == 1 and not (o.path[0] / "meta.json").exists()
-    run = resume.finished(o.path[0]) if folder else {}
-    if folder and not run:
-        raise UserError(f"{o.path[0]}: is no checkpoint, and no run with a finished version; train one with train.py")
+    run = chosen(o.path)
     paths = sorted({p for versions in run.values() for p in versions.values()}) if run else o.path
     texts = {open_data(p, checkpoint.read_meta(p), o.data, o.context).meta["val"]["sha256"]["bin"] for p in paths}
     if len(texts) > 1:
