@@ -39,7 +39,7 @@ bench: $(if $(filter .venv/%,$(PY)),.venv/dev)
 	@$(PY) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make bench: needs a CUDA GPU')"
 	@mkdir -p $(FIGURES); failed=; \
 	run() { echo "$$*"; "$$@" || failed="$$failed\n  $$*"; }; \
-	measure() { name=$(FIGURES)/$$1; shift; run $(PY) -m bench "$$@" --json $$name.json --plot $$name.png; }; \
+	measure() { name=$$1; shift; run $(PY) -m bench "$$@" --json $(FIGURES)/$$name.json; }; \
 	run $(PY) -m pytest -q -m gpu tests; \
 	measure kernels kernels; \
 	for size in $(SIZES); do measure step-$$size step --size $$size; done; \

@@ -13,7 +13,6 @@ turn with the others. `--json FILE` keeps everything.
 import argparse
 import json
 import math
-import os
 import shlex
 import signal
 import sys
@@ -26,38 +25,31 @@ import config
 import kernels
 from bench import disk, evaluation, peers, step
 from bench import kernels as kernel_rows
-from bench.measure import Row, environment, table, text
+from bench.measure import environment, table
 from runtime import logger
 from runtime.command_line import Parser
 from runtime.device import activations, pick_device
 from runtime.errors import UserError, refuse, user_errors
 from runtime.files import write_text
-from text.sources import optional
 
 VERBS: Any = {"step": step.run, "kernels": kernel_rows.run, "eval": evaluation.run}
 VERBS |= {"data": disk.run_data, "checkpoint": disk.run_checkpoint}
 PEERS = f"some of {' '.join(peers.PEERS)}, and ours-K with a value K of train.kernels, such as ours-torch; none: ours"
+ALL = " ".join(VERBS)
 # (commands, option, its argparse arguments, help)
 OPTIONS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
-    ("step data checkpoint eval", "--size", {"dest": "config"}, "a name in configs/ or a .toml file, as --config"),
-    ("kernels", "--size", {"dest": "sizes", "nargs": "+"}, "names in configs/ [203m to 3.1b; on a CPU tiny]"),
-    ("kernels", "--only", {"nargs": "+", "choices": kernel_rows.CASES, "default": kernel_rows.CASES}, "some kernels"),
+    (ALL, "--size", {"dest": "config"}, "a name in configs/ or a .toml file, as --config [kernels on a GPU: several]"),
     ("step", "--peers", {"nargs": "*"}, f"{PEERS} [hf-compile hf-liger; on a CPU hf nanogpt]"),
     ("step", "--micro", {"nargs": "+", "type": int}, "micro-batches to try [16 32 8 4 2 1; on a CPU 8 16 4]"),
     ("step", "--minutes", {"type": float, "default": 8.0}, "for everything; what it ends or leaves out is named [8]"),
-    ("step", "--steps", {"type": int}, "timed updates of a round [12; on a CPU 20]"),
-    ("step", "--warmup", {"type": int}, "updates before them [4; on a CPU 10]"),
     ("step", "--updates", {"type": int, "default": 20}, "updates whose last loss is compared; 0: none [20]"),
     ("step", "--profile", {"action": "store_true"}, "also an update's milliseconds by kind of operation"),
     ("step", "--row", {}, argparse.SUPPRESS),  # measure this row alone, in this process
     ("step data checkpoint eval", "--rounds", {"type": int}, "rounds, all rows in turn [3; eval 5; step on a GPU 1]"),
     ("data", "--megabytes", {"type": float, "default": 64.0}, "of text to tokenize [64]"),
-    ("data", "--jobs", {"type": int, "default": os.cpu_count() or 1}, "processes, threads of tiktoken [one a core]"),
-    ("data checkpoint", "--dir", {}, "where to write [the system's temporary folder]"),
-    ("step kernels data checkpoint eval", "--json", {}, "write everything to this file"),
-    ("step kernels data checkpoint eval", "--plot", {}, "draw it into this file"),
+    (ALL, "--json", {}, "write everything to this file"),
 )
-LOWEST = {"micro": 1, "steps": 1, "rounds": 1, "jobs": 1, "megabytes": 0.1, "minutes": 0, "warmup": 0, "updates": 0}
+LOWEST = {"micro": 1, "rounds": 1, "megabytes": 0.1, "minutes": 0, "updates": 0}
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
@@ -73,8 +65,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
     default = {"checkpoint": "small", "step": "203m" if torch.cuda.is_available() else "tiny"}.get(argv[0], "tiny")
     o, c = top.parse_config(argv, default=default)
     cuda = torch.cuda.is_available() and c.train.device != "cpu"
-    if o.verb == "kernels":
-        o.sizes = o.sizes or ([o.config] if o.config else ["203m", "608m", "1.2b", "3.1b"] if cuda else ["tiny"])
     for key, value in (step.DEFAULTS[cuda] if o.verb == "step" else {}).items():
         if getattr(o, key) is None:
             setattr(o, key, value)
@@ -82,13 +72,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
         value = getattr(o, key, None)
         if value is not None and not low <= min(value if isinstance(value, list) else [value]) < math.inf:
             raise UserError(f"--{key}: got {value}, expected {low} or more")
-    for key in ("json", "plot"):
-        if (file := getattr(o, key)) and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
-            raise UserError(f"--{key}: got {file}, expected a file in a folder that exists")
-    if o.plot and Path(o.plot).suffix != ".png":
-        raise UserError(f"--plot: got {o.plot}, expected a .png file")
-    if o.plot:
-        optional("matplotlib", "matplotlib", "--plot")
+    if o.json and (Path(o.json).is_dir() or not Path(o.json).absolute().parent.is_dir()):
+        raise UserError(f"--json: got {o.json}, expected a file in a folder that exists")
     if c.train.device == "mps":
         raise UserError("train.device: got mps, expected auto, cuda or cpu")
     found = kernels.problems(c.train.kernels, cuda, c.model)
@@ -99,22 +84,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
             found.append(f"--peers: got {peer}, expected {PEERS}")
     refuse(found)
     return o, c
-
-
-def plot(result: Row, file: str) -> None:
-    """Draw one bar a row: tokens/s, seconds forward and backward, or seconds."""
-    from matplotlib.figure import Figure
-
-    units = {"tokens_per_second": "tokens/s", "both": "seconds, both passes", "seconds": "seconds"}
-    key = next((k for k in units if any(r.get(k) for r in result["rows"])), "seconds")
-    rows = [r for r in result["rows"] if r.get(key)][::-1]
-    names = [" ".join(r[k] for k in ("size", "kernel", "row") if k in r) for r in rows]
-    colors = ["#0072B2" if r["row"].startswith(("ours", "triton")) else "#E69F00" for r in rows]
-    figure = Figure(figsize=(9, 2 + len(rows) / 4), layout="constrained")
-    ax = figure.subplots()
-    ax.bar_label(ax.barh(names, [r[key] for r in rows], color=colors), [text(r[key]) for r in rows], padding=3)
-    ax.set(xmargin=0.3, xlabel=units[key], title=result["device"])
-    figure.savefig(file, dpi=150)
 
 
 def main() -> None:
@@ -137,8 +106,6 @@ def main() -> None:
     result |= {"config": config.values(c), **found}
     if o.json:
         write_text(Path(o.json), json.dumps(result, indent=1) + "\n")
-    if o.plot:
-        plot(result, o.plot)
 
 
 if __name__ == "__main__":

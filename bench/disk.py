@@ -19,53 +19,48 @@ from tqdm import tqdm
 import config
 import data
 import model as llama
-from bench.measure import Row, child, total_memory
+from bench.measure import Row, child, timed, total_memory
 from runtime import checkpoint
 from runtime.errors import UserError
-from runtime.files import sha256
 from text import prepare, sources
 from text.tokenizer import Tokenizer
 
 STALL, WHOLE, FIRST = "stall of an asynchronous save", "whole asynchronous save", "the first one, which allocates"
-COPY, WRITE, READ, HASH = "copy to the host", "plain write and fsync", "plain read", "SHA-256 of it"
-BESIDE = {STALL: COPY, FIRST: COPY, WHOLE: WRITE, "save": WRITE, "verify": HASH, "load": READ}
+COPY, WRITE, READ = "copy to the host", "plain write and fsync", "plain read"
+BESIDE = {STALL: COPY, FIRST: COPY, WHOLE: WRITE, "save": WRITE, "load": READ}
 
 
 def run_data(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
-    """The shard writer beside tiktoken alone, on the same documents and as many processes; the reader on one core."""
-    tokenizer, rounds = Tokenizer(str(prepare.RANKS)), o.rounds or 3
+    """The shard writer beside tiktoken alone, on the same documents and all cores; the reader on one core."""
+    tokenizer, rounds, cores = Tokenizer(str(prepare.RANKS)), o.rounds or 3, os.cpu_count() or 1
     docs = documents(o.megabytes)
     alone, ours = [], []  # tokens/s
-    with tempfile.TemporaryDirectory(dir=o.dir) as name:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name).absolute()
         (folder / "text.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in docs), "utf-8")
         for i in tqdm(range(rounds), desc="data", disable=None):
             began = time.perf_counter()
-            count = sum(map(len, tokenizer.encoding.encode_ordinary_batch(docs, num_threads=o.jobs)))
+            count = sum(map(len, tokenizer.encode_many(docs)))
             middle = time.perf_counter()
-            files = ["--source", f"{folder}/text.jsonl", "--out", f"{folder}/{i}"]
-            how = ["--tokenizer", tokenizer.name, "--jobs", str(o.jobs)]
-            succeeded, said = child("data.py", "prepare", *files, *how)
+            options = ["--source", f"{folder}/text.jsonl", "--out", f"{folder}/{i}", "--tokenizer", tokenizer.name]
+            succeeded, said = child("data.py", "prepare", *options)
             if not succeeded:
                 raise UserError(f"--megabytes {o.megabytes:g}: data.py could not prepare that text: {said}")
             alone.append(count / (middle - began))
             ours.append(count / (time.perf_counter() - middle))
         tokens = data.Tokens(f"{folder}/0", c.model.context, c.batch_sequences, [10**9], c.train.seed, repeat=True)
         steps = itertools.count()
-        timer = timeit.Timer(lambda: tokens.batch(next(steps)))
-        batches, _ = timer.autorange()  # of at least 0.2 seconds; the first maps the file into memory
-        seconds = statistics.median(timer.repeat(rounds, batches))
-    reader = batches * c.batch_sequences * c.model.context / seconds
+        seconds = timed(lambda: tokens.batch(next(steps)), torch.device("cpu"))
+    reader = c.batch_sequences * c.model.context / seconds
     writer = statistics.median(a / b for a, b in zip(ours, alone, strict=True))
-    speeds = {
-        f"tiktoken alone, {o.jobs} threads": statistics.median(alone),
-        f"data.py prepare, {o.jobs} processes": statistics.median(ours),
-        f"reader, {c.batch_sequences} x {c.model.context} a batch": reader,
-    }
-    rows = [Row(row=name, tokens_per_second=speed) for name, speed in speeds.items()]
-    rows[1] |= {"ratio": writer, "to": "tiktoken"}
+    own = Row(tokens_per_second=statistics.median(ours), ratio=writer, to="tiktoken")
+    rows = [
+        Row(row=f"tiktoken alone, {cores} threads", tokens_per_second=statistics.median(alone)),
+        Row(row=f"data.py prepare, {cores} processes") | own,
+        Row(row=f"reader, {c.batch_sequences} x {c.model.context} a batch", tokens_per_second=reader),
+    ]
     print(f"{len(docs):,} documents, {count:,} tokens by {prepare.RANKS.name}")
-    return {"documents": len(docs), "tokens": count, "jobs": o.jobs, "rows": rows}
+    return {"documents": len(docs), "tokens": count, "jobs": cores, "rows": rows}
 
 
 def documents(megabytes: float) -> list[str]:
@@ -77,21 +72,17 @@ def documents(megabytes: float) -> list[str]:
 
 def run_checkpoint(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
     """A checkpoint's save, its stall and its load beside a plain write, copy and read of the same bytes, in turn."""
-    where = o.dir or tempfile.gettempdir()
-    least, fix = checkpoint.BYTES * c.model.parameters, "take a smaller --size or another --dir"
-    for what, need, have in (
-        (f"--dir {where}", 2.2 * least, shutil.disk_usage(where).free),
-        ("--size: the memory of the host", 5.0 * least, total_memory(torch.device("cpu"))),
-    ):
-        if need > have:
-            raise UserError(f"{what} needs about {need / 1e9:,.1f} GB, and {have / 1e9:,.1f} GB are there; {fix}")
+    need, have = 5.0 * checkpoint.BYTES * c.model.parameters, total_memory(torch.device("cpu"))
+    if need > have:
+        sizes = f"needs about {need / 1e9:,.1f} GB of the host's memory, and {have / 1e9:,.1f} GB are there"
+        raise UserError(f"--size: {sizes}; take a smaller one")
     with device:
         net = llama.Transformer(c.model)
     state = checkpoint.state(net, torch.optim.AdamW(net.parameters(), fused=True))
     for name, t in state.items():
         if name.startswith("exp_avg"):
             t.normal_()  # zeros could be compressed
-    with tempfile.TemporaryDirectory(dir=where) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         seconds = checkpoint_seconds(state, Path(folder), o.rounds or 3)
     middle = {name: statistics.median(s) for name, s in seconds.items()}
     size = sum(t.nbytes for t in state.values())
@@ -99,7 +90,7 @@ def run_checkpoint(o: Any, c: config.Config, device: torch.device, dtype: torch.
     for row in rows:
         if to := BESIDE.get(row["row"]):
             row |= {"ratio": middle[to] / row["seconds"], "to": to}
-    print(f"{size:,} bytes in {where}; reads come from the page cache, since the same bytes were just written")
+    print(f"{size:,} bytes in {tempfile.gettempdir()}; reads come from the page cache, as they were just written")
     return {"bytes": size, "rows": rows}
 
 
@@ -140,8 +131,6 @@ def checkpoint_seconds(state: dict[str, Tensor], folder: Path, rounds: int) -> d
         plain.unlink(missing_ok=True)  # freeing its pages is no part of a write
         clock(WRITE, write)
         clock("save", lambda: checkpoint.save(segment, 0, state, record))
-        clock(HASH, lambda: sha256(plain))
-        clock("verify", lambda: checkpoint.verify(saved))
         clock(READ, plain.read_bytes)
         clock("load", lambda: checkpoint.load(saved, state))
     return seconds

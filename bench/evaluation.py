@@ -57,35 +57,30 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
     }
     prompts, new = [q[: T // 4] for q in questions], T // 2
     lm = harness.LM(net, tokenizer, BATCH)
-    calls: Calls = {name: (partial(our_nats, lm, x), partial(their_nats, peer, x, device)) for name, x in asked.items()}
+    calls: Calls = {}
+    for name, x in asked.items():
+        own = partial(lm._loglikelihood_tokens, [(None, *request) for request in x])
+        calls[name] = own, partial(their_nats, peer, x, device)
     calls["written answers"] = partial(generate, net, prompts, new, set()), partial(written, peer, prompts, new, device)
     tokens = {name: sum(len(q) + len(a) - 1 for q, a in x) for name, x in asked.items()}
     tokens["written answers"] = BATCH * new
-    for name, (ours, theirs) in calls.items():  # the first calls, which warm up
-        mine, other = ours(), theirs()
+    rows = list[Row]()
+    for name, (ours, theirs) in tqdm(calls.items(), desc="eval", disable=None):
+        mine, other = ours(), theirs()  # the first calls, which warm up
         if name in asked:
-            gaps = [abs(x - y) / len(a) for x, y, (_, a) in zip(mine, other, asked[name], strict=True)]
+            gaps = [abs(x - y) / len(a) for (x, _), y, (_, a) in zip(mine, other, asked[name], strict=True)]
         else:  # the likeliest id may be another by rounding, and so all after it
             gaps = [shortfall(peer, p, new_ids, device) for p, new_ids in zip(prompts, mine, strict=True)]
         if not all(gap <= ROUNDING[dtype] for gap in gaps):  # nan too
             found = f"{name}: ours and transformers differ by {max(gaps):.2g} nats a token"
             raise UserError(f"bench eval: {found}, expected {ROUNDING[dtype]} or less; there is nothing to compare")
-    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
-    for _ in tqdm(range(rounds), desc="eval", disable=None):
-        for name, sides in calls.items():
-            for call, times in zip(sides, seconds[name], strict=True):
-                times.append(timeit.timeit(call, number=1))  # it makes a list, so a device has ended its work
-    rows = list[Row]()
-    for name, both in seconds.items():
-        speed, peers_speed = (tokens[name] / statistics.median(times) for times in both)
+        # a call makes a list, so a device has ended its work
+        pairs = [(timeit.timeit(ours, number=1), timeit.timeit(theirs, number=1)) for _ in range(rounds)]
+        speed, peers_speed = (tokens[name] / statistics.median(times) for times in zip(*pairs, strict=True))
         rows.append(Row(row=f"ours: {name}", tokens_per_second=speed, ratio=speed / peers_speed, to="transformers"))
         rows.append(Row(row=f"transformers: {name}", tokens_per_second=peers_speed))
     print(f"{BATCH} rows of {T}; tokens are counted once an answer, of written answers the new ones")
     return {"batch": BATCH, "rounds": rounds, "rows": rows}
-
-
-def our_nats(lm: Any, requests: list[Request]) -> list[float]:
-    return [nats for nats, _ in lm._loglikelihood_tokens([(None, *request) for request in requests])]
 
 
 @torch.no_grad()

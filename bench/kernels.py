@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from itertools import product
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import config
-from bench.measure import Row, capture, roofs, timed
+from bench.measure import Row, capture, copy_speed, timed
 from bench.peers import liger, missing
 from kernels import check
 from kernels.rope import rope_table
@@ -20,16 +19,17 @@ from runtime.command_line import given
 from runtime.errors import first_line
 
 CASES = ("rms_norm", "add_rms_norm", "rope", "attention", "swiglu", "cross_entropy")
-HF_LLAMA = "transformers.models.llama.modeling_llama"
 
 
 def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
     cuda = device.type == "cuda"
     sequences = 8 if cuda else 2
-    models = {size: config.load(size, given(o)).model for size in o.sizes}
-    floors = roofs(device, dtype)
+    sizes = [o.config] if o.config else ["203m", "608m", "1.2b", "3.1b"] if cuda else ["tiny"]
+    models = {size: config.load(size, given(o)).model for size in sizes}
+    copy = copy_speed(device)
+    print(f"copy {copy / 1e9:,.4g} GB/s, read and written")
     rows: list[Row] = []
-    for (size, m), case in tqdm(list(product(models.items(), o.only)), desc="kernels", disable=None):
+    for (size, m), case in tqdm(list(product(models.items(), CASES)), desc="kernels", disable=None):
         torch._dynamo.reset()  # or its limit of recompilations would end in eager rows
         with torch.cuda.stream(torch.cuda.Stream() if cuda else None):  # the default stream cannot be captured
             for name, (call, inputs) in candidates(case, m, sequences, device, dtype).items():
@@ -42,8 +42,8 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
                 except Exception as e:  # this device or shape cannot run it; the other rows go on
                     row["note"] = f"failed: {first_line(e)[:120]}"
                 else:
-                    row |= rates(row, m, sequences, dtype.itemsize, floors["copy_bytes_per_second"])
-    return {"floors": floors, "sequences": sequences, "rows": rows}
+                    row |= rates(row, m, sequences, dtype.itemsize, copy)
+    return {"copy_bytes_per_second": copy, "sequences": sequences, "rows": rows}
 
 
 def times(call: Callable[..., Any], inputs: list[Tensor], device: torch.device) -> Row:
@@ -98,7 +98,6 @@ def candidates(case: str, m: config.Model, B: int, device: torch.device, dtype: 
         wide = [torch.cat((t, t), 1)[None].to(device, dtype) for t in tables]  # (1, T, D), as transformers has them
         queries_and_keys = inputs[0].detach().split((H, K, K), dim=2)[:2]
         views = [t.contiguous().transpose(1, 2).requires_grad_() for t in queries_and_keys]
-        rows["hf"] = (lambda q, k: import_module(HF_LLAMA).apply_rotary_pos_emb(q, k, *wide), views)
         rows["liger"] = (lambda q, k: liger("rope")(q, k, *wide), views)
     elif case == "attention":
         for name in ("flash", "cudnn", "efficient"):

@@ -3,11 +3,9 @@
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import time
-import timeit
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 
 from runtime.command_line import aligned
 from runtime.device import device_name
@@ -39,11 +38,8 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
     """Median seconds of a call; on CUDA by device events, with the L2 cache flushed before each call."""
     if device.type == "cuda":
         return import_module("triton.testing").do_bench(call, return_mode="median") / 1e3
-    call()
-    times: list[float] = []
-    while len(times) < 5 or (sum(times) < 0.1 and len(times) < 500):
-        times.append(timeit.timeit(call, number=1))
-    return statistics.median(times)
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.1).median
 
 
 def capture(call: Callable[[], Any]) -> Any:
@@ -67,21 +63,17 @@ def capture(call: Callable[[], Any]) -> Any:
     return graph
 
 
-def square_product(device: torch.device, dtype: torch.dtype) -> tuple[str, float]:
-    """A large matrix product, the roof of the arithmetic: its name and FLOP/s."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return f"{n}^3 in {str(dtype).removeprefix('torch.')}", 2.0 * n**3 / timed(lambda: a @ b, device)
+def product_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a 1024^3 matrix product, the roof of the arithmetic on a CPU."""
+    a, b = (torch.randn(1024, 1024, device=device, dtype=dtype) for _ in range(2))
+    return 2 * 1024**3 / timed(lambda: a @ b, device)
 
 
-def roofs(device: torch.device, dtype: torch.dtype) -> Row:
-    """Bytes/s of a large copy, FLOP/s of a large product."""
+def copy_speed(device: torch.device) -> float:
+    """Bytes/s of a large copy, read and written."""
     a = torch.zeros(int(4e9 if device.type == "cuda" else 2.5e8), dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
-    copy = 2 * len(a) / timed(lambda: b.copy_(a), device)
-    name, matmul = square_product(device, dtype)
-    print(f"copy {copy / 1e9:,.4g} GB/s, read and written; matmul {name} {matmul / 1e12:,.4g} TFLOP/s")
-    return {"copy_bytes_per_second": copy, "matmul": name, "matmul_flops": matmul}
+    return 2 * len(a) / timed(lambda: b.copy_(a), device)
 
 
 def child(*arguments: str, seconds: float | None = None) -> tuple[bool, str]:

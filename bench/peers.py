@@ -13,7 +13,7 @@ import model as llama
 from runtime.device import cpp_compiler
 from tools import huggingface
 
-PEERS = ("hf", "hf-compile", "hf-liger", "hf-liger-compile", "nanogpt")
+PEERS = ("hf", "hf-compile", "hf-liger", "nanogpt")
 
 
 def missing(row: str, cuda: bool) -> str | None:

@@ -17,16 +17,16 @@ from tqdm import tqdm
 
 import model as llama
 from bench import peers
-from bench.measure import Row, child, roofs, square_product, total_memory
+from bench.measure import Row, child, product_speed, total_memory
 from config import Config
 from runtime.build import adamw, build
-from runtime.device import device_name, peak_flops
+from runtime.device import peak_flops
 from runtime.distributed import World
 from runtime.start import Start
 
 DEFAULTS: dict[bool, Row] = {  # of options; on a GPU: no more than eight minutes at 203M
-    True: {"micro": [16, 32, 8, 4, 2, 1], "peers": ["hf-compile", "hf-liger"], "rounds": 1, "warmup": 4, "steps": 12},
-    False: {"micro": [8, 16, 4], "peers": ["hf", "nanogpt"], "rounds": 3, "warmup": 10, "steps": 20},
+    True: {"micro": [16, 32, 8, 4, 2, 1], "peers": ["hf-compile", "hf-liger"], "rounds": 1},
+    False: {"micro": [8, 16, 4], "peers": ["hf", "nanogpt"], "rounds": 3},
 }
 NO_MEMORY = "no memory"
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
@@ -80,16 +80,16 @@ class Trainer:
         return total
 
     def losses(self, micro: int, updates: int) -> Row:
-        """The last loss of some updates under a warm-up, and the seconds of the first, which compiles."""
-        found, began = Row(), time.perf_counter()
+        """The last loss of some updates under a warm-up."""
+        found = Row()
         for i in range(updates):
             x, y = self.ids(16 // micro * micro or micro, i)
             found["loss"] = self.step(x, y, micro, self.c.plan.max_lr * (i + 1) / updates).item()
-            found.setdefault("first_update_seconds", time.perf_counter() - began)
         return found
 
-    def seconds(self, x: Tensor, y: Tensor, micro: int, warmup: int, steps: int) -> float:
-        """Median seconds of `steps` updates after `warmup` others; on a GPU by device events."""
+    def seconds(self, x: Tensor, y: Tensor, micro: int) -> float:
+        """Median seconds of an update, after some that warm up; on a GPU by device events."""
+        warmup, steps = (4, 12) if self.cuda else (10, 20)
 
         def mark() -> Any:
             if self.cuda:
@@ -125,24 +125,16 @@ class Trainer:
 def run(o: Any, c: Config, device: torch.device, dtype: torch.dtype) -> Row:
     cuda, deadline = device.type == "cuda", time.perf_counter() + 60 * o.minutes - START
     names = ["ours", *([] if cuda else ["ours-compile"]), *o.peers]
-    need, have = least_bytes("ours", c, 1), total_memory(device)
-    if need > have:  # the next size may fit: this is no error
-        fits = f"a model of at most {have / 16e9:.2g}B parameters fits"
-        note = f"skipped: needs {need / 1e9:,.0f} GB or more, {device_name(device)} has {have / 1e9:,.0f} GB; {fits}"
-        print(note)
-        return {"rows": [Row(row=name, note=note) for name in names]}
     rows = {name: Row(row=name, note=peers.missing(name, cuda)) for name in names}
-    floors = roofs(device, dtype)
-    torch.cuda.empty_cache()  # for the processes of the rows
     peak, source = 0.0, "the 1024^3 product before and after the row, one thread"  # on a CPU each row measures it
     if cuda:
         peak, source = peak_flops(device, dtype)
-    measure_rounds(o, c, rows, have, deadline)
+    measure_rounds(o, c, rows, total_memory(device), deadline)
     measured = {name: row for name, row in rows.items() if not row["note"]}
     compare(measured, c, peak)
     what = f"{peak / 1e12:,.4g} TFLOP/s, {source}" if peak else source
     print(f"MFU of {what}, attention with its causal half; mfu_published: with all of it. loss: of update {o.updates}.")
-    return {"floors": floors, "peak_flops": peak or None, "peak_from": source, "rows": list(rows.values())}
+    return {"peak_flops": peak or None, "peak_from": source, "rows": list(rows.values())}
 
 
 def least_bytes(row: str, c: Config, micro: int) -> float:
@@ -165,30 +157,28 @@ def measure_rounds(o: Any, c: Config, rows: dict[str, Row], memory: float, deadl
     """
     middle = deadline if o.rounds == 1 else (time.perf_counter() + deadline) / 2
     tried: dict[str, list[Row]] = {name: [] for name, row in rows.items() if not row["note"]}
-    left_out: dict[str, dict[str, list[int]]] = {name: {} for name in tried}  # micro-batches of each reason
     for micro in tqdm(o.micro, desc="micro-batches", disable=None):
-        for name, done in tried.items():
-            too_large = left_out[name].get(NO_MEMORY, [])
+        for name, so_far in tried.items():
+            done = [row["micro"] for row in so_far if not row.get("note")]
+            too_large = [row["micro"] for row in so_far if row.get("note") == NO_MEMORY]
             if least_bytes(name, c, micro) > memory or any(micro > other for other in too_large):
                 found = Row(note=NO_MEMORY)
-            elif any(4 * micro < row["micro"] for row in done):  # casts and launches only weigh more
+            elif any(4 * micro < other for other in done):  # casts and launches only weigh more
                 found = Row(note="too small")
             elif done:
                 found = fresh_row(name, micro, 0, middle)
             else:
                 found = fresh_row(name, micro, o.updates, deadline)
-            if found.get("note"):
-                left_out[name].setdefault(found["note"], []).append(micro)
-            else:
-                done.append(found)
-    for name, done in tried.items():
-        why = "; ".join(f"{' '.join(map(str, micros))}: {why}" for why, micros in left_out[name].items())
-        if done:
-            fastest = max(done, key=lambda row: row["tokens_per_second"])
-            rows[name] |= done[0] | fastest | {"left_out": why, "tried": done, "rounds": [fastest]}
+            so_far.append(Row(micro=micro) | found)
+    for name, every in tried.items():
+        good = [row for row in every if not row.get("note")]
+        why = "; ".join(f"{row['micro']}: {row['note']}" for row in every if row.get("note"))
+        if good:
+            fastest = max(good, key=lambda row: row["tokens_per_second"])
+            rows[name] |= good[0] | fastest | {"left_out": why, "tried": good, "rounds": [fastest]}
         else:
             rows[name]["note"] = why
-    names = [name for name, done in tried.items() if done]
+    names = [name for name in tried if not rows[name]["note"]]
     for turn, name in tqdm(list(product(range(1, o.rounds), names)), desc="rounds", disable=None):
         found = fresh_row(name, rows[name]["micro"], 0, deadline)
         if found.get("note"):
@@ -210,13 +200,13 @@ def fresh_row(name: str, micro: int, updates: int, end: float) -> Row:
 def row(o: Any, c: Config, device: torch.device, dtype: torch.dtype) -> Row:
     """A row at one micro-batch, in this process: its loss, speed and peak memory."""
     cuda, micro = device.type == "cuda", o.micro[0]
-    before = 0.0 if cuda else square_product(device, dtype)[1]
+    before = 0.0 if cuda else product_speed(device, dtype)
     try:
         trainer = Trainer(o.row, c, device, dtype)
         found = Row(micro=micro) | trainer.losses(micro, o.updates)
         # an update is on a GPU four micro-batches, on a CPU the batch of the config
         x, y = trainer.ids(4 * micro if cuda else c.batch_sequences // micro * micro or micro, 0)
-        seconds = trainer.seconds(x, y, micro, o.warmup, o.steps)
+        seconds = trainer.seconds(x, y, micro)
         found["tokens_per_second"] = x.numel() / seconds
         found["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
         if isinstance(trainer.net, llama.Transformer):  # what the check at the start has left
@@ -227,7 +217,7 @@ def row(o: Any, c: Config, device: torch.device, dtype: torch.dtype) -> Row:
         if "out of memory" not in str(e) and "ALLOC_FAILED" not in str(e):
             raise
         return Row(note=NO_MEMORY)
-    found["roof"] = None if cuda else statistics.harmonic_mean([before, square_product(device, dtype)[1]])
+    found["roof"] = None if cuda else statistics.harmonic_mean([before, product_speed(device, dtype)])
     return found
 
 

@@ -18,7 +18,7 @@ there are no atomic additions, and every run gives the same bits.
 Triton's blocks are powers of two, so a head dim is cut into two of them (96 = 64 + 32) rather than padded.
 
 PyTorch's attention (`--train.kernels auto,attention=torch`) is a little faster, but cuDNN's dq has other bits in each
-run (docs/performance.md); `python -m bench kernels --only attention` compares them.
+run (docs/performance.md); `python -m bench kernels` compares them.
 """
 
 import math

@@ -36,6 +36,7 @@ UNHASHED = ("pinned",)  # keys of meta.json that its hash leaves out: a checkpoi
 SHARD = "shard-{:05d}-model-00001-of-00001.safetensors"  # of rank + 1, as torch.distributed.checkpoint names it
 BYTES = 12  # per parameter: a float32 weight and its two moments
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}  # names in safetensors
+REPAIR = "restore it, or move the checkpoint away to go on from the one before, if any"
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
@@ -251,7 +252,7 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         meta = {}
     except ValueError as e:
-        raise UserError(f"{file}: damaged ({e}); {_remedy(checkpoint)}") from None
+        raise UserError(f"{file}: damaged ({e}); {REPAIR}") from None
     if "files" not in meta:  # prepared data has a meta.json, too
         raise UserError(f"{checkpoint}: is no checkpoint; expected a folder such as out/tiny/main/step-000100")
     if meta["format"] != 1:
@@ -262,14 +263,6 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     return meta
 
 
-def _remedy(checkpoint: Path) -> str:
-    """How to go on without a damaged checkpoint."""
-    match = STEP.fullmatch(checkpoint.name)
-    earlier = [s for s in steps(checkpoint.parent) if match and s < int(match[1])]
-    go_on = f"to go on from {path(checkpoint.parent, earlier[-1]).name}" if earlier else "to train the segment again"
-    return f"restore it, or move {checkpoint} away {go_on}"
-
-
 def verify(checkpoint: Path, checksums: bool = True) -> None:
     """Compare a checkpoint's files with their recorded sizes and checksums. UserError names the first that differs."""
     recorded = read_meta(checkpoint)["files"]
@@ -278,12 +271,12 @@ def verify(checkpoint: Path, checksums: bool = True) -> None:
     for name, record in recorded.items():
         file, size = checkpoint / name, record["bytes"]
         if not file.is_file():
-            raise UserError(f"{file}: is missing; {_remedy(checkpoint)}")
+            raise UserError(f"{file}: is missing; {REPAIR}")
         if file.stat().st_size != size:
-            raise UserError(f"{file}: got {file.stat().st_size} bytes, expected {size}; {_remedy(checkpoint)}")
+            raise UserError(f"{file}: got {file.stat().st_size} bytes, expected {size}; {REPAIR}")
         kind = "sha256" if "sha256" in record else "chunked_sha256"  # the former until November 2026
         if checksums and getattr(files, kind)(file) != record[kind]:
-            raise UserError(f"{file}: its bytes have changed (SHA-256); {_remedy(checkpoint)}")
+            raise UserError(f"{file}: its bytes have changed (SHA-256); {REPAIR}")
 
 
 def fits(checkpoint: Path, tensors: dict[str, Tensor]) -> set[str]:
@@ -308,7 +301,7 @@ def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     dcp.load(dict(tensors), storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
     for name, t in tensors.items():
         if t.is_floating_point() and not local_part(t).isfinite().all():
-            raise UserError(f"{checkpoint}: {name} holds values that are not finite; {_remedy(checkpoint)}")
+            raise UserError(f"{checkpoint}: {name} holds values that are not finite; {REPAIR}")
     for name, set_state in (("rng.cpu", torch.set_rng_state), ("rng.cuda", torch.cuda.set_rng_state)):
         if name in tensors:
             set_state(tensors[name])

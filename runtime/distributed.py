@@ -45,22 +45,16 @@ class World:
 
 def world_from_environment() -> World:
     """World as torchrun sets it, one rank without torchrun. UserError where the variables contradict each other."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    given = [k for k in names if k in os.environ]
+    given = {k: os.environ[k] for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if k in os.environ}
     if not given:
         return World()
-    needed = names if os.environ.get("WORLD_SIZE") == "1" else (*names, "MASTER_ADDR", "MASTER_PORT")
-    if missing := [k for k in needed if k not in os.environ]:
-        there = ", ".join(given)
-        raise UserError(f"{missing[0]}: not set, but {there} is; start several processes with torchrun, or unset them")
-    for k in names:
-        if not os.environ[k].isdecimal():
-            raise UserError(f"{k}: got {os.environ[k]!r}, expected a whole number; start processes with torchrun")
-    rank, local_rank, ranks = (int(os.environ[k]) for k in names)
-    if not local_rank <= rank < ranks:
-        got = f"got {rank} with LOCAL_RANK {local_rank} and WORLD_SIZE {ranks}"
-        raise UserError(f"RANK: {got}, expected LOCAL_RANK <= RANK < WORLD_SIZE; torchrun sets them")
-    return World(rank, local_rank, ranks)
+    if len(given) == 3 and all(value.isdecimal() for value in given.values()):
+        rank, local_rank, ranks = map(int, given.values())
+        if local_rank <= rank < ranks and (ranks == 1 or {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()):
+            return World(rank, local_rank, ranks)
+    got = " ".join(f"{k}={value}" for k, value in given.items())
+    expected = "LOCAL_RANK <= RANK < WORLD_SIZE with MASTER_ADDR and MASTER_PORT"
+    raise UserError(f"got {got}, expected {expected}; start several processes with torchrun, or unset these variables")
 
 
 # ---- Which way to share the work -------------------------------------------------------------------------------------
@@ -70,21 +64,16 @@ def problems(c: Config, ranks: int) -> list[str]:
     """Problems of the batch, train.parallel and train.shard_ranks on this many ranks, one line each."""
     wanted, shard_ranks, found = c.train.parallel, c.train.shard_ranks, batch_problems(c, ranks)
     if wanted == "none" and ranks > 1:
-        same = f"which would train {ranks} times the same"
-        found.append(f"train.parallel: got none on {ranks} ranks, {same}; take auto, ddp or fsdp, or one process")
+        found.append(f"train.parallel: got none on {ranks} ranks; take auto, ddp or fsdp, or one process")
     if shard_ranks and wanted != "fsdp":
         found.append(f"train.shard_ranks: got {shard_ranks} with train.parallel {wanted}, expected fsdp; leave one out")
     elif shard_ranks and ranks % shard_ranks:
-        near = max(n for n in range(1, min(ranks, shard_ranks) + 1) if ranks % n == 0)
-        expected = f"expected a divisor of {ranks} ranks; the nearest below is {near}"
-        found.append(f"train.shard_ranks: got {shard_ranks}, {expected}")
+        found.append(f"train.shard_ranks: got {shard_ranks}, expected a divisor of the {ranks} ranks")
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # https://github.com/pytorch/pytorch/issues/135712
-        found.append(
-            "torchrun --max-restarts: ranks that were started again would be given the addresses of the dead ones; "
-            "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, and take --standalone or --rdzv-backend c10d"
-        )
+        fix = "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before, and take --standalone or --rdzv-backend c10d"
+        found.append(f"torchrun --max-restarts: new ranks would be given the addresses of the dead ones; {fix}")
     return found
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -30,7 +31,7 @@ SHAPE = {"n_layer": 1, "n_head": 2, "hidden": 16, "vocab_size": 64, "context": 1
 TINY = (
     "--model.n_layer 1 --model.n_head 2 --model.hidden 16 --model.vocab_size 64 --model.context 16 --train.device cpu"
 ).split()
-QUICK = "--rounds 1 --steps 2 --warmup 1 --updates 3 --micro 4 --train.batch_tokens 64".split()
+QUICK = "--rounds 1 --updates 3 --micro 4 --train.batch_tokens 64".split()
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_without_arguments_it_explains(run):
     assert code == 0 and "python -m bench step --size 203m" in said
 
 
-def test_step(run, monkeypatch, tmp_path):
+def test_step(run, monkeypatch):
     without(monkeypatch, "liger_kernel")
     real = peers.missing
     monkeypatch.setattr(peers, "missing", lambda row, cuda: "here" if row == "ours-compile" else real(row, cuda))
@@ -99,7 +100,7 @@ def test_step(run, monkeypatch, tmp_path):
         return json.loads(json.dumps(step.row(o, c, torch.device("cpu"), torch.float32)))
 
     monkeypatch.setattr(step, "fresh_row", in_this_process)
-    options = ("--peers", "hf", "hf-liger", "nanogpt", "ours-torch", "--profile", "--plot", "step.png")
+    options = ("--peers", "hf", "hf-liger", "nanogpt", "ours-torch", "--profile")
     code, result, said = run("step", *TINY, *QUICK, *options)
     rows = by_row(result)
     assert code == 0 and list(rows) == ["ours", "ours-compile", "hf", "hf-liger", "nanogpt", "ours-torch"]
@@ -112,7 +113,7 @@ def test_step(run, monkeypatch, tmp_path):
         assert parts == pytest.approx(64e3 / rate) and min(rows[r]["products_ms"], rows[r]["attention_ms"]) > 0
     for r in ("hf", "ours-torch"):  # the same weights: fp32 rounding over three updates
         assert abs(rows[r]["loss_difference"]) < 1e-5
-    assert "loss" not in rows["nanogpt"] and (tmp_path / "step.png").stat().st_size > 0
+    assert "loss" not in rows["nanogpt"]
 
 
 def test_rows_in_fresh_processes(monkeypatch):
@@ -161,15 +162,17 @@ def test_a_run_ends_within_its_minutes(monkeypatch):
     tried = {name: [t["micro"] for t in row["tried"]] for name, row in rows.items()}
     assert tried == {"ours": [16, 32, 8], "hf-compile": [16, 32], "hf-liger": [16, 32]}
     assert clock.asked[:4] == [("ours", 16, 20), ("hf-compile", 16, 20), ("hf-liger", 16, 20), ("ours", 32, 0)]
-    assert rows["ours"]["left_out"] == "4 2 1: too small"
-    assert rows["hf-compile"]["left_out"] == "8: failed: no end after 65 s; 4 2 1: too small"
-    assert rows["hf-liger"]["left_out"] == "8: no time, raise --minutes; 4 2 1: too small"
+    assert rows["ours"]["left_out"] == "4: too small; 2: too small; 1: too small"
+    assert rows["hf-compile"]["left_out"] == "8: failed: no end after 65 s; 4: too small; 2: too small; 1: too small"
+    assert rows["hf-liger"]["left_out"] == "8: no time, raise --minutes; 4: too small; 2: too small; 1: too small"
     # a row that is ended, or never began, says so
     clock = Clock(monkeypatch, lambda name, micro: (300, True))
     rows = measured(o, names, 460)
     assert clock.now == 460 and rows["ours"]["note"] is None
-    assert rows["hf-compile"]["note"] == "16: failed: no end after 160 s; 32 8 4 2 1: no time, raise --minutes"
-    assert rows["hf-liger"]["note"] == "16 32 8 4 2 1: no time, raise --minutes"
+    assert rows["hf-compile"]["note"].startswith(
+        "16: failed: no end after 160 s; 32: no time, raise --minutes; 8: no time"
+    )
+    assert rows["hf-liger"]["note"].startswith("16: no time, raise --minutes; 32: no time, raise --minutes; 8: ")
 
 
 def test_rounds_in_turn_while_there_is_time(monkeypatch, capsys):
@@ -189,18 +192,18 @@ def test_micro_batches_that_do_not_fit(monkeypatch):
     clock = Clock(monkeypatch, lambda name, micro: (10, micro <= 8))
     row = measured(o, ["ours"], 400)["ours"]
     assert [micro for _, micro, _ in clock.asked] == [16, 8, 4, 2] and row["micro"] == 8
-    assert row["left_out"] == "16 32: no memory; 1: too small"
+    assert row["left_out"] == "16: no memory; 32: no memory; 1: too small"
     row = measured(Namespace(**vars(o) | {"micro": [2, 1]}), ["ours"], 900)["ours"]
     assert row["note"] is None
     Clock(monkeypatch, lambda name, micro: (10, False))
     row = measured(o, ["ours"], 900)["ours"]
-    assert row["note"] == "16 32 8 4 2 1: no memory" and "tried" not in row
+    assert row["note"].startswith("16: no memory; 32: no memory; 8: no memory") and "tried" not in row
 
 
 def test_out_of_memory_and_other_failures_of_a_row(monkeypatch):
-    c = config.load("tiny", {f"model.{k}": str(v) for k, v in SHAPE.items() if v is not None})
-    o = Namespace(row="ours", micro=[4], updates=1, steps=1, warmup=0, profile=False)
-    monkeypatch.setattr(step, "square_product", lambda *a: ("", 1.0))
+    c = config.load("tiny", {f"model.{k}": str(v) for k, v in SHAPE.items()} | {"train.batch_tokens": "64"})
+    o = Namespace(row="ours", micro=[4], updates=1, profile=False)
+    monkeypatch.setattr(step, "product_speed", lambda *a: 1.0)
     where = torch.device("cpu"), torch.float32
     assert step.row(o, c, *where)["tokens_per_second"] > 0
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried .."), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")):
@@ -211,14 +214,13 @@ def test_out_of_memory_and_other_failures_of_a_row(monkeypatch):
         step.row(o, c, *where)
 
 
-def test_a_size_that_does_not_fit_is_skipped(run, tmp_path):
-    code, result, said = run(
-        "step", "--size", "3.1b", "--model.n_layer", "100000", "--train.device", "cpu", "--plot", "p.png"
+def test_a_size_that_does_not_fit_is_skipped(run, monkeypatch):
+    monkeypatch.setattr(step, "child", lambda *a, **kw: pytest.fail("it was tried"))
+    code, result, _ = run(
+        "step", "--size", "3.1b", "--model.n_layer", "100000", "--train.device", "cpu", "--peers", "hf"
     )
-    assert code == 0 and "a model of at most" in said and (tmp_path / "p.png").exists()
-    c = config.load("3.1b", {"model.n_layer": "100000"})
-    need = f"skipped: needs {step.least_bytes('ours', c, 1) / 1e9:,.0f} GB or more, cpu"
-    assert all(row["note"].startswith(need) for row in result["rows"])
+    notes = {row["row"]: row["note"] for row in result["rows"]}
+    assert code == 0 and notes["ours"] == notes["hf"] == "8: no memory; 16: no memory; 4: no memory"
 
 
 def test_ours_is_what_train_makes(monkeypatch):
@@ -321,13 +323,13 @@ def test_kernels_are_timed_as_graphs_and_what_cannot_be_one_is_named(monkeypatch
     assert calls.count("captured") == {"": 2, "item": 0, "capture": 2}[breaks]  # a call that waits is never captured
 
 
-def test_kernels(run, monkeypatch, tmp_path):
+def test_kernels(run, monkeypatch):
     without(monkeypatch, "liger_kernel")
     monkeypatch.setattr(torch, "compile", lambda f, **kw: f)  # a C++ compiler would take a minute
-    code, result, _ = run("kernels", *TINY, "--plot", "roof.png")
+    code, result, _ = run("kernels", *TINY)
     by_row(result)
     rows = {(r["kernel"], r["row"]): r for r in result["rows"]}
-    assert code == 0 and {k for k, _ in rows} == set(kernels.CASES) and (tmp_path / "roof.png").stat().st_size > 0
+    assert code == 0 and {k for k, _ in rows} == set(kernels.CASES)
     for case in kernels.CASES:
         assert (
             rows[case, "triton"]["note"] == "skipped: needs CUDA"
@@ -335,7 +337,7 @@ def test_kernels(run, monkeypatch, tmp_path):
         )
         assert case == "attention" or rows[case, "liger"]["note"] == "skipped: pip install liger-kernel"
     assert rows["attention", "sdpa cudnn"]["note"] == "skipped: needs CUDA"
-    assert rows["cross_entropy", "torch"]["both_tflops"] > 0 and rows["rope", "hf"]["both"] > 0
+    assert rows["cross_entropy", "torch"]["both_tflops"] > 0 and rows["rope", "torch"]["both"] > 0
 
 
 def test_make_bench_goes_on_after_a_failure_and_names_it(tmp_path):
@@ -353,18 +355,17 @@ def test_make_bench_goes_on_after_a_failure_and_names_it(tmp_path):
         "-m bench checkpoint --size 1.2b",
         "-m bench eval --size 203m",
     ]
-    assert all(f"--plot {tmp_path}/gpu/" in line for line in asked[1:])
 
 
 def test_data(run):
-    code, result, _ = run("data", "--megabytes", "0.2", "--jobs", "1", "--rounds", "1")
+    code, result, _ = run("data", "--megabytes", "0.2", "--rounds", "1")
     alone, ours, reader = by_row(result).values()
     assert code == 0 and result["documents"] == 25 and result["tokens"] > 25 * 1000
     assert ours["ratio"] == ours["tokens_per_second"] / alone["tokens_per_second"] and reader["tokens_per_second"] > 0
 
 
 def test_data_that_is_too_little_says_so(run):
-    code, result, said = run("data", "--megabytes", "0.1", "--jobs", "1", "--rounds", "1")
+    code, result, said = run("data", "--megabytes", "0.1", "--rounds", "1")
     assert code == 2 and result is None and "bench: error: --megabytes 0.1: data.py could not prepare that text" in said
 
 
@@ -427,7 +428,8 @@ def test_checkpoint(run, tmp_path, monkeypatch):
         real(self, step, *args, **kw)
 
     monkeypatch.setattr(checkpoint.Saver, "save", save)
-    code, result, _ = run("checkpoint", *TINY, "--rounds", "2", "--dir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code, result, _ = run("checkpoint", *TINY, "--rounds", "2")
     rows = by_row(result)
     to = {
         "the first one, which allocates": "copy to the host",
@@ -435,7 +437,6 @@ def test_checkpoint(run, tmp_path, monkeypatch):
         "load": "plain read",
         "whole asynchronous save": "plain write and fsync",
         "save": "plain write and fsync",
-        "verify": "SHA-256 of it",
     }
     assert (
         code == 0
@@ -455,17 +456,14 @@ def test_checkpoint(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "args, said",
     [
-        (["checkpoint", "--size", "3.1b", "--model.n_layer", "1000000"], "take a smaller --size or another --dir"),
+        (["checkpoint", "--size", "3.1b", "--model.n_layer", "1000000"], "--size: needs about"),
         (["step", "--peers", "jax"], "--peers: got jax, expected some of hf hf-compile"),
         (["step", "--peers", "ours-jax"], "train.kernels: got 'jax', expected auto, triton or torch"),
         (["step", "--peers", "ours-triton"], "train.kernels: got 'triton', but the device is no CUDA GPU"),
-        (["step", "--steps", "0"], "--steps: got 0, expected 1 or more"),
+        (["step", "--rounds", "0"], "--rounds: got 0, expected 1 or more"),
         (["step", "--micro", "a"], "--micro"),
         (["step", "--train.kernels", "triton"], "train.kernels"),
-        (["kernels", "--only", "gelu"], "invalid choice: 'gelu'"),
-        (["checkpoint", "--dir", "nowhere"], "nowhere: No such file"),
         (["kernels", "--json", "."], "--json: got ., expected a file in a folder that exists"),
-        (["kernels", "--plot", "roof.foo"], "--plot: got roof.foo, expected a .png file"),
         (["stride"], "invalid choice"),
     ],
     ids=str,

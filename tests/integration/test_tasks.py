@@ -521,15 +521,11 @@ def test_the_harness_has_the_papers_tasks_and_loads_local_copies(tmp_path):
     "args, words",
     [
         (["--tasks", "gsmk8"], "got gsmk8, which is unknown; did you mean gsm8k"),
-        (["--tasks", FIXTURES / "nothing.yaml"], "nothing.yaml: there is no such file"),
-        (["--tasks", "c3", "--data_dir", "nowhere"], "--data_dir nowhere: is no folder"),
+        (["--tasks", FIXTURES / "nothing.yaml"], "nothing.yaml: No such file"),
+        (["--tasks", "c3", "--data_dir", "nowhere"], "--data_dir: there is no nowhere/clue/clue; get it: hf download"),
         (["--tasks", "c3", "--data_dir", FIXTURES], "--repo-type dataset clue/clue --local-dir"),
-        (["--tasks", "csl", "--data_dir", FIXTURES], "git clone https://github.com/ydli-ai/CSL"),
+        (["--tasks", "csl", "--data_dir", FIXTURES], "ydli-ai/CSL/benchmark/cls_ctg/train.tsv, which a task reads"),
         (["--tasks", "c3", "--data_dir", "{spaced}"], "--local-dir '{spaced}/clue/clue'"),
-        (
-            ["--tasks", "csl", "--data_dir", "{spaced}"],
-            "git clone https://github.com/ydli-ai/CSL '{spaced}/ydli-ai/CSL'",
-        ),
         (["--tasks", "c3", "--limit", "9" * 200], "--limit: got 99999999999999999999, expected 1 or more, below 10^12"),
         (["--tasks", "c3", "--num_fewshot", str(10**12)], "--num_fewshot: got 1000000000000, expected 0 or more"),
         (["--tasks", "csl"], "--data_dir: not given, but a task reads"),
