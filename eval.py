@@ -47,7 +47,6 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Mean nats of a token."""
         return float(self.nats.sum() / self.tokens.sum())
 
     @property
@@ -61,7 +60,6 @@ class Score:
 
     @property
     def se(self) -> float | None:
-        """Standard error of `ppl` over documents."""
         return standard_error(self.influence)
 
     def minus(self, other: "Score") -> tuple[float, float | None]:
@@ -72,11 +70,6 @@ class Score:
 def standard_error(influence: np.ndarray) -> float | None:
     """From the part of each document. None for a single one: its part is 0, which says nothing."""
     return float(np.sqrt((influence**2).sum())) if len(influence) > 1 else None
-
-
-def appl(ppls: dict[int, float], versions: Sequence[int]) -> float | None:
-    """Mean PPL over `versions`, 2..N in Figure 2. None if one is missing: means over others cannot be compared."""
-    return sum(ppls[v] for v in versions) / len(versions) if versions and ppls.keys() >= {*versions} else None
 
 
 def load_model(path: Path, device: torch.device) -> tuple[Transformer, dict[str, Any]]:
@@ -135,36 +128,28 @@ def scores(
     paths: Sequence[Path], device: torch.device, folder: str | None = None, context: int = 0, jobs: int = 1
 ) -> dict[Path, Score]:
     """Scores of checkpoints, `jobs` at a time: those kept beside them, and the others measured and kept."""
-    known: dict[Path, Score] = {}
-    files: dict[Path, Path] = {}  # of those to measure: where to keep the score
     code = [f.read_text("utf-8") for f in (ROOT / "model.py", *sorted((ROOT / "kernels").glob("*.py")))]
-    total = 0
-    for path in paths:
-        meta = checkpoint.read_meta(path)
-        tokens = open_data(path, meta, folder, context)
-        text = tokens.meta["val"]["sha256"]["bin"]
-        key = digest([meta["hash"], text, tokens.context, device.type, code])
-        file = path.resolve().parent / "scores" / f"{key[:32]}.npz"
-        try:
-            with np.load(file) as kept:
-                known[path] = Score(kept["nats"], kept["tokens"])
-        except (OSError, ValueError, LookupError, EOFError, BadZipFile):  # not there yet, or damaged
-            files[path] = file
-            total += len(tokens.tokens("val")) - 1
+    opened = {path: open_data(path, checkpoint.read_meta(path), folder, context) for path in paths}
 
-    def measure(path: Path) -> Score:
-        s, file = score(path, device, folder, context, bar.update), files[path]
+    def known(path: Path) -> Score:
+        model, text = checkpoint.read_meta(path)["hash"], opened[path].meta["val"]["sha256"]["bin"]
+        key = digest([model, text, opened[path].context, device.type, code])
+        file = path.resolve().parent / "scores" / f"{key[:32]}.npz"
+        with suppress(OSError, ValueError, LookupError, EOFError, BadZipFile), np.load(file) as kept:
+            s = Score(kept["nats"], kept["tokens"])
+            bar.update(int(s.tokens.sum()))
+            return s
+        s = score(path, device, folder, context, bar.update)  # not there yet, or damaged
         with suppress(OSError):  # a folder that is read-only or full
             file.parent.mkdir(exist_ok=True)
             with replacing(file) as partial, open(partial, "wb") as f:
                 np.savez(f, nats=s.nats, tokens=s.tokens)
         return s
 
-    left = f"{len(files)} of {len(paths)} checkpoints" + f" ({len(known)} scored before)" * bool(known)
-    with progress_bar(left, total, "token") as bar, ThreadPoolExecutor(jobs) as pool:
+    total = sum(len(tokens.tokens("val")) - 1 for tokens in opened.values())
+    with progress_bar(f"{len(opened)} checkpoints", total, "token") as bar, ThreadPoolExecutor(jobs) as pool:
         apply = pool.map if jobs > 1 else map  # Ctrl-C ends a thread only after its checkpoint
-        known |= zip(files, apply(measure, files), strict=True)
-    return {path: known[path] for path in paths}
+        return dict(zip(opened, apply(known, opened), strict=True))
 
 
 def chosen(paths: list[Path]) -> dict[str, dict[int, Path]] | None:
@@ -188,7 +173,7 @@ def of_run(run: dict[str, dict[int, Path]], known: dict[Path, Score]) -> tuple[d
     rows: dict[str, Any] = {}
     for name, versions in run.items():
         ppl, se = {v: known[p].ppl for v, p in versions.items()}, {v: known[p].se for v, p in versions.items()}
-        mean = appl(ppl, later)
+        mean = sum(ppl[v] for v in later) / len(later) if later and ppl.keys() >= {*later} else None
         rows[name] = {"ppl": ppl, "se": se, "appl": mean}
         cells = [form.format(ppl[v], se[v]) if v in ppl else "-" for v in columns]
         table.append([name, *cells, "-" if mean is None else f"{mean:.2f}"])

@@ -16,7 +16,6 @@ from runtime.command_line import Parser
 from runtime.device import pick_device
 from runtime.errors import UserError, user_errors
 from text.sources import clean
-from text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -85,14 +84,12 @@ def continuations(
     prompts = [clean(p) for p in prompts]
     read = [tok.encode(p) for p in prompts]
     made = generate(net, [ids or [tok.start] for ids in read], length, {tok.eot}, how)
-    return [p + continuation(tok, ids, new) for p, ids, new in zip(prompts, read, made, strict=True)]
-
-
-def continuation(tok: Tokenizer, prompt: list[int], new: list[int]) -> str:
-    """The text of the ids `new` after a prompt's: decoded alone, they may lose the space that they begin with."""
-    before, whole = tok.decode(prompt), tok.decode(prompt + new)
-    # a new byte can make the prompt's last character invalid
-    return whole[len(before) :] if whole.startswith(before) else tok.decode(new)
+    texts = []
+    for prompt, ids, new in zip(prompts, read, made, strict=True):
+        # decoded alone, new ids may lose the space that they begin with; a new byte can make the last character invalid
+        before, whole = tok.decode(ids), tok.decode(ids + new)
+        texts.append(prompt + (whole[len(before) :] if whole.startswith(before) else tok.decode(new)))
+    return texts
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ import argparse
 import json
 import lzma
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from runtime.logger import read_log
 from text import prepare
 from text.sources import optional
 
-NINE = ",".join(downstream.NINE)
+MAIN, NINE = ",".join(tables.MAIN), ",".join(downstream.NINE)
 
 
 def main() -> None:
@@ -64,12 +63,10 @@ def main() -> None:
         return
 
     options = {k: getattr(o, k) for k in ("data_dir", "limit", "num_fewshot")}
-    if not request.downstream:
-        unread = [k for k, v in {"sft": o.sft, **options}.items() if v is not None]
-        refuse([f"--{k}: is for table4 and table11; ask for one, or leave it out" for k in unread])
+    unread = [k for k, v in {"sft": o.sft, **options}.items() if v is not None and not request.downstream]
+    refuse([f"--{k}: is for table4 and table11; ask for one, or leave it out" for k in unread])
     if o.sft is not None and not Path(o.sft).is_file():
         raise UserError(f"--sft {o.sft}: is not there; expected a .jsonl file of examples")
-    began = time.perf_counter()
     graph.check_lineage(request.nodes)
     todo = graph.left(request.nodes)[0]
     may_train = not o.slurm and (s.scale.train if o.run is None else o.run == "yes")
@@ -91,21 +88,16 @@ def main() -> None:
             write_text(s.root / "config.toml", config.to_toml(s.base))
         if todo:
             workers.run(request.nodes, s.root, machine)
-        made = score(request, machine)
+        made = {"table9": tables.table9(s), **score(request, machine)}
         for name in request.downstream:
             made |= downstream.make(request, name, tasks, machine, not may_train, o.slurm)
-        unmade = [name for name in request.downstream if name not in made]
         if request.nodes:
             save_logs(request)
-        if "table9" in names:
-            made["table9"] = tables.table9(s)
-        for name in [n for n in names if n not in unmade]:
+        names = [name for name in names if name in made or name not in tables.DOWNSTREAM]
+        for name in names:
             publish(name, request, made)
-        if names != unmade:
-            took = f"{plans.duration(time.perf_counter() - began)}, {machine.jobs} side by side"
-            print(f"{report.page(request.results)}: all of it; {took}")
-    if unmade:
-        print(f"{', '.join(unmade)}: the fine-tunings printed above are {plans.NOT_TRAINED}")
+        if names:
+            print(f"{report.page(request.results)}: all of it")
 
 
 def parse() -> tuple[argparse.Namespace, scales.Setup]:
@@ -116,7 +108,7 @@ def parse() -> tuple[argparse.Namespace, scales.Setup]:
     add("what", nargs="+", help=f"status, report, or some of {', '.join(ORDER)}")
     add("--scale", default="tiny", help="a name in configs/scales/ or a .toml file [tiny]")
     add("--seeds", type=int, default=1, help="repeat with so many seeds, from train.seed on [1]")
-    add("--schedules", help=f"for the tables that compare them [{','.join(tables.MAIN)}]")
+    add("--schedules", default=MAIN, help=f"for the tables that compare them [{MAIN}]")
     add("--jobs", type=int, help="segments side by side [as many as GPUs or cores allow]")
     add("--ranks", type=int, help="processes of a segment [the scale's]")
     add("--run", choices=("yes", "no"), help="train what is missing, or print its plan and cost [the scale's]")
@@ -133,9 +125,9 @@ def parse() -> tuple[argparse.Namespace, scales.Setup]:
     config.load(scale.config, given(o), unknown)
     overrides = {k: v for k, v in given(o).items() if k != "out"}
     if wrong := [w for w in o.what if w not in (*ORDER, "status", "report")]:
-        losses = "; of folders: python -m paper.figures loss" * ("loss" in o.what)
-        raise UserError(f"{wrong[0]}: expected status, report or some of {', '.join(ORDER)}{losses}")
-    schedules = list(dict.fromkeys(o.schedules.split(","))) if o.schedules is not None else list(tables.MAIN)
+        losses = "losses of folders: python -m paper.figures loss"
+        raise UserError(f"{wrong[0]}: expected status, report or some of {', '.join(ORDER)}; {losses}")
+    schedules = list(dict.fromkeys(o.schedules.split(",")))
     if wrong := [n for n in schedules if n not in schedule.SCHEDULES]:
         raise UserError(f"--schedules: got {', '.join(wrong)}, expected some of {', '.join(schedule.SCHEDULES)}")
     limits = {"seeds": (1, 100), "jobs": (1, 10_000), "ranks": (1, 10_000), "limit": (1, 10**9), "mfu": (0.001, 1)}
@@ -208,16 +200,13 @@ def publish(name: str, request: graph.Request, made: dict[str, dict[str, Any]]) 
     elif name in ("fig1", "fig6"):
         schedule.draw({title: s.segments(run, 1) for title, run in tables.from_plans(s, name).items()}, file)
     elif name in ("fig4", "fig5"):
-        figures.stages(made[name], figures.paths(request, name), file)
+        figures.stages(made[name], request, file)
     elif name in tables.DOWNSTREAM:
         figures.downstream(made[name], file)
     elif name == "fig2":
         figures.cost_and_quality(made["table3"], file)
-    elif name == "loss":  # of the first seed and schedule
-        first, nodes = s.schedules[0], request.nodes_of["table3"].values()
-        shown = [n for n in nodes if n.segment.paradigm == "main" or n.config.plan.schedule == first]
-        runs = [(n.segment, n.log()) for n in shown if n.config.train.seed == request.seeds[0]]
-        figures.losses(figures.by_paradigm(runs, first), file)
+    elif name == "loss":
+        figures.losses(figures.by_paradigm(request), file)
     else:
         figures.table(made[name], file)
     print(f"{file}\n")

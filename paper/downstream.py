@@ -125,11 +125,13 @@ def make(request: Request, name: str, tasks: Tasks, machine: workers.Machine, pr
     paths = list(dict.fromkeys(p for of_seeds in where.values() for p in of_seeds))
     results, how = {p: p for p in paths}, "not fine-tuned"
     if tasks.sft:
-        found, results = tunings(s, {p: request.settings[p] for p in paths}, tasks.sft, machine.ranks)
+        settings = {node.folder: node.setting for node in request.nodes.values()}
+        found, results = tunings(s, {p: settings[p.parent] for p in paths}, tasks.sft, machine.ranks)
         todo = graph.left(found)[0]
         if todo and print_only:
             print(f"{name}: {len(todo)} of {len(found)} fine-tunings to do")
             plans.print_commands(found, todo, machine, slurm)
+            print(f"{name}: the fine-tunings printed above are {plans.NOT_TRAINED}")
             return {}
         if todo:
             workers.run(found, s.root, machine)

@@ -72,23 +72,19 @@ def rates(ax: Any, paths: dict[str, list[float]]) -> None:
     ax.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
 
 
-def paths(request: graph.Request, name: str) -> dict[str, list[float]]:
-    """The learning rate of every update that led to each row of Figure 4 or 5."""
-    out: dict[str, list[float]] = {}
-    for row in request.tables[name].rows:
-        out[row.name] = []
+def stages(record: dict[str, Any], request: graph.Request, file: str) -> None:
+    """Figures 4 and 5: learning rates of two stages under several cycles, and the PPL that they lead to."""
+    fig, (left, right) = canvas(["", ""], 4.6)
+    cycles: dict[str, list[float]] = {}  # the learning rate of every update that led to each row
+    for row in request.tables[record["name"]].rows:
+        lr: list[float] = []
         at: tuple[str, int] | None = graph.add(request.nodes, request.setup, row.points["updated"], request.seeds[0])
         while at:
             node, step = request.nodes[at[0]], at[1]
-            out[row.name] = [node.segment.lr(t) for t in range(node.segment.start, step)] + out[row.name]
+            lr = [node.segment.lr(t) for t in range(node.segment.start, step)] + lr
             at = node.parent
-    return out
-
-
-def stages(record: dict[str, Any], cycles: dict[str, list[float]], file: str) -> None:
-    """Figures 4 and 5: learning rates of two stages under several cycles, and the PPL that they lead to."""
-    fig, (left, right) = canvas(["", ""], 4.6)
-    rates(left, {f"cycle {label}": lr for label, lr in cycles.items()})
+        cycles[f"cycle {row.name}"] = lr
+    rates(left, cycles)
     left.legend(title="steps", title_fontsize=8, **LEGEND)
     colours = {"initialization": COLOURS[1], "updated": COLOURS[0]}
     for i, column in enumerate(record["columns"]):
@@ -206,12 +202,14 @@ def losses(panels: dict[str, dict[str, Log]], file: str, x: str = "steps") -> No
     finish(fig, file, below, columns)
 
 
-def by_paradigm(runs: list[tuple[schedule.Segment, Log]], name: str) -> dict[str, dict[str, Log]]:
-    """Panels of `losses` from the logs of a table's segments under schedule `name`."""
-    panels: dict[str, dict[str, Log]] = {paradigm: {} for paradigm in schedule.TITLES}
-    for g, log in runs:
-        label = "main path" if g.paradigm == "main" else f"V{g.version}"
-        panels[g.paradigm if g.paradigm in panels else "ours"][label] = log
+def by_paradigm(request: graph.Request) -> dict[str, dict[str, Log]]:
+    """Panels of `losses`: Table 3's segments of the first seed and schedule."""
+    name, panels = request.setup.schedules[0], {paradigm: dict[str, Log]() for paradigm in schedule.TITLES}
+    for node in request.nodes_of["table3"].values():
+        g, plan = node.segment, node.config.plan
+        if node.config.train.seed == request.seeds[0] and (g.paradigm == "main" or plan.schedule == name):
+            label = "main path" if g.paradigm == "main" else f"V{g.version}"
+            panels[g.paradigm if g.paradigm in panels else "ours"][label] = node.log()
     panels["cpt"] = {"V1": panels["ptfs"].get("V1", []), **panels["cpt"]}  # the same segment
     return {f"{title}, {name}": panels[paradigm] for paradigm, title in schedule.TITLES.items()}
 
@@ -221,9 +219,9 @@ def segments(folder: Path) -> list[Path]:
     below = (".", "main", "v*", "*/v*", "sft/*", "sft/*/v*")
     if found := [log.parent for where in below for log in sorted(folder.glob(f"{where}/log.jsonl"))]:
         return found
-    others = sorted(log.parent for log in folder.glob("**/log.jsonl"))
-    near = f"such as {others[0]}" if others else "which train.py makes"
-    raise UserError(f"{folder}: has no log.jsonl; expected the folder of a segment, a paradigm or a run, {near}")
+    raise UserError(
+        f"{folder}: has no log.jsonl; expected a segment, a paradigm or a run, such as out/tiny/ours-cosine"
+    )
 
 
 def main() -> None:

@@ -179,7 +179,6 @@ class Request:
         self.nodes: Graph = {}  # of all tables
         self.nodes_of: dict[str, Graph] = {n: {} for n in names}  # of each
         self.checkpoints: dict[str, dict[Cell, list[Path]]] = {n: {} for n in names}  # of each, one a seed
-        self.settings: dict[Path, str] = {}  # of each checkpoint
         for name, t in self.tables.items():
             if len({(r.group, r.name) for r in t.rows}) < len(t.rows):
                 raise UserError(f"plan.steps: got {s.T}, too few to tell the rows of {name} apart; give it more")
@@ -191,4 +190,3 @@ class Request:
                     node, step = add(self.nodes, s, point, seed)
                     path = checkpoint.path(s.root / node, step)
                     self.checkpoints[name].setdefault((row.group, row.name, column), []).append(path)
-                    self.settings[path] = self.nodes[node].setting

@@ -28,18 +28,16 @@ def gpu_hours(flops: float, mfu: float) -> str:
 
 def print_status(request: Request, machine: Machine) -> None:
     spent = [(node, *graph.trained(node.log())) for node in request.nodes.values()]
-    flops_done = sum(tokens * node.config.model.flops_per_token() for node, tokens, _ in spent)
-    seconds = sum(seconds for *_, seconds in spent)
+    done = sum(tokens * node.config.model.flops_per_token() for node, tokens, _ in spent)
+    pace = sum(seconds for *_, seconds in spent) / done / machine.jobs if done else 0  # seconds a FLOP
 
     def left(nodes: Graph) -> str:
         todo, steps, flops = graph.left(nodes)
         line = f"{len(nodes)} segments, {len(nodes) - len(todo)} done"
         if not todo:
             return line
-        needs = gpu_hours(flops, machine.mfu)
-        if flops_done:
-            time = duration(seconds / flops_done * flops / machine.jobs)
-            needs = f"{time} of training at the pace so far, {machine.jobs} side by side"
+        at_pace = f"{duration(pace * flops)} of training at the pace so far, {machine.jobs} side by side"
+        needs = at_pace if pace else gpu_hours(flops, machine.mfu)
         return f"{line}; left: {steps:,} steps, {flops:.3g} FLOPs, {needs}"
 
     for name, nodes in request.nodes_of.items():
@@ -58,12 +56,9 @@ def status(request: Request) -> list[str]:
         part = node.reached() / node.steps
         stopped = f"stopped {part:.0%}" if part else "to do"
         state = "done" if node.done() else f"running {part:.0%}" if node.at_work() else stopped
-        needed = {table: nodes[name].required for table, nodes in request.nodes_of.items() if name in nodes}
-        missing = {table: [f"{s:,}" for s in sorted(steps) if not node.saved(s)] for table, steps in needed.items()}
-        if not node.done() and (done := [table for table, steps in missing.items() if not steps]):
-            lacks = [f"steps {', '.join(steps)} missing for {table}" for table, steps in missing.items() if steps]
-            state = "; ".join([*["running"] * node.at_work(), f"done for {', '.join(done)}", *lacks])
-            label += ":"
+        done_for = [table for table, nodes in request.nodes_of.items() if name in nodes and nodes[name].done()]
+        if done_for and not node.done():
+            state += f", done for {', '.join(done_for)}"
         folders.setdefault(folder, []).append(f"{label} {state}")
     return [f"  {folder:40} " + ", ".join(states) for folder, states in folders.items()]
 

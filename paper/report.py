@@ -140,11 +140,10 @@ def verdicts(said: list[tuple[str, str]]) -> str:
 def contents(records: dict[str, dict[str, Any]]) -> str:
     """A row for each table and figure: a link, its seeds, and how its statements were judged."""
     rows = ""
-    count: Counter[str] = Counter()
+    count = Counter(c["verdict"] for record in records.values() for c in record.get("claims", []))
     for name, record in records.items():
         title, _, about = map(escape, record["title"].partition(": "))
         said = [(c["verdict"], c["text"]) for c in record.get("claims", [])]
-        count.update(v for v, _ in said)
         rows += f'<tr><td><a href="#{name}">{title}</a></td><td>{about}</td><td>{seeds(record)}</td>'
         rows += f"<td>{verdicts(said)}</td></tr>\n"
     judged = ", ".join(f"{count[v]} {v}" for v in ("HOLDS", "OPEN", "FAILS"))
@@ -153,19 +152,17 @@ def contents(records: dict[str, dict[str, Any]]) -> str:
 
 def section(name: str, record: dict[str, Any], picture: bytes | None) -> str:
     """One table or figure: numbers, claims, picture; below them the differences and how it was made."""
-    title, measured = escape(record["title"]), "rows" in record
+    title = escape(record["title"])
     out = f'<h2 id="{name}">{title} <small>{seeds(record)}</small></h2>\n'
-    if measured:
+    if "rows" in record:
         out += f"{table_html(grid(record))}{verdicts(statements(record))}\n"
     if picture:
         width = int.from_bytes(picture[16:20]) * 100 // 150  # drawn at 150 dots an inch; so all letters have one size
         source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
         out += f'<img alt="{title}" width="{width}" src="{source}">\n'
-    if measured:
-        if rows := gaps(record):
-            out += f"<details><summary>Paired differences</summary>{table_html(rows)}</details>\n"
-        out += "".join(f'<p class="small">{escape(paragraph)}</p>\n' for paragraph in words(record))
-    return out
+    if rows := gaps(record):
+        out += f"<details><summary>Paired differences</summary>{table_html(rows)}</details>\n"
+    return out + "".join(f'<p class="small">{escape(paragraph)}</p>\n' for paragraph in words(record))
 
 
 def page(results: Path) -> Path:

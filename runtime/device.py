@@ -20,13 +20,12 @@ SMALL = 1_000_000  # parameters of a model that one thread computes
 def pick_device(name: str, local_rank: int) -> torch.device:
     """The device of train.device on this rank; "auto" is the first there is."""
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(k for k, there in have.items() if there)
-    if name == "cuda" and have["cuda"] and local_rank >= (gpus := torch.cuda.device_count()):
+    there = [kind for kind, is_there in have.items() if is_there]
+    name = there[0] if name == "auto" else name
+    if name not in there:
+        raise UserError(f"train.device: got {name}, which this machine does not have; expected {' or '.join(there)}")
+    if name == "cuda" and local_rank >= (gpus := torch.cuda.device_count()):
         raise UserError(f"LOCAL_RANK: got {local_rank} on a machine with {gpus} GPUs; lower --nproc_per_node to that")
-    if not have[name]:
-        there = ", ".join(k for k in have if have[k])
-        raise UserError(f"train.device: got {name}, which this machine does not have; expected one of {there}")
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 

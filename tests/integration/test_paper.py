@@ -556,7 +556,7 @@ def test_the_configs_own_run_is_the_scales_folder_and_an_older_place_stays_in_us
     }
 
 
-def test_status_says_what_is_missing_for_which_table(tmp_path):
+def test_status_says_for_which_table_a_segment_is_done(tmp_path):
     """After Table 3 the main path lacks only fork points of Table 2."""
     s = setup("tiny", ["cosine"], tmp_path / "out")
     request = graph.Request(s, ["table2", "table3"], [1])
@@ -565,8 +565,7 @@ def test_status_says_what_is_missing_for_which_table(tmp_path):
         (main.folder / f"step-{step:06d}").mkdir(parents=True)
         (main.folder / f"step-{step:06d}" / "meta.json").touch()
     (line,) = [line for line in plans.status(request) if "main" in line]
-    missing = "240, 320, 360, 440, 520, 560, 640, 720, 760"
-    assert line.split("main", 1)[1].strip() == f"760 steps: done for table3; steps {missing} missing for table2"
+    assert line.split("main", 1)[1].strip() == "760 steps stopped 11%, done for table3"
 
 
 SCALE = 'config = "tiny"\ntrain = true\nranks = 1\nper_gpu = 1\nsizes = {a = {}}\nlong = {}\n'
@@ -639,7 +638,7 @@ def test_the_committed_results_are_whole():
 
 
 def test_fig2_and_losses_of_any_schedules(tmp_path):
-    s = setup("tiny", schedule.SCHEDULES)
+    s = setup("tiny", schedule.SCHEDULES, tmp_path)
     rows = [
         {"group": n, "name": x, "costs": {"cost": 0.5}, "ppl": {"V2": 30.0}, "paper": {}}
         for n in s.schedules
@@ -647,8 +646,8 @@ def test_fig2_and_losses_of_any_schedules(tmp_path):
     ]
     figures.cost_and_quality({"rows": rows, "columns": ["V2"]}, str(tmp_path / "fig2.png"))
     figures.schedules(s, str(tmp_path / "fig3.png"))
-    main = s.segments(scales.Run("ours"), 1)[0]
-    figures.losses(figures.by_paradigm([(main, [])], "cosine"), str(tmp_path / "loss.png"))  # nothing logged yet
+    request = graph.Request(s, ["table3"], [1])
+    figures.losses(figures.by_paradigm(request), str(tmp_path / "loss.png"))  # nothing logged yet
     assert all((tmp_path / f"{n}.png").stat().st_size > 10_000 for n in ("fig2", "fig3", "loss"))
 
 
