@@ -35,8 +35,6 @@ from runtime.files import digest, replacing
 from text import token_files
 from text.sources import progress_bar
 
-ROOT = Path(__file__).parent
-
 
 @dataclass
 class Score:
@@ -128,7 +126,8 @@ def scores(
     paths: Sequence[Path], device: torch.device, folder: str | None = None, context: int = 0, jobs: int = 1
 ) -> dict[Path, Score]:
     """Scores of checkpoints, `jobs` at a time: those kept beside them, and the others measured and kept."""
-    code = [f.read_text("utf-8") for f in (ROOT / "model.py", *sorted((ROOT / "kernels").glob("*.py")))]
+    root = Path(__file__).parent
+    code = [f.read_text("utf-8") for f in (root / "model.py", *sorted((root / "kernels").glob("*.py")))]
     opened = {path: open_data(path, checkpoint.read_meta(path), folder, context) for path in paths}
 
     def known(path: Path) -> Score:
