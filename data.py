@@ -102,7 +102,7 @@ class Tokens:
         for name, need, there in self.needs(start, end):
             out, steps = f"--out {shlex.quote(str(self.folder))}", (there - 1) // (self.B * self.context)
             if there == 0:
-                fix = f"append it: python data.py add {out} --source TEXT"
+                fix = f"append v{len(self.meta['increments']) + 1}: python data.py add {out} --source TEXT"
                 found.append(f"data.path {self.folder}: has no increment {name}; {fix}")
             elif there <= self.context or (there < need and not self.repeat):
                 fix = f"take it back: python data.py drop --last {out}"

@@ -18,7 +18,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -91,7 +90,7 @@ def open_data(path: Path, meta: dict[str, Any], folder: str | None, context: int
     """A checkpoint's data, or another folder with its tokenizer, in sequences of `context` tokens (0: as the model)."""
     c = config.model_of(meta["config"])
     if not 0 <= context <= c.context:
-        raise UserError(f"--context: got {context}, expected at most {c.context}, the context of {path}")
+        raise UserError(f"--context: got {context}, expected 0 to {c.context}, the context of {path}")
     if folder is None and meta["segment"] == resume.IMPORT:
         raise UserError(f"--data: not given; {path} was imported, so it has no text of its own to be scored on")
     tokens = data.Tokens(meta["config"]["data.path"] if folder is None else folder, context or c.context, 1, [1], 0)
@@ -134,7 +133,7 @@ def scores(
         model, text = checkpoint.read_meta(path)["hash"], opened[path].meta["val"]["sha256"]["bin"]
         key = digest([model, text, opened[path].context, device.type, code])
         file = path.resolve().parent / "scores" / f"{key[:32]}.npz"
-        with suppress(OSError, ValueError, LookupError, EOFError, BadZipFile), np.load(file) as kept:
+        with suppress(Exception), np.load(file) as kept:  # any, where the file is damaged
             s = Score(kept["nats"], kept["tokens"])
             bar.update(int(s.tokens.sum()))
             return s
@@ -153,10 +152,8 @@ def scores(
 
 def chosen(paths: list[Path]) -> dict[str, dict[int, Path]] | None:
     """The finished versions if `paths` is one run's folder, None if it is checkpoints."""
-    if len(paths) == 1 and not (paths[0] / "meta.json").exists():
-        if run := resume.finished(paths[0]):
-            return run
-        raise UserError(f"{paths[0]}: is no checkpoint, and no run with a finished version; train one with train.py")
+    if len(paths) == 1 and not (paths[0] / "meta.json").exists() and (run := resume.finished(paths[0])):
+        return run
     for p in paths:
         checkpoint.read_meta(p)
     return None

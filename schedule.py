@@ -258,11 +258,15 @@ def problems(p: Plan, paradigm: str) -> list[str]:
 
 
 def overrule(p: Plan, given: Collection[str]) -> None:
-    """Take out what a file says where the keys `given` on the command line say it in another way."""
-    pairs = (("alpha", "decay_steps"), ("decay_steps", "alpha"), ("steps", "increments"), ("versions", "increments"))
-    for key, other in pairs:
+    """Take out a file's length of branches where the keys `given` on the command line say it in the other way.
+
+    ValueError if a key is given that the file's plan.increments make idle.
+    """
+    for key, other in (("alpha", "decay_steps"), ("decay_steps", "alpha")):
         if key in given and other not in given and getattr(p, key) is not None:
-            setattr(p, other, getattr(Plan(), other))
+            setattr(p, other, None)
+    if p.increments and "increments" not in given and (idle := {"steps", "versions"}.intersection(given)):
+        raise ValueError(f"plan.{min(idle)}: the file has plan.increments; give --plan.increments, all of them")
 
 
 # ---- Values of a config, as TOML or a command line has them ----------------------------------------------------------

@@ -193,10 +193,10 @@ def losses(panels: dict[str, dict[str, Log]], file: str, x: str = "steps") -> No
             top.plot(at[::few], means, color=look["color"], linewidth=0.7, alpha=0.45)
             top.plot(*c["val_loss"], marker="o", markersize=4, **look)
             bottom.plot(*c["lr"], **look)
-            train, val = train + loss, val + c["val_loss"][1]
+            train, val = train + loss[len(loss) // 10 :], val + c["val_loss"][1]
         bottom.set_xlabel(AXES[x])
-    if val:  # the first updates' losses would flatten the rest
-        above[0].set_ylim(min(train + val) - 0.05, max(val) + 0.1)
+    if shown := [y for y in train + val if math.isfinite(y)]:  # losses of the first updates would flatten the rest
+        above[0].set_ylim(min(shown) - 0.05, max(shown) + 0.1)
     above[0].set_ylabel("loss (nats a token)")
     below[0].set_ylabel("learning rate")
     finish(fig, file, below, columns)

@@ -128,7 +128,7 @@ def add(nodes: Graph, s: Setup, point: Point, seed: int) -> tuple[str, int]:
     """Add a point's segment and all segments that it starts from. Returns (name of its node, step)."""
     run, c = point.run, s.config(point.run, seed)
     setting = f"{run.setting.name}-s{seed}"
-    if setting == s.own and not (s.root / setting).exists():  # it is used where an earlier version has made it
+    if setting == s.own and not (s.root / setting / "config.toml").is_file():  # a run of an earlier version is used
         setting = ""
     segments = {g.name: g for g in s.segments(run, seed)}
 

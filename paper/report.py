@@ -182,7 +182,7 @@ def page(results: Path) -> Path:
             raise UserError(f"{file}: is damaged; delete it, and ask for {name} again") from None
         records[name] = record
     if not body:
-        raise UserError(f"{results}: no table or figure is there yet; ask for some, such as table3 and fig2")
+        raise UserError(f"{results}: has no table or figure yet; make some: python -m paper table3 --schedules cosine")
     template = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
     text = template.substitute(legend=LEGEND, contents=contents(records), body=body, settings="".join(sorted(settings)))
     write_text(results / "report.html", text)

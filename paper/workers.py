@@ -70,8 +70,9 @@ class Workers:
 
     def _launch(self, name: str, slot: int) -> subprocess.Popen:
         jobs, gpus, ranks = self.machine.jobs, self.machine.gpus, self.machine.ranks
-        threads = 1 if gpus else max(1, (os.cpu_count() or 1) // (jobs * ranks))
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        env = dict(os.environ)
+        if jobs * ranks > 1:  # one alone chooses by its size
+            env["OMP_NUM_THREADS"] = str(1 if gpus else max(1, (os.cpu_count() or 1) // (jobs * ranks)))
         if gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(str((slot * ranks + r) % gpus) for r in range(ranks))
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []

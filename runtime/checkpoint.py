@@ -254,7 +254,9 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     except ValueError as e:
         raise UserError(f"{file}: damaged ({e}); {REPAIR}") from None
     if "files" not in meta:  # prepared data has a meta.json, too
-        raise UserError(f"{checkpoint}: is no checkpoint; expected a folder such as out/tiny/main/step-000100")
+        inside = sorted(m.parent for depth in ("*", "*/*", "*/*/*") for m in checkpoint.glob(f"{depth}/meta.json"))
+        near = f"such as {inside[-1]}" if inside else "RUN/SEGMENT/step-NUMBER"
+        raise UserError(f"{checkpoint}: is {'no checkpoint' * checkpoint.exists() or 'not there'}; expected {near}")
     if meta["format"] != 1:
         raise UserError(f"{file}: format {meta['format']}, expected 1: another version of this program made it")
     match = STEP.fullmatch(checkpoint.name)

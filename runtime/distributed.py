@@ -104,7 +104,7 @@ def choose(wanted: str, parameters: int, world: World) -> tuple[str, str]:
     if wanted != "auto":
         return wanted, "as asked"
     if world.device.type != "cuda":
-        return "ddp", "on a CPU always"
+        return "ddp", "always on a CPU; GPUs take fsdp where it is needed, see --train.parallel fsdp"
     memory = torch.cuda.get_device_properties(world.device).total_memory
     if parameters >= 2e9:
         return "fsdp", "2B parameters or more"

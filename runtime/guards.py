@@ -126,7 +126,8 @@ class Guard:
             missing = sorted(set(required) - set(checkpoint.steps(self.run.folder)))
             if self.world.rank == 0 and missing:
                 where = checkpoint.path(self.run.folder, missing[0])
-                raise UserError(f"{where}: could not be saved; make room and call this again to make it")
+                fix = "make room and call this again, --mode main without --version"
+                raise UserError(f"{where}: could not be saved; {fix}")
 
     def last_good(self) -> str:
         """The last checkpoint in words, after the running save."""

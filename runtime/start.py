@@ -45,6 +45,8 @@ def open_data(run: Run, world: World, beat: Callable[[str], None], home: Path) -
             tokens = resume.open_tokens(c, run.plan, segment, MixedData if run.reads_examples else Tokens)
             check_vocabulary(c, tokens.meta["vocab_size"])
             check_text(run, tokens)
+            for name, _, _ in tokens.needs(segment.start, segment.end):
+                tokens.tokens(name)  # opened now: `data.py drop` and `add` may put another file in its place
     if run.reads_examples:
         beat("preparing examples")
         folder = ""
@@ -81,7 +83,8 @@ def check_text(run: Run, tokens: Tokens) -> None:
     found = tokens.problems(s.start, s.end)
     lengths = [(there - 1) // c.train.batch_tokens for _, _, there in tokens.needs(0, s.end)]
     steps = [*map(min, p.T, lengths), *p.T[len(lengths) :]]
-    possible = not (c.data.increments or c.data.unique or schedule.problems(replace(p, increments=steps), "ours"))
+    paradigm = resume.MODES[s.paradigm]
+    possible = not (c.data.increments or c.data.unique or schedule.problems(replace(p, increments=steps), paradigm))
     if found and steps != p.T and possible:
         changes = {"version": s.version, "plan.increments": ",".join(map(str, steps))}
         modes = ("main", "branch") if s.paradigm in ("main", "branch") else (s.paradigm,)
@@ -150,8 +153,11 @@ def find_start(run: Run, tokens: Tokens | SFTData) -> Start:
     for step in done:
         checkpoint.verify(checkpoint.path(folder, step), checksums=False)
     for step in there:  # all of them: one folder never holds two runs
-        if step <= s.end or s.paradigm == "sft":  # a main path may be longer; fine-tuning of another length is another
+        if step <= s.end or s.paradigm == "sft":
             resume.check_lineage(checkpoint.path(folder, step), c, s, tokens)
+        elif s.paradigm != "main":  # which may be longer
+            fix = "go back to its config, or choose another --out"
+            raise UserError(f"{checkpoint.path(folder, step)}: is past step {s.end}, where {s.name} ends here; {fix}")
     if (last := run.last) is not None:
         own = checkpoint.path(folder, last)
         return Start(last, done, str(own), False, checkpoint.read_meta(own).get("parent"))
@@ -197,8 +203,8 @@ def agree_on_start(run: Run, tokens: Tokens | SFTData, world: World) -> Start:
         if world.rank == 0:
             start = find_start(run, tokens)
             passed = {step for step in run.optional if step < start.step}.difference(start.done)
-            if forks := ", ".join(f"{g.version} (step {g.start:,})" for g in run.segments if g.start in passed):
-                print(f"{run.folder}: not saved on its way and not made now: the fork points of versions {forks}")
+            if forks := ", ".join(f"V{g.version} (step {g.start:,})" for g in run.segments if g.start in passed):
+                print(f"{run.folder}: not there and not made now, without --version they are: fork points of {forks}")
             for step in start.done if start.step == run.segment.end else []:  # nothing left to do: no `claim` pins them
                 checkpoint.pin(checkpoint.path(run.folder, step))
     return broadcast(start, world.ranks)

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from glob import glob
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -250,14 +251,15 @@ def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: 
 def drop(out: str) -> None:
     """Undo the last `add`. UserError if there was none, or if a checkpoint below out/ was trained on it."""
     folder = Path(out).resolve()
+    token_files.read_meta(folder)  # before a lock is made beside a folder that is not there
     with lock(folder.with_name(f".{folder.name}.lock"), BUSY.format(folder), remove=True):
         meta = token_files.read_meta(folder)
         if len(meta["sources"]) == 1:
             raise UserError(f"{folder}: nothing was added to it; for other text, prepare another folder")
         last, _ = meta["increments"].pop(), meta["sources"].pop()
-        for file in Path("out").rglob("step-*/meta.json"):
+        for file in map(Path, glob("out/**/step-*/meta.json", recursive=True)):  # through links, too
             if last["sha256"]["bin"] in file.read_text("utf-8", errors="replace"):
-                fix = "move it away first, or add more text as another increment"
+                fix = "move it out of out/ first, or add more text as another increment"
                 raise UserError(f"{folder}: {file.parent} was trained on {last['name']}; {fix}")
         write_json(folder / "meta.json", meta)  # first: files that it does not name are nothing; `add` replaces them
         for kind in last["sha256"]:

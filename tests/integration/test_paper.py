@@ -551,6 +551,8 @@ def test_the_configs_own_run_is_the_scales_folder_and_an_older_place_stays_in_us
         f"lr-0.0107-s{seed}/{name}" for seed in (1, 2) for name in ("ptfs-cosine/v2", "main")
     }
     (tmp_path / "base-s1").mkdir()
+    assert "base-s1/main" not in runs()  # nothing was trained there
+    (tmp_path / "base-s1" / "config.toml").touch()
     assert {f for f in runs() if not f.startswith("lr-")} == {
         f"base-s{seed}/{name}" for seed in (1, 2) for name in ("ptfs-cosine/v2", "main")
     }
@@ -595,7 +597,7 @@ def test_bad_scales(tmp_path, old, new, expected):
 
 
 def test_a_report_of_nothing_and_of_names_in_brackets(tmp_path):
-    with pytest.raises(UserError, match="no table or figure is there yet"):
+    with pytest.raises(UserError, match="has no table or figure yet"):
         report.page(tmp_path)
     for damaged in ("", "null", "{}", "[]", '{"title": "T", "rows": [', '{"title": "T", "rows": []}', "\x00"):
         (tmp_path / "table3.json").write_text(damaged)

@@ -513,6 +513,10 @@ def test_a_save_that_fails_may_be_told_and_passed_over(train_cli, tmp_path, seco
     assert "step-000014: could not be saved" in capsys.readouterr().err
     assert checkpoint.steps(tmp_path / "main" / "main") == [4, 24]
     assert train_cli("--mode", "main", "--version", "3", out="main") == 0
+    assert (
+        "not there and not made now, without --version they are: fork points of V2 (step 14)" in capsys.readouterr().out
+    )
+    assert train_cli("--mode", "main", "--plan.versions", "3", out="main") == 0
     assert checkpoint.steps(tmp_path / "main" / "main") == [4, 14, 24]
 
 

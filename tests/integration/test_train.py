@@ -25,6 +25,7 @@ import train
 from kernels import check
 from runtime import checkpoint, resume, start
 from runtime.command_line import this_command
+from runtime.distributed import World
 from runtime.errors import UserError
 from runtime.files import lock, open_log, write_json
 from text import prepare
@@ -205,7 +206,7 @@ def test_a_shorter_decay_from_the_main_path_there_is(train_cli, tmp_path, capsys
     assert train_cli("--mode", "main", "--plan.versions", "3", *shorter, out="whole") == 0
     assert checkpoint.steps(tmp_path / "whole" / "main") == [8, 18, 28]
     run = tmp_path / "run" / "main"
-    for version, begin, fork, passed in (("3", 24, 28, "1 (step 8), 2 (step 18)"), ("2", 14, 18, "1 (step 8)")):
+    for version, begin, fork, passed in (("3", 24, 28, "V1 (step 8), V2 (step 18)"), ("2", 14, 18, "V1 (step 8)")):
         branch = ("--mode", "branch", "--version", version, *shorter)
         capsys.readouterr()
         assert train_cli(*branch) == 2
@@ -214,7 +215,7 @@ def test_a_shorter_decay_from_the_main_path_there_is(train_cli, tmp_path, capsys
         (words,) = commands(refused)
         assert train_cli(*words) == 0
         said = capsys.readouterr().out
-        assert f"fork points of versions {passed}\n" in said and f"from step {begin} to {fork}," in said
+        assert f"fork points of {passed}\n" in said and f"from step {begin} to {fork}," in said
         assert equal(run / f"step-0000{fork}", tmp_path / "whole" / "main" / f"step-0000{fork}")
         assert train_cli(*words) == 0 and "nothing to do" in capsys.readouterr().out
         assert train_cli(*branch) == 0 and train_cli(*branch, out="whole") == 0
@@ -257,6 +258,27 @@ def test_an_increment_shorter_than_planned(train_cli, tmp_path, prepared, capsys
         assert train_cli("--mode", "main", "--version", "5", "--data.repeat", "true", data=copy, out=out) == 0
         assert train_cli("--mode", "main", data=copy, out=out) == 0  # and without the key where it is not needed
     assert equal(tmp_path / "run" / "main" / "step-000044", tmp_path / "again" / "main" / "step-000044")
+
+
+def test_a_shorter_version_does_not_share_a_folder_with_a_longer_one(train_cli, tmp_path, capsys):
+    assert train_cli("--mode", "ptfs", "--version", "2") == 0
+    before = sorted((tmp_path / "run").rglob("*"))
+    assert train_cli("--mode", "ptfs", "--version", "2", "--plan.increments", "10,8") == 2
+    assert "step-000020: is past step 18, where ptfs-cosine/v2 ends here; go back" in capsys.readouterr().err
+    assert sorted((tmp_path / "run").rglob("*")) == before
+
+
+def test_a_run_keeps_the_increments_that_it_began_with(prepared, tmp_path):
+    """`data.py drop` and `add` may put other text in the place of one before its first batch is read."""
+    copy = shutil.copytree(prepared, tmp_path / "data")
+    keys = {"data.path": str(copy), "model.vocab_size": "257", "model.context": "32", "train.batch_tokens": "256"}
+    c = config.load("tiny", {**keys, "plan.steps": "10", "plan.warmup": "2", "out": str(tmp_path / "out")})
+    _, tokens = start.open_data(resume.pick(c, "ptfs", 4), World(), lambda doing: None, tmp_path)
+    expected = data.Tokens(str(copy), 32, 8, [10] * 4, 1).batch(35)
+    for name in ("v3", "v4"):
+        (copy / f"{name}.bin").unlink()
+        shutil.copy(copy / "v1.bin", copy / f"{name}.bin")
+    assert all(np.array_equal(a, b) for a, b in zip(tokens.batch(35), expected, strict=True))
 
 
 def test_a_branch_starts_from_its_parents_weights_moments_and_batches(train_cli, tmp_path, monkeypatch):
@@ -553,7 +575,7 @@ def snapshot(folder):
             ["--plan.steps", "1000", "--mode", "ptfs", "--version", "1"],
             ["v1 has", "tokens and", "are needed", "--data.repeat true"],
         ),
-        (["--plan.increments", "10,10,10,10,10"], ["has no increment v5; append it: python data.py add"]),
+        (["--plan.increments", "10,10,10,10,10"], ["has no increment v5; append v5: python data.py add"]),
         (["--plan.increments", "10,10", "--version", "3"], ["--version: got 3, but plan.increments has 2"]),
         (["--model.vocab_size", "300"], ["model.vocab_size: got 300, expected 257"]),
         (["--data.path", "nowhere"], ["nowhere: no prepared data; make it"]),

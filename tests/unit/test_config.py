@@ -62,8 +62,10 @@ def test_a_key_of_the_command_line_replaces_the_files_alternative(tmp_path):
     assert plan("decay_steps = 7", alpha="0.5").d == 50
     assert plan("decay_steps = 7", alpha="none").d == 7
     assert plan("decay_steps = 7", alpha="none", decay_steps="8").d == 8
-    assert plan("increments = [9, 8]", steps="5").T == [5] * 4
-    assert plan("increments = [9, 8]", versions="3").T == [100] * 3
+    for key in ("steps", "versions"):  # which of the lengths to keep, nobody can tell
+        with pytest.raises(UserError, match=f"plan.{key}: the file has plan.increments; give --plan.increments"):
+            plan("increments = [9, 8]", **{key: "5"})
+    assert plan("increments = [9, 8]", steps="5", increments="5,5,5").T == [5] * 3
     assert plan("versions = 3\nsteps = 5", increments="9,8").T == [9, 8]
     for text, keys in (("alpha = 0.6\ndecay_steps = 7", {}), ("", {"alpha": "0.6", "decay_steps": "7"})):
         p = plan(text, **keys)  # both in one place: refused where the plan is made

@@ -180,7 +180,11 @@ def test_an_increment_that_a_run_was_trained_on_is_not_dropped(copy, monkeypatch
     with pytest.raises(UserError, match="out/run/ours-cosine/v5/step-000009 was trained on v5"):
         prepare.drop(str(copy))
     assert len(parts(copy)) == 6
-    shutil.rmtree(copy.parent / "out" / "run" / "ours-cosine")
+    shutil.move(copy.parent / "out" / "run", copy.parent / "scratch")
+    (copy.parent / "out" / "run").symlink_to(copy.parent / "scratch")  # a run on another disk
+    with pytest.raises(UserError, match="out/run/ours-cosine/v5/step-000009 was trained on v5"):
+        prepare.drop(str(copy))
+    shutil.rmtree(copy.parent / "scratch" / "ours-cosine")
     prepare.drop(str(copy))
     assert len(parts(copy)) == 5
 

@@ -176,7 +176,7 @@ def test_a_score_is_measured_once_for_a_model_a_text_and_a_context(trained, tmp_
     assert list(evaluation.scores([other, trained], CPU)) == [other, trained]
     (tmp_path / "code" / "kernels").mkdir(parents=True)
     (tmp_path / "code" / "model.py").write_text("another model")
-    monkeypatch.setattr(evaluation, "ROOT", tmp_path / "code")
+    monkeypatch.setattr(evaluation, "__file__", str(tmp_path / "code" / "eval.py"))
     evaluation.scores([trained], CPU)
     assert len(measured) == 8
 
@@ -269,14 +269,14 @@ def test_a_sample_continues_its_prompt_and_repeats_with_its_seed(trained, cli):
 def test_bad_input(trained, tmp_path, prepared, cli):
     (tmp_path / "empty").mkdir()
     for args, words in [
-        ([tmp_path / "nowhere"], "is no checkpoint, and no run with a finished version"),
-        ([tmp_path / "empty"], "no run with a finished version"),
+        ([tmp_path / "nowhere"], "is not there; expected RUN/SEGMENT/step-NUMBER"),
+        ([tmp_path / "empty"], "is no checkpoint; expected RUN"),
         ([trained, tmp_path / "empty"], "is no checkpoint"),
         ([trained, "--data", tmp_path / "empty"], "no prepared data"),
         ([trained, "--data", ""], "no prepared data"),
         ([trained, "--context", "x"], "invalid int value"),
-        ([trained, "--context", "64"], "--context: got 64, expected at most 32"),
-        ([trained, "--context", "-1"], "--context: got -1, expected at most 32"),
+        ([trained, "--context", "64"], "--context: got 64, expected 0 to 32"),
+        ([trained, "--context", "-1"], "--context: got -1, expected 0 to 32"),
     ]:
         said = cli(*args, code=2)
         assert words in said and len(said.splitlines()) == 1, said
