@@ -160,10 +160,7 @@ def load(name: str, overrides: dict[str, str] | None = None, unknown: list[str] 
             continue
         owner, _, leaf = k.rpartition(".")
         setattr(getattr(c, owner) if owner else c, leaf, value)
-    try:
-        overrule(c.plan, [k.removeprefix("plan.") for k in overrides or {}])
-    except ValueError as e:
-        found.append(f"command line: {e}")
+    found += overrule(c.plan, [k.removeprefix("plan.") for k in overrides or {}])
     c.out = c.out or f"out/{file.stem}"
     refuse(found + check(c))
     return c

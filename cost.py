@@ -1,12 +1,10 @@
 """The cost of each paradigm: steps, tokens, GPU-hours, days and money, summed over the same plan that train.py runs.
 
-    python cost.py --config 3.1b --plan.versions 8 --gpus 8
-    python cost.py --config 1.2b --mfu 0.45 --price 2.5
+    python cost.py --config 3.1b --plan.versions 8 --gpus 8 --mfu 0.45 --price 2.5
     python cost.py --config 1.2b --plan.increments 10000,20000,30000 --convention table2
 
-Two conventions. `section3.2` (the default) counts every segment: 10T, 4T and 5.8T for four versions and alpha 0.6.
-`table2` counts versions 2 to N: it omits PTFS's V1 and the branch of V1, so ours / PTFS = (4 + 2 alpha) / 9. CPT's V1
-counts in both, since later versions start from it. It is the same run as PTFS's V1, but each paradigm pays for it.
+For four versions and alpha 0.6, `section3.2` (the default) gives 10T, 4T and 5.8T; `table2` gives (4 + 2 alpha) / 9 for
+ours beside PTFS. CPT's V1 counts in both: it is the run of PTFS's V1, but each paradigm pays for it.
 """
 
 import json

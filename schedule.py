@@ -257,16 +257,13 @@ def problems(p: Plan, paradigm: str) -> list[str]:
     return found
 
 
-def overrule(p: Plan, given: Collection[str]) -> None:
-    """Take out a file's length of branches where the keys `given` on the command line say it in the other way.
-
-    ValueError if a key is given that the file's plan.increments make idle.
-    """
+def overrule(p: Plan, given: Collection[str]) -> list[str]:
+    """Let keys `given` on the command line replace the file's other way to say it; a line for each that cannot."""
     for key, other in (("alpha", "decay_steps"), ("decay_steps", "alpha")):
         if key in given and other not in given and getattr(p, key) is not None:
             setattr(p, other, None)
-    if p.increments and "increments" not in given and (idle := {"steps", "versions"}.intersection(given)):
-        raise ValueError(f"plan.{min(idle)}: the file has plan.increments; give --plan.increments, all of them")
+    idle = {"steps", "versions"}.intersection(given) if p.increments and "increments" not in given else ()
+    return [f"plan.{key}: the file has plan.increments; give --plan.increments, all of them" for key in sorted(idle)]
 
 
 # ---- Values of a config, as TOML or a command line has them ----------------------------------------------------------
@@ -358,7 +355,8 @@ def read_plan(config: str, words: dict[str, str | None]) -> Plan:
             setattr(p, k, read(kinds[k], value))
         except ValueError:
             raise ValueError(f"plan.{k}: got {value!r}, expected {type_name(kinds[k])}") from None
-    overrule(p, [k for k in kinds if words[k] is not None])
+    if found := overrule(p, [k for k in kinds if words[k] is not None]):
+        raise ValueError("\n".join(found))
     return p
 
 
