@@ -6,8 +6,7 @@
 PPL = exp(mean negative log-likelihood of a token). Standard errors are over documents: tokens of one document are not
 independent, so a document is the unit, and two checkpoints are compared document by document.
 
-Scores are kept in `scores/` beside each checkpoint, under a hash of its weights, the text, --context, the kind of
-device and the code of the model, and are not measured again. To be rid of them, delete the folder.
+Scores are kept in `scores/` beside each checkpoint, under a hash of weights, text, --context, device and code.
 """
 
 import json
