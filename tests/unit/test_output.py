@@ -113,5 +113,5 @@ def test_commands_in_errors_can_be_pasted(prepared, tmp_path):
     shutil.copytree(prepared, folder)
     (short,) = data.Tokens(str(folder), 32, 1, [1] * 5, 0).problems(4, 5)
     for said, verb in ((str(missing.value), "prepare"), (short, "add")):
-        words = shlex.split(said.split("it: ")[1])
+        words = shlex.split(said[said.index("python ") :])
         assert words[:5] == ["python", "data.py", verb, "--out", str(folder)]
