@@ -32,7 +32,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CP
 AUTO = {
     "rms_norm": "triton",  # one pass with the addition, and dw in it
     "rope": "triton",  # one pass that also splits q, k and v: half the time of torch.compile
-    "attention": "triton",  # the same bits in every run, which SDPA's dq has not; a step of 1.2B is 2.4 % faster with SDPA
+    "attention": "triton",  # the same bits in every run, unlike SDPA's dq; SDPA is 2.4 % of a step faster at 1.2B
     "swiglu": "triton",  # one pass, both gradients side by side: three quarters of torch.compile's time
     "cross_entropy": "triton",  # 3 passes over the logits in bf16, compiled PyTorch 11: 8 % of a step at 203M
 }
