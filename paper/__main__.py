@@ -28,8 +28,7 @@ from runtime import distributed
 from runtime.command_line import Parser, given
 from runtime.device import pick_device
 from runtime.errors import UserError, refuse, user_errors
-from runtime.files import lock, replacing, write_text
-from runtime.logger import read_log
+from runtime.files import lock, read_log, replacing, write_text
 from text import prepare
 from text.sources import optional
 

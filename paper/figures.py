@@ -18,7 +18,7 @@ from paper import graph, tables
 from paper.scales import Setup
 from runtime.command_line import Parser
 from runtime.errors import UserError, user_errors
-from runtime.logger import read_log
+from runtime.files import read_log
 from text.sources import optional
 
 LEGEND = {"fontsize": 8, "frameon": False}

@@ -22,8 +22,7 @@ from paper.scales import Point, Setup
 from paper.tables import Cell
 from runtime import checkpoint, resume
 from runtime.errors import UserError
-from runtime.files import is_locked
-from runtime.logger import read_log
+from runtime.files import is_locked, read_log
 
 
 @dataclass

@@ -120,6 +120,15 @@ def open_log(file: Path) -> BinaryIO:
     return f
 
 
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The records of a segment's log; a line that a kill or a full disk cut short is skipped."""
+    records = []
+    for line in (folder / "log.jsonl").read_text("utf-8", errors="replace").splitlines():
+        with suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return [r for r in records if isinstance(r, dict)]
+
+
 @contextmanager
 def lock(file: Path, busy: str, remove: bool = False) -> Iterator[None]:
     """Hold the lock `file`; `remove`: delete it at the end. A crash releases it. Taken(busy) if it is held."""

@@ -20,7 +20,8 @@ from runtime import checkpoint, distributed
 from runtime.checkpoint import Saver
 from runtime.distributed import RankLost, mean_over_ranks, raise_on_all_ranks, rank0_error
 from runtime.errors import UserError, describe
-from runtime.logger import Log, read_log, warn
+from runtime.files import read_log
+from runtime.logger import Log, warn
 from text.examples import SFTData
 
 

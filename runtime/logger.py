@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -112,12 +112,3 @@ def git_commit() -> str:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     except OSError:
         return ""
-
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The records of a segment's log; a line that a kill or a full disk cut short is skipped."""
-    records = []
-    for line in (folder / "log.jsonl").read_text("utf-8", errors="replace").splitlines():
-        with suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return [r for r in records if isinstance(r, dict)]

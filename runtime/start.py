@@ -1,6 +1,5 @@
 """The start of a segment: open its data, find the checkpoint that it goes on from, take its folder; or say so only."""
 
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,7 +20,7 @@ from runtime.command_line import this_command
 from runtime.device import activations
 from runtime.distributed import World, broadcast, check_same, raise_on_all_ranks
 from runtime.errors import UserError, refuse
-from runtime.files import is_locked, lock, open_log, write_text
+from runtime.files import is_locked, lock, open_log, read_log, write_text
 from runtime.resume import Run
 from text import prepare, token_files
 from text.examples import Examples, MixedData, SFTData, prepare_examples
@@ -127,9 +126,9 @@ def effort(run: Run) -> str:
     folder, end = Path(run.config.out) / parent.name, run.segment.start
     begin = max((step for step in checkpoint.steps(folder) if step <= end), default=parent.start)
     text = f"{end - begin:,} steps from step {begin:,}"
-    log = (folder / "log.jsonl").read_text("utf-8") if (folder / "log.jsonl").is_file() else ""
-    if speeds := re.findall(r'"tokens_per_second": ([\d.]+)', log):
-        seconds = (end - begin) * run.config.train.batch_tokens / float(speeds[-1])
+    log = read_log(folder) if (folder / "log.jsonl").is_file() else []
+    if speeds := [r["tokens_per_second"] for r in log if r.get("tokens_per_second")]:
+        seconds = (end - begin) * run.config.train.batch_tokens / speeds[-1]
         text += f", about {timedelta(seconds=round(seconds))} at its last speed"
     return text
 
