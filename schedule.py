@@ -7,19 +7,12 @@ The unit is the step: one optimizer update over one global batch. "The state at 
 updates, and update number s (from 0) uses `lr(s)`. The step also identifies the data: update s always reads batch s, so
 a segment that starts at step 14,000 reads on where its parent stopped.
 
-    python schedule.py --config 1.2b --paradigm ours --plan.alpha 0.4 --plot paths.png
+    python -m tools.paths --config 1.2b --paradigm ours --plan.alpha 0.4 --plot paths.png
 """
 
-import argparse
-import ast
 import math
-import signal
-import tomllib
-import types
-import typing
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 TITLES = {
@@ -28,7 +21,6 @@ TITLES = {
     "ours": "Path switching (ours)",
 }
 PARADIGMS = tuple(TITLES)
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito: for the colour-blind
 CPT_VARIANTS = ("reset_max", "rewarm_max", "keep_min")  # Appendix B
 
 
@@ -255,147 +247,3 @@ def problems(p: Plan, paradigm: str) -> list[str]:
         if not p.cycle >= decays:  # "not >=" refuses nan as well
             found.append(f"cycle: got {p.cycle} steps, expected at least the {decays} that it is cut at, or inf")
     return found
-
-
-def overrule(p: Plan, given: Collection[str]) -> list[str]:
-    """Let keys `given` on the command line replace the file's other way to say it; a line for each that cannot."""
-    for key, other in (("alpha", "decay_steps"), ("decay_steps", "alpha")):
-        if key in given and other not in given and getattr(p, key) is not None:
-            setattr(p, other, None)
-    idle = {"steps", "versions"}.intersection(given) if p.increments and "increments" not in given else ()
-    return [f"plan.{key}: the file has plan.increments; give --plan.increments, all of them" for key in sorted(idle)]
-
-
-# ---- Values of a config, as TOML or a command line has them ----------------------------------------------------------
-
-
-def type_name(kind: Any) -> str:
-    """A type in words, such as "a number or none"."""
-    if isinstance(kind, types.UnionType):
-        return f"{type_name(typing.get_args(kind)[0])} or none"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    return names.get(kind, "a list of whole numbers")
-
-
-def typed(kind: Any, value: Any) -> Any:
-    """`value` as `kind`; ValueError if it is not one. True is no number, 1 is no truth value, 1 is a float."""
-    if isinstance(kind, types.UnionType):
-        return None if value is None else typed(typing.get_args(kind)[0], value)
-    if typing.get_origin(kind) is list and isinstance(value, list):
-        return [typed(int, v) for v in value]
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind or (kind is int and abs(value) >= 2**63):
-        raise ValueError
-    if kind is str:
-        value.encode()  # ValueError: bytes that are not UTF-8 could not be written to config.toml
-    return value
-
-
-def parse(kind: Any, text: str) -> Any:
-    """A word of the command line as `kind`: a number, a text, true, none, inf or 700,500,900. ValueError if not."""
-    if kind is str:
-        return typed(str, text)
-    words = {"none": None, "true": True, "false": False, "inf": math.inf, "nan": math.nan}
-    try:
-        value = words[text] if text in words else ast.literal_eval(text)
-    except (SyntaxError, MemoryError, RecursionError):
-        raise ValueError from None
-    if typing.get_origin(kind) is list:
-        value = list(value) if isinstance(value, (list, tuple)) else [value]
-    return typed(kind, value)
-
-
-# ---- As a script: print the segments, list every LR, draw the paths --------------------------------------------------
-
-
-def draw(plans: dict[str, list[Segment]], file: str) -> None:
-    """Figure 1 for any plans: axes for each paradigm, a colour for each version, the main path dark."""
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(5 * len(plans), 3.4))
-    if (kind := Path(file).suffix[1:].lower()) not in (kinds := fig.canvas.get_supported_filetypes()):
-        raise ValueError(f"--plot {file}: got the ending {kind!r}, expected one of {', '.join(kinds)}")
-    axes = fig.subplots(1, len(plans), sharey=True, squeeze=False)[0]
-    for ax, (paradigm, segments) in zip(axes, plans.items(), strict=True):
-        # the longest first, so that the shorter runs of PTFS, equal to it in the warm-up, stay visible
-        for g in sorted((g for g in segments if g.end > g.start), key=lambda g: g.start - g.end):
-            steps = [*range(g.start, g.end, max(1, (g.end - g.start) // 2000)), g.end - 1]
-            label, colour, width = f"V{g.version}", COLOURS[(g.version - 1) % len(COLOURS)], 1.8
-            if g.paradigm == "main":
-                label, colour, width = "main path", "#333333", 2.6
-            ax.plot(steps, [g.lr(s) for s in steps], color=colour, linewidth=width, label=label)
-        ax.set_title(f"{TITLES.get(paradigm, paradigm)}: {sum(g.end - g.start for g in segments):,} steps", fontsize=10)
-        ax.set(xlabel="step", ylim=(0, None))
-        ax.locator_params(axis="x", nbins=5)
-        ax.grid(alpha=0.25)
-    axes[0].set_ylabel("learning rate")
-    lines = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    labels = sorted(lines)
-    fig.legend([lines[k] for k in labels], labels, loc="lower center", ncols=len(labels), fontsize=9, frameon=False)
-    fig.tight_layout(rect=(0, 0.07, 1, 1))
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(file, dpi=150)
-
-
-def read_plan(config: str, words: dict[str, str | None]) -> Plan:
-    """The plan of a config file, with words of the command line on top. ValueError names the key."""
-    file = Path(config) if config.endswith(".toml") else Path(__file__).parent / "configs" / f"{config}.toml"
-    try:
-        planned = dict(tomllib.loads(file.read_text("utf-8-sig")).get("plan", {}))
-    except (ValueError, TypeError, RecursionError) as e:
-        raise ValueError(f"{file}: not the TOML of a config: {e}") from None
-    p, kinds = Plan(), {f.name: f.type for f in fields(Plan)}
-    given: list[Any] = [(k, v, typed) for k, v in planned.items()]
-    given += [(k, words[k], parse) for k in kinds if words[k] is not None]
-    for k, value, read in given:
-        if k not in kinds:
-            raise ValueError(f"{file}: unknown key plan.{k}; expected one of {', '.join(kinds)}")
-        try:
-            setattr(p, k, read(kinds[k], value))
-        except ValueError:
-            raise ValueError(f"plan.{k}: got {value!r}, expected {type_name(kinds[k])}") from None
-    if found := overrule(p, [k for k in kinds if words[k] is not None]):
-        raise ValueError("\n".join(found))
-    return p
-
-
-def main() -> None:
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
-    a = argparse.ArgumentParser(description="Print, list or draw paths.", usage=argparse.SUPPRESS, allow_abbrev=False)
-    a.add_argument("--config", default="tiny", help="a name in configs/ or a .toml file [tiny]")
-    a.add_argument("--paradigm", choices=PARADIGMS, default="ours")
-    a.add_argument("--csv", action="store_true", help="segment,step,lr of every update")
-    a.add_argument("--plot", metavar="FILE", help="draw the paths (needs matplotlib)")
-    for f in fields(Plan):
-        a.add_argument(f"--plan.{f.name}", dest=f.name, metavar="VALUE", help=f.metadata["help"])
-    o, unknown = a.parse_known_args()
-    try:
-        if unknown:
-            name = unknown[0].lstrip("-").partition("=")[0]
-            hint = f"did you mean --plan.{name}?" if name in vars(o) else "the plan's keys are --plan.KEY, see --help"
-            raise ValueError(f"unknown argument {unknown[0]}; {hint}")
-        segments = plan(o.paradigm, read_plan(o.config, vars(o)))
-        if o.plot:
-            draw({o.paradigm: segments}, o.plot)
-    except (ValueError, TypeError, AttributeError, RecursionError, OSError, ImportError) as e:
-        lines = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e)
-        a.error(lines.replace("\n", "\nschedule.py: error: "))
-    if o.csv:
-        print("segment,step,lr")
-        for g in segments:
-            print("\n".join(f"{g.name},{s},{g.lr(s)!r}" for s in range(g.start, g.end)))
-        return
-    rows = [("segment", "parent", "start", "end", "steps", "LR of first .. last update")]
-    for g in segments:
-        parent = f"{g.parent[0]}@{g.parent[1]}" if g.parent else "-"
-        lr = f"{g.lr(g.start):.6g} .. {g.lr(g.end - 1):.6g}" if g.end > g.start else "no updates"
-        rows.append((g.name, parent, f"{g.start:,}", f"{g.end:,}", f"{g.end - g.start:,}", lr))
-    rows.append(("total", "", "", "", f"{sum(g.end - g.start for g in segments):,}", ""))
-    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
-    for name, *cells, lr in rows:
-        print("  ".join([name.ljust(first), *map(str.rjust, cells, widths), f" {lr}"]).rstrip())
-
-
-if __name__ == "__main__":
-    main()

@@ -31,6 +31,7 @@ from runtime.errors import UserError, refuse, user_errors
 from runtime.files import lock, read_log, replacing, write_text
 from text import prepare
 from text.sources import optional
+from tools import paths
 
 MAIN, NINE = ",".join(tables.MAIN), ",".join(downstream.NINE)
 
@@ -197,7 +198,7 @@ def publish(name: str, request: graph.Request, made: dict[str, dict[str, Any]]) 
     if name == "fig3":
         figures.schedules(s, file)
     elif name in ("fig1", "fig6"):
-        schedule.draw({title: s.segments(run, 1) for title, run in tables.from_plans(s, name).items()}, file)
+        paths.draw({title: s.segments(run, 1) for title, run in tables.from_plans(s, name).items()}, file)
     elif name in ("fig4", "fig5"):
         figures.stages(made[name], request, file)
     elif name in tables.DOWNSTREAM:

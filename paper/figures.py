@@ -20,9 +20,9 @@ from runtime.command_line import Parser
 from runtime.errors import UserError, user_errors
 from runtime.files import read_log
 from text.sources import optional
+from tools.paths import COLOURS
 
 LEGEND = {"fontsize": 8, "frameon": False}
-COLOURS = schedule.COLOURS
 OF = {"PTFS": COLOURS[0], "CPT": COLOURS[1], "Ours": COLOURS[2], tables.MIXED: COLOURS[3]}
 MARKERS = "os^DvP"
 

@@ -7,9 +7,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from config import Config, flatten, load
+from config import Config, flatten, load, type_name
 from runtime.errors import UserError
-from schedule import type_name
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,4 +64,4 @@ def this_command(**changes: object) -> str:
 def aligned(rows: list[list[str]]) -> str:
     """A table as text: the first column flush left, the others right."""
     first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
-    return "\n".join("  ".join([name.ljust(first), *map(str.rjust, cells, widths)]) for name, *cells in rows)
+    return "\n".join("  ".join([name.ljust(first), *map(str.rjust, cells, widths)]).rstrip() for name, *cells in rows)

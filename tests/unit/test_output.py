@@ -12,9 +12,9 @@ from conftest import ROOT
 
 import cost
 import data
-import schedule
 from runtime.errors import UserError, user_errors
 from text import token_files
+from tools import paths
 
 ROOMS = ("kernels", "runtime", "text", "tools", "paper", "bench")
 SOURCES = [*ROOT.glob("*.py"), *(f for room in ROOMS for f in (ROOT / room).glob("*.py"))]
@@ -49,7 +49,7 @@ def test_text_files_are_opened_as_utf_8():
 
 ABSURD = {
     cost: ["--peak 5e-324", "--peak nan", "--mfu 1e-308", "--price 1e308", "--plan.steps 9000000000000000000"],
-    schedule: [
+    paths: [
         "--plan.versions 1000000000000",
         "--plan.versions 1e12",
         "--plan.steps " + "9" * 200,
@@ -67,8 +67,8 @@ ABSURD = {
 @pytest.mark.parametrize("script, words", [(s, w) for s, cases in ABSURD.items() for w in cases])
 def test_absurd_numbers_are_refused_in_one_line(script, words, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *words.split()])
-    with pytest.raises(SystemExit, match="2"), user_errors(f"{script.__name__}.py"):
+    monkeypatch.setattr(sys, "argv", [script.__name__, *words.split()])
+    with pytest.raises(SystemExit, match="2"), user_errors(script.__name__):
         script.main()
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and words.split()[0].strip("-") in err and "expected" in err
@@ -79,32 +79,18 @@ def test_a_main_path_may_be_empty(monkeypatch, capsys, tmp_path):
     """alpha 1 without a warm-up: the one branch leaves at step 0."""
     picture = tmp_path / "paths.png"
     words = f"--plan.alpha 1 --plan.warmup 0 --plan.versions 1 --plot {picture}"
-    monkeypatch.setattr(sys, "argv", ["schedule.py", *words.split()])
-    schedule.main()
+    monkeypatch.setattr(sys, "argv", ["paths", *words.split()])
+    paths.main()
     assert "no updates" in capsys.readouterr().out and picture.read_bytes()[1:4] == b"PNG"
 
 
 def test_a_config_may_begin_with_a_byte_order_mark(monkeypatch, capsys, tmp_path):
     file = tmp_path / "bom.toml"
     file.write_bytes("﻿[plan]\nsteps = 50\n".encode())
-    for script in (schedule, cost):
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--config", str(file)])
+    for script in (paths, cost):
+        monkeypatch.setattr(sys, "argv", [script.__name__, "--config", str(file)])
         script.main()
         assert "290" in capsys.readouterr().out.replace(",", "")  # 4 * 50 + 3 * 30
-
-
-def test_a_key_that_is_unknown_in_a_plan(monkeypatch, capsys, tmp_path):
-    for text, said in (
-        ("[plan]\nstep = 5", "unknown key plan.step"),
-        ("plan = 3", "not the TOML"),
-        ("[", "not the TOML"),
-    ):
-        (file := tmp_path / "c.toml").write_text(text)
-        monkeypatch.setattr(sys, "argv", ["schedule.py", "--config", str(file)])
-        with pytest.raises(SystemExit, match="2"):
-            schedule.main()
-        err = capsys.readouterr().err
-        assert said in err and str(file) in err and len(err.splitlines()) == 1
 
 
 def test_commands_in_errors_can_be_pasted(prepared, tmp_path):
