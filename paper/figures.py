@@ -19,35 +19,10 @@ from paper.scales import Setup
 from runtime.command_line import Parser
 from runtime.errors import UserError, user_errors
 from runtime.files import read_log
-from text.sources import optional
-from tools.paths import COLOURS
+from tools.paths import COLOURS, LEGEND, canvas, finish
 
-LEGEND = {"fontsize": 8, "frameon": False}
 OF = {"PTFS": COLOURS[0], "CPT": COLOURS[1], "Ours": COLOURS[2], tables.MIXED: COLOURS[3]}
 MARKERS = "os^DvP"
-
-
-def canvas(titles: list[str], width: float = 3.4, height: float = 3.4, rows: int = 1, **kw: Any) -> tuple[Any, Any]:
-    """A figure with axes of these titles side by side, in the one style; several rows have the titles at the top."""
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(max(width * len(titles), 4.6), height))
-    axes = fig.subplots(rows, len(titles), squeeze=False, **kw)
-    for ax, title in zip(axes.flat, titles + [""] * len(titles) * (rows - 1), strict=True):
-        ax.set_title(title, fontsize=9)
-        ax.grid(alpha=0.25)
-        ax.tick_params(labelsize=8)
-    return fig, axes if rows > 1 else axes[0]
-
-
-def finish(fig: Any, file: str, axes: Any = (), columns: int = 6) -> None:
-    """Save a figure, with one legend of these axes below all."""
-    key = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    if names := sorted(key):
-        fig.legend([key[n] for n in names], names, loc="lower center", ncols=min(len(names), columns), **LEGEND)
-    fig.tight_layout(rect=(0, 0.07 * math.ceil(len(names) / columns), 1, 1))
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(file, dpi=150)
 
 
 def distinct(rows: list[dict[str, Any]], key: str) -> list[str]:
@@ -219,9 +194,7 @@ def segments(folder: Path) -> list[Path]:
     below = (".", "main", "v*", "*/v*", "sft/*", "sft/*/v*")
     if found := [log.parent for where in below for log in sorted(folder.glob(f"{where}/log.jsonl"))]:
         return found
-    raise UserError(
-        f"{folder}: has no log.jsonl; expected a segment, a paradigm or a run, such as out/tiny/ours-cosine"
-    )
+    raise UserError(f"{folder}: has no log.jsonl; expected a segment, a paradigm or a run, as out/tiny/ours-cosine")
 
 
 def main() -> None:
@@ -231,9 +204,6 @@ def main() -> None:
     a.add_argument("--x", default="steps", choices=AXES)
     a.add_argument("--out", default="out/loss.png", metavar="FILE", help="a .png, .pdf or .svg [out/loss.png]")
     o = a.parse_args()
-    optional("matplotlib", "matplotlib", "drawing")
-    if Path(o.out).suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--out {o.out}: expected the ending .png, .pdf or .svg")
     logs = {str(f): read_log(f) for folder in o.folder for f in segments(folder)}
     shown = {f + " (no step logged yet)" * (not curves(log)["lr"][1]): log for f, log in logs.items()}
     losses({"training loss (thin) and validation loss": shown}, o.out, o.x)

@@ -5,8 +5,10 @@
 Neither a GPU nor torch is needed; matplotlib for the picture alone.
 """
 
+import math
 import signal
 from pathlib import Path
+from typing import Any
 
 import config
 from runtime.command_line import Parser, aligned
@@ -15,36 +17,51 @@ from schedule import PARADIGMS, TITLES, Segment
 from text.sources import optional
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito: for the colour-blind
+LEGEND = {"fontsize": 8, "frameon": False}
+
+
+def canvas(titles: list[str], width: float = 3.4, height: float = 3.4, rows: int = 1, **kw: Any) -> tuple[Any, Any]:
+    """A figure with axes of these titles side by side, in the one style; several rows have the titles at the top."""
+    optional("matplotlib", "matplotlib", "drawing")
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(max(width * len(titles), 4.6), height))
+    axes = fig.subplots(rows, len(titles), squeeze=False, **kw)
+    for ax, title in zip(axes.flat, titles + [""] * len(titles) * (rows - 1), strict=True):
+        ax.set_title(title, fontsize=9)
+        ax.grid(alpha=0.25)
+        ax.tick_params(labelsize=8)
+    return fig, axes if rows > 1 else axes[0]
+
+
+def finish(fig: Any, file: str, axes: Any = (), columns: int = 6) -> None:
+    """Save a figure, with one legend of these axes below all. UserError for an ending that is no picture's."""
+    if (kind := Path(file).suffix[1:].lower()) not in (kinds := fig.canvas.get_supported_filetypes()):
+        raise UserError(f"{file}: got the ending {kind!r}, expected one of {', '.join(kinds)}")
+    key = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    if names := sorted(key):
+        fig.legend([key[n] for n in names], names, loc="lower center", ncols=min(len(names), columns), **LEGEND)
+    fig.tight_layout(rect=(0, 0.07 * math.ceil(len(names) / columns), 1, 1))
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(file, dpi=150)
 
 
 def draw(plans: dict[str, list[Segment]], file: str) -> None:
     """Figure 1 for any plans: axes for each paradigm, a colour for each version, the main path dark."""
-    optional("matplotlib", "matplotlib", "drawing")
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(5 * len(plans), 3.4))
-    if (kind := Path(file).suffix[1:].lower()) not in (kinds := fig.canvas.get_supported_filetypes()):
-        raise UserError(f"--plot {file}: got the ending {kind!r}, expected one of {', '.join(kinds)}")
-    axes = fig.subplots(1, len(plans), sharey=True, squeeze=False)[0]
-    for ax, (paradigm, segments) in zip(axes, plans.items(), strict=True):
+    steps = {name: sum(g.end - g.start for g in segments) for name, segments in plans.items()}
+    fig, axes = canvas([f"{TITLES.get(name, name)}: {n:,} steps" for name, n in steps.items()], 5, sharey=True)
+    for ax, segments in zip(axes, plans.values(), strict=True):
         # the longest first, so that the shorter runs of PTFS, equal to it in the warm-up, stay visible
         for g in sorted((g for g in segments if g.end > g.start), key=lambda g: g.start - g.end):
-            steps = [*range(g.start, g.end, max(1, (g.end - g.start) // 2000)), g.end - 1]
+            x = [*range(g.start, g.end, max(1, (g.end - g.start) // 2000)), g.end - 1]
             label, colour, width = f"V{g.version}", COLOURS[(g.version - 1) % len(COLOURS)], 1.8
             if g.paradigm == "main":
                 label, colour, width = "main path", "#333333", 2.6
-            ax.plot(steps, [g.lr(s) for s in steps], color=colour, linewidth=width, label=label)
-        ax.set_title(f"{TITLES.get(paradigm, paradigm)}: {sum(g.end - g.start for g in segments):,} steps", fontsize=10)
+            ax.plot(x, [g.lr(s) for s in x], color=colour, linewidth=width, label=label)
         ax.set(xlabel="step", ylim=(0, None))
         ax.locator_params(axis="x", nbins=5)
-        ax.grid(alpha=0.25)
     axes[0].set_ylabel("learning rate")
-    lines = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    labels = sorted(lines)
-    fig.legend([lines[k] for k in labels], labels, loc="lower center", ncols=len(labels), fontsize=9, frameon=False)
-    fig.tight_layout(rect=(0, 0.07, 1, 1))
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(file, dpi=150)
+    finish(fig, file, axes)
 
 
 def main() -> None:
