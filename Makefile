@@ -44,7 +44,6 @@ bench: $(if $(filter .venv/%,$(PY)),.venv/dev)
 	measure kernels kernels; \
 	for size in $(SIZES); do measure step-$$size step --size $$size; done; \
 	measure checkpoint checkpoint --size 1.2b; \
-	measure eval-203m eval --size 203m; \
 	test -z "$$failed" || { printf "make bench: failed:$$failed\n"; exit 1; }
 
 # Break real runs and compare with undisturbed ones: one round of all faults, or rounds for so many minutes

@@ -1,7 +1,6 @@
 """Continuations of prompts, many side by side; the keys and values of the tokens read so far are kept in a cache."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,6 @@ class Sampling:  # how the next id is drawn
 
 
 GREEDY = Sampling()
-Done = Callable[[list[int]], bool] | None  # does a row end after these new ids?
 
 
 def draw(logits: Tensor, how: Sampling, chance: list[np.random.Generator]) -> list[int]:
@@ -45,9 +43,9 @@ def draw(logits: Tensor, how: Sampling, chance: list[np.random.Generator]) -> li
 
 @torch.no_grad()
 def generate(
-    net: Transformer, prompts: list[list[int]], length: int, ends: set[int], how: Sampling = GREEDY, done: Done = None
+    net: Transformer, prompts: list[list[int]], length: int, ends: set[int], how: Sampling = GREEDY
 ) -> list[list[int]]:
-    """Up to `length` ids after each prompt of one id or more; a row ends before an id of `ends` or if done(its ids)."""
+    """Up to `length` ids after each prompt of one id or more; a row ends before an id of `ends`."""
     out: list[list[int]] = [[] for _ in prompts]
     chance = [np.random.default_rng((how.seed, i)) for i in range(len(prompts))]
     device, context = net.embed.weight.device, net.config.context
@@ -67,7 +65,7 @@ def generate(
             for i, token in zip(alive, new, strict=True):
                 if i not in over and token not in ends:
                     out[i].append(token)
-                if token in ends or len(out[i]) == length or (done and done(out[i])):
+                if token in ends or len(out[i]) == length:
                     over.add(i)
             if cache.end == cache.k.shape[2]:
                 break

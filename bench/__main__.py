@@ -4,7 +4,6 @@
     python -m bench kernels              each kernel beside PyTorch, torch.compile and Liger
     python -m bench data                 the reader, and the shard writer beside tiktoken alone
     python -m bench checkpoint           save, its stall and load beside a plain write, copy and read of the same bytes
-    python -m bench eval                 log-likelihoods and answers of downstream tasks beside transformers
 
 A step is bf16 over fp32 weights on a GPU, and fp32 on one thread on a CPU. Each of its rows runs in a fresh process, in
 turn with the others. `--json FILE` keeps everything.
@@ -23,7 +22,7 @@ import torch
 
 import config
 import kernels
-from bench import disk, evaluation, peers, step
+from bench import disk, peers, step
 from bench import kernels as kernel_rows
 from bench.measure import environment, table
 from runtime import logger
@@ -32,7 +31,7 @@ from runtime.device import activations, pick_device
 from runtime.errors import UserError, refuse, user_errors
 from runtime.files import write_text
 
-VERBS: Any = {"step": step.run, "kernels": kernel_rows.run, "eval": evaluation.run}
+VERBS: Any = {"step": step.run, "kernels": kernel_rows.run}
 VERBS |= {"data": disk.run_data, "checkpoint": disk.run_checkpoint}
 PEERS = f"some of {' '.join(peers.PEERS)}, and ours-K with a value K of train.kernels, such as ours-torch; none: ours"
 ALL = " ".join(VERBS)
@@ -45,7 +44,7 @@ OPTIONS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("step", "--updates", {"type": int, "default": 20}, "updates whose last loss is compared; 0: none [20]"),
     ("step", "--profile", {"action": "store_true"}, "also an update's milliseconds by kind of operation"),
     ("step", "--row", {}, argparse.SUPPRESS),  # measure this row alone, in this process
-    ("step data checkpoint eval", "--rounds", {"type": int}, "rounds, all rows in turn [3; eval 5; step on a GPU 1]"),
+    ("step data checkpoint", "--rounds", {"type": int}, "rounds, all rows in turn [3; step on a GPU 1]"),
     ("data", "--megabytes", {"type": float, "default": 64.0}, "of text to tokenize [64]"),
     (ALL, "--json", {}, "write everything to this file"),
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 import config
 import model as llama
 from runtime.device import cpp_compiler
-from tools import huggingface
+from tools.hf_weights import to_transformers
 
 PEERS = ("hf", "hf-compile", "hf-liger", "nanogpt")
 
@@ -67,18 +67,12 @@ class NanoGPT(nn.Module):
         return F.cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten())
 
 
-def hugging_face(c: config.Model, ours: llama.Transformer, liger: bool = False) -> nn.Module:
-    """transformers' LlamaForCausalLM (with biases on q, k and v: Qwen2ForCausalLM) with our weights."""
-    import transformers
-
-    kind = "Qwen2" if c.qkv_bias else "Llama"
+def hugging_face(ours: llama.Transformer, liger: bool = False) -> nn.Module:
+    """transformers' model with our weights, with Liger's kernels or its own."""
     if liger:
-        getattr(importlib.import_module("liger_kernel.transformers"), f"apply_liger_kernel_to_{kind.lower()}")()
-    settings = huggingface.to_config(c) | {"use_cache": False, "attn_implementation": "sdpa"}
-    net = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**settings))
-    weights = huggingface.to_hf(c, dict(ours.named_parameters()))
-    net.load_state_dict({"lm_head.weight": ours.head.weight, **weights})  # a tied head has its name there too
-    return net.train()
+        kind = "qwen2" if ours.config.qkv_bias else "llama"
+        getattr(importlib.import_module("liger_kernel.transformers"), f"apply_liger_kernel_to_{kind}")()
+    return to_transformers(ours).train()
 
 
 def liger(name: str) -> Callable[..., Any]:

@@ -51,7 +51,7 @@ class Trainer:
         torch.manual_seed(t.seed)
         ours = llama.Transformer(c.model)  # the weights that train.py draws
         with device:
-            self.net = peers.hugging_face(c.model, ours, "liger" in row) if self.hf else peers.NanoGPT(c.model)
+            self.net = peers.hugging_face(ours, "liger" in row) if self.hf else peers.NanoGPT(c.model)
         compiled = row.endswith("compile") or (self.cuda and row == "nanogpt")
         self.model = torch.compile(self.net, dynamic=False) if compiled else self.net
         self.optimizer = adamw(self.net, t)

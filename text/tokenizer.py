@@ -35,7 +35,6 @@ class Tokenizer:
     def __init__(self, name: str) -> None:
         self.name = name
         self.hf: Any = None  # a tokenizers.Tokenizer, if `name` is a folder
-        self.special_ids: set[int] = set()  # that tokenizer.json says are no text
         self.markers: dict[str, int] = {}  # the ids of ChatML's markers, if tokenizer.json has them
         # not every folder of the working directory that is called as an encoding
         self.is_folder = (Path(name) / "tokenizer.json").is_file() or (os.sep in name and Path(name).is_dir())
@@ -97,7 +96,6 @@ class Tokenizer:
         self.hf.encode_special_tokens = True
         self.hf.no_truncation()
         self.hf.no_padding()
-        self.special_ids = {i for i, token in added.items() if token.special}
         known = self.hf.get_vocab(with_added_tokens=True)
         self.vocab_size = max(rows, 1 + max(known.values()))  # released models have rows without a token
         end = next((e for e in ENDS if e in known), None)

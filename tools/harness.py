@@ -1,7 +1,7 @@
 """Downstream tasks: EleutherAI's lm-evaluation-harness asks, our checkpoints answer.
 
-The harness (https://github.com/EleutherAI/lm-evaluation-harness) has the questions, prompts and metrics; it asks a
-model through `LM`, which answers as the harness's own adapter `hf` would. configs/tasks adds tasks of our own.
+The harness (https://github.com/EleutherAI/lm-evaluation-harness) has the questions, prompts and metrics, and asks
+transformers' model with a checkpoint's weights. configs/tasks adds tasks of our own.
 Under torchrun each rank answers its part of the questions with a whole copy of the model.
     python -m tools.harness out/tiny --tasks gsm8k,mmlu     a run's versions, or checkpoints
 """
@@ -14,6 +14,7 @@ import logging
 import math
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,26 +34,33 @@ from runtime.command_line import Parser, aligned
 from runtime.device import pick_device
 from runtime.distributed import World
 from runtime.errors import UserError, first_line, refuse, user_errors
-from sample import Sampling, generate
 from text.examples import held_messages
 from text.tokenizer import Tokenizer
-from tools.hf_tokenizer import end_ids
+from tools.hf_tokenizer import end_ids, write_tokenizer
+from tools.hf_weights import to_transformers
 
 try:
     import datasets
-    import lm_eval.api.model
     import lm_eval.api.task
+    import lm_eval.models.huggingface
+    import transformers
     from lm_eval import evaluator
     from lm_eval.api.group import Group
-    from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as e:
-    raise UserError(f"--tasks needs the package lm-eval ({e}): pip install 'lm-eval>=0.4.13'") from None
+    raise UserError(f"--tasks needs the package lm-eval ({e}): pip install 'lm-eval[hf]>=0.4.13'") from None
+
+
+def bar(*a: Any, disable: bool = False, **kw: Any) -> tqdm:
+    """The harness's progress bars, quiet as our own are: on a terminal, and only after two seconds."""
+    return tqdm(*a, disable=disable or None, delay=2, leave=False, **kw)
+
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of each default that a task relies on
-lm_eval.api.task.tqdm = functools.partial(tqdm, disable=None, delay=2, leave=False)  # quiet, as our own bars are
+lm_eval.api.task.tqdm = lm_eval.models.huggingface.tqdm = bar
 if not sys.stderr.isatty():
     datasets.disable_progress_bars()
 OURS = Path(__file__).parent.parent / "configs" / "tasks"
@@ -68,30 +76,28 @@ Versions = dict[str, dict[int, Path]]  # the finished versions of a run, by fold
 # ---- The model, as the harness asks it -------------------------------------------------------------------------------
 
 
-class LM(lm_eval.api.model.LM):
-    """A model, whole on this rank, that answers `batch` rows side by side. T = context, N = scored tokens."""
+class LM(HFLM):
+    """The harness's own adapter for transformers, on our weights, but that it leaves no token of an answer out.
+
+    A token that spans the end of a question and the start of its answer is the answer's; an answer or a text without
+    a token is refused, with the task and the number of the question.
+    """
 
     def __init__(self, net: llama.Transformer, tok: Tokenizer, batch: int, chat: bool = False) -> None:
-        super().__init__()
-        self.net, self.tok, self.batch, self.max_length = net, tok, batch, net.config.context
-        self._device = net.embed.weight.device
+        device, dtype = net.embed.weight.device, net.dtype
+        with tempfile.TemporaryDirectory() as folder:
+            write_tokenizer(tok, Path(folder), chat)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        with device:
+            theirs = to_transformers(net).to(device, dtype).eval()
+        theirs.generation_config.eos_token_id = sorted({tok.eot, tok.eos, *end_ids(tok, chat)})  # of an answer
+        how: dict[str, Any] = {"batch_size": batch, "max_length": net.config.context, "softmax_dtype": torch.float32}
+        super().__init__(theirs, tokenizer=tokenizer, **how)
         if dist.is_initialized():
             self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-        self.bar = functools.partial(tqdm, unit="request", disable=True if self.rank else None, delay=2, leave=False)
-        self.end = tok.hf.id_to_token(tok.eos) if tok.hf else "<|endoftext|>"
-        self.ends = {tok.eot, tok.eos, *end_ids(tok, chat)}  # of an answer
-        text = tok.hf.encode("a") if tok.hf else None
-        self.before = text.ids[: text.special_tokens_mask.index(0)] if text else []  # what it puts before every text
-        self.drawn = 0  # batches drawn at random: each has a seed of its own
-
-    def tok_encode(self, text: str) -> list[int]:
-        return self.before + self.tok.encode(text)
-
-    def tok_decode(self, ids: list[int]) -> str:
-        return self.tok.decode([i for i in ids if i not in self.tok.special_ids])
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        return self._loglikelihood_tokens([self.split(r) for r in requests])
+        return self._loglikelihood_tokens([self.split(r) for r in requests], disable_tqdm)
 
     def split(self, r: Any) -> tuple[Any, list[int], list[int]]:
         """((texts), ids of the question, ids of the answer). UserError if the answer has no token, or too many."""
@@ -102,88 +108,17 @@ class LM(lm_eval.api.model.LM):
         size = len(whole) - n if answer else 0
         if not 0 < size <= self.max_length:
             raise problem(r, f"an answer {answer!r:.40} of {max(size, 0)} tokens, expected 1 to {self.max_length}")
-        return r.args, whole[:n] or [self.tok.start], whole[n:]
-
-    @torch.no_grad()
-    def _loglikelihood_tokens(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Of ((texts), context, continuation): nats of the continuation, and whether each token is the likeliest."""
-        # equal inputs are read once: the answers A, B, C and D to a question differ in their last token only
-        asked: dict[tuple[int, ...], list[int]] = {}  # {input: requests}
-        for i, (_, context, continuation) in enumerate(requests):
-            asked.setdefault(tuple((context + continuation)[-self.max_length - 1 : -1]), []).append(i)
-        order = sorted(asked, key=len, reverse=True)  # the largest batch comes first, should memory not suffice
-        found = [(0.0, True)] * len(requests)
-        with self.bar(total=len(requests), desc="log-likelihoods") as bar:
-            for start in range(0, len(order), self.batch):
-                part = order[start : start + self.batch]
-                T = len(part[0])
-                ends = [(i, b * T + len(row)) for b, row in enumerate(part) for i in asked[row]]  # flat places
-                at = [k for i, end in ends for k in range(end - len(requests[i][2]), end)]
-                targets = torch.tensor([t for i, _ in ends for t in requests[i][2]], device=self.device)
-                # padded on the right, after the tokens that are scored; the head reads only the scored places
-                ids = torch.tensor([row + (0,) * (T - len(row)) for row in part], device=self.device)
-                nats, best = self.score(self.net.states(ids).flatten(0, 1)[at], targets)
-                begin = 0
-                for i, _ in ends:
-                    here = slice(begin, begin := begin + len(requests[i][2]))
-                    found[i] = (math.fsum(nats[here]), all(best[here]))
-                bar.update(len(ends))
-        return found
-
-    def score(self, y: Tensor, targets: Tensor) -> tuple[list[float], list[bool]]:
-        """States (N, C), ids (N,) -> log-probabilities, are they the likeliest; at most 2^26 logits at a time."""
-        nats, best = [], []
-        rows = max(1, 2**26 // self.net.config.vocab_size)
-        for part, ids in zip(y.split(rows), targets.split(rows), strict=True):
-            logits = self.net.head(part).float()
-            nats += (logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
-            best += (logits.argmax(-1) == ids).tolist()
-        return nats, best
+        return r.args, whole[:n] or [self.prefix_token_id], whole[n:]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Nats of whole texts: every token once, in windows as long as the context."""
-        cut = functools.partial(get_rolling_token_windows, max_seq_len=self.max_length, context_len=1)
-        if empty := [r for r in requests if not self.tok.encode(r.args[0])]:
+        if empty := [r for r in requests if not self.tok_encode(r.args[0], add_special_tokens=False)]:
             raise problem(empty[0], "its text has no token to score")
-        texts = [list(cut(self.tok_encode(r.args[0]), prefix_token=self.tok.start)) for r in requests]
-        found = iter(self._loglikelihood_tokens([(None, *make_disjoint_window(w)) for ws in texts for w in ws]))
-        return [math.fsum(next(found)[0] for _ in ws) for ws in texts]
-
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Texts up to the first stop string, at which a row ends. A batch holds requests of equal settings."""
-        contexts = [self.tok_encode(r.args[0]) or [self.tok.start] for r in requests]
-        settings = [normalize_gen_kwargs(r.args[1], NEW) for r in requests]
-        rows = list(zip(contexts, settings, strict=True))
-        alike = Collator(rows, lambda row: -len(row[0]), group_by="gen_kwargs")  # the longest contexts first
-        texts: list[str] = []
-        with self.bar(total=len(requests), desc="answers") as bar:
-            for part in alike.get_batched(self.batch):
-                how = part[0][1]
-                until = [s for s in handle_stop_sequences(how["until"], eos=self.end) if s]
-                temperature = how["temperature"] if how.get("do_sample") else 0.0
-                room = self.max_length - how["max_gen_toks"]
-                self.drawn += 1
-                draws = Sampling(temperature, how.get("top_p", 1.0), self.drawn * self.world_size + self.rank)
-                prompts, stops = [ids[-room:] for ids, _ in part], functools.partial(self.stops, until)
-                new = generate(self.net, prompts, how["max_gen_toks"], self.ends, draws, stops)
-                texts += [postprocess_generated_text(self.tok_decode(ids), until, None) for ids in new]
-                bar.update(len(part))
-        return alike.get_original(texts)
-
-    def stops(self, until: list[str], ids: list[int]) -> bool:
-        """Does a stop string end here? It takes at most as many tokens as bytes; 4 more, as the first may be cut."""
-        text = self.tok_decode(ids[-4 - max(len(s.encode()) for s in until) :])
-        return any(s in text for s in until)
+        return super().loglikelihood_rolling(requests, disable_tqdm)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(parts, tensor)
         return torch.stack(parts)
-
-    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        parts: list[Any] | None = [None] * self.world_size if self.rank == dst else None
-        dist.gather_object(obj, parts, dst)
-        return parts
 
     barrier = staticmethod(dist.barrier)
 

@@ -11,8 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import config
+import model as llama
 from runtime.errors import UserError
 from text.tokenizer import json_object
+from tools.hf_config import to_config
 
 DTYPES = ("F32", "BF16", "F16")
 INDEX = "model.safetensors.index.json"
@@ -48,6 +50,18 @@ def to_hf(c: config.Model, ours: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, own in parts(c).items():
         out |= zip((n for n, _ in own), ours[name].split([shape[0] for _, shape in own]), strict=True)
     return out
+
+
+def to_transformers(ours: llama.Transformer) -> Any:
+    """transformers' LlamaForCausalLM (with biases on q, k and v: Qwen2ForCausalLM) with our weights."""
+    import transformers
+
+    settings = to_config(ours.config) | {"use_cache": False, "attn_implementation": "sdpa"}
+    (kind,) = settings["architectures"]
+    net = getattr(transformers, kind)(getattr(transformers, kind.replace("ForCausalLM", "Config"))(**settings))
+    weights = to_hf(ours.config, dict(ours.named_parameters()))
+    net.load_state_dict({HEAD: ours.head.weight, **weights})  # a tied head has its name there too
+    return net
 
 
 def find_files(folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from test_hf import byte_level, checkpoint_of
 
 import config
 import model
-from bench import peers
+import sample
 from runtime.errors import UserError, user_errors
 from text.tokenizer import Tokenizer
 from tools import harness, huggingface
@@ -41,44 +41,31 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=["bytes", "folder"])
-def pair(request, tmp_path_factory):
-    """(ours, the harness's) adapter for the same weights and ids, a token a byte: of bytes or of tokenizer.json."""
-    pytest.importorskip("accelerate")
+def asked(request, tmp_path_factory):
+    """(the adapter, our model) of the same weights, a token a byte: of bytes or of tokenizer.json."""
     import tokenizers
-    import transformers
-    from lm_eval.models.huggingface import HFLM
     from tokenizers import decoders, models, pre_tokenizers
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    net = model.Transformer(
-        config.Model(n_layer=2, n_head=4, n_kv_head=2, hidden=32, vocab_size=257, context=96)
-    ).eval()
+    shape = config.Model(n_layer=2, n_head=4, n_kv_head=2, hidden=32, vocab_size=257, context=96)
+    net = model.Transformer(shape).eval()
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.2 * torch.randn_like(p))
         net.head.weight[97:123] += 0.5 * net.head.weight[97:123]  # letters are likelier, and so are stop strings
-    keep = [
-        *range(33, 127),
-        *range(161, 173),
-        *range(174, 256),
-    ]  # byte-level BPE spells a byte as a printable character
-    rest = iter(range(256, 400))
+    if request.param == "bytes":
+        return harness.LM(net, Tokenizer("bytes"), 3), net
+    # byte-level BPE spells a byte as a printable character
+    keep, rest = [*range(33, 127), *range(161, 173), *range(174, 256)], iter(range(256, 400))
     spelling = {chr(b) if b in keep else chr(next(rest)): b for b in range(256)}
     tok = tokenizers.Tokenizer(models.BPE(spelling, []))
-    tok.pre_tokenizer, tok.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        decoders.ByteLevel(),
-    )
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tok.decoder = decoders.ByteLevel()
     tok.add_special_tokens(["<|endoftext|>"])
     folder = tmp_path_factory.mktemp("tokenizer")
     tok.save(str(folder / "tokenizer.json"))
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|endoftext|>")
-    twin = peers.hugging_face(net.config, net).eval()
-    twin.generation_config.eos_token_id = twin.config.eos_token_id = 256
-    return harness.LM(net, Tokenizer("bytes" if request.param == "bytes" else str(folder)), 3), HFLM(
-        pretrained=twin, tokenizer=fast, batch_size=3, max_length=96, device="cpu"
-    )
+    return harness.LM(net, Tokenizer(str(folder)), 3), net
 
 
 def requests(*args):
@@ -87,7 +74,17 @@ def requests(*args):
     return [Instance("loglikelihood", {}, a, i, ("t", 7, 1)) for i, a in enumerate(args)]
 
 
-def test_log_likelihoods_equal_those_of_the_harness(pair):
+def nats(net, before, after):
+    """(nats of the ids `after`, is each the likeliest), from the logits that our model gives to the whole."""
+    ids = (before + after)[-net.config.context - 1 :]
+    with torch.no_grad():
+        logits = net(torch.tensor([ids[:-1]]))[0, -len(after) :].log_softmax(-1)
+    target = torch.tensor(after)
+    return logits.gather(1, target[:, None]).sum().item(), bool((logits.argmax(-1) == target).all())
+
+
+def test_log_likelihoods_are_those_of_our_model(asked):
+    lm, net = asked
     pairs = [
         ("The whale", " swims"),
         ("The whale", " sings"),
@@ -98,16 +95,17 @@ def test_log_likelihoods_equal_those_of_the_harness(pair):
         ("far too long for the context " * 10, " and cut on its left"),
         ("x", "y" * 96),
     ]
-    for lm in pair:
-        lm.found = lm.loglikelihood(requests(*pairs), disable_tqdm=True)
-    for ours, theirs in zip(pair[0].found, pair[1].found, strict=True):
-        assert ours == (pytest.approx(theirs[0], abs=1e-4), theirs[1])
+    found = lm.loglikelihood(requests(*pairs))
+    for (question, answer), (value, best) in zip(pairs, found, strict=True):
+        kept = list(question.rstrip().encode())
+        expected = nats(net, kept or [256], list((question + answer).encode())[len(kept) :])
+        assert (value, best) == (pytest.approx(expected[0], abs=1e-4), expected[1]), question
     # the likeliest next token is known to be it
-    ids = pair[0].tok_encode("The whale")
-    best = pair[0].net(torch.tensor([ids]))[0, -1].argmax().item()
-    assert pair[0]._loglikelihood_tokens([(None, ids, [best]), (None, ids, [best ^ 1])])[0][1] is True
+    ids = list(b"The whale")
+    best = net(torch.tensor([ids]))[0, -1].argmax().item()
+    assert lm._loglikelihood_tokens([(None, ids, [best]), (None, ids, [best ^ 1])])[0][1] is True
     with pytest.raises(UserError, match="t, question 7 .from 0.: an answer 'y* of 97 tokens, expected 1 to 96"):
-        pair[0].loglikelihood(requests(("x", "y" * 97)))
+        lm.loglikelihood(requests(("x", "y" * 97)))
 
 
 END, MESSAGE, BEGIN = "<|endoftext|>", "<|im_end|>", "<s>"
@@ -123,8 +121,7 @@ BEGINNINGS = {  # files beside tokenizer.json, the token that its post-processor
 
 @pytest.fixture(scope="module", params=BEGINNINGS)
 def exported(request, tmp_path_factory):
-    """(ours, the harness's own adapter on the exported folder): checkpoints whose texts begin in different ways."""
-    pytest.importorskip("accelerate")
+    """(the adapter, the harness's own on the exported folder, model, tokenizer): texts begin in different ways."""
     from lm_eval.models.huggingface import HFLM
 
     torch.set_num_threads(1)
@@ -149,47 +146,41 @@ def exported(request, tmp_path_factory):
         max_length=96,
         device="cpu",
     )
-    return harness.LM(net, tok, 3, chat=chat), theirs
+    return harness.LM(net, tok, 3, chat=chat), theirs, net, tok
 
 
 def test_texts_begin_as_in_the_harness(exported):
     """With the tokenizer's own token where nothing is before a text, and with what its post-processor adds."""
-    ours, theirs = exported
+    ours, theirs, *_ = exported
     texts = [("short",), ("a" * 96,), ("It was late, and the rain had not stopped. " * 7,), ("ab" * 97,)]
     assert ours.loglikelihood_rolling(requests(*texts)) == pytest.approx(
         theirs.loglikelihood_rolling(requests(*texts), disable_tqdm=True), abs=1e-3, rel=1e-6
     )
     pairs = [("", "no context"), ("The whale", " swims"), ("A or B? ", "A")]
-    pairs += [(" \n", "x")] if ours.before else []  # the harness's own cannot without a token before it
+    pairs += [(" \n", "x")] if ours.tok_encode("") else []  # the harness's own cannot without a token before it
     found = zip(ours.loglikelihood(requests(*pairs)), theirs.loglikelihood(requests(*pairs), True), strict=True)
     for mine, other in found:
         assert mine == (pytest.approx(other[0], abs=1e-4), other[1])
     how = {"until": ["e"], "max_gen_toks": 60}
     asked = [(text, how) for text in ("The ship", "One two three", "A", "größer als", "q", "zz", "To be", "or not")]
-    mine, other = (lm.generate_until(requests(*asked), disable_tqdm=True) for lm in exported)
+    mine, other = (lm.generate_until(requests(*asked), disable_tqdm=True) for lm in (ours, theirs))
     assert mine == other and len({*mine}) > 4
 
 
-def nats(lm, before, after):
-    """Of the ids `after`, from the logits of the whole."""
-    with torch.no_grad():
-        logits = lm.net(torch.tensor([before + after[:-1]]))[0, len(before) - 1 :].log_softmax(-1)
-    return logits.gather(1, torch.tensor(after)[:, None]).sum().item()
-
-
 def test_a_token_that_spans_question_and_answer_is_the_answers(exported):
-    lm = exported[0]
-    ids = {token: lm.tok.hf.token_to_id(token) for token in ("ab", "b", "c", "d", "Ġx", "Ġ")}
-    begin = lm.before or [lm.tok.start]
+    lm, _, net, tok = exported
+    ids = {token: tok.hf.token_to_id(token) for token in ("ab", "b", "c", "d", "Ġx", "Ġ")}
+    first = lm.tok_encode("")  # what the tokenizer puts before every text
+    begin = first or [tok.start]
     for asked, before, after in (
-        (("cda", "b"), [*lm.before, ids["c"], ids["d"]], [ids["ab"]]),
+        (("cda", "b"), [*first, ids["c"], ids["d"]], [ids["ab"]]),
         (("a", "bc"), begin, [ids["ab"], ids["c"]]),  # nothing is left of the question
-        (("c ", "x"), [*lm.before, ids["c"]], [ids["Ġx"]]),
+        (("c ", "x"), [*first, ids["c"]], [ids["Ġx"]]),
         (("  ", "xd"), begin, [ids["Ġ"], ids["Ġx"], ids["d"]]),  # spaces alone are the answer's
     ):
         for beside in ([], [("other", " words")]):  # alone in its batch, and not
             found = lm.loglikelihood(requests(asked, *beside))[0][0]
-            assert found == pytest.approx(nats(lm, before, after), abs=1e-4) and found < -0.5, asked
+            assert found == pytest.approx(nats(net, before, after)[0], abs=1e-4) and found < -0.5, asked
 
 
 def test_an_answer_or_text_of_nothing_is_refused(exported):
@@ -233,71 +224,35 @@ def test_a_task_file_is_a_program(tmp_path, trained):
     assert harness.evaluate(trained, [name], CPU, data_dir=str(tmp_path))["program"]["value"] > 1
 
 
-def test_whole_texts_in_windows_equal_those_of_the_harness(pair):
-    texts = [("short",), ("a" * 96,), ("It was late, and the rain had not stopped. " * 7,), ("b" * 97,)]
-    ours, theirs = (lm.loglikelihood_rolling(requests(*texts), disable_tqdm=True) for lm in pair)
-    assert ours == pytest.approx(theirs, abs=1e-3, rel=1e-6)  # sums of up to 300 tokens
+def test_whole_texts_are_scored_in_windows(asked):
+    lm, net = asked
+    texts = ["short", "a" * 96, "b" * 97]  # a window holds 96
+    short, full, more = lm.loglikelihood_rolling(requests(*((t,) for t in texts)))
+    assert short == pytest.approx(nats(net, [256], list(b"short"))[0], abs=1e-4)
+    assert full == pytest.approx(nats(net, [256], [97] * 96)[0], abs=1e-3)
+    assert more == pytest.approx(nats(net, [256], [98] * 96)[0] + nats(net, [98] * 96, [98])[0], abs=1e-3)
 
 
-def test_answers_equal_those_of_the_harness(pair):
-    long = "cut to the context less the new tokens " * 5
-    how = [
+def test_answers_are_those_of_our_sampler(asked):
+    """Greedy ones, up to a stop string or the end of a document; a long question is cut on its left."""
+    lm, net = asked
+    hows = [
         {"until": ["e"], "max_gen_toks": 40},
         {"until": ["th", "\n"], "max_gen_toks": 16, "do_sample": False},
         {"until": [], "max_gen_toks": 8, "temperature": 0.0},
     ]
-    asked = [(text, kw) for kw in how for text in ("The ship", "One two three", "A", long, "größer als")]
-    ours, theirs = (lm.generate_until(requests(*asked), disable_tqdm=True) for lm in pair)
-    assert ours == theirs
-    assert any(len(t.encode()) < 40 for t in ours[:5]) and not any("e" in t for t in ours[:5]) and len({*ours}) > 5
-
-
-def test_a_row_stops_at_its_stop_string_and_draws_differ_by_batch(pair, monkeypatch):
-    lm, calls = pair[0], []
-    original = harness.generate
-    monkeypatch.setattr(harness, "generate", lambda *a: calls.append(original(*a)) or calls[-1])
-    (text,) = lm.generate_until(requests(("The ship", {"until": [], "max_gen_toks": 40})))
-    stop = text[5:7]
-    assert lm.generate_until(requests(("The ship", {"until": stop, "max_gen_toks": 40}))) == [text.split(stop)[0]]
-    assert len(calls[1][0]) <= len(text[:7].encode()) + 4 < len(calls[0][0]) == 40
-    drawn = [
-        lm.generate_until(
-            requests(("The ship", {"until": [], "max_gen_toks": 20, "do_sample": True, "temperature": 1.0}))
-        )[0]
-        for _ in range(2)
-    ]
-    assert drawn[0] != drawn[1]
-
-
-def test_scores_of_tasks_equal_those_of_the_harness(pair):
-    found = harness.load(tuple(ALL), str(FIXTURES), None)
-    a, b = (
-        lm_eval.simple_evaluate(
-            lm,
-            tasks=list(found.values()),
-            log_samples=False,
-            bootstrap_iters=10,
-            task_manager=harness.catalogue((harness.OURS,), False),
-        )["results"]
-        for lm in pair
-    )
-    assert a.keys() == b.keys() == {"choosing", "colours", "letters", "continuing", "reading"}
-    for name in a:
-        for key, value in a[name].items():
-            assert value == (pytest.approx(b[name][key], rel=1e-5) if isinstance(value, float) else b[name][key]), (
-                name,
-                key,
-            )
-    assert (
-        lm_eval.simple_evaluate(
-            pair[0],
-            tasks=list(found.values()),
-            log_samples=False,
-            bootstrap_iters=10,
-            task_manager=harness.catalogue((harness.OURS,), False),
-        )["results"]
-        == a
-    )  # and again
+    long = "cut to the context less the new tokens " * 5
+    texts = ("The ship", "One two three", "A", long, "größer als")
+    found = lm.generate_until(requests(*((text, how) for how in hows for text in texts)))
+    expected = []
+    for how in hows:
+        for text in texts:
+            new = how["max_gen_toks"]
+            (ids,) = sample.generate(net, [list(text.encode())[new - 96 :]], new, {256})
+            said = bytes(ids).decode(errors="replace")
+            expected.append(min((said.split(stop)[0] for stop in how["until"]), key=len, default=said))
+    assert found == expected and len({*found[:5]}) > 3
+    assert any(len(t.encode()) < 40 for t in found[:5])
 
 
 def test_the_letters_are_asked_as_the_examples_teach():

@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import tokenizers
-import transformers
 from backports import zstd
 from conftest import ROOT
 from helpers import cl100k_cache
@@ -868,21 +867,6 @@ def test_text_is_never_a_control_token_whatever_tokenizer_json_calls_it(tmp_path
     docs = [f"{d} <|endoftext|> <|im_end|> and on" for d in some_documents(60)]
     make(tmp_path / "d", [write(tmp_path / "a.jsonl", docs)], name, increments=[1], val=0.2)
     assert sorted(read(tmp_path / "d", "v1") + read(tmp_path / "d", "val")) == sorted(docs)
-
-
-def test_special_tokens_of_the_file_are_known(tmp_path):
-    """What skip_special_tokens leaves out in transformers: the tokens that the file flags, and no others."""
-    name = hf_folder(tmp_path / "tok", added=CONTROLS)
-    file = tmp_path / "tok" / "tokenizer.json"
-    spec = json.loads(file.read_text())
-    spec["added_tokens"][1]["special"] = True
-    file.write_text(json.dumps(spec))
-    plain, tok = transformers.PreTrainedTokenizerFast(tokenizer_file=str(file)), Tokenizer(name)
-    assert tok.special_ids == {1024}
-    ids = [*tok.encode("a whale"), 1023, 1024, 1026, *tok.encode(" é"), 1027]
-    expected = plain.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    assert tok.hf.decode([i for i in ids if i not in tok.special_ids], skip_special_tokens=False) == expected
-    assert "<tool_call>" in expected and "<|im_start|>" not in expected
 
 
 def test_a_vocabulary_that_spells_its_control_token_is_refused(tmp_path):

@@ -1,8 +1,5 @@
 """Continuations against transformers', and the cache against whole sequences."""
 
-import functools
-import operator
-
 import numpy as np
 import pytest
 import tokenizers
@@ -69,7 +66,7 @@ def test_several_tokens_at_a_time_join_the_cache():
 @pytest.mark.parametrize("kw", [{}, {"n_kv_head": 2, "qkv_bias": True}], ids=str)
 def test_greedy_equals_transformers_for_64_tokens(kw):
     net = net_of(**kw)
-    twin = peers.hugging_face(net.config, net).eval()
+    twin = peers.hugging_face(net).eval()
     prompts = [torch.randint(0, 61, (n,)).tolist() for n in (3, 17, 32)]
     ours = sample.generate(net, prompts, 64, set())
     for prompt, found in zip(prompts, ours, strict=True):
@@ -94,8 +91,6 @@ def test_a_row_ends_and_does_not_depend_on_those_beside_it():
         end = together[1][12]
         cut = sample.generate(net, prompts, 30, {end}, **how)
         assert cut[1] == together[1][: together[1].index(end)]  # the end itself is left out
-        stopped = sample.generate(net, prompts, 30, set(), **how, done=functools.partial(operator.eq, together[2][:5]))
-        assert [len(t) for t in stopped] == [30, 30, 5] and stopped[2] == together[2][:5]
 
 
 def test_longer_than_the_context():

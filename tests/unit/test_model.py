@@ -60,7 +60,7 @@ def test_logits_and_loss_equal_transformers(kw):
     with torch.no_grad():
         for p in ours.parameters():
             p.add_(0.1 * torch.randn_like(p))  # so that norms, biases and depth all matter
-    twin = peers.hugging_face(c, ours)  # transformers' own Llama or Qwen2 with our weights
+    twin = peers.hugging_face(ours)  # transformers' own Llama or Qwen2 with our weights
     ids = torch.randint(0, 61, (3, 19))
     expected = twin(input_ids=ids).logits
     # fp32 rounding over two blocks of sums of at most 128 terms: eps * sqrt(128) * a few, on logits of size about 3
