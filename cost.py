@@ -58,7 +58,7 @@ def main() -> None:
     o, c = a.parse_config()
     for name, low, high in (("gpus", 1, 1e6), ("mfu", 1e-4, 1), ("peak", 1e6, 1e21), ("price", 0, 1e9)):
         if not low <= (got := getattr(o, name)) <= high:
-            raise UserError(f"--{name}: got {got:g}, expected {low:g} to {high:g}")
+            raise UserError(f"--{name}: got {got:.10g}, expected {low:g} to {high:g}")
     rows = table(c, o.convention, o.mfu, o.peak, o.price)
     parameters, flops = c.model.parameters, c.model.flops_per_token()
     if o.json:

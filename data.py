@@ -96,19 +96,24 @@ class Tokens:
 
     def problems(self, start: int, end: float) -> list[str]:
         """Increments that steps start .. end - 1 need and that are missing or too short, a line each."""
-        found = []
+        found, missing = [], []
         if self.ends[-1] < end < math.inf:
             found.append(f"data.increments: {self.ends[-1]:,} steps in all, expected at least the {int(end):,} trained")
+        out = f"--out {shlex.quote(str(self.folder))}"
         for name, need, there in self.needs(start, end):
-            out, steps = f"--out {shlex.quote(str(self.folder))}", (there - 1) // (self.B * self.context)
+            steps = (there - 1) // (self.B * self.context)
             if there == 0:
-                fix = f"append v{len(self.meta['increments']) + 1}: python data.py add {out} --source TEXT"
-                found.append(f"data.path {self.folder}: has no increment {name}; {fix}")
+                missing.append(name)
             elif there <= self.context or (there < need and not self.repeat):
                 fix = f"take it back: python data.py drop --last {out}"
                 if steps:
                     fix = f"--data.repeat true reads it again, or plan at most {steps} steps of it"
                 found.append(f"data.path {self.folder}: {name} has {there:,} tokens and {need:,} are needed; {fix}")
+        if missing:
+            first, last = f"v{len(self.meta['increments']) + 1}", missing[-1]
+            each = first if first == last else f"{first} to {last}, one after another"
+            fix = f"append {each}: python data.py add {out} --source TEXT"
+            found.append(f"data.path {self.folder}: has no increment {', '.join(missing)}; {fix}")
         return found
 
     def identity(self, step: int) -> dict[str, Any]:

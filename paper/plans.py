@@ -26,18 +26,26 @@ def gpu_hours(flops: float, mfu: float) -> str:
     return f"{float(f'{flops / (mfu * cost.PEAK) / 3600:.3g}'):,g} GPU-hours"
 
 
-def print_status(request: Request, machine: Machine) -> None:
+def pace(request: Request, machine: Machine) -> float:
+    """Seconds a FLOP of the training so far, with as many segments side by side; 0: there was none."""
     spent = [(node, *graph.trained(node.log())) for node in request.nodes.values()]
     done = sum(tokens * node.config.model.flops_per_token() for node, tokens, _ in spent)
-    pace = sum(seconds for *_, seconds in spent) / done / machine.jobs if done else 0  # seconds a FLOP
+    return sum(seconds for *_, seconds in spent) / done / machine.jobs if done else 0
+
+
+def at_pace(seconds: float, machine: Machine) -> str:
+    return f"{duration(seconds)} of training at the pace so far, {machine.jobs} side by side"
+
+
+def print_status(request: Request, machine: Machine) -> None:
+    known = pace(request, machine)
 
     def left(nodes: Graph) -> str:
         todo, steps, flops = graph.left(nodes)
         line = f"{len(nodes)} segments, {len(nodes) - len(todo)} done"
         if not todo:
             return line
-        at_pace = f"{duration(pace * flops)} of training at the pace so far, {machine.jobs} side by side"
-        needs = at_pace if pace else gpu_hours(flops, machine.mfu)
+        needs = at_pace(known * flops, machine) if known else gpu_hours(flops, machine.mfu)
         return f"{line}; left: {steps:,} steps, {flops:.3g} FLOPs, {needs}"
 
     for name, nodes in request.nodes_of.items():
@@ -75,6 +83,8 @@ def print_plan(request: Request, names: list[str], machine: Machine, slurm: bool
     disk = sum(len(n.required) * checkpoint.BYTES * n.config.model.parameters for n in nodes.values())
     peak = f"{mfu:.0%} of {cost.PEAK / 1e12:.0f} TFLOP/s, an H100's peak (--mfu)"
     time = f"{duration(flops / (mfu * cost.PEAK * ranks))} one after another on {ranks} GPU{'s' * (ranks > 1)}"
+    if known := pace(request, machine):  # of this machine, which may have no GPU
+        time = at_pace(known * flops, machine)
     print(f"To do, each segment once: {len(missing)} segments, {left:,} steps, {gpu_hours(flops, mfu)} at {peak};")
     print(f"{time}; {disk / 1e9:,.3g} GB of checkpoints that are kept.")
     for path in sorted({node.config.data.path for node in nodes.values()}):

@@ -156,7 +156,9 @@ def section(name: str, record: dict[str, Any], picture: bytes | None) -> str:
     out = f'<h2 id="{name}">{title} <small>{seeds(record)}</small></h2>\n'
     if "rows" in record:
         out += f"{table_html(grid(record))}{verdicts(statements(record))}\n"
-    if picture:
+    if picture is not None:
+        if not picture.startswith(b"\x89PNG"):
+            raise ValueError
         width = int.from_bytes(picture[16:20]) * 100 // 150  # drawn at 150 dots an inch; so all letters have one size
         source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
         out += f'<img alt="{title}" width="{width}" src="{source}">\n'
@@ -179,7 +181,7 @@ def page(results: Path) -> Path:
             if "made" in record:
                 settings.add(f"<pre>{escape(json.dumps(record['made']['config'], indent=1))}</pre>")
         except (ValueError, LookupError, TypeError, AttributeError):
-            raise UserError(f"{file}: is damaged; delete it, and ask for {name} again") from None
+            raise UserError(f"{file} or {drawn.name}: is damaged; delete both, and ask for {name} again") from None
         records[name] = record
     if not body:
         raise UserError(f"{results}: has no table or figure yet; make some: python -m paper table3 --schedules cosine")

@@ -7,7 +7,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from config import Config, flatten, load, type_name
+from config import Config, flatten, load, suggest, type_name
 from runtime.errors import UserError
 
 
@@ -18,6 +18,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kw)
 
     def error(self, message: str) -> typing.NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: --")
+        if unknown != message:
+            commands = [p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values()]
+            options = [k for parser in (self, *commands) for k in parser._option_string_actions]
+            message += f"; {suggest('--' + unknown.split()[0].partition('=')[0], options)}"
         raise UserError(message)
 
     def add_checkpoints(self, paths: str = "checkpoints, or one run's folder") -> None:

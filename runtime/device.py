@@ -53,7 +53,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         t = time.perf_counter()
         (a @ a)[0, 0].item()  # .item() waits for the device
         best = min(best, time.perf_counter() - t)
-    return 2 * n**3 / best, f"{n}^3 matrix product timed at the start, {torch.get_num_threads()} threads"
+    return 2 * n**3 / best, f"{n}^3 matrix product timed at the start, threads: {torch.get_num_threads()}"
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

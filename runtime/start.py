@@ -82,12 +82,15 @@ def check_text(run: Run, tokens: Tokens) -> None:
     found = tokens.problems(s.start, s.end)
     lengths = [(there - 1) // c.train.batch_tokens for _, _, there in tokens.needs(0, s.end)]
     steps = [*map(min, p.T, lengths), *p.T[len(lengths) :]]
-    paradigm = resume.MODES[s.paradigm]
-    possible = not (c.data.increments or c.data.unique or schedule.problems(replace(p, increments=steps), paradigm))
-    if found and steps != p.T and possible:
-        changes = {"version": s.version, "plan.increments": ",".join(map(str, steps))}
+    possible = found and steps != p.T and not (c.data.increments or c.data.unique)
+    for warmup in (p.warmup, steps[0] // 10) if possible else ():
+        if schedule.problems(replace(p, increments=steps, warmup=warmup), resume.MODES[s.paradigm]):
+            continue  # a first increment so short needs a shorter warm-up
+        changes: dict[str, Any] = {"version": s.version, "plan.increments": ",".join(map(str, steps))}
+        changes |= {"plan.warmup": warmup} if warmup != p.warmup else {}
         modes = ("main", "branch") if s.paradigm in ("main", "branch") else (s.paradigm,)
         found[-1] += f": {' && '.join(this_command(mode=mode, **changes) for mode in modes)}"
+        break
     refuse(found)
 
 

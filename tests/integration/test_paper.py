@@ -601,8 +601,13 @@ def test_a_report_of_nothing_and_of_names_in_brackets(tmp_path):
         report.page(tmp_path)
     for damaged in ("", "null", "{}", "[]", '{"title": "T", "rows": [', '{"title": "T", "rows": []}', "\x00"):
         (tmp_path / "table3.json").write_text(damaged)
-        with pytest.raises(UserError, match="table3.json: is damaged; delete it, and ask for table3 again"):
+        with pytest.raises(UserError, match="table3.json or table3.png: is damaged; delete both, and ask for table3"):
             report.page(tmp_path)
+    (tmp_path / "table3.json").write_text('{"title": "T", "header": ["a"], "rows": [["b"]]}')
+    (tmp_path / "table3.png").write_bytes(b"")  # as a full disk leaves it
+    with pytest.raises(UserError, match="table3.json or table3.png: is damaged; delete both, and ask for table3"):
+        report.page(tmp_path)
+    (tmp_path / "table3.png").unlink()
     (tmp_path / "table3.json").write_text('{"title": "<script>", "header": ["<b>"], "rows": [["<i>"]]}')
     assert not {"<script>", "<b>", "<i>"} & set(re.findall(r"<\w+>", report.page(tmp_path).read_text()))
 

@@ -260,6 +260,17 @@ def test_an_increment_shorter_than_planned(train_cli, tmp_path, prepared, capsys
     assert equal(tmp_path / "run" / "main" / "step-000044", tmp_path / "again" / "main" / "step-000044")
 
 
+def test_a_text_too_short_for_the_warm_up_names_commands_that_work(train_cli, tmp_path, capsys):
+    (tmp_path / "own.jsonl").write_text("".join(f'{{"text": "{n} prose of mine"}}\n' for n in range(300)))
+    prepare.prepare(str(tmp_path / "own"), [str(tmp_path / "own.jsonl")], "bytes", (1.0,), 0.3, jobs=1)
+    keys = ("--plan.versions", "1", "--plan.steps", "60", "--plan.warmup", "20")
+    assert train_cli("--mode", "main", *keys, data=tmp_path / "own") == 2
+    words = commands(capsys.readouterr().err)
+    assert [w[w.index("--mode") + 1] for w in words] == ["main", "branch"]
+    assert all(0 <= int(w[w.index("--plan.warmup", w.index("--plan.increments")) + 1]) < 2 for w in words)
+    assert [train_cli(*w) for w in words] == [0, 0]
+
+
 def test_a_shorter_version_does_not_share_a_folder_with_a_longer_one(train_cli, tmp_path, capsys):
     assert train_cli("--mode", "ptfs", "--version", "2") == 0
     before = sorted((tmp_path / "run").rglob("*"))
@@ -576,6 +587,7 @@ def snapshot(folder):
             ["v1 has", "tokens and", "are needed", "--data.repeat true"],
         ),
         (["--plan.increments", "10,10,10,10,10"], ["has no increment v5; append v5: python data.py add"]),
+        (["--mode", "ptfs", "--version", "6"], ["has no increment v5, v6; append v5 to v6, one after another: python"]),
         (["--plan.increments", "10,10", "--version", "3"], ["--version: got 3, but plan.increments has 2"]),
         (["--model.vocab_size", "300"], ["model.vocab_size: got 300, expected 257"]),
         (["--data.path", "nowhere"], ["nowhere: no prepared data; make it"]),

@@ -1,5 +1,6 @@
 """Perplexity, its standard errors and samples, against slow independent versions of them."""
 
+import io
 import json
 import math
 import shutil
@@ -111,6 +112,15 @@ def test_appl_of_a_run_is_over_all_versions_of_the_table():
     assert "NaN" not in json.dumps(rows)
 
 
+def test_a_version_that_one_paradigm_alone_has_is_not_in_appl():
+    tokens = np.array([100, 300])
+    known = {v: evaluation.Score(math.log(50 - v) * tokens, tokens) for v in range(1, 6)}
+    run = {"ptfs": [1, 2, 3, 4], "cpt": [1, 2, 3, 4], "ours": [1, 2, 3, 4, 5]}
+    rows, lines = evaluation.of_run({n: {v: v for v in versions} for n, versions in run.items()}, known)
+    assert rows["appl_versions"] == [2, 3, 4] and "V5" in lines[0].splitlines()[0]
+    assert [rows[n]["appl"] for n in run] == [pytest.approx(47)] * 3
+
+
 def test_one_document_has_no_standard_error(trained, prepared, tmp_path, cli):
     """The influence of a single document is 0 by construction, which is no certainty."""
     one = evaluation.Score(np.array([300.0]), np.array([100]))
@@ -167,10 +177,11 @@ def test_a_score_is_measured_once_for_a_model_a_text_and_a_context(trained, tmp_
 
     # a damaged file is measured again, as is a model whose code has changed; the order is that of the paths
     file, _ = sorted((trained.parent / "scores").iterdir(), key=lambda f: f.stat().st_mtime_ns)
-    for damaged in (b"", file.read_bytes()[:100], b"text"):
+    np.savez(other := io.BytesIO(), nats=np.array([1.0]), tokens=np.array([1]))
+    for damaged in (b"", file.read_bytes()[:100], b"text", other.getvalue()):
         file.write_bytes(damaged)
         assert evaluation.scores([trained], CPU)[trained].ppl == first.ppl
-    assert len(measured) == 6  # one by `score` itself
+    assert len(measured) == 7  # one by `score` itself
     other = tmp_path / "other" / "step-000010"
     shutil.copytree(trained, other)
     assert list(evaluation.scores([other, trained], CPU)) == [other, trained]
@@ -178,7 +189,15 @@ def test_a_score_is_measured_once_for_a_model_a_text_and_a_context(trained, tmp_
     (tmp_path / "code" / "model.py").write_text("another model")
     monkeypatch.setattr(evaluation, "__file__", str(tmp_path / "code" / "eval.py"))
     evaluation.scores([trained], CPU)
-    assert len(measured) == 8
+    assert len(measured) == 9
+
+
+def test_a_kept_score_does_not_hide_that_weights_are_missing(trained):
+    evaluation.scores([trained], CPU)
+    (weights,) = trained.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UserError, match="safetensors: got .* bytes, expected"):
+        evaluation.scores([trained], CPU)
 
 
 def test_a_folder_that_cannot_be_written_is_scored(trained, tmp_path):
