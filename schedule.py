@@ -19,6 +19,7 @@ TITLES = {
     "ptfs": "Pre-training from scratch (PTFS)",
     "cpt": "Continual pre-training (CPT)",
     "ours": "Path switching (ours)",
+    "average": "Averaging the main path",  # not the paper's
 }
 PARADIGMS = tuple(TITLES)
 CPT_VARIANTS = ("reset_max", "rewarm_max", "keep_min")  # Appendix B
@@ -41,10 +42,12 @@ class Plan:
     warmup: int = key(20, "warm-up steps, W")
     max_lr: float = key(1e-3, "maximal learning rate")
     min_lr: float | None = key(None, "minimal learning rate; none: a tenth of max_lr")
-    alpha: float | None = key(None, "length of a branch as a part of the first increment; none: 0.6")
+    alpha: float | None = key(None, "length of a branch as a part of the first increment; none: 0.6; 0: no branches")
     decay_steps: int | None = key(None, "length of a branch in steps, instead of alpha")
     cpt_variant: str = key("reset_max", "learning rate of CPT's versions: reset_max, rewarm_max, keep_min")
     cycle: float | None = key(None, "cosine cycle in steps where it is longer than the run, or inf")
+    average: float = key(0.2, "averaging: the last part of all steps so far whose weights are averaged")
+    average_points: int = key(10, "averaging: so many checkpoints, evenly spaced over that part")
 
     @property
     def T(self) -> list[int]:
@@ -65,18 +68,24 @@ class Plan:
         """The step at which version i has seen its increments 1..i."""
         return sum(self.T[:version])
 
+    def points(self, version: int) -> tuple[int, ...]:
+        """The steps of the main path whose weights version i's mean is of."""
+        end, n = self.end(version), self.average_points
+        return tuple(sorted({end - round_half_up(self.average * k / n, end) for k in range(n)}))
+
 
 @dataclass(frozen=True)
 class Segment:
     """One training run: updates `start` .. `end - 1`, from `parent` = (segment, step) or from random weights."""
 
     name: str  # also its folder below the run's
-    paradigm: str  # main, branch, ptfs, cpt, or sft
+    paradigm: str  # main, branch, ptfs, cpt, average, or sft
     version: int
     parent: tuple[str, int] | None
     start: int
     end: int
     lr: Callable[[int], float]
+    points: tuple[int, ...] = ()  # steps of the main path: weights that it saves, or that an average is the mean of
 
 
 # ---- Decay shapes ----------------------------------------------------------------------------------------------------
@@ -157,7 +166,7 @@ def path(p: Plan, start: int, end: int, W: int, D: float, warm_from: float = 0.0
 
 
 def plan(paradigm: str, p: Plan) -> list[Segment]:
-    """The segments of a paradigm ("ptfs", "cpt" or "ours"), parents first (Section 3.1, Figure 1, Appendix B).
+    """The segments of a paradigm, parents first (Section 3.1, Figure 1, Appendix B; averaging is not the paper's).
 
     ValueError, a line a problem, where `p` makes no sense.
     """
@@ -193,14 +202,21 @@ def plan(paradigm: str, p: Plan) -> list[Segment]:
         name = f"ours-{tag}" if d == round_half_up(0.6, p.T[0]) else f"ours-{tag}-d{d}"
         return Segment(f"{name}/v{i}", "branch", i, ("main", a), a, b, path(p, a, b, 0, D))
 
+    def average(i: int) -> Segment:  # no update: the mean of weights along the last of the main path
+        end, usual = p.end(i), (p.average, p.average_points) == (0.2, 10)
+        name = "average" if usual else f"average-{p.average:g}-of-{p.average_points}"
+        return Segment(f"{name}/v{i}", "average", i, ("main", end), end, end, lambda s: p.max_lr, p.points(i))
+
     if paradigm == "ptfs":
         return [ptfs(i) for i in range(1, N + 1)]
     if paradigm == "cpt":  # version 1 is PTFS's version 1: trained once, under PTFS's name
         return [ptfs(1), *(cpt(i) for i in range(2, N + 1))]
-    # Ours: the main path at max LR ends where the last branch leaves it, at N*T - d
-    end = p.end(N) - d
-    main = Segment("main", "main", N, None, 0, end, path(p, 0, end, W, 0))
-    return [main, *(branch(i) for i in range(1, N + 1))]
+    # Ours: the main path at max LR ends where the last branch leaves it, at N*T - d. Averaging: at N*T
+    end, version, points = p.end(N) - d, branch, set[int]()
+    if paradigm == "average":
+        end, version, points = p.end(N), average, {s for i in range(1, N + 1) for s in p.points(i)}
+    main = Segment("main", "main", N, None, 0, end, path(p, 0, end, W, 0), tuple(sorted(points)))
+    return [main, *(version(i) for i in range(1, N + 1))]
 
 
 def round_half_up(part: float, steps: int) -> int:
@@ -224,8 +240,10 @@ def problems(p: Plan, paradigm: str) -> list[str]:
         ("max_lr", p.max_lr, "1e-20 to 1e100", 1e-20 <= p.max_lr <= 1e100),
         ("min_lr", p.min_lr, f"1e-30 to max_lr = {p.max_lr}", p.min_lr is None or 1e-30 <= p.min_lr <= p.max_lr),
         ("warmup", W, "0 or more, for inverse_sqrt 1 or more", p.warmup >= int(p.schedule == "inverse_sqrt")),
-        ("alpha", p.alpha, "above 0 and at most 1", p.alpha is None or 0 < p.alpha <= 1),
+        ("alpha", p.alpha, "0 to 1", p.alpha is None or 0 <= p.alpha <= 1),
         ("decay_steps", p.decay_steps, "1 or more", p.decay_steps is None or p.decay_steps >= 1),
+        ("average", p.average, "above 0 and at most 1", 0 < p.average <= 1),
+        ("average_points", p.average_points, "1 to 1000", 1 <= p.average_points <= 1000),
         ("decay_steps", p.decay_steps, f"none beside alpha = {p.alpha}", not p.decay_steps or p.alpha is None),
     ]
     if found := [f"{name}: got {got!r}, expected {expected}" for name, got, expected, fine in checks if not fine]:
@@ -241,7 +259,7 @@ def problems(p: Plan, paradigm: str) -> list[str]:
         got = f"a branch of {d} steps would leave the main path at step {T - d}, inside the warm-up of {W}"
         found.append(f"alpha / decay_steps: {got}; expected at most {T - W} steps (alpha {(T - W) / T:.3g})")
     if p.cycle is not None:
-        decays = {"ptfs": sum(p.T), "cpt": T, "ours": d}[paradigm]
+        decays = {"ptfs": sum(p.T), "cpt": T, "ours": d, "average": 0}[paradigm]
         if p.schedule != "cosine":
             found.append(f"cycle: goes with the cosine schedule, got {p.schedule}")
         if not p.cycle >= decays:  # "not >=" refuses nan as well

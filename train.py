@@ -4,6 +4,7 @@
     --mode branch --version 2  leave the main path and decay: version 2 of path switching
     --mode ptfs   --version 2  version 2 from scratch
     --mode cpt    --version 2  version 2 from version 1's finished checkpoint
+    --mode average --version 2 version 2 as the mean of weights along the main path: no branch, no update, no GPU
     --mode sft    --parent CHECKPOINT --data.sft FILE.jsonl    fine-tune any of them
 
 Run again, on any number of ranks, it goes on from its last checkpoint, or reports that the segment is finished. SIGTERM
@@ -14,6 +15,7 @@ lost or hangs, run the same command again. `--dry_run` prints the segment and wr
 import sys
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +29,8 @@ import kernels
 from config import Config
 from kernels.cross_entropy import IGNORE
 from model import Transformer
-from runtime import checkpoint, distributed, resume
+from runtime import average, checkpoint, distributed, resume
+from runtime.average import RunningMean
 from runtime.build import build, compiles
 from runtime.command_line import Parser, given
 from runtime.device import cpp_compiler, pick_device, to_device
@@ -47,6 +50,7 @@ def parse(world: World) -> tuple[Namespace, Config]:
     a.add_argument("--mode", default="main", choices=(*resume.MODES, "sft"))
     a.add_argument("--version", type=int, help="version to train; main: save its fork point and stop [all of the plan]")
     a.add_argument("--parent", help="the checkpoint to start from, for branch, cpt and sft [the planned one]")
+    a.add_argument("--from", dest="given", default="", help="average: the checkpoints A,B,.. in place of the plan's")
     a.add_argument("--dry_run", action="store_true", help="say what would be done, touch nothing")
     a.add_config()
     default = "small" if torch.cuda.is_available() and Path(config.load("small").data.path).exists() else "tiny"
@@ -121,8 +125,9 @@ def train(run: Run, data: Any, start: Start, file: BinaryIO | None, watchdog: Wa
     """
     watchdog.beat("making and loading the model")
     c, t, segment = run.config, run.config.train, run.segment
-    required = [step for step in run.required if step >= start.step]
+    required, points = ([step for step in steps if step >= start.step] for steps in (run.required, run.points))
     net, model, optimizer = build(c, start, kind, world)
+    mean = RunningMean(run, start.origin, net)
     shards = (t.shard_ranks or world.ranks) if kind == "fsdp" else 1
     accumulation = t.batch_tokens // (t.micro_batch * c.model.context * world.ranks)
     saver = checkpoint.Saver(run.folder, t.keep, required, t.timeout)
@@ -139,17 +144,19 @@ def train(run: Run, data: Any, start: Start, file: BinaryIO | None, watchdog: Wa
             stop = guard.poll(step)  # heartbeat; a signal, a failed save or an error on any rank
             evaluate = last or (due(t.eval_every, step) and step > segment.start)
             save = step in required or (step > start.step and (last or due(t.checkpoint_every, step)))
-            if evaluate or save or stop:
+            point = step in points and step > start.step
+            if evaluate or save or stop or point:
                 guard.synchronize()  # wait for the device
                 with log.untimed():
                     guard.check_weights(net, shards, step)  # finite; replicas equal
                     if evaluate:
-                        log.validation(step, validate(net, c, data, guard, last, world))
+                        log.validation(step, mean.validation(partial(validate, net, c, data, guard, last, world)))
                         stop = guard.poll(step)  # a signal may have cut the validation short
-                    if save or (stop and step > start.step):
+                    if save or point or (stop and step > start.step):
                         guard.finish_save(step)
-                        record = resume.record(run, start.parent, data, step)
-                        saver.save(step, checkpoint.state(net, optimizer), record)
+                        alone = not (save or stop)  # a point: the weights
+                        tensors = checkpoint.state(net, None if alone else optimizer) | ({} if alone else mean.mean)
+                        saver.save(step, tensors, resume.record(run, start.parent, data, step), alone)
             if last or stop:
                 break
 
@@ -167,6 +174,7 @@ def train(run: Run, data: Any, start: Start, file: BinaryIO | None, watchdog: Wa
             guard.skip_bad_step(step, loss, norm, optimizer)  # on the device, without waiting for it
             optimizer.step()
             optimizer.zero_grad(set_to_none=kind != "ddp")  # DDP's gradients are views of its buckets
+            mean.update(step + 1)
 
             if due(t.log_every, step + 1) or step + 1 == segment.end:
                 loss_value, norm_value = guard.synchronize()
@@ -175,7 +183,7 @@ def train(run: Run, data: Any, start: Start, file: BinaryIO | None, watchdog: Wa
         guard.finish_save(step)
 
     if last:
-        guard.check_saved(required)
+        guard.check_saved(required + points)
     if world.rank == 0:
         how = "finished" if last else "stopped, and goes on when called again,"
         print(f"{run.folder}: {how} at step {step}; {log.summary(step)}")
@@ -190,6 +198,10 @@ def main() -> None:
         run = pick(o, c, world)
         c = run.config
         world = replace(world, device=pick_device(c.train.device, world.local_rank))
+        if o.mode == "average":
+            if world.rank == 0:
+                average.make(run, list(map(Path, filter(None, o.given.split(",")))), o.dry_run)
+            return
         kind, why = distributed.choose(c.train.parallel, c.model.parameters, world)
         if o.dry_run:
             if world.rank == 0:

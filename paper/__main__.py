@@ -139,6 +139,7 @@ def parse() -> tuple[argparse.Namespace, scales.Setup]:
 
 # The keys that tables vary themselves, or that a later call may raise
 VARIED = "plan.schedule plan.alpha plan.decay_steps plan.cpt_variant plan.versions plan.increments train.seed".split()
+VARIED += ["plan.average", "plan.average_points"]
 
 
 def check_base_setting(s: scales.Setup) -> None:

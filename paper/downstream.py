@@ -67,7 +67,7 @@ def tunings(s: Setup, settings: dict[Path, str], sft: str, ranks: int) -> tuple[
         data = SFTData(examples[setting, c.model.context], meta["data"], c.batch_sequences, c.data.epochs)
         segment = resume.sft_run(c, meta, str(path), data.steps).segment
         arguments = ["--config", "sft", "--mode", segment.paradigm, "--parent", str(path), *words]
-        node = graph.Node(s.root, setting, segment, c, arguments, None, {segment.end})
+        node = graph.Node(s.root, setting, segment, c, arguments, None, {segment.end}, set())
         found[node.name] = node
         results[path] = checkpoint.path(node.folder, segment.end)
     return found, results

@@ -21,7 +21,7 @@ from runtime.errors import UserError, user_errors
 from runtime.files import read_log
 from tools.paths import COLOURS, LEGEND, canvas, finish
 
-OF = {"PTFS": COLOURS[0], "CPT": COLOURS[1], "Ours": COLOURS[2], tables.MIXED: COLOURS[3]}
+OF = {"PTFS": COLOURS[0], "CPT": COLOURS[1], "Ours": COLOURS[2], tables.MIXED: COLOURS[3], tables.MEAN: COLOURS[4]}
 MARKERS = "os^DvP"
 
 
@@ -140,20 +140,25 @@ AXES = {"steps": "step", "tokens": "tokens", "seconds": "seconds of training thi
 
 
 def curves(log: Log, x: str = "steps") -> dict[str, tuple[Any, list[float]]]:
-    """{"loss", "val_loss", "lr": (x, y)} of a segment's log; a step that was trained twice counts as the last time."""
+    """{"loss", "lr", "val_loss", "average_val_loss": (x, y)} of a log; of a step trained twice, the last time."""
     # a record names the update; the state is after it
     train = dict(sorted({r["step"] + 1: r for r in log if "loss" in r}.items()))
-    val = dict(sorted({r["step"]: r["val_loss"] for r in log if "val_loss" in r}.items()))
     steps = [min((r["start"] for r in log if "config" in r), default=0), *train]
     batch = next((r["tokens"] / step for step, r in train.items()), 0)
     took = [batch * (b - a) / train[b]["tokens_per_second"] for a, b in pairwise(steps)]
     at = {"steps": steps, "tokens": [n * batch for n in steps], "seconds": [*accumulate(took, initial=0.0)]}[x]
-    made = {k: (at[1:], [r[k] for r in train.values()]) for k in ("loss", "lr")}
-    return {**made, "val_loss": (np.interp(list(val), steps, at), list(val.values()))}
+    made: dict[str, tuple[Any, list[float]]] = {k: (at[1:], [r[k] for r in train.values()]) for k in ("loss", "lr")}
+    for k in ("val_loss", "average_val_loss"):
+        val = dict(sorted({r["step"]: r[k] for r in log if k in r}.items()))
+        made[k] = np.interp(list(val), steps, at), list(val.values())
+    return made
 
 
 def losses(panels: dict[str, dict[str, Log]], file: str, x: str = "steps") -> None:
-    """Logs, {title: {label: log}}: training loss (thin, at most some 200 means) and validation loss, rates below."""
+    """Logs, {title: {label: log}}: training loss (thin, some 200 means) and validation loss, rates below.
+
+    Dots: the validation loss of the weights; crosses: that of their running mean.
+    """
     width, columns = (4.6, 6) if len(panels) > 1 else (8.0, 3)
     fig, (above, below) = canvas(list(panels), width, 6.0, rows=2, sharex="col", sharey="row")
     labels = list(dict.fromkeys(label for logs in panels.values() for label in logs))
@@ -167,8 +172,9 @@ def losses(panels: dict[str, dict[str, Log]], file: str, x: str = "steps") -> No
             means = [statistics.fmean(loss[k : k + few]) for k in range(0, len(loss), few)]
             top.plot(at[::few], means, color=look["color"], linewidth=0.7, alpha=0.45)
             top.plot(*c["val_loss"], marker="o", markersize=4, **look)
+            top.plot(*c["average_val_loss"], marker="x", markersize=4, color=look["color"], linewidth=0.7)
             bottom.plot(*c["lr"], **look)
-            train, val = train + loss[len(loss) // 10 :], val + c["val_loss"][1]
+            train, val = train + loss[len(loss) // 10 :], val + c["val_loss"][1] + c["average_val_loss"][1]
         bottom.set_xlabel(AXES[x])
     if shown := [y for y in train + val if math.isfinite(y)]:  # losses of the first updates would flatten the rest
         above[0].set_ylim(min(shown) - 0.05, max(shown) + 0.1)
@@ -179,14 +185,15 @@ def losses(panels: dict[str, dict[str, Log]], file: str, x: str = "steps") -> No
 
 def by_paradigm(request: graph.Request) -> dict[str, dict[str, Log]]:
     """Panels of `losses`: Table 3's segments of the first seed and schedule."""
-    name, panels = request.setup.schedules[0], {paradigm: dict[str, Log]() for paradigm in schedule.TITLES}
+    name, panels = request.setup.schedules[0], {paradigm: dict[str, Log]() for paradigm in tables.NAMES}
     for node in request.nodes_of["table3"].values():
         g, plan = node.segment, node.config.plan
-        if node.config.train.seed == request.seeds[0] and (g.paradigm == "main" or plan.schedule == name):
+        of_schedule = g.paradigm == "main" or (plan.schedule == name and g.paradigm != "average")
+        if node.config.train.seed == request.seeds[0] and of_schedule:
             label = "main path" if g.paradigm == "main" else f"V{g.version}"
             panels[g.paradigm if g.paradigm in panels else "ours"][label] = node.log()
     panels["cpt"] = {"V1": panels["ptfs"].get("V1", []), **panels["cpt"]}  # the same segment
-    return {f"{title}, {name}": panels[paradigm] for paradigm, title in schedule.TITLES.items()}
+    return {f"{schedule.TITLES[paradigm]}, {name}": logs for paradigm, logs in panels.items()}
 
 
 def segments(folder: Path) -> list[Path]:
@@ -206,7 +213,7 @@ def main() -> None:
     o = a.parse_args()
     logs = {str(f): read_log(f) for folder in o.folder for f in segments(folder)}
     shown = {f + " (no step logged yet)" * (not curves(log)["lr"][1]): log for f, log in logs.items()}
-    losses({"training loss (thin) and validation loss": shown}, o.out, o.x)
+    losses({"training loss (thin), validation loss (dots; crosses: of the running mean)": shown}, o.out, o.x)
     print(o.out)
 
 

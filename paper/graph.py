@@ -36,6 +36,7 @@ class Node:
     arguments: list[str]  # of train.py, except --out, --parent and --train.save_at
     parent: tuple[str, int] | None  # (name of the node, step)
     required: set[int]  # steps of the checkpoints that tables or other nodes need
+    points: set[int]  # steps whose weights averages need
 
     @property
     def name(self) -> str:
@@ -61,7 +62,8 @@ class Node:
         return (checkpoint.path(self.folder, step) / "meta.json").exists()
 
     def done(self) -> bool:
-        return all(map(self.saved, self.required))
+        alone = (checkpoint.weights(self.folder, step) / "meta.json" for step in self.points)
+        return all(map(self.saved, self.required)) and all(meta.exists() for meta in alone)
 
     def at_work(self) -> bool:
         """Does a process train this node now?"""
@@ -89,7 +91,7 @@ class Node:
         if self.at_work():
             return self.logged()
         start = self.segment.start
-        return (resume.resume_step(self.folder, sorted(self.required)) or start) - start
+        return (resume.resume_step(self.folder, sorted(self.required), self.points) or start) - start
 
 
 Graph = dict[str, Node]  # by name, parents first
@@ -148,8 +150,11 @@ def add(nodes: Graph, s: Setup, point: Point, seed: int) -> tuple[str, int]:
             version = [] if main else ["--version", str(segment.version)]
             keys = [word for k, v in s.keys(run, seed).items() for word in (f"--{k}", v)]
             words = ["--config", run.setting.config or s.scale.config, "--mode", segment.paradigm, *version, *keys]
-            nodes[name] = Node(s.root, setting, segment, c, words, parent, known.required if known else set())
+            kept = (known.required, known.points) if known else (set[int](), set[int]())
+            nodes[name] = Node(s.root, setting, segment, c, words, parent, *kept)
         nodes[name].required.add(step)
+        if segment.paradigm == "average" and (parent := nodes[name].parent):
+            nodes[parent[0]].points.update(segment.points)
         return name, step
 
     if point.at is not None:
@@ -164,7 +169,9 @@ def command(nodes: Graph, node: Node) -> list[str]:
     if node.parent and (parent := nodes[node.parent[0]]).setting != node.setting:
         words += ["--parent", str(checkpoint.path(parent.folder, node.parent[1]))]
     if node.segment.paradigm == "main":
-        words += ["--train.save_at", ",".join(map(str, sorted(node.required)))]
+        # its own plan names the points of one way of averaging; those of others are saved whole
+        steps = node.required | (node.points - set(node.segment.points))
+        words += ["--train.save_at", ",".join(map(str, sorted(steps)))]
     return words
 
 

@@ -61,7 +61,7 @@ def status(request: Request) -> list[str]:
         main = node.segment.paradigm == "main"
         folder = name if main else Path(name).parent.as_posix()
         label = f"{node.steps:,} steps" if main else f"v{node.segment.version}"
-        part = node.reached() / node.steps
+        part = node.reached() / max(1, node.steps)
         stopped = f"stopped {part:.0%}" if part else "to do"
         state = "done" if node.done() else f"running {part:.0%}" if node.at_work() else stopped
         done_for = [table for table, nodes in request.nodes_of.items() if name in nodes and nodes[name].done()]
@@ -122,7 +122,7 @@ def slurm_lines(nodes: Graph, todo: list[Node], flops_per_second: float) -> list
         begin = node.segment.start
         for piece, end in pieces:
             hours = node.step_flops * (end - begin) / flops_per_second / 3600
-            for _ in range(math.ceil(hours / JOB_HOURS)):
+            for _ in range(max(1, math.ceil(hours / JOB_HOURS))):
                 job = f"j{len(lines) + 1}"
                 submit = f"sbatch --parsable --job-name={shlex.quote(node.name)}{wait}"
                 lines.append(f"{job}=$({submit} tools/slurm.sh {shlex.join(piece)})")

@@ -14,11 +14,11 @@ from runtime.errors import UserError
 from runtime.files import write_text
 
 CAPTIONS = {
-    "fig1": "Figure 1: the learning-rate paths of the three paradigms",
+    "fig1": "Figure 1: the learning-rate paths of the three paradigms, and of averaging",
     "fig2": "Figure 2: mean perplexity against relative cost; the lower left is best",
     "fig3": "Figure 3: the learning-rate schedules over one increment",
     "fig6": "Figure 6: the learning rates of CPT's variants",
-    "loss": "Losses: training (thin) and validation (dots) over steps",
+    "loss": "Losses: training (thin) and validation (dots; crosses: of the running mean) over steps",
 }
 Matrix = list[list[str]]
 

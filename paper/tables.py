@@ -18,13 +18,14 @@ from paper.scales import Point, Run, Setting, Setup
 PAPER = json.loads((Path(__file__).parent.parent / "results" / "paper.json").read_text(encoding="utf-8"))
 NAMES = {"ptfs": "PTFS", "cpt": "CPT", "ours": "Ours"}
 VARIANTS = {"rewarm_max": "RewarmMax", "reset_max": "ResetMax", "keep_min": "KeepMin"}
-MIXED = "PTFS, shuffled"
+MIXED, MEAN = "PTFS, shuffled", "Average"
 PAIRS = [("Ours", "CPT"), ("Ours", "PTFS"), ("CPT", "PTFS")]
 MAIN = ("cosine", "knee", "multistep")  # the paper's schedules
 ALPHAS = (0.2, 0.4, 0.6, 0.8)
 CYCLES = (1, 2, 3, 4, math.inf)  # Figures 4 and 5: length of the cosine cycle in T
 COSINE = {"plan.schedule": "cosine"}
 BASE = Setting()
+NO_BRANCHES = {"plan.decay_steps": "none", "plan.alpha": "0"}  # so the main path goes on to the last version's end
 REWARM = "CPT is RewarmMax here, as the paper's numbers of its base setting say."
 
 Cell = tuple[str, str, str]  # of a table: group, name of the row, column
@@ -191,10 +192,19 @@ def table2(s: Setup) -> Table:
     return Table("table2", "Table 2: alpha, the length of a branch", s.columns, rows, claims, pairs)
 
 
+def averaging(s: Setup, group: str, labels: dict[str, str], keys: dict[str, str] | None = None) -> Row:
+    """The row of averaging, which is not the paper's: of the main path, so it is the same under all schedules."""
+    run = Run("average", Setting(keys={**NO_BRANCHES, **(keys or {})}, derived=tuple(NO_BRANCHES)))
+    return Row(
+        group, MEAN, {**labels, "paradigm": "Average (not the paper's)"}, s.versions(run), {}, {"cost": s.cost(run)}
+    )
+
+
 def table3(s: Setup) -> Table:
     rows = schedule_rows(s, "table1_3")
     claims = ours_is_best(rows, s.columns) + gap_widens(rows, s.columns)
-    return Table("table3", "Table 3: the three paradigms", s.columns, rows, claims, PAIRS)
+    rows = [r for n in s.schedules for r in (*(r for r in rows if r.group == n), averaging(s, n, {"schedule": n}))]
+    return Table("table3", "Table 3: the three paradigms", s.columns, rows, claims, [*PAIRS, (MEAN, "Ours")])
 
 
 def table4(s: Setup) -> Table:

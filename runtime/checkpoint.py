@@ -8,13 +8,14 @@ them to a hidden folder, metadata last, fsyncs and renames it, so a checkpoint i
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +35,7 @@ from runtime.files import begin_folder, commit_folder, fsync, partial_folder, re
 STEP = re.compile(r"step-(\d{6,})")
 UNHASHED = ("pinned",)  # keys of meta.json that its hash leaves out: a checkpoint may be pinned later
 SHARD = "shard-{:05d}-model-00001-of-00001.safetensors"  # of rank + 1, as torch.distributed.checkpoint names it
+POINTS = "points"  # folder in a main path's: checkpoints of weights alone, to be averaged
 BYTES = 12  # per parameter: a float32 weight and its two moments
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}  # names in safetensors
 REPAIR = "restore it, or move the checkpoint away to go on from the one before, if any"
@@ -42,6 +44,12 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 def path(segment: Path, step: int) -> Path:
     return segment / f"step-{step:06d}"
+
+
+def weights(segment: Path, step: int) -> Path:
+    """The checkpoint whose weights are those of a step: a whole one, or one of weights alone (`points`)."""
+    whole = path(segment, step)
+    return whole if (whole / "meta.json").exists() else path(segment / POINTS, step)
 
 
 def steps(segment: Path) -> list[int]:
@@ -137,20 +145,26 @@ class Saver:
             self.world = World(rank=dist.get_rank(), ranks=dist.get_world_size())
             # a group of its own: messages of the background thread must not mix with those of training
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-        self.names: list[str] = []  # of the tensors in this rank's file, in order, after its header
-        self.host: list[Tensor] = []  # memory for the file's bytes, which every save in the background reuses
+        self.host: list[Tensor] = []  # memory for a file's bytes, which every save in the background reuses
         self.writer = ThreadPoolExecutor(1)
         self.running: Future[None] | None = None  # the save in progress
 
-    def save(self, step: int, tensors: dict[str, Tensor], record: dict[str, Any], copy: bool = True) -> None:
-        """Start to write `record` and a copy of `tensors`; without `copy` they must not change until `wait` returns."""
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        record: dict[str, Any],
+        point: bool = False,  # weights alone, to be averaged: in a folder of their own, where nothing is pruned
+        value: Callable[[str], Tensor] | None = None,  # of a tensor of these shapes, made when it is written
+    ) -> None:
+        """Start to write `record` and a copy of `tensors`, or of each `value` in turn."""
         self.wait()
         need = sum(t.numel() * t.element_size() for t in tensors.values())
-        if not self.names:
-            self._lay_out(tensors)
-        parts = [self.header, *(local_part(tensors[name]).reshape(-1).view(torch.uint8) for name in self.names)]
-        content = self._copy(parts) if copy else (part.cpu() for part in parts)
-        self.running = self.writer.submit(self._run, step, record, need, content)
+        names, header = self._lay_out(tensors)
+        values = (local_part((value or tensors.__getitem__)(name)) for name in names)
+        parts = itertools.chain([header], (part.reshape(-1).view(torch.uint8) for part in values))
+        content = map(Tensor.cpu, parts) if value else self._copy(list(parts))
+        self.running = self.writer.submit(self._run, step, record, need, content if names else (), point)
 
     def busy(self) -> bool:
         return self.running is not None and not self.running.done()
@@ -161,24 +175,24 @@ class Saver:
         if running:
             running.result()
 
-    def _lay_out(self, tensors: dict[str, Tensor]) -> None:
-        """Make the header of this rank's file: https://huggingface.co/docs/safetensors/index#format"""
+    def _lay_out(self, tensors: dict[str, Tensor]) -> tuple[list[str], Tensor]:
+        """(names of the tensors in this rank's file, its header): huggingface.co/docs/safetensors/index#format"""
         mine = assign(tensors, self.world.rank, self.world.ranks)
         parts = {name: part for name in mine if (part := local_part(tensors[name])).numel()}  # a rank may hold no row
-        self.names = sorted(parts, key=lambda name: (-parts[name].element_size(), name))  # so that all are aligned
+        names = sorted(parts, key=lambda name: (-parts[name].element_size(), name))  # so that all are aligned
         entries, where, end = {}, {}, 0
-        for name in self.names:
+        for name in names:
             part, where[name] = parts[name], {"saved_offsets": local_offset(tensors[name])}
             begin, end = end, end + part.nbytes
             entries[name] = {"dtype": DTYPES[part.dtype], "shape": list(part.shape), "data_offsets": [begin, end]}
         more = {"DCP_SHARDING_INFO": json.dumps(where), "DCP_VERSION": "1.0", "format": "pt"}
         text = json.dumps({"__metadata__": more, **entries}).encode()
         text += b" " * (-len(text) % 8)
-        self.header = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
+        return names, torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
 
     def _copy(self, parts: list[Tensor]) -> list[Tensor]:
         cuda, size, at = any(part.is_cuda for part in parts), sum(map(len, parts)), 0
-        if not self.host:  # in pieces of a power of two, to which PyTorch rounds up pinned memory
+        if sum(map(len, self.host)) < size:  # in pieces of a power of two, to which PyTorch rounds up pinned memory
             sizes = [min(files.CHUNK, size - at) for at in range(0, size, files.CHUNK)]
             self.host = [torch.empty(n, dtype=torch.uint8, pin_memory=cuda) for n in sizes]
         for part in parts:
@@ -188,11 +202,11 @@ class Saver:
                 at, part = at + len(room), part[len(room) :]
         if cuda:
             torch.cuda.synchronize()
-        return self.host
+        return [piece[: size - i * files.CHUNK] for i, piece in enumerate(self.host) if i * files.CHUNK < size]
 
-    def _run(self, step: int, record: dict[str, Any], need: int, content: Iterable[Tensor]) -> None:
+    def _run(self, step: int, record: dict[str, Any], need: int, content: Iterable[Tensor], point: bool) -> None:
         """The background thread: write, then prune."""
-        final = path(self.segment, step)
+        final = path(self.segment / POINTS if point else self.segment, step)
         try:
             exists = os.path.exists(final / "meta.json")  # it stays as it is
             if not broadcast(exists, self.world.ranks, group=self.group):
@@ -201,7 +215,7 @@ class Saver:
             if self.world.rank == 0:
                 shutil.rmtree(partial_folder(final), ignore_errors=True)
             raise
-        if self.world.rank == 0 and self.keep:
+        if self.world.rank == 0 and self.keep and not point:
             try:
                 prune(self.segment, self.keep, step, self.required)
             except OSError as e:  # the new checkpoint is complete, so the save has not failed
@@ -217,7 +231,7 @@ class Saver:
                 check_space(self.segment, need)
         shard: dict[str, Any] = {}
         with raise_on_all_ranks(self.world, self.group):
-            if self.names:
+            if content:
                 shard = write_shard(partial / SHARD.format(self.world.rank + 1), content)
         shards = [shard]
         if self.group:
@@ -233,10 +247,12 @@ class Saver:
                 commit_folder(final)
 
 
-def save(segment: Path, step: int, tensors: dict[str, Tensor], record: dict[str, Any]) -> dict[str, Any]:
-    """Write a checkpoint and wait for it; returns its meta."""
+def save(
+    segment: Path, step: int, tensors: dict[str, Tensor], record: dict[str, Any], value: Any = None
+) -> dict[str, Any]:
+    """Write a checkpoint, in memory of the largest tensor alone, and wait for it; returns its meta."""
     saver = Saver(segment)
-    saver.save(step, tensors, record, copy=False)
+    saver.save(step, tensors, record, value=value or tensors.__getitem__)
     saver.wait()
     return read_meta(path(segment, step))
 

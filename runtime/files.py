@@ -170,7 +170,7 @@ def begin_folder(target: Path) -> Path:
     """Create the hidden folder of `target`, empty: what a killed process left there is removed."""
     partial = partial_folder(target)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    partial.mkdir(parents=True)
     return partial
 
 

@@ -124,11 +124,10 @@ class Guard:
     def check_saved(self, required: list[int]) -> None:
         """UserError on all ranks if a required checkpoint is missing: training went on after a failed save."""
         with raise_on_all_ranks(self.world):
-            missing = sorted(set(required) - set(checkpoint.steps(self.run.folder)))
-            if self.world.rank == 0 and missing:
-                where = checkpoint.path(self.run.folder, missing[0])
+            where = [checkpoint.weights(self.run.folder, step) for step in required]
+            if self.world.rank == 0 and (missing := [w for w in where if not (w / "meta.json").exists()]):
                 fix = "make room and call this again, --mode main without --version"
-                raise UserError(f"{where}: could not be saved; {fix}")
+                raise UserError(f"{missing[0]}: could not be saved; {fix}")
 
     def last_good(self) -> str:
         """The last checkpoint in words, after the running save."""

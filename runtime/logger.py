@@ -61,10 +61,10 @@ class Log:
         self.total_seconds, self.seconds, self.since = self.total_seconds + self.seconds, 0.0, step + 1
         self.bar.update(step + 1 - self.bar.n)
 
-    def validation(self, step: int, loss: float | None) -> None:
-        """The record of a validation; `loss` is None where there was none."""
-        if loss is not None:
-            self.write({"step": step, "tokens": step * self.tokens, "val_loss": loss})
+    def validation(self, step: int, losses: dict[str, float | None]) -> None:
+        """The record of a validation; None where there was none."""
+        if found := {k: loss for k, loss in losses.items() if loss is not None}:
+            self.write({"step": step, "tokens": step * self.tokens, **found})
 
     @contextmanager
     def untimed(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ checkpoint is taken only where this config would have made it, bit for bit: same
 import hashlib
 import platform
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from text.examples import SFTData
 from text.tokenizer import Tokenizer
 
 IMPORT = "import"  # the segment of a model that was made elsewhere
-MODES = {"main": "ours", "branch": "ours", "ptfs": "ptfs", "cpt": "cpt"}  # mode: paradigm
+MODES = {"main": "ours", "branch": "ours", "ptfs": "ptfs", "cpt": "cpt", "average": "average"}  # mode: paradigm
 VERSIONS = {"python": platform.python_version(), "torch": torch.__version__}
 
 
@@ -40,7 +40,7 @@ class Run:
     segment: Segment
     parent: str | None = None  # --parent: a checkpoint in place of the planned one
     meta: dict[str, Any] = field(default_factory=dict)  # sft: meta.json of the parent
-    optional: set[int] = field(default_factory=set)  # main --version: fork points before its own, saved if on the way
+    optional: set[int] = field(default_factory=set)  # main --version: steps before its own, saved if on the way
 
     @property
     def folder(self) -> Path:
@@ -63,9 +63,15 @@ class Run:
         return sorted({s.end, *forks, *(step for step in self.config.train.save_at if s.start <= step < s.end)})
 
     @property
+    def points(self) -> list[int]:
+        """Steps of the main path whose weights are saved alone, to be averaged."""
+        return [p for p in self.segment.points if self.segment.paradigm == "main" and p not in self.required]
+
+    @property
     def last(self) -> int | None:
         """The step of its own checkpoint that it goes on from; None: begin."""
-        return resume_step(self.folder, [step for step in self.required if step not in self.optional])
+        required, points = ([s for s in steps if s not in self.optional] for steps in (self.required, self.points))
+        return resume_step(self.folder, required, points)
 
     @property
     def reads_examples(self) -> bool:
@@ -92,7 +98,7 @@ def pick(c: Config, mode: str, version: int | None, parent: str | None = None) -
     # the main path ends at the fork point of `version`; past the plan, it goes on with increments of the same length
     if version and (mode == "main" or version > len(p.T)):
         p = replace(p, versions=version, increments=p.increments[:version])
-    segments = config.segments(MODES[mode], p)
+    segments = config.segments(paradigm(mode, p), p)
     if version is None and mode != "main":
         raise UserError(f"--version: not given; --mode {mode} expects one of 1..{len(p.T)}")
     segment = next(s for s in segments if mode == "main" or (s.version == version and s.paradigm != "main"))
@@ -101,7 +107,13 @@ def pick(c: Config, mode: str, version: int | None, parent: str | None = None) -
     if parent and not segment.parent:
         raise UserError(f"--parent: {segment.name} has none; an imported model is --train.base {parent}")
     before = segments[1:-1] if mode == "main" and version else []
-    return Run(c, p, segments, segment, parent, optional={b.start for b in before}.difference(c.train.save_at))
+    optional = {step for b in before for step in (b.start, *b.points)}.difference(c.train.save_at, segments[-1].points)
+    return Run(c, p, segments, segment, parent, optional=optional)
+
+
+def paradigm(mode: str, p: Plan) -> str:
+    """The paradigm whose plan a mode takes: without branches, the main path is that of averaging."""
+    return "average" if mode == "main" and p.alpha == 0 and not p.decay_steps else MODES[mode]
 
 
 def sft_config(c: Config, parent: str | None, given: Collection[str]) -> tuple[Config, dict[str, Any]]:
@@ -168,6 +180,8 @@ def fingerprint(s: Segment, tokens: data.Tokens | SFTData, step: int) -> dict[st
     end = None if s.paradigm == "main" else s.end  # the main path may be prolonged
     path = {"start": s.start, "end": end, "parent": list(s.parent) if s.parent else None}
     ends = [e for e in tokens.ends if e < (tokens.mixed or step)]
+    if s.paradigm == "average":
+        path["points"] = list(s.points)
     return {**path, "lr_sha256": hashlib.sha256(rates).hexdigest(), "increments": ends}
 
 
@@ -223,10 +237,11 @@ def check_model(where: Path, meta: dict[str, Any], c: Config, tokenizer: str) ->
         raise UserError(f"{where}: has another tokenizer than data.path {c.data.path}; {fix}")
 
 
-def resume_step(folder: Path, required: list[int]) -> int | None:
-    """The last checkpoint not after the first missing required step, or the last required step; None: begin."""
+def resume_step(folder: Path, required: list[int], points: Iterable[int] = ()) -> int | None:
+    """The last checkpoint not after the first missing required step or point, or the last required; None: begin."""
     there = checkpoint.steps(folder)
-    missing = [r for r in required if r not in there]
+    alone = checkpoint.steps(folder / checkpoint.POINTS)
+    missing = [r for r in required if r not in there] + [p for p in points if p not in (*there, *alone)]
     return max((s for s in there if s <= min(missing, default=required[-1])), default=None)
 
 

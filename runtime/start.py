@@ -84,7 +84,7 @@ def check_text(run: Run, tokens: Tokens) -> None:
     steps = [*map(min, p.T, lengths), *p.T[len(lengths) :]]
     possible = found and steps != p.T and not (c.data.increments or c.data.unique)
     for warmup in (p.warmup, steps[0] // 10) if possible else ():
-        if schedule.problems(replace(p, increments=steps, warmup=warmup), resume.MODES[s.paradigm]):
+        if schedule.problems(replace(p, increments=steps, warmup=warmup), resume.paradigm(s.paradigm, p)):
             continue  # a first increment so short needs a shorter warm-up
         changes: dict[str, Any] = {"version": s.version, "plan.increments": ",".join(map(str, steps))}
         changes |= {"plan.warmup": warmup} if warmup != p.warmup else {}

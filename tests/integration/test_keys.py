@@ -9,7 +9,7 @@ from runs import run, weights
 import config
 from runtime import checkpoint
 
-PTFS, CPT, BRANCH = ("ptfs", "1"), ("cpt", "2"), ("branch", "1")
+PTFS, CPT, BRANCH, AVERAGE = ("ptfs", "1"), ("cpt", "2"), ("branch", "1"), ("average", "2")
 FORM = {"model.rope_context": "8", "model.rope_factor": "4"}  # of a stretch from 8 tokens to 32
 STRETCHED, FULLY = {**FORM, "model.rope_scaling": "llama3"}, {"model.rope_factor": "4", "model.rope_scaling": "linear"}
 
@@ -42,6 +42,8 @@ CHANGES: dict[str, tuple[str, tuple[str, str], dict[str, str]]] = {
     "plan.decay_steps": ("2", BRANCH, {"plan.alpha": "none"}),
     "plan.cpt_variant": ("keep_min", CPT, {}),
     "plan.cycle": ("30", PTFS, {}),
+    "plan.average": ("0.5", AVERAGE, {"plan.alpha": "0"}),
+    "plan.average_points": ("2", AVERAGE, {"plan.alpha": "0", "plan.average": "0.5"}),
     "train.batch_tokens": ("512", PTFS, {}),
     "train.seed": ("2", PTFS, {}),
     "train.beta1": ("0.8", PTFS, {}),
@@ -70,7 +72,11 @@ def trained(prepared, tmp_path_factory):
             return made[name]
         out = work / str(len(made))
         args = [w for k, v in {"plan.steps": "6", **keys}.items() for w in (f"--{k}", v)]
-        for mode, version in {"cpt": (("cpt", "1"), way), "branch": (("main", way[1]), way)}.get(way[0], (way,)):
+        for mode, version in {
+            "cpt": (("cpt", "1"), way),
+            "branch": (("main", way[1]), way),
+            "average": (("main", way[1]), way),
+        }.get(way[0], (way,)):
             assert run(prepared, out, "--mode", mode, "--version", version, *args) == 0, keys
         (folder,) = (f for f in out.glob(f"*/v{way[1]}") if f.parent.name.startswith(way[0].replace("branch", "ours")))
         made[name] = weights(checkpoint.path(folder, checkpoint.steps(folder)[-1]))

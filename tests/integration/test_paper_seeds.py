@@ -119,7 +119,7 @@ def test_printed_commands_have_the_seeds_of_their_cells(told, parse, tmp_path):
         if segment.parent:
             assert (o.parent or f"{c.out}/{segment.parent[0]}/step-{segment.parent[1]:06d}") in made, words
         made |= {f"{c.out}/{segment.name}/step-{step:06d}" for step in [segment.end, *c.train.save_at]}
-    assert len([line for line in told("table3", *args) if line.startswith(start)]) == 2 * (1 + 2 * 11)
+    assert len([line for line in told("table3", *args) if line.startswith(start)]) == 2 * (1 + 2 * 11 + 3)
 
 
 def test_slurm_jobs_have_the_seeds_of_their_cells_and_wait_for_their_parents(told, parse, tmp_path):

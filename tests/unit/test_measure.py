@@ -120,7 +120,7 @@ def test_costs_that_tables_print():
         {"cost as in Table 2": 56 / 90, "as in section 3.2": 0.64},
     ]
     assert [r.costs for r in tables.table1(s).rows] == [{"cost": 1.0}, {"cost": 0.4}]
-    assert [r.costs for r in tables.table3(s).rows] == [{"cost": 1.0}, {"cost": 0.4}, {"cost": 0.58}]
+    assert [r.costs for r in tables.table3(s).rows] == [{"cost": 1.0}, {"cost": 0.4}, {"cost": 0.58}, {"cost": 0.4}]
     assert s.cost(scales.Run("cpt"), "table2") == 40 / 90
 
 
@@ -135,7 +135,7 @@ def cost_json(monkeypatch, capsys):
 
 
 def test_cost_in_days_and_of_the_next_version(monkeypatch, capsys):
-    """Eight versions of 3.1B on eight GPUs; the ninth alone takes 9T, T and (1 + alpha) T."""
+    """Eight versions of 3.1B on eight GPUs; the ninth alone takes 9T, T, (1 + alpha) T and T."""
     words = "cost.py --config 3.1b --plan.versions 8 --gpus 8 --mfu 0.5 --peak 1e15 --price 2".split()
     monkeypatch.setattr(sys, "argv", words)
     cost.main()
@@ -143,7 +143,7 @@ def test_cost_in_days_and_of_the_next_version(monkeypatch, capsys):
     assert "days on 8 GPUs  days for V9 alone" in head and "all segments of all versions" in last
     c = config.load("3.1b")
     step = c.train.batch_tokens * c.model.flops_per_token() / 0.5e15 / 86400 / 8  # days
-    for row, steps, new in zip(rows, (360_000, 80_000, 122_000), (90_000, 10_000, 16_000), strict=True):
+    for row, steps, new in zip(rows, (360_000, 80_000, 122_000, 80_000), (90_000, 10_000, 16_000, 10_000), strict=True):
         assert [float(v) for v in row.split()[-3:-1]] == pytest.approx([steps * step, new * step], rel=5e-3)
 
 
@@ -155,6 +155,7 @@ def test_cost_script_of_1_2b(cost_json):
     assert made["flops_per_token"] == 6_812_955_648
     assert made["convention"] == "section3.2"
     rows = {r.pop("paradigm"): r for r in made["rows"]}
+    assert rows.pop("average") == rows["cpt"]
     steps = {"ptfs": 100_000, "cpt": 40_000, "ours": 58_000}
     tokens = {"ptfs": 104_857_600_000, "cpt": 41_943_040_000, "ours": 60_817_408_000}  # 1,048,576 a step
     relative = {"ptfs": 1.0, "cpt": 0.4, "ours": 0.58}
@@ -171,8 +172,18 @@ def test_cost_script_of_1_2b(cost_json):
 
 def test_cost_script_counting_as_table2_does(cost_json):
     rows = {r["paradigm"]: r for r in cost_json("--convention", "table2")["rows"]}
-    assert {n: r["steps"] for n, r in rows.items()} == {"ptfs": 90_000, "cpt": 40_000, "ours": 52_000}
-    assert {n: r["relative"] for n, r in rows.items()} == {"ptfs": 1.0, "cpt": 40 / 90, "ours": 52 / 90}
+    assert {n: r["steps"] for n, r in rows.items()} == {
+        "ptfs": 90_000,
+        "cpt": 40_000,
+        "ours": 52_000,
+        "average": 40_000,
+    }
+    assert {n: r["relative"] for n, r in rows.items()} == {
+        "ptfs": 1.0,
+        "cpt": 40 / 90,
+        "ours": 52 / 90,
+        "average": 40 / 90,
+    }
     # Table 13: the branch stays 6,000 steps long
     unequal = {r["paradigm"]: r["steps"] for r in cost_json("--plan.increments", "10000,30000")["rows"]}
-    assert unequal == {"ptfs": 50_000, "cpt": 40_000, "ours": 46_000}
+    assert unequal == {"ptfs": 50_000, "cpt": 40_000, "ours": 46_000, "average": 40_000}

@@ -59,7 +59,7 @@ ABSURD = {
         "--plan.min_lr 5e-324",
         "--plan.alpha 5e-324",
         "--plan.cycle nan",
-        "--plot NEW/picture.foo",
+        "--plot NEW/plot.foo",
     ],
 }
 

@@ -1,0 +1,149 @@
+"""Means of weights: the steps that they are of, the mean itself, its lineage, and the running mean of the log."""
+
+import json
+
+import pytest
+import torch
+from runs import run, run_on_ranks, tensors
+
+import data
+import eval as evaluation
+import model
+from config import model_of
+from runtime import checkpoint, resume
+from schedule import Plan, plan
+from tools import huggingface
+
+CPU = torch.device("cpu")
+LONG = ("--plan.steps", "20", "--plan.versions", "2", "--plan.alpha", "0")
+
+
+def log(folder):
+    return [json.loads(line) for line in open(folder / "log.jsonl")]
+
+
+@pytest.mark.parametrize("n, part", [(10, 0.2), (4, 0.5), (1, 1.0)])
+def test_points_are_evenly_spaced_over_the_last_part_of_all_steps(n, part):
+    p = Plan(increments=[1000, 600, 400], warmup=10, average=part, average_points=n)
+    main, *versions = plan("average", p)
+    assert (main.name, main.start, main.end) == ("main", 0, 2000) and main.lr(1999) == p.max_lr
+    for g, end in zip(versions, (1000, 1600, 2000), strict=True):
+        assert (g.parent, g.start, g.end) == (("main", end), end, end)
+        assert g.points == tuple(round(end * (1 - part * (n - 1 - k) / n)) for k in range(n))
+    assert set(main.points) == {s for g in versions for s in g.points}
+    assert plan("average", Plan(steps=3, warmup=1, versions=1))[1].points == (2, 3)  # as many as there are
+
+
+def test_a_version_is_the_mean_of_the_main_path(train_cli, tmp_path, capsys):
+    """Weights saved alone give what whole checkpoints give; eval, export and fine-tuning take the mean."""
+    assert train_cli("--mode", "main", *LONG) == 0
+    main = tmp_path / "run" / "main"
+    points = [33, 34, 35, 36, 37, 38, 39, 40]  # 40 - 0.8 k, rounded; V1's are 20 - 0.4 k
+    assert checkpoint.steps(main / "points") == [16, 17, 18, 19, *points[:-1]]
+    assert checkpoint.steps(main) == [20, 40]  # whole ones
+    assert all({n.partition(".")[0] for n in tensors(f)} == {"model"} for f in (main / "points").iterdir())
+    assert train_cli("--mode", "average", "--version", "2", *LONG) == 0
+    mean = tmp_path / "run" / "average" / "v2" / "step-000040"
+    meta, found = checkpoint.read_meta(mean), tensors(mean)
+    used = [m["step"] for m in meta["mean_of"]]
+    parts = [tensors(checkpoint.weights(main, step)) for step in used]
+    assert used == points and meta["finished"] and meta["parent"]["step"] == 40
+    assert all(m["hash"] == checkpoint.read_meta(checkpoint.weights(main, m["step"]))["hash"] for m in meta["mean_of"])
+    for name, value in found.items():
+        exact = torch.stack([p[name].double() for p in parts]).mean(0)
+        torch.testing.assert_close(value.double(), exact, rtol=1e-6, atol=1e-7)  # a sum of eight in float32
+    assert resume.finished(tmp_path / "run") == {"average": {2: mean}}
+    assert evaluation.score(mean, CPU).ppl > 1
+    huggingface.export_model(str(mean), str(tmp_path / "hf"))
+    before = (mean / "meta.json").stat().st_mtime_ns
+    assert train_cli("--mode", "average", "--version", "2", *LONG) == 0  # again: it stays
+    assert (mean / "meta.json").stat().st_mtime_ns == before
+
+    # any checkpoints, in a folder of their own; other weights are another mean
+    given = ",".join(str(checkpoint.weights(main, step)) for step in (17, 20, 40))
+    assert train_cli("--mode", "average", "--version", "2", "--from", given, *LONG) == 0
+    (other,) = (tmp_path / "run").glob("average-*/v2/step-000040")
+    three = [tensors(checkpoint.weights(main, step)) for step in (17, 20, 40)]
+    torch.testing.assert_close(tensors(other)["model.head.weight"], sum(t["model.head.weight"] for t in three) / 3)
+    capsys.readouterr()
+    wrong = ("--mode", "average", "--version", "2", "--from", f"{given},{tmp_path}/run/main/step-000099")
+    assert train_cli(*wrong, *LONG) == 2 and "step-000099: not there" in capsys.readouterr().err
+    assert train_cli("--mode", "average", "--version", "2", "--plan.max_lr", "1e-3", *LONG) == 2
+    assert "was made with another config (plan.max_lr: 0.004 there, 0.001 here)" in capsys.readouterr().err
+
+
+def test_points_that_are_missing_are_trained_again_in_the_same_bits(train_cli, tmp_path):
+    """A main path for branches saves none; without branches it goes back to the last checkpoint before the first."""
+    assert train_cli("--mode", "main", "--plan.steps", "20", "--plan.versions", "2", "--plan.alpha", "0.6") == 0
+    main = tmp_path / "run" / "main"
+    assert checkpoint.steps(main) == [8, 28] and not (main / "points").exists()
+    assert train_cli("--mode", "main", "--version", "2", *LONG) == 0
+    assert [r["start"] for r in log(main) if "config" in r] == [0, 28]  # V1's points are behind, and optional
+    assert train_cli("--mode", "main", *LONG) == 0  # all of the plan
+    assert [r["start"] for r in log(main) if "config" in r] == [0, 28, 8]
+    assert train_cli("--mode", "main", *LONG, out="whole") == 0
+    whole = tmp_path / "whole" / "main"
+    for step in (16, 19, 34, 40):
+        a, b = (tensors(checkpoint.weights(f, step)) for f in (main, whole))
+        assert all(torch.equal(a[k], b[k]) for k in b if k.startswith("model."))
+    (main / "points" / "step-000036" / "meta.json").unlink()
+    (main / "points" / "step-000036").rename(tmp_path / "gone")
+    assert train_cli("--mode", "main", *LONG) == 0
+    assert [r["start"] for r in log(main) if "config" in r][-1] == 28
+
+
+@pytest.mark.parametrize("ranks, keys", [(1, ()), (2, ()), (2, ("--train.parallel", "fsdp"))])
+def test_the_running_mean_is_a_recursion_and_resumes_to_the_bit(prepared, tmp_path, ranks, keys):
+    """Against the recursion in float64 over weights saved at every step; stopped and gone on, the same log."""
+    steps = ("--plan.steps", "12", "--plan.versions", "1", "--plan.alpha", "0", "--train.eval_every", "4", *keys)
+    every = ("--train.save_at", ",".join(map(str, range(1, 12))))
+
+    def train(out, *more):
+        if ranks == 1:
+            assert run(prepared, out, "--mode", "main", *steps, *more) == 0
+        else:
+            run_on_ranks(ranks, prepared, tmp_path / "log", (out, "--mode", "main", *steps, *more))
+
+    train(tmp_path / "a", *every)
+    main = tmp_path / "a" / "main"
+    first = tensors(main / "step-000001")
+    mean = {k: v.double() for k, v in first.items() if k.startswith("average.")}
+    for step in range(2, 13):
+        now = tensors(main / f"step-{step:06d}")
+        for k in mean:
+            w = 1 - 0.5 ** (1 / (0.09 * step))
+            mean[k] = mean[k] * (1 - w) + w * now["model." + k.removeprefix("average.")].double()
+        assert all((now[k].double() - mean[k]).abs().max() < 1e-6 for k in mean)  # float32, 12 steps
+    seen = [r for r in log(main) if "val_loss" in r]
+    assert [r["step"] for r in seen] == [4, 8, 12] and all(r["average_val_loss"] != r["val_loss"] for r in seen)
+    # the loss in the log is that of a model with the means as weights
+    meta = checkpoint.read_meta(main / "step-000012")
+    net = model.Transformer(model_of(meta["config"])).eval()
+    net.load_state_dict({k.removeprefix("average."): v for k, v in now.items() if k.startswith("average.")})
+    tokens = data.Tokens(str(prepared), 32, 8, [12], 1)
+    parts = [(net(*map(torch.from_numpy, xy), "sum"), xy[1].size) for xy in tokens.validation(4, 320)]
+    nats, count = (sum(map(float, column)) for column in zip(*parts, strict=True))
+    assert seen[-1]["average_val_loss"] == pytest.approx(nats / count, abs=1e-5)
+
+    half = tmp_path / "b"
+    train(half, "--plan.steps", "8")
+    train(half)
+    assert [r["start"] for r in log(half / "main") if "config" in r] == [0, 8]
+    assert [r for r in log(half / "main") if "val_loss" in r][-1] == seen[-1]
+    a, b = (tensors(f / "main" / "step-000012") for f in (tmp_path / "a", half))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_main_path_from_before_has_no_mean_and_begins_one(train_cli, tmp_path):
+    off = ("--train.average_half_life", "none")
+    assert train_cli("--mode", "main", "--version", "1", *off) == 0
+    folder = tmp_path / "run" / "main"
+    assert not any(n.startswith("average.") for n in tensors(folder / "step-000004"))
+    assert not any("average_val_loss" in r for r in log(folder))
+    assert train_cli("--mode", "main", "--version", "2") == 0
+    assert any("average_val_loss" in r for r in log(folder))
+
+
+def test_only_the_main_path_has_a_running_mean(train_cli, tmp_path):
+    assert train_cli("--mode", "ptfs", "--version", "1") == 0
+    assert not any("average_val_loss" in r for r in log(tmp_path / "run" / "ptfs-cosine" / "v1"))
