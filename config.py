@@ -64,6 +64,8 @@ class Data:
     unique: int | None = key(None, "read only this many steps of an increment, again and again; none: all of it", low=1)
     repeat: bool = key(False, "read an increment again when it is too short, instead of refusing")
     order: str = key("sequential", "ptfs: shuffled mixes old and new increments", choices=("sequential", "shuffled"))
+    replay: float = key(0.0, "main, branch, cpt: part of a batch from earlier increments, evenly", low=0, below=1)
+    replay_branch: float | None = key(None, "branch: another part than data.replay's; none: the same", low=0, below=1)
     # free: the examples themselves are compared, as data is
     sft: str = key("", "JSONL of examples, for --mode sft and for decay_mix", free=True)
     epochs: int = key(1, "sft: passes over the examples", low=1, below=10_001, free=True)

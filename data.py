@@ -56,6 +56,7 @@ class Tokens:
     """A prepared folder as one run reads it: global batch `step` of B sequences, for every step of every increment."""
 
     mixed = 0  # data.order shuffled: the sequences of so many steps, of all increments, are mixed; 0: none are
+    replayed = 0  # data.replay: the last so many rows of a batch are of earlier increments, evenly
 
     def __init__(
         self,
@@ -86,13 +87,15 @@ class Tokens:
 
     def needs(self, start: int, end: float) -> list[tuple[str, int, int]]:
         """(increment, tokens needed, tokens there) of every increment that steps start .. end - 1 read."""
-        found, start = [], 0 if self.mixed else start
+        sequences: dict[int, int] = {}  # that each is to have
         for i, (first, stop) in enumerate(itertools.pairwise([0, *self.ends])):
-            if first < end and stop > start:
-                there = self.meta["increments"][i]["tokens"] if i < len(self.meta["increments"]) else 0
-                steps = int(min(stop - first, end - first, self.unique or math.inf))
-                found.append((f"v{i + 1}", steps * self.B * self.context + 1, there))
-        return found
+            if first < end and stop > (0 if self.mixed else start):
+                steps = int(min(stop - first, end - first))
+                sequences[i] = min(steps, self.unique or steps) * self.B
+                for j in range(i if self.replayed else 0):
+                    sequences[j] = max(sequences.get(j, 0), -(-steps * self.replayed // i))
+        there = {i: p["tokens"] for i, p in enumerate(self.meta["increments"])}
+        return [(f"v{i + 1}", n * self.context + 1, there.get(i, 0)) for i, n in sorted(sequences.items())]
 
     def problems(self, start: int, end: float) -> list[str]:
         """Increments that steps start .. end - 1 need and that are missing or too short, a line each."""
@@ -132,18 +135,26 @@ class Tokens:
         An increment is cut into sequences of `context` tokens (and one more, the last target). Update k of the
         increment reads sequences k*B .. (k+1)*B - 1 of a permutation seeded by (seed, increment, epoch). Where they
         are `mixed`, the sequences that updates 0 .. mixed - 1 read this way are permuted again, by (seed, mixed).
+        Rows that are `replayed` read their earlier increments in turn, each in an order by (seed, increment, earlier).
         """
-        at = step * self.B + np.arange(self.B)[rows]  # places in the order of the increments
+        row = np.arange(self.B)[rows]
+        at = step * self.B + row  # places in the order of the increments
         if self.mixed:
             at = permute(at, self.mixed * self.B, (self.seed, self.mixed))
         increments = np.searchsorted(self.ends, at // self.B, "right")
+        order = at - np.array([0, *self.ends])[increments] * self.B  # places in their increment's own order
+        now, k = self.place(step)
+        if self.replayed and now:
+            old = row >= self.B - self.replayed
+            turn = k * self.replayed + row[old] - (self.B - self.replayed)
+            increments[old], order[old] = turn % now, turn // now
         batch = np.empty((2, len(at), self.context), np.int64)
         for i in map(int, np.unique(increments)):
             name, here = f"v{i + 1}", increments == i
             n = (len(self.tokens(name)) - 1) // self.context
             n = min(n, (self.unique or n) * self.B)
-            k = at[here] - (self.ends[i - 1] * self.B if i else 0)
-            batch[:, here] = self.windows(name, shuffle(k, n, (self.seed, i)) * self.context, self.context)
+            seed = (self.seed, now, i) if self.replayed and i < now else (self.seed, i)
+            batch[:, here] = self.windows(name, shuffle(order[here], n, seed) * self.context, self.context)
         return tuple(batch)
 
     def windows(self, name: str, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -154,15 +165,17 @@ class Tokens:
             raise UserError(f"{self.folder / name}.bin: {problem}; prepare the data again")
         return ids[:, :-1], ids[:, 1:]
 
-    def validation(self, rows: int, limit: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[tuple[np.ndarray, ...]]:
+    def validation(
+        self, rows: int, limit: int = 0, rank: int = 0, ranks: int = 1, name: str = "val"
+    ) -> Iterator[tuple[np.ndarray, ...]]:
         """The validation set in order, `rows` sequences at a time, this rank's share; the last may be shorter."""
-        T, total = self.context, len(self.tokens("val"))
+        T, total = self.context, len(self.tokens(name))
         end = min(total - 1, limit or total)  # every token but the very first is a target once; limit 0: all of them
         full = end // T
         for first in range(rank * rows, full, ranks * rows):
-            yield self.windows("val", np.arange(first, min(first + rows, full)) * T, T)
+            yield self.windows(name, np.arange(first, min(first + rows, full)) * T, T)
         if end % T and rank == ranks - 1:
-            yield self.windows("val", np.array([full * T]), end % T)
+            yield self.windows(name, np.array([full * T]), end % T)
 
 
 if __name__ == "__main__":

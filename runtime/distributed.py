@@ -82,10 +82,11 @@ def batch_problems(c: Config, ranks: int) -> list[str]:
     batch, micro, context = c.train.batch_tokens, c.train.micro_batch, c.model.context
     unit = micro * context * ranks
     if batch % unit == 0:
-        B, part = c.batch_sequences, c.data.decay_mix
-        if not part or 0 < int(part * B + 0.5) < B:
-            return []
-        return [f"data.decay_mix: got {part:g} of {B} sequences, expected {1 / B:.3g} to {1 - 1 / B:.3g}"]
+        B, d = c.batch_sequences, c.data
+        parts = {"decay_mix": d.decay_mix, "replay": d.replay, "replay_branch": d.replay_branch}
+        wrong = {k: part for k, part in parts.items() if part and not 0 < int(part * B + 0.5) < B}
+        expected = f"of {B} sequences, expected {1 / B:.3g} to {1 - 1 / B:.3g}"
+        return [f"data.{k}: got {part:g} {expected}" for k, part in wrong.items()]
     micros = (m for m in range(min(micro, 1 << 16), 0, -1) if batch % (m * context * ranks) == 0)
     fewer = (n for n in range(min(ranks - 1, 1 << 16), 0, -1) if batch % (micro * context * n) == 0)
     advice = [f"lower train.micro_batch to {m}, which changes no result; or " for m in micros][:1]

@@ -20,7 +20,7 @@ from config import Config
 from runtime import checkpoint
 from runtime.errors import UserError
 from runtime.files import digest
-from schedule import Plan, Segment
+from schedule import Plan, Segment, round_half_up
 from text import token_files
 from text.examples import SFTData
 from text.tokenizer import Tokenizer
@@ -87,6 +87,8 @@ def pick(c: Config, mode: str, version: int | None, parent: str | None = None) -
     p = c.plan
     if c.data.order != "sequential" and mode != "ptfs":
         raise UserError(f"data.order: got {c.data.order}, expected sequential with --mode {mode}; only ptfs reads it")
+    if mode == "branch" and c.data.decay_mix and (c.data.replay or c.data.replay_branch):
+        raise UserError("data.replay: does not go with data.decay_mix; leave one out")
     if mode == "branch" and c.data.decay_mix and not c.data.sft:
         raise UserError("data.decay_mix: needs examples to mix in; name their file with --data.sft")
     if c.data.sft and not c.data.decay_mix:
@@ -159,6 +161,8 @@ def open_tokens(c: Config, p: Plan, s: Segment, kind: type[data.Tokens] = data.T
     d, T = c.data, c.data.increments or p.T
     tokens = kind(d.path, c.model.context, c.batch_sequences, T, c.train.seed, d.repeat, d.unique)
     tokens.mixed = s.end if d.order == "shuffled" else 0
+    part = d.replay if s.paradigm != "branch" or d.replay_branch is None else d.replay_branch
+    tokens.replayed = 0 if s.paradigm == "ptfs" else round_half_up(part, c.batch_sequences)
     return tokens
 
 
@@ -210,6 +214,10 @@ def check_lineage(where: Path, c: Config, s: Segment, tokens: data.Tokens | SFTD
     idle = ["data.repeat"]  # only allows what is refused without it: which batches were read follows from the rest
     if s.paradigm not in ("branch", "cpt"):
         idle.append("train.reset_moments")  # these have no parent's moments
+    if s.paradigm in ("ptfs", "sft"):
+        idle.append("data.replay")
+    if s.paradigm != "branch":
+        idle.append("data.replay_branch")
     changed = [(k, then[k], v, f) for k, (f, v) in config.flatten(c).items() if then[k] != v and k not in idle]
     different += [(k, a, b) for k, a, b, f in changed if not k.startswith("plan.") and not f.metadata.get("free")]
     if meta["path"] != fingerprint(s, tokens, meta["step"]):

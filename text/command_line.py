@@ -58,13 +58,15 @@ def arguments() -> Parser:
     for p in (make, train):
         p.add_argument("--source", action="append", help=f"text; again for more [corpus/{TEXT.name}]")
         p.add_argument("--increments", type=proportions, default="4", help="how many, or proportions as 1,1,2 [4]")
+    for p in (make, train, extend):
         p.add_argument("--val", type=float, default=0.05, help="share of the documents for validation [0.05]")
     return parser
 
 
 def run(o: argparse.Namespace) -> None:
     sources = vars(o).get("source") or [str(TEXT)]
-    if o.command in ("prepare", "vocab") and not 1e-9 <= o.val <= 1 - 1e-9:
+    lowest = {"prepare": 1e-9, "vocab": 1e-9, "add": 0.0}.get(o.command)
+    if lowest is not None and not lowest <= o.val <= 1 - 1e-9:
         raise UserError(f"--val: got {o.val}, expected a part between 0 and 1, such as 0.05")
     if o.command in ("prepare", "add"):
         if o.weights and len(o.weights) != len(sources):
@@ -82,7 +84,7 @@ def run(o: argparse.Namespace) -> None:
     elif o.command == "drop":
         drop(o.out)
     elif o.command == "add":
-        add(o.out, sources, o.weights, o.jobs)
+        add(o.out, sources, o.weights, o.jobs, o.val)
     else:
         prepare(o.out, sources, o.tokenizer, o.increments, o.val, o.weights, o.jobs)
 

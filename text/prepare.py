@@ -220,8 +220,8 @@ def ship(out: str) -> None:
             prepare(out, [str(TEXT)])
 
 
-def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: int = 0) -> None:
-    """Append increment N+1 to a folder: the documents that no other part holds."""
+def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: int = 0, val: float = 0.0) -> None:
+    """Append increment N+1 to a folder: the documents that no other part holds, a share `val` of them held out."""
     folder = Path(out).resolve()  # links to one folder share its lock
     found = list(map(find_source, sources))
     tokenizer = token_files.tokenizer_of(folder).name
@@ -230,17 +230,22 @@ def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: 
         try:
             meta = token_files.read_meta(folder)  # under the lock: another process may have added an increment before
             token_files.check_files(folder)  # a damaged .ids would let documents in again
-            names = [p["name"] for p in (meta["val"], *meta["increments"])]
+            names, name = [p["name"] for p in token_files.parts(meta)], f"v{len(meta['increments']) + 1}"
             held: list[np.ndarray] = [np.memmap(folder / f"{name}.ids", "<u8", "r") for name in names]
             buckets = Buckets(work / "buckets", found, tokenizer, meta["dtype"], held, jobs)
-            written = buckets.gather(work, {f"v{len(names)}": 1.0}, weights)
+            written = buckets.gather(work, {f"val-{name}": val, name: 1 - val}, weights)
             if not written:
                 known = sum(s.left_out["duplicates"] for s in found)
                 raise UserError(f"--source {', '.join(sources)}: has no new document, {known:,} known ones")
+            *held_out, increment = written
+            if increment["name"] != name:  # so few documents that all fell into the held-out part: none is held out
+                increment["name"] = name
+                for kind in increment["sha256"]:
+                    os.rename(work / f"val-{name}.{kind}", work / f"{name}.{kind}")
             for file in work.glob("v*"):
                 fsync(file)
                 os.rename(file, folder / file.name)
-            meta["increments"] += written
+            meta["increments"].append(increment | ({"val": held_out[0]} if held_out else {}))
             meta["sources"].append({"increments": 1, "from": sources, "weights": weights})
             write_json(folder / "meta.json", meta)
         finally:
@@ -262,8 +267,9 @@ def drop(out: str) -> None:
                 fix = "move it out of out/ first, or add more text as another increment"
                 raise UserError(f"{folder}: {file.parent} was trained on {last['name']}; {fix}")
         write_json(folder / "meta.json", meta)  # first: files that it does not name are nothing; `add` replaces them
-        for kind in last["sha256"]:
-            (folder / f"{last['name']}.{kind}").unlink()
+        for part in token_files.parts({"val": last, "increments": [last]})[1:]:
+            for kind in part["sha256"]:
+                (folder / f"{part['name']}.{kind}").unlink()
     print(f"{folder}: without {last['name']} now; the same text added again gives the same increment")
 
 

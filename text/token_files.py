@@ -2,6 +2,7 @@
 
 data/<name>/  meta.json  v1.bin .. vN.bin  val.bin      token ids, uint16 or uint32, <|endoftext|> after each document
               v1.ids .. vN.ids  val.ids                 the documents' hashes, sorted, uint64
+              val-v5.bin ..  val-v5.ids ..              held out of an increment that was added
 """
 
 import hashlib
@@ -77,6 +78,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
+def parts(meta: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of validation, of the increments, and of what was held out of those that were added."""
+    return [meta["val"], *(q for p in meta["increments"] for q in (p, p.get("val")) if q)]
+
+
 def tokenizer_of(folder: Path) -> Tokenizer:
     """The tokenizer that made a folder. UserError if its files have changed."""
     meta = read_meta(folder)
@@ -91,7 +97,7 @@ def check_files(folder: Path, names: list[str] | None = None, checksums: bool = 
     """Compare sizes and SHA-256 of the files of `names` ("val", "v1", ..; None: all, and their .ids); returns bytes."""
     meta = read_meta(folder)
     itemsize, wanted = np.dtype(meta["dtype"]).itemsize, []
-    for p in (meta["val"], *meta["increments"]):
+    for p in parts(meta):
         if names is None or p["name"] in names:
             wanted.append((folder / f"{p['name']}.bin", p["tokens"] * itemsize, p["sha256"]["bin"]))
         if names is None:

@@ -989,3 +989,87 @@ def test_a_rank_file_does_not_replace_a_link(tmp_path):
     with pytest.raises(UserError, match="is there already"):
         tokenizer.vocab(str(tmp_path / "link.tiktoken"), [], 257, [1.0], 0.1)
     assert (tmp_path / "link.tiktoken").is_symlink()
+
+
+def test_what_is_added_keeps_a_held_out_part(prepared, tmp_path):
+    """By the same hash as validation: what is there stays, and the parts hold each document once; drop takes both."""
+    copy = shutil.copytree(prepared, tmp_path / "data")
+    there = {f.name: f.read_bytes() for f in copy.glob("*.bin")}
+    texts = some_documents(200, 7)
+    prepare.add(str(copy), [write(tmp_path / "a.jsonl", texts)], jobs=1, val=0.25)
+    assert {name: (copy / name).read_bytes() for name in there} == there
+    added = token_files.read_meta(copy)["increments"][-1]
+    assert (added["name"], added["val"]["name"]) == ("v5", "val-v5")
+    assert added["documents"] + added["val"]["documents"] == 200 and 25 < added["val"]["documents"] < 75
+    assert sorted(read(copy, "v5") + read(copy, "val-v5")) == sorted(texts)
+    assert all(sources.hashes(text)[0] < 2**62 for text in read(copy, "val-v5"))
+    (copy / "val-v5.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="val-v5.bin: got 0 bytes"):
+        token_files.check_files(copy)
+    prepare.drop(str(copy))
+    assert {f.name for f in copy.glob("v*.bin")} == set(there)
+    with pytest.raises(UserError, match="has no new document"):  # held-out documents are known ones
+        prepare.add(str(copy), [str(tmp_path / "a.jsonl")], jobs=1, val=0.25)
+        prepare.add(str(copy), [str(tmp_path / "a.jsonl")], jobs=1, val=0.25)
+
+
+def test_so_few_documents_that_all_would_be_held_out_are_all_trained_on(prepared, tmp_path):
+    copy = shutil.copytree(prepared, tmp_path / "data")
+    low = next(text for text in some_documents(200, 8) if sources.hashes(text)[0] < 2**62)
+    prepare.add(str(copy), [write(tmp_path / "a.jsonl", [low])], jobs=1, val=0.25)
+    assert read(copy, "v5") == [low] and "val" not in token_files.read_meta(copy)["increments"][-1]
+    assert not list(copy.glob("val-v5*"))
+
+
+# ---- Replay ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def replaying(prepared):
+    """Four increments of 12, 6, 9 and 5 steps; 3 of 8 rows are of earlier ones."""
+    t = data.Tokens(str(prepared), 32, 8, [12, 6, 9, 5], seed=3)
+    t.replayed = 3
+    return t
+
+
+def place_of(t, x):
+    """{(increment, sequence)} that a row of inputs may be: found by comparing with the token files."""
+    found = []
+    for i in range(4):
+        ids = np.asarray(t.tokens(f"v{i + 1}")).astype(np.int64)
+        whole = ids[: (len(ids) - 1) // 32 * 32].reshape(-1, 32)
+        found += [(i, int(k)) for k in np.flatnonzero((whole == x).all(1))]
+    return found
+
+
+def test_replayed_rows_are_of_earlier_increments_evenly_and_each_once(prepared, replaying):
+    plain = data.Tokens(str(prepared), 32, 8, [12, 6, 9, 5], seed=3)
+    for step in range(12):
+        assert np.array_equal(replaying.batch(step), plain.batch(step))  # none in the first
+    for i, (first, end) in enumerate(((12, 18), (18, 27), (27, 32)), 1):
+        old = []
+        for step in range(first, end):
+            x, _ = replaying.batch(step)
+            assert np.array_equal(x[:5], plain.batch(step)[0][:5])  # the other rows are what they were
+            old += [min(place_of(replaying, row)) for row in x[5:]]
+        counts = np.bincount([j for j, _ in old], minlength=i)
+        assert len(counts) == i and counts.max() - counts.min() <= 1
+        assert len(set(old)) == len(old)  # no sequence twice within an increment
+
+
+def test_replayed_rows_do_not_depend_on_the_ranks_and_follow_the_seed(prepared, replaying):
+    whole = replaying.batch(20)
+    for ranks in (2, 4):
+        parts = [replaying.batch(20, slice(r * 8 // ranks, (r + 1) * 8 // ranks)) for r in range(ranks)]
+        assert all(np.array_equal(np.concatenate(p), w) for p, w in zip(zip(*parts, strict=True), whole, strict=True))
+    other = data.Tokens(str(prepared), 32, 8, [12, 6, 9, 5], seed=4)
+    other.replayed = 3
+    assert not np.array_equal(other.batch(20)[0][5:], whole[0][5:])
+
+
+def test_replay_needs_the_earlier_increments(prepared, replaying):
+    assert [name for name, _, _ in replaying.needs(18, 27)] == ["v1", "v2", "v3"]
+    plain = data.Tokens(str(prepared), 32, 8, [12, 6, 9, 5], seed=3)
+    assert [name for name, _, _ in plain.needs(18, 27)] == ["v3"]
+    needs = {name: need for name, need, _ in replaying.needs(18, 27)}
+    assert needs == {"v1": 14 * 32 + 1, "v2": 14 * 32 + 1, "v3": 9 * 8 * 32 + 1}  # 27 rows, in turn from two
