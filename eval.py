@@ -2,6 +2,7 @@
 
     python eval.py out/tiny                             a run: versions x paradigms, APPL, standard errors
     python eval.py out/tiny/main/step-000080 OTHER ..   any checkpoints, the first one compared with the others
+    python eval.py out/tiny --data data/books --data data/code      several texts, and the mean over them
 
 PPL = exp(mean negative log-likelihood of a token). Standard errors are over documents: tokens of one document are not
 independent, so a document is the unit, and two checkpoints are compared document by document.
@@ -17,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,17 @@ from runtime.errors import UserError, user_errors
 from runtime.files import digest, replacing
 from text import token_files
 from text.sources import progress_bar
+
+
+class Text(NamedTuple):
+    """What to score on: a held-out text of a prepared folder, in sequences of `context` tokens."""
+
+    folder: str | None = None  # None: the checkpoint's own data
+    name: str = "val"  # or "val-v5", held out of an increment that was added
+    context: int = 0  # 0: as long as the model's
+
+
+OWN = Text()
 
 
 @dataclass
@@ -86,8 +98,9 @@ def load_model(path: Path, device: torch.device) -> tuple[Transformer, dict[str,
     return net.to(device).eval(), meta
 
 
-def open_data(path: Path, meta: dict[str, Any], folder: str | None, context: int = 0) -> data.Tokens:
-    """A checkpoint's data, or another folder with its tokenizer, in sequences of `context` tokens (0: as the model)."""
+def open_data(path: Path, meta: dict[str, Any], text: Text = OWN) -> data.Tokens:
+    """A checkpoint's data, or another folder with its tokenizer."""
+    folder, _, context = text
     c = config.model_of(meta["config"])
     if not 0 <= context <= c.context:
         raise UserError(f"--context: got {context}, expected 0 to {c.context}, the context of {path}")
@@ -100,18 +113,16 @@ def open_data(path: Path, meta: dict[str, Any], folder: str | None, context: int
 
 
 @torch.no_grad()
-def score(
-    path: Path, device: torch.device, folder: str | None = None, context: int = 0, progress: Callable = lambda n: None
-) -> Score:
-    """Score a checkpoint on the whole validation set of its data; every token but the very first is a target once."""
-    tokens = open_data(path, checkpoint.read_meta(path), folder, context)
+def score(path: Path, device: torch.device, text: Text = OWN, progress: Callable = lambda n: None) -> Score:
+    """Score a checkpoint on the whole of a text; every token but the very first is a target once."""
+    tokens, name = open_data(path, checkpoint.read_meta(path), text), text.name
     net, _ = load_model(path, device)
-    token_files.check_files(tokens.folder, ["val"], quiet=True)
-    stream = np.asarray(tokens.tokens("val"))
+    token_files.check_files(tokens.folder, [name], quiet=True)
+    stream = np.asarray(tokens.tokens(name))
     # the document of each target, by the <|endoftext|> before it: one belongs to the document that it ends
     document = np.cumsum(stream[:-1] == tokens.meta["eot"])
     losses = []
-    for arrays in tokens.validation(rows=16):
+    for arrays in tokens.validation(rows=16, name=name):
         x, y = (torch.from_numpy(a).to(device) for a in arrays)
         losses.append(net(x, y, reduction="none").flatten().cpu().numpy().astype(np.float64))
         progress(y.numel())
@@ -121,36 +132,42 @@ def score(
     return scored
 
 
-def scores(
-    paths: Sequence[Path], device: torch.device, folder: str | None = None, context: int = 0, jobs: int = 1
-) -> dict[Path, Score]:
-    """Scores of checkpoints, `jobs` at a time: those kept beside them, and the others measured and kept."""
+def scores(paths: Sequence[Path], device: torch.device, text: Text = OWN, jobs: int = 1) -> dict[Path, Score]:
+    """Scores of checkpoints on a text, `jobs` at a time: those kept beside them, and the others measured and kept."""
     root = Path(__file__).parent
     code = [f.read_text("utf-8") for f in (root / "model.py", *sorted((root / "kernels").glob("*.py")))]
-    opened = {path: open_data(path, checkpoint.read_meta(path), folder, context) for path in paths}
+    opened, name = {path: open_data(path, checkpoint.read_meta(path), text) for path in paths}, text.name
     for path in paths:
         checkpoint.verify(path, checksums=False)  # also of those whose score is kept
 
     def known(path: Path) -> Score:
-        model, text = checkpoint.read_meta(path)["hash"], opened[path].meta["val"]["sha256"]["bin"]
-        key = digest([model, text, opened[path].context, device.type, code])
+        model, (sha, _) = checkpoint.read_meta(path)["hash"], texts(opened[path].meta)[name]
+        key = digest([model, sha, opened[path].context, device.type, code])
         file = path.resolve().parent / "scores" / f"{key[:32]}.npz"
         with suppress(Exception), np.load(file) as kept:  # any, where the file is damaged
             s = Score(kept["nats"], kept["tokens"])
-            assert s.tokens.sum() == len(opened[path].tokens("val")) - 1
+            assert s.tokens.sum() == len(opened[path].tokens(name)) - 1
             bar.update(int(s.tokens.sum()))
             return s
-        s = score(path, device, folder, context, bar.update)  # not there yet, or damaged
+        s = score(path, device, text, bar.update)  # not there yet, or damaged
         with suppress(OSError):  # a folder that is read-only or full
             file.parent.mkdir(exist_ok=True)
             with replacing(file) as partial, open(partial, "wb") as f:
                 np.savez(f, nats=s.nats, tokens=s.tokens)
         return s
 
-    total = sum(len(tokens.tokens("val")) - 1 for tokens in opened.values())
+    total = sum(len(tokens.tokens(name)) - 1 for tokens in opened.values())
     with progress_bar(f"{len(opened)} checkpoints", total, "token") as bar, ThreadPoolExecutor(jobs) as pool:
         apply = pool.map if jobs > 1 else map  # Ctrl-C ends a thread only after its checkpoint
         return dict(zip(opened, apply(known, opened), strict=True))
+
+
+def texts(meta: dict[str, Any]) -> dict[str, tuple[str, str | None]]:
+    """{text: SHA-256 of it, and of the increment that it is held out of; None: of the folder's first ones}."""
+    held_out = {
+        p["val"]["name"]: (p["val"]["sha256"]["bin"], p["sha256"]["bin"]) for p in meta["increments"] if "val" in p
+    }
+    return {"val": (meta["val"]["sha256"]["bin"], None), **held_out}
 
 
 def chosen(paths: list[Path]) -> dict[str, dict[int, Path]] | None:
@@ -195,19 +212,43 @@ def of_checkpoints(scores: dict[Path, Score]) -> tuple[dict[str, Any], list[str]
     return rows, lines
 
 
+def of_texts(rows: dict[str, Path], found: dict[str, dict[Path, Score]], of: dict[str, str | None]) -> Any:
+    """A row a checkpoint: PPL (SE) by text, and the mean nats over those of increments (`of`) that it has seen."""
+    table, record = [["PPL (SE)", *found, "mean nats of those seen"]], dict[str, Any]()
+    for label, path in rows.items():
+        seen = checkpoint.read_meta(path)["data"]["increments"]
+        score = {name: known[path] for name, known in found.items()}
+        losses = [s.loss for name, s in score.items() if of[name] is None or of[name] in seen]
+        mean = sum(losses) / len(losses)
+        texts = {name: {"ppl": s.ppl, "se": s.se, "loss": s.loss} for name, s in score.items()}
+        record[label] = {"texts": texts, "mean_loss": mean, "seen": len(losses)}
+        cells = [f"{s.ppl:.2f}" + ("" if s.se is None else f" ({s.se:.2f})") for s in score.values()]
+        table.append([label, *cells, f"{mean:.4f} of {len(losses)}"])
+    return record, [aligned(table)]
+
+
 def main() -> None:
     a = Parser(prog="eval.py", description=__doc__)
-    a.add_checkpoints()
+    a.add_checkpoints(several=True)
     a.add_argument("--context", type=int, default=0, help="tokens of a sequence, to compare models [the model's]")
     o = a.parse_args()
     device = pick_device(o.device, 0)
     run = chosen(o.path)
     paths = sorted({p for versions in run.values() for p in versions.values()}) if run else o.path
-    texts = {open_data(p, checkpoint.read_meta(p), o.data, o.context).meta["val"]["sha256"]["bin"] for p in paths}
-    if len(texts) > 1:
-        raise UserError("the checkpoints have different validation sets; choose the data of one of them with --data")
-    known = scores(paths, device, o.data, o.context)
-    rows, lines = of_run(run, known) if run else of_checkpoints(known)
+    found, of = dict[str, dict[Path, Score]](), dict[str, str | None]()  # by text
+    for folder in o.data or [None]:
+        opened = [texts(open_data(p, checkpoint.read_meta(p), Text(folder, context=o.context)).meta) for p in paths]
+        if any(other != opened[0] for other in opened):
+            raise UserError("the checkpoints have different validation sets; choose the data of one with --data")
+        for name, (_, increment) in opened[0].items():
+            label = f"{Path(folder).name}/{name}" if len(o.data or ()) > 1 else name
+            found[label], of[label] = scores(paths, device, Text(folder, name, o.context)), increment
+    if len(found) > 1:
+        versions = {f"{n} V{v}": p for n, vs in (run or {}).items() for v, p in vs.items()}
+        rows, lines = of_texts(versions or {str(p): p for p in paths}, found, of)
+    else:
+        (known,) = found.values()
+        rows, lines = of_run(run, known) if run else of_checkpoints(known)
     print(json.dumps(rows, indent=1) if o.json else "\n".join(lines))
 
 

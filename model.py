@@ -146,10 +146,10 @@ class Transformer(nn.Module):
             copy(p, value)
 
     @torch.no_grad()
-    def cast_weights(self, again: bool = False) -> None:
-        """Copy the blocks' matrices into `low`: once an update, rather than in each micro-batch. `again`: if any is."""
+    def cast_weights(self) -> None:
+        """Copy the blocks' matrices into `low`: once an update, rather than in each micro-batch."""
         for m in self.blocks.modules():
-            if isinstance(m, Linear) and not (again and m.low is None):
+            if isinstance(m, Linear):
                 m.low = m.weight.to(self.dtype) if m.low is None else m.low.copy_(m.weight)
 
     def forward(

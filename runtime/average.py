@@ -60,7 +60,8 @@ class RunningMean:
             kept = weight.clone()
             weight.copy_(mean)
             mean.copy_(kept)
-        self.net.cast_weights(again=True)
+        if any(getattr(m, "low", None) is not None for m in self.net.modules()):  # their copies in bfloat16
+            self.net.cast_weights()
 
 
 def make(run: Run, given: list[Path], dry_run: bool = False) -> None:

@@ -544,7 +544,7 @@ def test_an_imported_model_is_trained_on_by_every_mode(imported, tmp_path, capsy
     (tmp_path / "more.jsonl").write_text(more)
     prepare.add(str(folder), [str(tmp_path / "more.jsonl")], jobs=1)
     assert token_files.read_meta(folder)["increments"][2]["documents"] > 30
-    before = eval.score(made, torch.device("cpu"), str(folder)).ppl
+    before = eval.score(made, torch.device("cpu"), eval.Text(str(folder))).ppl
     assert eval.score(last[0], torch.device("cpu")).ppl < before
     for path in (made, last[0]):
         assert sample.continuations(path, torch.device("cpu"), ["The whale"], 5, sample.Sampling())[0].startswith(

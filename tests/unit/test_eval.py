@@ -67,10 +67,10 @@ def test_score_is_the_mean_over_every_token_and_by_document(trained, prepared):
 
 def test_shorter_windows_are_those_of_a_model_of_that_context(trained):
     net, _ = evaluation.load_model(trained, CPU)
-    s = evaluation.score(trained, CPU, context=8)
-    stream = np.fromfile(
-        evaluation.open_data(trained, checkpoint.read_meta(trained), None).folder / "val.bin", "<u2"
-    ).astype(np.int64)
+    s = evaluation.score(trained, CPU, evaluation.Text(context=8))
+    stream = np.fromfile(evaluation.open_data(trained, checkpoint.read_meta(trained)).folder / "val.bin", "<u2").astype(
+        np.int64
+    )
     rows = torch.from_numpy(stream[: (len(stream) - 1) // 8 * 8]).view(-1, 8)
     targets = torch.from_numpy(stream[1 : rows.numel() + 1]).view(-1, 8)
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_a_score_is_measured_once_for_a_model_a_text_and_a_context(trained, tmp_
     (first,) = evaluation.scores([trained], CPU).values()
     (again,) = evaluation.scores([trained], CPU).values()
     assert len(measured) == 1 and (again.nats == first.nats).all() and (again.tokens == first.tokens).all()
-    (short,) = evaluation.scores([trained], CPU, context=8).values()
+    (short,) = evaluation.scores([trained], CPU, evaluation.Text(context=8)).values()
     assert len(measured) == 2 and short.ppl > first.ppl
     assert evaluation.scores([trained], CPU)[trained].ppl == first.ppl == evaluation.score(trained, CPU).ppl
 
@@ -302,7 +302,7 @@ def test_bad_input(trained, tmp_path, prepared, cli):
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(50)))
     prepare.prepare(str(tmp_path / "other"), [str(tmp_path / "t.jsonl")], str(prepare.RANKS), [1], 0.5, jobs=1)
     with pytest.raises(UserError, match="its tokenizer is not that of"):
-        evaluation.score(trained, CPU, str(tmp_path / "other"))
+        evaluation.score(trained, CPU, evaluation.Text(str(tmp_path / "other")))
     meta = checkpoint.read_meta(trained)
     meta["config"]["model.n_layer"] = 2
     (trained / "meta.json").write_text(json.dumps(meta))
@@ -314,7 +314,7 @@ def test_data_of_another_vocabulary_is_refused(trained, prepared, tmp_path):
     shutil.copytree(prepared, tmp_path / "d")
     write_json(tmp_path / "d" / "meta.json", {**token_files.read_meta(prepared), "vocab_size": 300})
     with pytest.raises(UserError, match="its tokenizer is not that of"):
-        evaluation.score(trained, CPU, str(tmp_path / "d"))
+        evaluation.score(trained, CPU, evaluation.Text(str(tmp_path / "d")))
 
 
 def test_models_are_those_of_their_configs(trained):
