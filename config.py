@@ -5,19 +5,16 @@ wrong types are refused; nothing is executed or guessed. Rules of a key: `low`, 
 must not reach; `choices`; `free`: a resumed run may change it, since no result depends on it.
 """
 
-import ast
 import difflib
 import json
 import math
-import types
-import typing
 from collections.abc import Collection
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError, refuse
-from runtime.files import read_toml
+from runtime.files import parse, read_toml, type_name, typed
 from schedule import Plan, Segment, key, plan
 
 
@@ -226,46 +223,6 @@ def to_toml(c: Config) -> str:
         if v is not None:
             text += f"{leaf} = {v!r}\n" if isinstance(v, float) else f"{leaf} = {json.dumps(v, ensure_ascii=False)}\n"
     return text.replace("\x7f", "\\u007f")  # which JSON leaves as it is and TOML does not allow
-
-
-# ---- Values, as TOML or a command line has them ----------------------------------------------------------------------
-
-
-def type_name(kind: Any) -> str:
-    """A type in words, such as "a number or none"."""
-    if isinstance(kind, types.UnionType):
-        return f"{type_name(typing.get_args(kind)[0])} or none"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    return names.get(kind, "a list of whole numbers")
-
-
-def typed(kind: Any, value: Any) -> Any:
-    """`value` as `kind`; ValueError if it is not one. True is no number, 1 is no truth value, 1 is a float."""
-    if isinstance(kind, types.UnionType):
-        return None if value is None else typed(typing.get_args(kind)[0], value)
-    if typing.get_origin(kind) is list and isinstance(value, list):
-        return [typed(int, v) for v in value]
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind or (kind is int and abs(value) >= 2**63):
-        raise ValueError
-    if kind is str:
-        value.encode()  # ValueError: bytes that are not UTF-8 could not be written to config.toml
-    return value
-
-
-def parse(kind: Any, text: str) -> Any:
-    """A word of the command line as `kind`: a number, a text, true, none, inf or 700,500,900. ValueError if not."""
-    if kind is str:
-        return typed(str, text)
-    words = {"none": None, "true": True, "false": False, "inf": math.inf, "nan": math.nan}
-    try:
-        value = words[text] if text in words else ast.literal_eval(text)
-    except (SyntaxError, MemoryError, RecursionError):
-        raise ValueError from None
-    if typing.get_origin(kind) is list:
-        value = list(value) if isinstance(value, (list, tuple)) else [value]
-    return typed(kind, value)
 
 
 if __name__ == "__main__":

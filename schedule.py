@@ -22,7 +22,7 @@ TITLES = {
     "average": "Averaging the main path",  # not the paper's
 }
 PARADIGMS = tuple(TITLES)
-CPT_VARIANTS = ("reset_max", "rewarm_max", "keep_min")  # Appendix B
+CPT_VARIANTS = ("reset_max", "rewarm_max", "keep_min", "wsd_s")  # Appendix B; the last one: Wen et al. 2024
 
 
 def key(default: Any, help: str, **rules: Any) -> Any:
@@ -44,10 +44,11 @@ class Plan:
     min_lr: float | None = key(None, "minimal learning rate; none: a tenth of max_lr")
     alpha: float | None = key(None, "length of a branch as a part of the first increment; none: 0.6; 0: no branches")
     decay_steps: int | None = key(None, "length of a branch in steps, instead of alpha")
-    cpt_variant: str = key("reset_max", "learning rate of CPT's versions: reset_max, rewarm_max, keep_min")
+    cpt_variant: str = key("reset_max", "learning rate of CPT's versions: reset_max, rewarm_max, keep_min, wsd_s")
     cycle: float | None = key(None, "cosine cycle in steps where it is longer than the run, or inf")
     average: float = key(0.2, "averaging: the last part of all steps so far whose weights are averaged")
-    average_points: int = key(10, "averaging: so many checkpoints, evenly spaced over that part")
+    average_points: int = key(10, "averaging: so many checkpoints, evenly over that part; 0: the running mean")
+    from_mean: bool = key(False, "start branches, or with averaging the main path's next increment, from the mean")
 
     @property
     def T(self) -> list[int]:
@@ -68,9 +69,9 @@ class Plan:
         """The step at which version i has seen its increments 1..i."""
         return sum(self.T[:version])
 
-    def points(self, version: int) -> tuple[int, ...]:
-        """The steps of the main path whose weights version i's mean is of."""
-        end, n = self.end(version), self.average_points
+    def points(self, end: int) -> tuple[int, ...]:
+        """The steps of the main path whose weights the mean at step `end` is of."""
+        n = self.average_points
         return tuple(sorted({end - round_half_up(self.average * k / n, end) for k in range(n)}))
 
 
@@ -85,7 +86,8 @@ class Segment:
     start: int
     end: int
     lr: Callable[[int], float]
-    points: tuple[int, ...] = ()  # steps of the main path: weights that it saves, or that an average is the mean of
+    # steps of the main path: of weights that it saves, or that an average is the mean of; none: of the running mean
+    points: tuple[int, ...] = ()
 
 
 # ---- Decay shapes ----------------------------------------------------------------------------------------------------
@@ -191,32 +193,54 @@ def plan(paradigm: str, p: Plan) -> list[Segment]:
             "reset_max": path(p, a, b, 0, decay(b - a, 0)),
             "rewarm_max": path(p, a, b, W, decay(b - a, W), warm_from=p.lowest_lr),
             "keep_min": lambda s: p.lowest_lr,
+            "wsd_s": path(p, a, b, W if i == 1 else 0, d),  # constant, then a branch, of which the next one goes on
         }[p.cpt_variant]
         name = f"cpt-{tag}" if p.cpt_variant == "reset_max" else f"cpt-{tag}-{p.cpt_variant}"
-        parent = ptfs(1).name if i == 2 else f"{name}/v{i - 1}"
-        return Segment(f"{name}/v{i}", "cpt", i, (parent, a), a, b, lr)
+        parent = ptfs(1).name if i == 2 and p.cpt_variant != "wsd_s" else f"{name}/v{i - 1}"
+        return Segment(f"{name}/v{i}", "cpt", i, (parent, a) if i > 1 else None, a, b, lr)
 
-    def branch(i: int) -> Segment:
+    def main(end: int, ends: list[int], i: int = N) -> Segment:
+        """The main path up to step `end`, with the weights that the means at `ends` are of."""
+        return Segment("main", "main", i, None, 0, end, path(p, 0, end, W, 0), points(0, *ends))
+
+    def points(start: int, *ends: int) -> tuple[int, ...]:
+        return tuple(sorted({s for end in ends for s in p.points(end) if s > start}))
+
+    def mean(i: int, end: int, of: str = "main", name: str = "average", start: int = 0) -> Segment:
+        """No update: the mean of weights along the last of the main path up to step `end`."""
+        if (p.average, p.average_points) != (0.2, 10):
+            name += f"-{p.average:g}-of-{p.average_points}" if p.average_points else "-running"
+        return Segment(f"{name}/v{i}", "average", i, (of, end), end, end, lambda s: p.max_lr, points(start, end))
+
+    def branch(i: int) -> list[Segment]:
         a, b = p.end(i) - d, p.end(i)
         D = d if p.cycle is None else p.cycle  # a cycle longer than the branch is cut at its end (Figure 5)
         name = f"ours-{tag}" if d == round_half_up(0.6, p.T[0]) else f"ours-{tag}-d{d}"
-        return Segment(f"{name}/v{i}", "branch", i, ("main", a), a, b, path(p, a, b, 0, D))
+        if not p.from_mean:
+            return [Segment(f"{name}/v{i}", "branch", i, ("main", a), a, b, path(p, a, b, 0, D))]
+        origin = mean(i, a, name=f"average-d{d}")
+        return [origin, Segment(f"{name}-from-mean/v{i}", "branch", i, (origin.name, a), a, b, path(p, a, b, 0, D))]
 
-    def average(i: int) -> Segment:  # no update: the mean of weights along the last of the main path
-        end, usual = p.end(i), (p.average, p.average_points) == (0.2, 10)
-        name = "average" if usual else f"average-{p.average:g}-of-{p.average_points}"
-        return Segment(f"{name}/v{i}", "average", i, ("main", end), end, end, lambda s: p.max_lr, p.points(i))
+    def restart(i: int, before: str) -> list[Segment]:
+        """The main path goes on from the mean of version i - 1."""
+        a, b = p.end(i - 1), p.end(i)
+        again = Segment(f"main-from-mean/v{i}", "main", i, (before, a), a, b, path(p, a, b, 0, 0), points(a, b))
+        return [again, mean(i, b, again.name, "average-from-mean", a)]
 
     if paradigm == "ptfs":
         return [ptfs(i) for i in range(1, N + 1)]
     if paradigm == "cpt":  # version 1 is PTFS's version 1: trained once, under PTFS's name
-        return [ptfs(1), *(cpt(i) for i in range(2, N + 1))]
-    # Ours: the main path at max LR ends where the last branch leaves it, at N*T - d. Averaging: at N*T
-    end, version, points = p.end(N) - d, branch, set[int]()
-    if paradigm == "average":
-        end, version, points = p.end(N), average, {s for i in range(1, N + 1) for s in p.points(i)}
-    main = Segment("main", "main", N, None, 0, end, path(p, 0, end, W, 0), tuple(sorted(points)))
-    return [main, *(version(i) for i in range(1, N + 1))]
+        return [cpt(1) if p.cpt_variant == "wsd_s" else ptfs(1), *(cpt(i) for i in range(2, N + 1))]
+    versions = range(1, N + 1)
+    if paradigm == "ours":  # the main path at max LR ends where the last branch leaves it, at N*T - d
+        forks = [p.end(i) - d for i in versions]
+        return [main(forks[-1], forks if p.from_mean else []), *(s for i in versions for s in branch(i))]
+    if not p.from_mean:
+        return [main(p.end(N), [p.end(i) for i in versions]), *(mean(i, p.end(i)) for i in versions)]
+    chain = [main(p.end(1), [p.end(1)], 1), mean(1, p.end(1))]
+    for i in versions[1:]:
+        chain += restart(i, chain[-1].name)
+    return chain
 
 
 def round_half_up(part: float, steps: int) -> int:
@@ -243,7 +267,7 @@ def problems(p: Plan, paradigm: str) -> list[str]:
         ("alpha", p.alpha, "0 to 1", p.alpha is None or 0 <= p.alpha <= 1),
         ("decay_steps", p.decay_steps, "1 or more", p.decay_steps is None or p.decay_steps >= 1),
         ("average", p.average, "above 0 and at most 1", 0 < p.average <= 1),
-        ("average_points", p.average_points, "1 to 1000", 1 <= p.average_points <= 1000),
+        ("average_points", p.average_points, "0 to 1000", 0 <= p.average_points <= 1000),
         ("decay_steps", p.decay_steps, f"none beside alpha = {p.alpha}", not p.decay_steps or p.alpha is None),
     ]
     if found := [f"{name}: got {got!r}, expected {expected}" for name, got, expected, fine in checks if not fine]:

@@ -147,7 +147,7 @@ def add(nodes: Graph, s: Setup, point: Point, seed: int) -> tuple[str, int]:
                     parent = add(nodes, s, Point(run.parent, 1, at if origin.paradigm == "main" else None), seed)
                 else:
                     parent = need(origin, at)
-            version = [] if main else ["--version", str(segment.version)]
+            version = [] if main and not segment.parent else ["--version", str(segment.version)]
             keys = [word for k, v in s.keys(run, seed).items() for word in (f"--{k}", v)]
             words = ["--config", run.setting.config or s.scale.config, "--mode", segment.paradigm, *version, *keys]
             kept = (known.required, known.points) if known else (set[int](), set[int]())
@@ -159,7 +159,8 @@ def add(nodes: Graph, s: Setup, point: Point, seed: int) -> tuple[str, int]:
 
     if point.at is not None:
         return need(next(g for g in segments.values() if g.paradigm == "main"), point.at)
-    segment = next(g for g in segments.values() if g.paradigm != "main" and g.version == point.version)
+    # the last of a version is its release
+    *_, segment = (g for g in segments.values() if g.paradigm != "main" and g.version == point.version)
     return need(segment, segment.end)
 
 

@@ -70,9 +70,12 @@ def make(run: Run, given: list[Path], dry_run: bool = False) -> None:
     Tensor by tensor, in float32, in memory of the largest two. UserError names missing points, and their command.
     """
     c, s = run.config, run.segment
-    paths = given or [checkpoint.weights(Path(c.out) / "main", step) for step in s.points]
+    assert s.parent
+    path = next(g for g in run.segments if g.name == s.parent[0])  # the main path
+    home = Path(c.out) / path.name
+    paths = given or [checkpoint.weights(home, step) for step in s.points] or [checkpoint.path(home, s.end)]
     if missing := [str(p) for p in paths if not (p / "meta.json").exists()]:
-        keys = {"mode": "main", "version": s.version, "plan.alpha": 0}
+        keys = {"mode": "main", "version": s.version} | ({} if c.plan.from_mean else {"plan.alpha": 0})
         fix = "expected checkpoints" if given else f"make them: {this_command(**keys)}"
         raise UserError(f"{', '.join(missing)}: not there, and {s.name} is a mean of {len(paths)}; {fix}")
     metas = [checkpoint.read_meta(p) for p in paths]
@@ -88,19 +91,24 @@ def make(run: Run, given: list[Path], dry_run: bool = False) -> None:
         if given:
             resume.check_model(p, meta, c, tokens.meta["tokenizer_sha256"])
         else:
-            resume.check_lineage(p, c, run.segments[0], tokens)
-        checkpoint.fits(p, tensors)
+            resume.check_lineage(p, c, path, tokens)
+        names = checkpoint.fits(p, tensors)
+        if not (given or s.points or any(name.startswith("average.") for name in names)):
+            raise UserError(f"{p}: holds no running mean; train it with train.average_half_life")
     print(f"{target}: the mean of {len(paths)} checkpoints, from {paths[0]} to {paths[-1]}")
     if dry_run or (target / "meta.json").exists():
         return
     for p in paths:
         checkpoint.verify(p)
 
+    kind = "model." if given or s.points else "average."
+
     def mean(name: str) -> Tensor:
         total = torch.zeros(tensors[name].shape)
         part = torch.empty_like(total)
         for p in paths:
-            dcp.load({name: part}, storage_reader=dcp.HuggingFaceStorageReader(str(p)), no_dist=True)
+            reader = dcp.HuggingFaceStorageReader(str(p))
+            dcp.load({kind + name.removeprefix("model."): part}, storage_reader=reader, no_dist=True)
             total += part
         if not total.isfinite().all():
             raise UserError(f"{target}: the mean of {name} is not finite; leave out the checkpoint that diverged")

@@ -7,8 +7,9 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from config import Config, flatten, load, suggest, type_name
+from config import Config, flatten, load, suggest
 from runtime.errors import UserError
+from runtime.files import type_name
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,14 +1,18 @@
-"""Files that survive a crash: flushed to the disk, replaced in one step, made by one process at a time."""
+"""Files that survive a crash: flushed to the disk, replaced in one step, made by one process at a time; values."""
 
+import ast
 import fcntl
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
 import stat
 import time
 import tomllib
+import types
+import typing
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -78,6 +82,43 @@ def read_toml(flag: str, name: str, folder: Path) -> tuple[Path, dict[str, Any]]
         return file, tomllib.loads(file.read_text("utf-8-sig"))
     except (ValueError, RecursionError) as e:  # not TOML, not UTF-8
         raise UserError(f"{file}: not TOML: {e}") from None
+
+
+def type_name(kind: Any) -> str:
+    """A type in words, such as "a number or none"."""
+    if isinstance(kind, types.UnionType):
+        return f"{type_name(typing.get_args(kind)[0])} or none"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return names.get(kind, "a list of whole numbers")
+
+
+def typed(kind: Any, value: Any) -> Any:
+    """`value` as `kind`; ValueError if it is not one. True is no number, 1 is no truth value, 1 is a float."""
+    if isinstance(kind, types.UnionType):
+        return None if value is None else typed(typing.get_args(kind)[0], value)
+    if typing.get_origin(kind) is list and isinstance(value, list):
+        return [typed(int, v) for v in value]
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (kind is int and abs(value) >= 2**63):
+        raise ValueError
+    if kind is str:
+        value.encode()  # ValueError: bytes that are not UTF-8 could not be written to config.toml
+    return value
+
+
+def parse(kind: Any, text: str) -> Any:
+    """A word of the command line as `kind`: a number, a text, true, none, inf or 700,500,900. ValueError if not."""
+    if kind is str:
+        return typed(str, text)
+    words = {"none": None, "true": True, "false": False, "inf": math.inf, "nan": math.nan}
+    try:
+        value = words[text] if text in words else ast.literal_eval(text)
+    except (SyntaxError, MemoryError, RecursionError):
+        raise ValueError from None
+    if typing.get_origin(kind) is list:
+        value = list(value) if isinstance(value, (list, tuple)) else [value]
+    return typed(kind, value)
 
 
 def content_hash(content: dict[str, Any], unhashed: tuple[str, ...] = ()) -> str:

@@ -59,7 +59,7 @@ class Run:
     def required(self) -> list[int]:
         """Steps to save and keep: the end, where other segments fork off, and those of train.save_at."""
         s = self.segment
-        forks = {b.start for b in self.segments if b.parent and s.paradigm == "main"}
+        forks = {b.start for b in self.segments if b.parent and b.parent[0] == s.name and s.paradigm == "main"}
         return sorted({s.end, *forks, *(step for step in self.config.train.save_at if s.start <= step < s.end)})
 
     @property
@@ -103,19 +103,26 @@ def pick(c: Config, mode: str, version: int | None, parent: str | None = None) -
     segments = config.segments(paradigm(mode, p), p)
     if version is None and mode != "main":
         raise UserError(f"--version: not given; --mode {mode} expects one of 1..{len(p.T)}")
-    segment = next(s for s in segments if mode == "main" or (s.version == version and s.paradigm != "main"))
+    # the main path is one, but where each increment of it starts from a mean
+    first = {"ptfs", "cpt"} if mode == "cpt" else {mode}
+    fits = [s for s in segments if s.paradigm in first and (mode == "main" or s.version == version)]
+    segment = fits[-1] if version else fits[0]
     if mode == "branch" and c.data.decay_mix:
         segment = replace(segment, name=segment.name.replace("/", f"-mix{c.data.decay_mix:g}/"))
     if parent and not segment.parent:
         raise UserError(f"--parent: {segment.name} has none; an imported model is --train.base {parent}")
-    before = segments[1:-1] if mode == "main" and version else []
-    optional = {step for b in before for step in (b.start, *b.points)}.difference(c.train.save_at, segments[-1].points)
-    return Run(c, p, segments, segment, parent, optional=optional)
+    children = [b for b in segments if mode == "main" and version and b.parent and b.parent[0] == segment.name]
+    steps = {b.version: {b.start, *b.points} for b in children}
+    optional = {step for v, of in steps.items() if v != version for step in of}.difference(c.train.save_at)
+    return Run(c, p, segments, segment, parent, optional=optional.difference(steps.get(version or 0, ())))
 
 
 def paradigm(mode: str, p: Plan) -> str:
     """The paradigm whose plan a mode takes: without branches, the main path is that of averaging."""
-    return "average" if mode == "main" and p.alpha == 0 and not p.decay_steps else MODES[mode]
+    branches = p.alpha != 0 or p.decay_steps is not None
+    if mode == "main" or (mode == "average" and p.from_mean):
+        return "ours" if branches else "average"
+    return MODES[mode]
 
 
 def sft_config(c: Config, parent: str | None, given: Collection[str]) -> tuple[Config, dict[str, Any]]:

@@ -118,8 +118,10 @@ def check_origin(run: Run) -> None:
         return
     fix = "expected the folder of a checkpoint"
     if s.parent and not run.parent:
-        makers = {"branch": {"mode": "main", "version": s.version}, "cpt": {"mode": "cpt", "version": s.version - 1}}
-        fix = f"make it ({effort(run)}): {this_command(**makers[s.paradigm])}"
+        maker = next(g for g in run.segments if g.name == s.parent[0])
+        mode = "cpt" if s.paradigm == "cpt" else maker.paradigm
+        version = s.version if maker.name == "main" else maker.version
+        fix = f"make it ({effort(run)}): {this_command(mode=mode, version=version)}"
     raise UserError(f"{origin}: is not there, and {s.name} starts from it; {fix}")
 
 
@@ -178,7 +180,7 @@ def find_start(run: Run, tokens: Tokens | SFTData) -> Start:
     resume.check_lineage(origin, c, next(g for g in run.segments if g.name == name), tokens)
     if parent["step"] != step:
         raise UserError(f"{origin}: is at step {parent['step']}, expected the {step} at which {s.name} leaves {name}")
-    return Start(s.start, done, str(origin), c.train.reset_moments, known)
+    return Start(s.start, done, str(origin), c.train.reset_moments or "mean_of" in parent, known)
 
 
 def check_start(run: Run, tokens: Tokens | SFTData, start: Start, checksums: bool = True) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import config
 import kernels
 from runtime.errors import UserError, refuse
+from runtime.files import type_name, typed
 from text.tokenizer import json_object
 
 SERVED = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}  # architecture: model_type
@@ -67,10 +68,10 @@ class Section:
         value = self.values.get(key)
         value = default if value is None else value
         with suppress(ValueError):
-            found = config.typed(kind, value)
+            found = typed(kind, value)
             if kind is not float or math.isfinite(found):
                 return found
-        raise self.error(key, value, config.type_name(kind))
+        raise self.error(key, value, type_name(kind))
 
 
 def from_config(file: Path) -> config.Model:

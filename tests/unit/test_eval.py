@@ -322,3 +322,31 @@ def test_models_are_those_of_their_configs(trained):
 
     shape = config.Model(n_layer=1, n_head=2, hidden=16, vocab_size=257, context=32)
     assert sum(p.numel() for p in net.parameters()) == shape.parameters and meta["step"] == 10
+
+
+def test_several_texts_and_the_mean_over_those_seen(train_cli, prepared, tmp_path, cli):
+    """PPL on each held-out text is that of scoring it alone; an increment that is still to come is not in the mean."""
+    folder = shutil.copytree(prepared, tmp_path / "data")
+    lines = [json.dumps({"text": f"{n} other words, {n * n} of them, " * 40}) for n in range(60)]
+    (tmp_path / "new.jsonl").write_text("\n".join(lines))
+    prepare.add(str(folder), [str(tmp_path / "new.jsonl")], jobs=1, val=0.3)
+    for version in ("4", "5"):
+        assert train_cli("--mode", "ptfs", "--version", version, "--plan.steps", "4", data=folder) == 0
+    run = tmp_path / "run"
+    old, new = run / "ptfs-cosine" / "v4" / "step-000016", run / "ptfs-cosine" / "v5" / "step-000020"
+    alone = {
+        (p, name): evaluation.score(p, CPU, evaluation.Text(name=name))
+        for p in (old, new)
+        for name in ("val", "val-v5")
+    }
+    found = json.loads(cli(old, new, "--json"))
+    for p, seen in ((old, ["val"]), (new, ["val", "val-v5"])):
+        row = found[str(p)]
+        assert {n: t["ppl"] for n, t in row["texts"].items()} == {n: alone[p, n].ppl for n in ("val", "val-v5")}
+        assert row["seen"] == len(seen) and row["mean_loss"] == pytest.approx(np.mean([alone[p, n].loss for n in seen]))
+    said = cli(run).splitlines()
+    assert said[0].split()[2:4] == ["val", "val-v5"] and [line.split()[1] for line in said[1:]] == ["V4", "V5"]
+    assert said[1].endswith("of 1") and said[2].endswith("of 2")
+    # folders by --data, each once
+    both = json.loads(cli(old, "--data", prepared, "--data", folder, "--json"))[str(old)]
+    assert list(both["texts"]) == [f"{prepared.name}/val", "data/val", "data/val-v5"] and both["seen"] == 2
