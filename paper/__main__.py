@@ -6,8 +6,8 @@
     python -m paper table8 --scale paper       the paper's own settings: the plan, its cost, the commands to submit
     python -m paper table4 --sft FILE.jsonl    fine-tune each version, then the harness's downstream tasks
 
-Tables: 1 to 13, and the paper's not: order, moments, footnote2. Figures: 1 to 6, and `loss`. Scales: files in
-configs/scales. Results go to out/<scale>/results.
+Tables: 1 to 13, and the paper's not: order, moments, footnote2, beyond, drift. Figures: 1 to 6, and `loss`.
+Scales: files in configs/scales. Results go to out/<scale>/results.
 """
 
 import argparse
@@ -159,6 +159,8 @@ def check_training(request: graph.Request, machine: workers.Machine) -> None:
     if 0 < machine.gpus < machine.ranks:
         raise UserError(f"--ranks: got {machine.ranks}, expected at most the {machine.gpus} GPUs of this machine")
     prepare.ship(request.setup.base.data.path)
+    if any(n.config.data.path == tables.DRIFT["data.path"] for n in request.nodes.values()):
+        measure.prepare_drift(Path(tables.DRIFT["data.path"]))
     nodes = request.nodes.values()
     refuse([line for n in nodes for line in n.tokens.problems(n.segment.start, n.segment.end)])
 
@@ -169,9 +171,12 @@ def score(request: graph.Request, machine: workers.Machine) -> dict[str, dict[st
     paths = sorted({p for where in cells.values() for of_seeds in where.values() for p in of_seeds})
     made, jobs = {}, machine.jobs
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
-    known = evaluation.scores(paths, pick_device(request.setup.base.train.device, 0), jobs=jobs) if paths else {}
+    device = pick_device(request.setup.base.train.device, 0)
+    known = evaluation.scores(paths, device, jobs=jobs) if paths else {}
     for name, where in cells.items():
         found = {cell: [known[p] for p in of_seeds] for cell, of_seeds in where.items()}
+        if texts := request.tables[name].texts:
+            found = measure.on_texts(where, texts, device, jobs)
         record = measure.measure(request.tables[name], found, request.seeds, request.setup.columns)
         made[name] = {**record, "made": measure.provenance(request, name)}
     return made
@@ -204,6 +209,8 @@ def publish(name: str, request: graph.Request, made: dict[str, dict[str, Any]]) 
         figures.stages(made[name], request, file)
     elif name in tables.DOWNSTREAM:
         figures.downstream(made[name], file)
+    elif name == "drift":
+        figures.frontier(made[name], file)
     elif name == "fig2":
         figures.cost_and_quality(made["table3"], file)
     elif name == "loss":

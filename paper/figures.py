@@ -135,6 +135,20 @@ def cost_and_quality(record: dict[str, Any], file: str) -> None:
     finish(fig, file, axes[:1], 3)
 
 
+def frontier(record: dict[str, Any], file: str) -> None:
+    """`drift`: PPL on the new text against that on the old, a line a paradigm, a dot a share of replay."""
+    fig, (ax,) = canvas([""], 5.4, 4.2)
+    names = list(dict.fromkeys(r["labels"]["paradigm"] for r in record["rows"]))
+    for i, name in enumerate(names):
+        rows = [r for r in record["rows"] if r["labels"]["paradigm"] == name]
+        x, y = ([r["ppl"][c] for r in rows] for c in ("mean of old", record["columns"][3]))
+        ax.plot(x, y, marker=MARKERS[i % 6], color=COLOURS[i % 6], linestyle="-" if i < 6 else "--", label=name)
+        for r, at in zip(rows, zip(x, y, strict=True), strict=True):
+            ax.annotate(r["labels"]["replay"], at, fontsize=7, xytext=(3, 3), textcoords="offset points")
+    ax.set(xlabel="PPL on the old text (mean over kinds), replay beside the dots", ylabel="PPL on the new text")
+    finish(fig, file, [ax], 4)
+
+
 Log = list[dict[str, Any]]
 AXES = {"steps": "step", "tokens": "tokens", "seconds": "seconds of training this segment"}
 

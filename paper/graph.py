@@ -9,6 +9,7 @@ A node can start once the checkpoint that it starts from is there. For a branch 
 import itertools
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -61,9 +62,11 @@ class Node:
     def saved(self, step: int) -> bool:
         return (checkpoint.path(self.folder, step) / "meta.json").exists()
 
+    def has_weights(self, steps: Iterable[int]) -> bool:
+        return all((checkpoint.weights(self.folder, step) / "meta.json").exists() for step in steps)
+
     def done(self) -> bool:
-        alone = (checkpoint.weights(self.folder, step) / "meta.json" for step in self.points)
-        return all(map(self.saved, self.required)) and all(meta.exists() for meta in alone)
+        return all(map(self.saved, self.required)) and self.has_weights(self.points)
 
     def at_work(self) -> bool:
         """Does a process train this node now?"""

@@ -1,9 +1,13 @@
 """From checkpoints to a table's numbers: PPL, means and spreads over seeds, paired differences, verdicts."""
 
 import itertools
+import json
+import lzma
 import math
 import statistics
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +17,7 @@ import eval as evaluation
 from paper import tables
 from paper.graph import Request, trained
 from paper.tables import Cell, Claim, Factors, minus
+from text import prepare, token_files
 
 # Student's t, 97.5 %, for 1, 2, .. degrees of freedom
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -26,6 +31,38 @@ def combine(found: Scores, factors: Factors) -> tuple[float, float | None]:
     if len(values) > 1:
         return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
     return values[0], evaluation.standard_error(np.sum([f * found[k][0].influence for k, f in factors.items()], axis=0))
+
+
+def on_texts(where: dict[Cell, list[Path]], texts: dict[str, list[str]], device: Any, jobs: int) -> Scores:
+    """Scores of cells whose columns are texts, or means over some: of these each has the same weight."""
+    paths = sorted({p for of_seeds in where.values() for p in of_seeds})
+    names = dict.fromkeys(name for of in texts.values() for name in of)
+    known = {name: evaluation.scores(paths, device, evaluation.Text(name=name), jobs) for name in names}
+
+    def mean(path: Path, of: list[str]) -> evaluation.Score:
+        parts = [known[name][path] for name in of]
+        weights = [len(of) * s.tokens.sum() for s in parts]
+        nats = np.concatenate([s.nats / w for s, w in zip(parts, weights, strict=True)])
+        return evaluation.Score(nats, np.concatenate([s.tokens / w for s, w in zip(parts, weights, strict=True)]))
+
+    return {cell: [mean(p, texts[cell[2]]) for p in of_seeds] for cell, of_seeds in where.items()}
+
+
+def prepare_drift(folder: Path) -> None:
+    """The text that ships, English, an increment a kind; a part of each is held out."""
+    there = len(token_files.read_meta(folder)["increments"]) if folder.exists() else 0
+    with tempfile.TemporaryDirectory() as scratch:
+        of = {kind: Path(scratch) / f"{kind}.jsonl" for kind in tables.KINDS}
+        with lzma.open(prepare.TEXT, "rt", encoding="utf-8") as f:
+            for line in f if there < len(of) else ():
+                if (record := json.loads(line))["lang"] == "en":
+                    with open(of[record["domain"]], "a", encoding="utf-8") as g:
+                        g.write(line)
+        for i, file in list(enumerate(of.values()))[there:]:
+            if i == 0:
+                prepare.prepare(str(folder), [str(file)], increments=(1.0,))
+            else:
+                prepare.add(str(folder), [str(file)], val=0.05)
 
 
 def judge(found: Scores, claim: Claim, seeds: int, paper: dict[Cell, float]) -> dict[str, Any]:

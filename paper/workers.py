@@ -46,8 +46,12 @@ class Workers:
         self.free = list(range(machine.jobs))  # slots
 
     def ready(self, name: str) -> bool:
-        parent = self.nodes[name].parent
-        return parent is None or self.nodes[parent[0]].saved(parent[1])
+        node = self.nodes[name]
+        if node.parent is None:
+            return True
+        parent, step = self.nodes[node.parent[0]], node.parent[1]
+        points = node.segment.points if node.segment.paradigm == "average" else ()
+        return parent.saved(step) and parent.has_weights(points)
 
     def file(self, name: str) -> Path:
         """Where a child prints."""
