@@ -10,6 +10,7 @@ a segment that starts at step 14,000 reads on where its parent stopped.
     python -m tools.paths --config 1.2b --paradigm ours --plan.alpha 0.4 --plot paths.png
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -69,10 +70,11 @@ class Plan:
         """The step at which version i has seen its increments 1..i."""
         return sum(self.T[:version])
 
-    def points(self, end: int) -> tuple[int, ...]:
-        """The steps of the main path whose weights the mean at step `end` is of."""
+    def points(self, end: int, after: int = 0) -> tuple[int, ...]:
+        """The steps of the main path `after` a step whose weights the mean at step `end` is of."""
         n = self.average_points
-        return tuple(sorted({end - round_half_up(self.average * k / n, end) for k in range(n)}))
+        steps = {end - round_half_up(self.average * k / n, end) for k in range(n)}
+        return tuple(sorted(s for s in steps if s > after))
 
 
 @dataclass(frozen=True)
@@ -199,48 +201,50 @@ def plan(paradigm: str, p: Plan) -> list[Segment]:
         parent = ptfs(1).name if i == 2 and p.cpt_variant != "wsd_s" else f"{name}/v{i - 1}"
         return Segment(f"{name}/v{i}", "cpt", i, (parent, a) if i > 1 else None, a, b, lr)
 
-    def main(end: int, ends: list[int], i: int = N) -> Segment:
-        """The main path up to step `end`, with the weights that the means at `ends` are of."""
-        return Segment("main", "main", i, None, 0, end, path(p, 0, end, W, 0), points(0, *ends))
-
-    def points(start: int, *ends: int) -> tuple[int, ...]:
-        return tuple(sorted({s for end in ends for s in p.points(end) if s > start}))
-
-    def mean(i: int, end: int, of: str = "main", name: str = "average", start: int = 0) -> Segment:
-        """No update: the mean of weights along the last of the main path up to step `end`."""
-        if (p.average, p.average_points) != (0.2, 10):
-            name += f"-{p.average:g}-of-{p.average_points}" if p.average_points else "-running"
-        return Segment(f"{name}/v{i}", "average", i, (of, end), end, end, lambda s: p.max_lr, points(start, end))
-
     def branch(i: int) -> list[Segment]:
         a, b = p.end(i) - d, p.end(i)
         D = d if p.cycle is None else p.cycle  # a cycle longer than the branch is cut at its end (Figure 5)
         name = f"ours-{tag}" if d == round_half_up(0.6, p.T[0]) else f"ours-{tag}-d{d}"
         if not p.from_mean:
             return [Segment(f"{name}/v{i}", "branch", i, ("main", a), a, b, path(p, a, b, 0, D))]
-        origin = mean(i, a, name=f"average-d{d}")
+        origin = mean(p, i, a, name=f"average-d{d}")
         return [origin, Segment(f"{name}-from-mean/v{i}", "branch", i, (origin.name, a), a, b, path(p, a, b, 0, D))]
-
-    def restart(i: int, before: str) -> list[Segment]:
-        """The main path goes on from the mean of version i - 1."""
-        a, b = p.end(i - 1), p.end(i)
-        again = Segment(f"main-from-mean/v{i}", "main", i, (before, a), a, b, path(p, a, b, 0, 0), points(a, b))
-        return [again, mean(i, b, again.name, "average-from-mean", a)]
 
     if paradigm == "ptfs":
         return [ptfs(i) for i in range(1, N + 1)]
     if paradigm == "cpt":  # version 1 is PTFS's version 1: trained once, under PTFS's name
         return [cpt(1) if p.cpt_variant == "wsd_s" else ptfs(1), *(cpt(i) for i in range(2, N + 1))]
-    versions = range(1, N + 1)
     if paradigm == "ours":  # the main path at max LR ends where the last branch leaves it, at N*T - d
-        forks = [p.end(i) - d for i in versions]
-        return [main(forks[-1], forks if p.from_mean else []), *(s for i in versions for s in branch(i))]
+        forks = [p.end(i) - d for i in range(1, N + 1)]
+        main = main_path(p, N, forks[-1], forks if p.from_mean else [])
+        return [main, *(s for i in range(1, N + 1) for s in branch(i))]
+    return averaging(p)
+
+
+def averaging(p: Plan) -> list[Segment]:
+    """The main path to the last version's end, and for each version the mean of weights along it; not the paper's."""
+    N, ends = len(p.T), [p.end(i) for i in range(1, len(p.T) + 1)]
     if not p.from_mean:
-        return [main(p.end(N), [p.end(i) for i in versions]), *(mean(i, p.end(i)) for i in versions)]
-    chain = [main(p.end(1), [p.end(1)], 1), mean(1, p.end(1))]
-    for i in versions[1:]:
-        chain += restart(i, chain[-1].name)
+        return [main_path(p, N, ends[-1], ends), *(mean(p, i, end) for i, end in enumerate(ends, 1))]
+    chain = [main_path(p, 1, ends[0], ends[:1]), mean(p, 1, ends[0])]
+    for i, (a, b) in enumerate(itertools.pairwise(ends), 2):  # each increment goes on from the mean before it
+        lr = path(p, a, b, 0, 0)
+        again = Segment(f"main-from-mean/v{i}", "main", i, (chain[-1].name, a), a, b, lr, p.points(b, after=a))
+        chain += [again, mean(p, i, b, again.name, "average-from-mean", a)]
     return chain
+
+
+def main_path(p: Plan, version: int, end: int, means: list[int]) -> Segment:
+    """The main path up to step `end`, with the weights that the means at the steps `means` are of."""
+    points = tuple(sorted({s for at in means for s in p.points(at)}))
+    return Segment("main", "main", version, None, 0, end, path(p, 0, end, p.warmup, 0), points)
+
+
+def mean(p: Plan, i: int, end: int, of: str = "main", name: str = "average", after: int = 0) -> Segment:
+    """No update: the mean of weights along the last of the main path up to step `end`."""
+    if (p.average, p.average_points) != (0.2, 10):
+        name += f"-{p.average:g}-of-{p.average_points}" if p.average_points else "-running"
+    return Segment(f"{name}/v{i}", "average", i, (of, end), end, end, lambda s: p.max_lr, p.points(end, after))
 
 
 def round_half_up(part: float, steps: int) -> int:

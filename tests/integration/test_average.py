@@ -147,3 +147,56 @@ def test_a_main_path_from_before_has_no_mean_and_begins_one(train_cli, tmp_path)
 def test_only_the_main_path_has_a_running_mean(train_cli, tmp_path):
     assert train_cli("--mode", "ptfs", "--version", "1") == 0
     assert not any("average_val_loss" in r for r in log(tmp_path / "run" / "ptfs-cosine" / "v1"))
+
+
+def test_a_branch_from_the_mean_begins_with_its_weights_alone(train_cli, tmp_path, capsys):
+    keys = ("--plan.from_mean", "true", "--plan.alpha", "0.4")
+    assert train_cli("--mode", "branch", "--version", "2", *keys) == 2
+    first = "average-d4/v2/step-000016: is not there, and ours-cosine-d4-from-mean/v2 starts from it"
+    said = capsys.readouterr().err
+    assert first in said and "--mode average --version 2" in said
+    assert train_cli("--mode", "main", "--version", "2", *keys) == 0
+    assert train_cli("--mode", "average", "--version", "2", *keys) == 0
+    assert train_cli("--mode", "branch", "--version", "2", *keys) == 0
+    run = tmp_path / "run"
+    last = run / "ours-cosine-d4-from-mean" / "v2" / "step-000020"
+    assert checkpoint.read_meta(last)["parent"]["segment"] == "average-d4/v2"
+    # the mean's weights, and moments of its own four updates
+    mean, found = tensors(run / "average-d4" / "v2" / "step-000016"), tensors(last)
+    assert found["updates.head.weight"] == 4 and mean.keys() == {k for k in found if k.startswith("model.")}
+
+
+def test_the_main_path_goes_on_from_the_mean(train_cli, tmp_path):
+    keys = ("--plan.from_mean", "true", "--plan.alpha", "0")
+    for mode, version in (("main", 1), ("average", 1), ("main", 2), ("average", 2)):
+        assert train_cli("--mode", mode, "--version", str(version), *keys) == 0
+    run = tmp_path / "run"
+    path = run / "main-from-mean" / "v2"
+    assert checkpoint.read_meta(path / "step-000020")["parent"]["segment"] == "average/v1"
+    assert checkpoint.steps(path / "points") == [16, 17, 18, 19]  # 20 - 0.4 k, rounded
+    mean = checkpoint.read_meta(run / "average-from-mean" / "v2" / "step-000020")
+    assert {m["segment"] for m in mean["mean_of"]} == {"main-from-mean/v2"}
+    assert {r["lr"] for r in log(path) if "lr" in r} == {4e-3}
+
+
+def test_the_running_mean_as_a_version(train_cli, tmp_path, capsys):
+    keys = ("--plan.average_points", "0", "--plan.alpha", "0")
+    off = ("--train.average_half_life", "none")
+    for out, more in (("run", ()), ("off", off)):
+        assert train_cli("--mode", "main", "--version", "1", *keys, *more, out=out) == 0
+        code = train_cli("--mode", "average", "--version", "1", *keys, *more, out=out)
+        assert code == (2 if more else 0)
+    assert "step-000010: holds no running mean" in capsys.readouterr().err
+    mean, main = (tensors(tmp_path / "run" / f / "step-000010") for f in ("average-running/v1", "main"))
+    assert all(torch.equal(mean[f"model.{k}"], main[f"average.{k}"]) for k in (n.removeprefix("model.") for n in mean))
+
+
+def test_wsd_s_goes_on_from_the_decayed_version_at_the_maximal_rate():
+    p = Plan(steps=100, warmup=10, versions=3, max_lr=1.0, min_lr=0.1, alpha=0.2, cpt_variant="wsd_s")
+    first, *later = plan("cpt", p)
+    assert (first.parent, first.start, first.end) == (None, 0, 100)
+    assert [g.parent for g in later] == [("cpt-cosine-wsd_s/v1", 100), ("cpt-cosine-wsd_s/v2", 200)]
+    for g in (first, *later):
+        rates = [g.lr(s) for s in range(g.start, g.end)]
+        assert rates[10:80] == [1.0] * 70 and rates[-1] == 0.1 and rates[79] == 1.0 > rates[80] > rates[90]
+    assert [later[0].lr(s) for s in range(100, 110)] == [1.0] * 10  # no warm-up

@@ -42,6 +42,8 @@ CHANGES: dict[str, tuple[str, tuple[str, str], dict[str, str]]] = {
     "plan.decay_steps": ("2", BRANCH, {"plan.alpha": "none"}),
     "plan.cpt_variant": ("keep_min", CPT, {}),
     "plan.cycle": ("30", PTFS, {}),
+    "data.replay": ("0.25", CPT, {}),
+    "data.replay_branch": ("0.25", ("branch", "2"), {}),
     "plan.average": ("0.5", AVERAGE, {"plan.alpha": "0"}),
     "plan.average_points": ("2", AVERAGE, {"plan.alpha": "0", "plan.average": "0.5"}),
     "train.batch_tokens": ("512", PTFS, {}),
@@ -57,6 +59,7 @@ CHANGES: dict[str, tuple[str, tuple[str, str], dict[str, str]]] = {
 ELSEWHERE = {
     "model.vocab_size": "any other than the data's is refused (below)",
     "data.repeat": "only where an increment is too short, which is refused without it (below)",
+    "plan.from_mean": "another parent, in a folder of its own (test_average.py)",
     "plan.versions": "only how far the main path goes (below)",
     "train.base": "needs an imported model: test_hf.py",
 }
