@@ -200,3 +200,17 @@ def test_wsd_s_goes_on_from_the_decayed_version_at_the_maximal_rate():
         rates = [g.lr(s) for s in range(g.start, g.end)]
         assert rates[10:80] == [1.0] * 70 and rates[-1] == 0.1 and rates[79] == 1.0 > rates[80] > rates[90]
     assert [later[0].lr(s) for s in range(100, 110)] == [1.0] * 10  # no warm-up
+
+
+def test_a_mean_of_what_two_ranks_wrote_in_parts(prepared, tmp_path):
+    """Rows of FSDP2 and weights saved alone by two ranks: the mean on one process is that of the whole tensors."""
+    args = (*LONG, "--train.parallel", "fsdp")
+    run_on_ranks(2, prepared, tmp_path / "log", (tmp_path / "run", "--mode", "main", *args))
+    point = tmp_path / "run" / "main" / "points" / "step-000039"
+    assert len(list(point.glob("*.safetensors"))) == 2 and checkpoint.read_meta(point)["pinned"] is False
+    assert run(prepared, tmp_path / "run", "--mode", "average", "--version", "2", *LONG) == 0
+    mean = tensors(tmp_path / "run" / "average" / "v2" / "step-000040")
+    parts = [tensors(checkpoint.weights(tmp_path / "run" / "main", step)) for step in range(33, 41)]
+    for name, value in mean.items():
+        exact = torch.stack([p[name].double() for p in parts]).mean(0)
+        torch.testing.assert_close(value.double(), exact, rtol=1e-6, atol=1e-7)  # a sum of eight in float32

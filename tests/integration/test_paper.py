@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,6 +25,7 @@ from paper import __main__ as paper
 from paper import downstream, figures, graph, measure, plans, report, scales, tables, workers
 from runtime import checkpoint, resume
 from runtime.errors import UserError, user_errors
+from text import prepare, token_files
 
 PRINTED = json.loads((ROOT / "results" / "paper.json").read_text())
 
@@ -769,3 +771,70 @@ def test_table4_end_to_end(tmp_path, prepared, main, train_here, monkeypatch):
     code, said, refused = main(*words(root, prepared, *args, "--sft", other, "--run", "no", what=["table4"]))
     assert (code, refused) == (0, "") and "table4: 3 of 3 fine-tunings to do" in said and said.count("--mode sft") == 3
     assert said.splitlines()[-1].startswith("table4: the fine-tunings printed above are not trained yet")
+
+
+# ---- Beyond the paper ------------------------------------------------------------------------------------------------
+
+
+def test_rivals_have_equal_tokens_and_known_costs():
+    s = setup("paper", ["cosine"])
+    rows = {r.name: r for r in tables.beyond(s).rows}
+    costs = {n: round(r.costs["cost"], 3) for n, r in rows.items()}
+    assert costs == {
+        "PTFS": 1.0,
+        "CPT": 0.4,
+        "Ours": 0.58,
+        "WSD-S": 0.4,
+        "Ours, 1-sqrt": 0.58,
+        "Average": 0.4,
+        "Mean, branch of 0.1 T": 0.43,
+        "Mean, branch of 0.2 T": 0.46,
+        "Mean, main path from it": 0.4,
+        "Running mean": 0.4,
+    }
+    for r in rows.values():
+        for v, column in enumerate(s.columns, 2):
+            point = r.points[column]
+            segment = [g for g in s.segments(point.run, 1) if g.version == v and g.paradigm != "main"][-1]
+            assert segment.end == 10_000 * v, r.name  # all have seen the same text
+
+
+def test_the_mean_over_texts_weighs_each_the_same():
+    one = evaluation.Score(np.array([100.0, 50.0]), np.array([20, 10]))  # 5 nats a token
+    two = evaluation.Score(np.array([300.0]), np.array([100]))  # 3 nats
+    known = {"val": one, "val-v2": two}
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(evaluation, "scores", lambda paths, device, text, jobs: dict.fromkeys(paths, known[text.name]))
+        texts = {"a": ["val"], "b": ["val-v2"], "both": ["val", "val-v2"]}
+        where = {("", "x", c): [Path("x")] for c in texts}
+        found = measure.on_texts(where, texts, None, 1)
+    assert {c: s.loss for (_, _, c), (s,) in found.items()} == pytest.approx({"a": 5, "b": 3, "both": 4})
+    assert found["", "x", "both"][0].ppl == pytest.approx(math.exp(4))
+
+
+def test_the_text_of_drift_is_an_increment_a_kind(tmp_path):
+    """Killed after the second kind, it goes on; each keeps a held-out part, and no two share a document."""
+    folder, kinds = tmp_path / "drift", []
+    real = prepare.add
+
+    def add(*a, **kw):
+        kinds.append(a)
+        if len(kinds) == 2:
+            raise KeyboardInterrupt
+        real(*a, **kw)
+
+    with pytest.MonkeyPatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(prepare, "add", add)
+        measure.prepare_drift(folder)
+    measure.prepare_drift(folder)
+    measure.prepare_drift(folder)
+    meta = token_files.read_meta(folder)
+    assert [p["name"] for p in token_files.parts(meta)] == [
+        "val",
+        "v1",
+        *(f"{h}v{i}" for i in (2, 3, 4) for h in ("", "val-")),
+    ]
+    least = min(p["tokens"] for p in meta["increments"])
+    assert least > int(tables.DRIFT["plan.steps"]) * 4096  # no text is read twice
+    ids = [np.fromfile(f, "<u8") for f in folder.glob("*.ids")]
+    assert len(np.unique(np.concatenate(ids))) == sum(map(len, ids))

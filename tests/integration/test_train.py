@@ -271,6 +271,23 @@ def test_a_text_too_short_for_the_warm_up_names_commands_that_work(train_cli, tm
     assert [train_cli(*w) for w in words] == [0, 0]
 
 
+def test_replay_is_recorded_and_its_own_in_branches(train_cli, tmp_path, capsys):
+    replay = ("--data.replay", "0.25")
+    assert train_cli("--mode", "main", "--version", "2", *replay) == 0
+    assert train_cli("--mode", "main", "--version", "3") == 2
+    assert "was made with another config (data.replay: 0.25 there, 0.0 here)" in capsys.readouterr().err
+    assert train_cli("--mode", "main", "--version", "3", *replay, "--data.replay_branch", "0.5") == 0  # not the path's
+    half = (*replay, "--data.replay_branch", "0.5")
+    assert train_cli("--mode", "branch", "--version", "2", *half) == 0
+    assert train_cli("--mode", "branch", "--version", "2", *replay) == 2
+    assert "data.replay_branch: 0.5 there, None here" in capsys.readouterr().err
+    assert train_cli("--mode", "ptfs", "--version", "1") == 0  # which reads all increments anyway
+    assert train_cli("--mode", "ptfs", "--version", "1", *replay) == 0
+    assert "finished" in capsys.readouterr().out
+    assert train_cli("--mode", "main", "--data.replay", "0.01") == 2
+    assert "data.replay: got 0.01 of 8 sequences, expected 0.125 to 0.875" in capsys.readouterr().err
+
+
 def test_a_shorter_version_does_not_share_a_folder_with_a_longer_one(train_cli, tmp_path, capsys):
     assert train_cli("--mode", "ptfs", "--version", "2") == 0
     before = sorted((tmp_path / "run").rglob("*"))
