@@ -27,10 +27,9 @@ class RunningMean:
     """
 
     def __init__(self, run: Run, origin: str | None, net: llama.Transformer) -> None:
-        self.net, self.half_life = net, run.config.train.average_half_life or 0.0
-        on = self.half_life and run.segment.paradigm == "main"
-        self.mean = {f"average.{name}": w.detach().clone() for name, w in net.named_parameters() if on}
-        if on and origin:  # an earlier checkpoint, or a parent's, may hold none
+        self.net, self.half_life = net, run.running_mean
+        self.mean = {f"average.{name}": w.detach().clone() for name, w in net.named_parameters() if self.half_life}
+        if self.mean and origin:  # an earlier checkpoint, or a parent's, may hold none
             there = checkpoint.read_meta(Path(origin))
             if there["segment"] == run.segment.name and there["config"].get("train.average_half_life"):
                 checkpoint.load(Path(origin), self.mean)

@@ -68,6 +68,11 @@ class Run:
         return [p for p in self.segment.points if self.segment.paradigm == "main" and p not in self.required]
 
     @property
+    def running_mean(self) -> float:
+        """Half-life of the running mean of the weights, on the main path alone; 0: none is kept."""
+        return self.config.train.average_half_life or 0.0 if self.segment.paradigm == "main" else 0.0
+
+    @property
     def last(self) -> int | None:
         """The step of its own checkpoint that it goes on from; None: begin."""
         required, points = ([s for s in steps if s not in self.optional] for steps in (self.required, self.points))

@@ -195,7 +195,7 @@ def check_start(run: Run, tokens: Tokens | SFTData, start: Start, checksums: boo
             net = Transformer(c.model)
             optimizer = None if start.weights_only else torch.optim.AdamW(net.parameters())
             checkpoint.fits(Path(start.origin), checkpoint.state(net, optimizer))
-    checkpoint.check_space(run.folder, checkpoint.BYTES * c.model.parameters)
+    checkpoint.check_space(run.folder, (checkpoint.BYTES + 4 * bool(run.running_mean)) * c.model.parameters)
     if is_locked(run.folder / ".lock"):
         raise UserError(BUSY.format(run.folder))
 
@@ -273,9 +273,11 @@ def preview(run: Run, kind: str, why: str, ranks: int) -> None:
     print(f"parameters   {m.parameters:,}")
     print(f"FLOPs        {flops / 1e9:,.4g} GFLOP a token, {flops * tokens:.4g} in all")
     shards = (t.shard_ranks or ranks) if kind == "fsdp" else 1
-    held = f"{16 * m.parameters / shards / 1e9:.3g} GB a rank"  # float32 weights, gradients, two moments
+    # float32 weights, gradients, two moments, the running mean
+    held = f"{(16 + 4 * bool(run.running_mean)) * m.parameters / shards / 1e9:.3g} GB a rank"
     held += ", and all weights and gradients while a step computes" * (kind == "fsdp")
-    print(f"parallel     {kind} ({why}): weights, gradients and moments take {held}")
+    what = "weights, gradients, moments" + " and running mean" * bool(run.running_mean)
+    print(f"parallel     {kind} ({why}): {what} take {held}")
     accumulation = t.batch_tokens // (t.micro_batch * m.context * ranks)
     pieces = f"micro-batch {t.micro_batch} x context {m.context} x accumulation {accumulation} x {ranks} rank"
     print(f"batch        {t.batch_tokens:,} tokens = {pieces}{'s' * (ranks > 1)}")
