@@ -22,6 +22,14 @@ results-tiny: .venv/dev
 	$(PY) -m paper table11 --scale tiny $(LETTERS)
 	mkdir -p results/tiny && cp out/tiny/results/* results/tiny/
 
+# Averaging beside its rivals in two settings, and increments that differ in kind (docs/beyond.md)
+results-beyond: .venv/dev
+	$(PY) -m paper beyond --scale tiny --seeds 3
+	$(PY) -m paper drift --scale tiny
+	test -e data/bytes/meta.json || $(PY) data.py prepare --out data/bytes --tokenizer bytes
+	$(PY) -m paper beyond --scale bytes
+	mkdir -p results/tiny results/bytes && cp out/tiny/results/* results/tiny/ && cp out/bytes/results/* results/bytes/
+
 # The same at 25M parameters, for a GPU; TEXT is some 200 MB of text: make results-small TEXT='my/*.jsonl' [PY=python3]
 results-small: $(if $(filter .venv/%,$(PY)),.venv/dev)
 	test -e data/small.tiktoken || $(PY) data.py vocab --out data/small.tiktoken --vocab_size 8192 --val 0.02 --source '$(TEXT)'
@@ -66,4 +74,4 @@ lint: .venv/dev
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@ .venv/demo
 
-.PHONY: demo test results-tiny results-small check bench soak lint
+.PHONY: demo test results-tiny results-beyond results-small check bench soak lint
