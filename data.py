@@ -57,6 +57,7 @@ class Tokens:
 
     mixed = 0  # data.order shuffled: the sequences of so many steps, of all increments, are mixed; 0: none are
     replayed = 0  # data.replay: the last so many rows of a batch are of earlier increments, evenly
+    fork = (0, 0)  # of a branch: its first step, and the replayed rows of the main path's steps before it
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class Tokens:
                 steps = int(min(stop - first, end - first))
                 sequences[i] = min(steps, self.unique or steps) * self.B
                 for j in range(i if self.replayed else 0):
-                    sequences[j] = max(sequences.get(j, 0), -(-steps * self.replayed // i))
+                    sequences[j] = max(sequences.get(j, 0), -(-steps * max(self.replayed, self.fork[1]) // i))
         there = {i: p["tokens"] for i, p in enumerate(self.meta["increments"])}
         return [(f"v{i + 1}", n * self.context + 1, there.get(i, 0)) for i, n in sorted(sequences.items())]
 
@@ -146,7 +147,9 @@ class Tokens:
         now, k = self.place(step)
         if self.replayed and now:
             old = row >= self.B - self.replayed
-            turn = k * self.replayed + row[old] - (self.B - self.replayed)
+            first, (fork, before) = step - k, self.fork
+            turns = max(0, fork - first) * before + (step - max(first, fork)) * self.replayed  # until this step
+            turn = turns + row[old] - (self.B - self.replayed)
             increments[old], order[old] = turn % now, turn // now
         batch = np.empty((2, len(at), self.context), np.int64)
         for i in map(int, np.unique(increments)):

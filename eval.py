@@ -241,7 +241,7 @@ def main() -> None:
         if any(other != opened[0] for other in opened):
             raise UserError("the checkpoints have different validation sets; choose the data of one with --data")
         for name, (_, increment) in opened[0].items():
-            label = f"{Path(folder).name}/{name}" if len(o.data or ()) > 1 else name
+            label = f"{folder}/{name}" if len(o.data or ()) > 1 else name
             found[label], of[label] = scores(paths, device, Text(folder, name, o.context)), increment
     if len(found) > 1:
         versions = {f"{n} V{v}": p for n, vs in (run or {}).items() for v, p in vs.items()}

@@ -243,7 +243,7 @@ def main_path(p: Plan, version: int, end: int, means: list[int]) -> Segment:
 def mean(p: Plan, i: int, end: int, of: str = "main", name: str = "average", after: int = 0) -> Segment:
     """No update: the mean of weights along the last of the main path up to step `end`."""
     if (p.average, p.average_points) != (0.2, 10):
-        name += f"-{p.average:g}-of-{p.average_points}" if p.average_points else "-running"
+        name += f"-{p.average}-of-{p.average_points}" if p.average_points else "-running"
     return Segment(f"{name}/v{i}", "average", i, (of, end), end, end, lambda s: p.max_lr, p.points(end, after))
 
 
@@ -281,6 +281,8 @@ def problems(p: Plan, paradigm: str) -> list[str]:
         found.append(f"warmup: got {W} steps, expected fewer than the first increment's {T}")
     elif paradigm == "cpt" and p.cpt_variant == "rewarm_max" and min(p.T) <= W:
         found.append(f"warmup: got {W} steps, expected fewer than the shortest increment's {min(p.T)} with rewarm_max")
+    elif paradigm == "cpt" and p.cpt_variant == "wsd_s" and not 1 <= d <= (most := min(T - W, *p.T)):
+        found.append(f"alpha / decay_steps: got a decay of {d} steps, expected 1 to {most} with wsd_s")
     elif paradigm == "ours" and d < 1:
         found.append(f"alpha: got {p.alpha}, not one step of the first increment's {T}; expected at least {1 / T:.3g}")
     elif paradigm == "ours" and T - d < W:

@@ -50,7 +50,7 @@ def parse(world: World) -> tuple[Namespace, Config]:
     a.add_argument("--mode", default="main", choices=(*resume.MODES, "sft"))
     a.add_argument("--version", type=int, help="version to train; main: save its fork point and stop [all of the plan]")
     a.add_argument("--parent", help="the checkpoint to start from, for branch, cpt and sft [the planned one]")
-    a.add_argument("--from", dest="given", default="", help="average: the checkpoints A,B,.. in place of the plan's")
+    a.add_argument("--from", dest="given", help="average: the checkpoints A,B,.. in place of the plan's")
     a.add_argument("--dry_run", action="store_true", help="say what would be done, touch nothing")
     a.add_config()
     default = "small" if torch.cuda.is_available() and Path(config.load("small").data.path).exists() else "tiny"
@@ -66,6 +66,8 @@ def pick(o: Namespace, c: Config, world: World) -> Run:
     sft, meta = o.mode == "sft", dict[str, Any]()
     if sft:
         c, meta = resume.sft_config(c, o.parent, given(o).keys())
+    if o.given and o.mode != "average":
+        raise UserError(f"--from: got {o.given}, which only --mode average reads; leave it out")
     found = distributed.problems(c, world.ranks) + kernels.problems(c.train.kernels, cuda, c.model)
     if o.version is not None and (sft or not 0 < o.version < 10_000):
         raise UserError(f"--version: got {o.version}, expected 1 to 9999, and none with --mode sft")
@@ -200,7 +202,7 @@ def main() -> None:
         world = replace(world, device=pick_device(c.train.device, world.local_rank))
         if o.mode == "average":
             if world.rank == 0:
-                average.make(run, list(map(Path, filter(None, o.given.split(",")))), o.dry_run)
+                average.make(run, o.given, o.dry_run)
             return
         kind, why = distributed.choose(c.train.parallel, c.model.parameters, world)
         if o.dry_run:

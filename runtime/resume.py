@@ -114,8 +114,11 @@ def pick(c: Config, mode: str, version: int | None, parent: str | None = None) -
     segment = fits[-1] if version else fits[0]
     if mode == "branch" and c.data.decay_mix:
         segment = replace(segment, name=segment.name.replace("/", f"-mix{c.data.decay_mix:g}/"))
-    if parent and not segment.parent:
-        raise UserError(f"--parent: {segment.name} has none; an imported model is --train.base {parent}")
+    if parent and (not segment.parent or mode == "average"):
+        fix = "--from names checkpoints to average" if segment.parent else f"an imported model is --train.base {parent}"
+        raise UserError(f"--parent: {segment.name} has none; {fix}")
+    if mode in ("main", "average") and not p.average_points and not c.train.average_half_life:
+        raise UserError("plan.average_points: got 0, the running mean, but train.average_half_life is none; give it")
     children = [b for b in segments if mode == "main" and version and b.parent and b.parent[0] == segment.name]
     steps = {b.version: {b.start, *b.points} for b in children}
     optional = {step for v, of in steps.items() if v != version for step in of}.difference(c.train.save_at)
@@ -175,6 +178,7 @@ def open_tokens(c: Config, p: Plan, s: Segment, kind: type[data.Tokens] = data.T
     tokens.mixed = s.end if d.order == "shuffled" else 0
     part = d.replay if s.paradigm != "branch" or d.replay_branch is None else d.replay_branch
     tokens.replayed = 0 if s.paradigm == "ptfs" else round_half_up(part, c.batch_sequences)
+    tokens.fork = s.start, round_half_up(d.replay, c.batch_sequences)
     return tokens
 
 
@@ -206,7 +210,7 @@ def record(run: Run, parent: dict[str, Any] | None, tokens: data.Tokens | SFTDat
     s, values = run.segment, config.values(run.config)
     made = {"segment": s.name, "version": s.version, "path": fingerprint(s, tokens, step)}
     state = {"finished": step == s.end, "parent": parent, "tokens": step * run.config.train.batch_tokens}
-    keys = {"pinned": step in run.required, "config": values, "config_sha256": digest(values)}
+    keys = {"pinned": step in (*run.required, *run.points), "config": values, "config_sha256": digest(values)}
     return {**made, **state, **keys, "data": tokens.identity(step), "versions": VERSIONS}
 
 
@@ -231,7 +235,10 @@ def check_lineage(where: Path, c: Config, s: Segment, tokens: data.Tokens | SFTD
     if s.paradigm != "branch":
         idle.append("data.replay_branch")
     changed = [(k, then[k], v, f) for k, (f, v) in config.flatten(c).items() if then[k] != v and k not in idle]
-    different += [(k, a, b) for k, a, b, f in changed if not k.startswith("plan.") and not f.metadata.get("free")]
+    # of the running mean a version may be made
+    fixed = {"train.average_half_life"} if s.paradigm == "main" and not c.plan.average_points else set()
+    changed = [change for change in changed if change[0] in fixed or not change[3].metadata.get("free")]
+    different += [(k, a, b) for k, a, b, _ in changed if not k.startswith("plan.")]
     if meta["path"] != fingerprint(s, tokens, meta["step"]):
         plan = [(k, a, b) for k, a, b, _ in changed if k.startswith("plan.")]
         different += plan or [("lengths or learning rates", "others", "these")]
@@ -276,6 +283,11 @@ def finished(run: Path) -> dict[str, dict[int, Path]]:
                 metas[meta["segment"]] = meta
     parents = {s: meta["parent"]["segment"] for s, meta in metas.items() if meta["parent"]}
     tuned = {s for s, meta in metas.items() if "epochs" in meta["data"]}  # only a fine-tuning records them
+    # no versions: parts of the main path, whose end is open, and means that a branch of the same version starts from
+    of_version = {(parents[s], metas[s]["version"]) for s in parents.keys() - tuned if metas[s]["path"].get("end")}
+    metas = {
+        s: m for s, m in metas.items() if m["path"].get("end", 0) is not None and (s, m["version"]) not in of_version
+    }
     fine_tunings = {parents[s]: s for s in tuned}
     found: dict[str, dict[int, Path]] = {}
     for segment, meta in metas.items():

@@ -88,7 +88,8 @@ def check_text(run: Run, tokens: Tokens) -> None:
             continue  # a first increment so short needs a shorter warm-up
         changes: dict[str, Any] = {"version": s.version, "plan.increments": ",".join(map(str, steps))}
         changes |= {"plan.warmup": warmup} if warmup != p.warmup else {}
-        modes = ("main", "branch") if s.paradigm in ("main", "branch") else (s.paradigm,)
+        version = "branch" if resume.paradigm("main", p) == "ours" else "average"
+        modes = ("main", version) if s.paradigm in ("main", "branch") else (s.paradigm,)
         found[-1] += f": {' && '.join(this_command(mode=mode, **changes) for mode in modes)}"
         break
     refuse(found)
@@ -147,7 +148,7 @@ def find_start(run: Run, tokens: Tokens | SFTData) -> Start:
     c, s, folder, origin = run.config, run.segment, run.folder, run.origin
     checkpoint.check_whole(folder)
     there = checkpoint.steps(folder)
-    done = [r for r in run.required if r in there]
+    done = [r for r in (*run.required, *run.points) if r in there]
     given = origin if run.parent or not s.parent else None
     if there and given and (given / "meta.json").exists():
         begun = checkpoint.read_meta(checkpoint.path(folder, there[0])).get("parent") or {}
@@ -162,6 +163,9 @@ def find_start(run: Run, tokens: Tokens | SFTData) -> Start:
         elif s.paradigm != "main":  # which may be longer
             fix = "go back to its config, or choose another --out"
             raise UserError(f"{checkpoint.path(folder, step)}: is past step {s.end}, where {s.name} ends here; {fix}")
+    for step in checkpoint.steps(folder / checkpoint.POINTS):
+        if step <= s.end:
+            resume.check_lineage(checkpoint.path(folder / checkpoint.POINTS, step), c, s, tokens)
     if (last := run.last) is not None:
         own = checkpoint.path(folder, last)
         return Start(last, done, str(own), False, checkpoint.read_meta(own).get("parent"))

@@ -269,7 +269,7 @@ def drop(out: str) -> None:
         write_json(folder / "meta.json", meta)  # first: files that it does not name are nothing; `add` replaces them
         for part in token_files.parts({"val": last, "increments": [last]})[1:]:
             for kind in part["sha256"]:
-                (folder / f"{part['name']}.{kind}").unlink()
+                (folder / f"{part['name']}.{kind}").unlink(missing_ok=True)
     print(f"{folder}: without {last['name']} now; the same text added again gives the same increment")
 
 

@@ -59,7 +59,7 @@ def draw(plans: dict[str, list[Segment]], file: str) -> None:
                 label, colour, width = "main path", "#333333", 2.6
             ax.plot(x, [g.lr(s) for s in x], color=colour, linewidth=width, label=label)
         for g in segments:
-            if g.paradigm == "average":  # a band over the weights that are averaged
+            if g.paradigm == "average" and g.points:  # a band over the weights that are averaged
                 ax.axvspan(
                     g.points[0], g.end, color=COLOURS[(g.version - 1) % len(COLOURS)], alpha=0.4, label=f"V{g.version}"
                 )

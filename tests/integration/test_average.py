@@ -1,10 +1,12 @@
 """Means of weights: the steps that they are of, the mean itself, its lineage, and the running mean of the log."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from runs import run, run_on_ranks, tensors
+from test_train import stop_after
 
 import data
 import eval as evaluation
@@ -12,6 +14,7 @@ import model
 from config import model_of
 from runtime import checkpoint, resume
 from schedule import Plan, plan
+from text import prepare
 from tools import huggingface
 
 CPU = torch.device("cpu")
@@ -67,7 +70,7 @@ def test_a_version_is_the_mean_of_the_main_path(train_cli, tmp_path, capsys):
     torch.testing.assert_close(tensors(other)["model.head.weight"], sum(t["model.head.weight"] for t in three) / 3)
     capsys.readouterr()
     wrong = ("--mode", "average", "--version", "2", "--from", f"{given},{tmp_path}/run/main/step-000099")
-    assert train_cli(*wrong, *LONG) == 2 and "step-000099: not there" in capsys.readouterr().err
+    assert train_cli(*wrong, *LONG) == 2 and "step-000099: not there, as are 1 of 4" in capsys.readouterr().err
     assert train_cli("--mode", "average", "--version", "2", "--plan.max_lr", "1e-3", *LONG) == 2
     assert "was made with another config (plan.max_lr: 0.004 there, 0.001 here)" in capsys.readouterr().err
 
@@ -181,12 +184,16 @@ def test_the_main_path_goes_on_from_the_mean(train_cli, tmp_path):
 
 def test_the_running_mean_as_a_version(train_cli, tmp_path, capsys):
     keys = ("--plan.average_points", "0", "--plan.alpha", "0")
-    off = ("--train.average_half_life", "none")
-    for out, more in (("run", ()), ("off", off)):
-        assert train_cli("--mode", "main", "--version", "1", *keys, *more, out=out) == 0
-        code = train_cli("--mode", "average", "--version", "1", *keys, *more, out=out)
-        assert code == (2 if more else 0)
-    assert "step-000010: holds no running mean" in capsys.readouterr().err
+    assert train_cli("--mode", "main", "--version", "1", *keys) == 0
+    assert train_cli("--mode", "average", "--version", "1", *keys) == 0
+    # the version depends on the half-life, so it must not change on the way
+    capsys.readouterr()
+    assert train_cli("--mode", "main", *keys, "--train.average_half_life", "0.5") == 2
+    assert "train.average_half_life: 0.09 there, 0.5 here" in capsys.readouterr().err
+    assert train_cli("--mode", "main", "--version", "1", *keys, "--train.average_half_life", "none", out="off") == 2
+    assert (
+        "plan.average_points: got 0, the running mean, but train.average_half_life is none" in capsys.readouterr().err
+    )
     mean, main = (tensors(tmp_path / "run" / f / "step-000010") for f in ("average-running/v1", "main"))
     assert all(torch.equal(mean[f"model.{k}"], main[f"average.{k}"]) for k in (n.removeprefix("model.") for n in mean))
 
@@ -207,10 +214,72 @@ def test_a_mean_of_what_two_ranks_wrote_in_parts(prepared, tmp_path):
     args = (*LONG, "--train.parallel", "fsdp")
     run_on_ranks(2, prepared, tmp_path / "log", (tmp_path / "run", "--mode", "main", *args))
     point = tmp_path / "run" / "main" / "points" / "step-000039"
-    assert len(list(point.glob("*.safetensors"))) == 2 and checkpoint.read_meta(point)["pinned"] is False
+    assert len(list(point.glob("*.safetensors"))) == 2 and checkpoint.read_meta(point)["pinned"]
     assert run(prepared, tmp_path / "run", "--mode", "average", "--version", "2", *LONG) == 0
     mean = tensors(tmp_path / "run" / "average" / "v2" / "step-000040")
     parts = [tensors(checkpoint.weights(tmp_path / "run" / "main", step)) for step in range(33, 41)]
     for name, value in mean.items():
         exact = torch.stack([p[name].double() for p in parts]).mean(0)
         torch.testing.assert_close(value.double(), exact, rtol=1e-6, atol=1e-7)  # a sum of eight in float32
+
+
+def test_points_on_the_steps_of_usual_checkpoints_stay(train_cli, tmp_path, monkeypatch):
+    """A whole checkpoint stands for a point, so it is not pruned; a signal on a point saves the whole, and it stays."""
+    often = ("--train.checkpoint_every", "2", "--train.keep", "1", *LONG)
+    undo = stop_after(monkeypatch, 36)
+    assert train_cli("--mode", "main", *often) == 143
+    undo()
+    assert train_cli("--mode", "main", *often) == 0
+    main = tmp_path / "run" / "main"
+    begun = [r["start"] for r in log(main) if "config" in r]
+    assert begun[0] == 0 and len(begun) == 2 and 34 <= begun[1] <= 38
+    whole, alone = checkpoint.steps(main), checkpoint.steps(main / "points")
+    assert {16, 18, 20, 34, 36, 38, 40} <= {*whole} and {*whole, *alone} >= {*range(16, 21), *range(33, 41)}
+    assert train_cli("--mode", "average", "--version", "2", *often) == 0
+
+
+def test_a_mean_that_is_there_is_compared_with_its_sources(train_cli, tmp_path, capsys):
+    assert train_cli("--mode", "main", *LONG) == 0
+    assert train_cli("--mode", "average", "--version", "2", *LONG) == 0
+    other = ("--train.seed", "2", *LONG)
+    shutil.rmtree(tmp_path / "run" / "main")
+    assert train_cli("--mode", "main", *other) == 0
+    assert train_cli("--mode", "average", "--version", "2", *other) == 2
+    assert "average/v2/step-000040: is a mean of other weights; move it away" in capsys.readouterr().err
+    # what is there of another run is refused before a step
+    shutil.rmtree(tmp_path / "run" / "main" / "step-000020")
+    shutil.rmtree(tmp_path / "run" / "main" / "step-000040")
+    assert train_cli("--mode", "main", *LONG) == 2
+    assert "points/step-000016: was made with another config (train.seed: 2 there, 1 here)" in capsys.readouterr().err
+
+
+def test_given_checkpoints_record_their_own_data_in_any_order(train_cli, tmp_path, prepared, capsys):
+    assert train_cli("--mode", "main", *LONG) == 0
+    main = tmp_path / "run" / "main"
+    copy = shutil.copytree(prepared, tmp_path / "data")
+    (tmp_path / "new.txt").write_text("other words " * 900)
+    prepare.add(str(copy), [str(tmp_path / "new.txt")], jobs=1)
+    a, b = (str(main / f"step-{step:06d}") for step in (20, 40))
+    assert train_cli("--mode", "average", "--version", "1", "--from", f"{a},{b}", *LONG, data=copy) == 0
+    (mean,) = (tmp_path / "run").glob("average-*/v1/step-000040")
+    meta = checkpoint.read_meta(mean)
+    assert meta["data"] == checkpoint.read_meta(main / "step-000040")["data"]
+    assert meta["config"]["data.path"] == str(prepared)
+    capsys.readouterr()
+    for wrong, said in ((f"{a},{a}", "one of them twice"), (",", "--from: empty; expected --from")):
+        assert train_cli("--mode", "average", "--version", "1", "--from", wrong, *LONG) == 2
+        assert said in capsys.readouterr().err
+    assert train_cli("--mode", "main", "--from", a, *LONG) == 2
+    assert "which only --mode average reads" in capsys.readouterr().err
+    assert train_cli("--mode", "average", "--version", "1", "--parent", a, *LONG) == 2
+    assert "--from names checkpoints to average" in capsys.readouterr().err
+
+
+def test_parts_of_the_main_path_and_origins_of_branches_are_no_versions(train_cli, tmp_path):
+    for alpha, modes in (("0", ("main", "average")), ("0.4", ("main", "average", "branch"))):
+        for version in ("1", "2"):
+            for mode in modes:
+                keys = ("--plan.from_mean", "true", "--plan.alpha", alpha)
+                assert train_cli("--mode", mode, "--version", version, *keys) == 0
+    found = {n: [*vs] for n, vs in resume.finished(tmp_path / "run").items()}
+    assert found == {"average": [1], "average-from-mean": [1, 2], "ours-cosine-d4-from-mean": [1, 2]}

@@ -1073,3 +1073,16 @@ def test_replay_needs_the_earlier_increments(prepared, replaying):
     assert [name for name, _, _ in plain.needs(18, 27)] == ["v3"]
     needs = {name: need for name, need, _ in replaying.needs(18, 27)}
     assert needs == {"v1": 14 * 32 + 1, "v2": 14 * 32 + 1, "v3": 9 * 8 * 32 + 1}  # 27 rows, in turn from two
+
+
+@pytest.mark.parametrize("path, branch", [(4, 2), (6, 1), (2, 5), (0, 3), (3, 0)])
+def test_a_branch_replays_what_the_main_path_has_not(prepared, path, branch):
+    """Of the same increment: the branch's turns go on from those that the path had taken at the fork."""
+    main, own = (data.Tokens(str(prepared), 32, 8, [12, 6, 9, 5], seed=3) for _ in range(2))
+    main.replayed, main.fork = path, (0, path)
+    own.replayed, own.fork = branch, (22, path)
+    old = [min(place_of(main, row)) for step in range(18, 22) for row in main.batch(step)[0][8 - path :] if path]
+    old += [min(place_of(own, row)) for step in range(22, 27) for row in own.batch(step)[0][8 - branch :] if branch]
+    assert len(set(old)) == len(old) == 4 * path + 5 * branch
+    counts = np.bincount([j for j, _ in old], minlength=2)
+    assert abs(counts[0] - counts[1]) <= 1
