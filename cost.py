@@ -34,7 +34,8 @@ def steps(paradigm: str, p: schedule.Plan, convention: str = "section3.2") -> in
 
 def table(c: Config, convention: str, mfu: float, peak: float, price: float) -> list[dict[str, Any]]:
     """A row a paradigm: steps, tokens, FLOPs, GPU-hours, price, and its cost relative to PTFS."""
-    counts = {paradigm: steps(paradigm, c.plan, convention) for paradigm in schedule.PARADIGMS}
+    paradigms = [x for x in schedule.PARADIGMS if x != "ours" or c.plan.branches]
+    counts = {paradigm: steps(paradigm, c.plan, convention) for paradigm in paradigms}
     rows = []
     for paradigm, n in counts.items():
         tokens = n * c.train.batch_tokens
@@ -67,7 +68,9 @@ def main() -> None:
         return
     print(f"{parameters:,} parameters, {flops / 1e9:.4g} GFLOP a token, {c.train.batch_tokens:,} tokens a step")
     names = ["paradigm", "steps", "in T", "relative", "tokens", "FLOPs", "GPU-hours"]
-    lines = [[*names, f"days on {o.gpus} GPU{'s' * (o.gpus > 1)}", f"days for V{len(c.plan.T) + 1} alone", "price"]]
+    lines = [
+        [*names, f"days on {o.gpus} GPU{'s' * (o.gpus > 1)}", f"days for the next (V{len(c.plan.T) + 1})", "price"]
+    ]
     longer = replace(c, plan=replace(c.plan, increments=[*c.plan.T, c.plan.T[-1]]))
     for r, after in zip(rows, table(longer, o.convention, o.mfu, o.peak, o.price), strict=True):
         relative = "-" if r["relative"] is None else f"{r['relative']:.2f}x"

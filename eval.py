@@ -164,10 +164,9 @@ def scores(paths: Sequence[Path], device: torch.device, text: Text = OWN, jobs: 
 
 def texts(meta: dict[str, Any]) -> dict[str, tuple[str, str | None]]:
     """{text: SHA-256 of it, and of the increment that it is held out of; None: of the folder's first ones}."""
-    held_out = {
-        p["val"]["name"]: (p["val"]["sha256"]["bin"], p["sha256"]["bin"]) for p in meta["increments"] if "val" in p
-    }
-    return {"val": (meta["val"]["sha256"]["bin"], None), **held_out}
+    held = [(p["val"], p) for p in meta["increments"] if "val" in p]
+    own = {v["name"]: (v["sha256"]["bin"], p["sha256"]["bin"]) for v, p in held}
+    return {"val": (meta["val"]["sha256"]["bin"], None), **own}
 
 
 def chosen(paths: list[Path]) -> dict[str, dict[int, Path]] | None:

@@ -66,6 +66,11 @@ class Plan:
         """Steps of a branch."""
         return self.decay_steps or round_half_up(0.6 if self.alpha is None else self.alpha, self.T[0])
 
+    @property
+    def branches(self) -> bool:
+        """Does the main path have branches, or are versions its averages?"""
+        return self.alpha != 0 or self.decay_steps is not None
+
     def end(self, version: int) -> int:
         """The step at which version i has seen its increments 1..i."""
         return sum(self.T[:version])

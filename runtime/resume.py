@@ -127,9 +127,8 @@ def pick(c: Config, mode: str, version: int | None, parent: str | None = None) -
 
 def paradigm(mode: str, p: Plan) -> str:
     """The paradigm whose plan a mode takes: without branches, the main path is that of averaging."""
-    branches = p.alpha != 0 or p.decay_steps is not None
     if mode == "main" or (mode == "average" and p.from_mean):
-        return "ours" if branches else "average"
+        return "ours" if p.branches else "average"
     return MODES[mode]
 
 

@@ -210,6 +210,8 @@ def agree_on_start(run: Run, tokens: Tokens | SFTData, world: World) -> Start:
     with raise_on_all_ranks(world):
         if world.rank == 0:
             start = find_start(run, tokens)
+            if (there := [s for s in checkpoint.steps(run.folder) if s <= run.segment.end]) and start.step < there[-1]:
+                print(f"{run.folder}: goes back to step {start.step}: a step or point to be saved after it is missing")
             passed = {step for step in run.optional if step < start.step}.difference(start.done)
             if forks := ", ".join(f"V{g.version} (step {g.start:,})" for g in run.segments if g.start in passed):
                 print(f"{run.folder}: not there and not made now, without --version they are: fork points of {forks}")
@@ -290,5 +292,8 @@ def preview(run: Run, kind: str, why: str, ranks: int) -> None:
     elif not sft and (Path(c.data.path) / "meta.json").exists():
         for name, need, there in resume.open_tokens(c, p, s).needs(s.start, s.end):
             print(f"data         {Path(c.data.path) / name}.bin: {need:,} tokens needed, {there:,} there")
+    part = c.data.replay if s.paradigm != "branch" or c.data.replay_branch is None else c.data.replay_branch
+    if part and s.paradigm in ("main", "branch", "cpt"):
+        print(f"replay       {schedule.round_half_up(part, c.batch_sequences)} of {c.batch_sequences} rows a batch")
     if problem:
         raise problem

@@ -251,6 +251,8 @@ def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: 
         finally:
             shutil.rmtree(work, ignore_errors=True)
     print_summary(folder, written, found)
+    if val and not held_out:
+        print(f"nothing is held out: none of {increment['documents']} documents fell into --val {val:g}, give it more")
 
 
 def drop(out: str) -> None:

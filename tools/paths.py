@@ -72,14 +72,15 @@ def draw(plans: dict[str, list[Segment]], file: str) -> None:
 def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     a = Parser(prog="tools.paths", description=__doc__, usage="python -m tools.paths [--config NAME] ..")
-    a.add_argument("--paradigm", choices=PARADIGMS, default="ours")
+    a.add_argument("--paradigm", choices=PARADIGMS, help="[ours; with plan.alpha 0 average]")
     a.add_argument("--csv", action="store_true", help="segment,step,lr of every update")
     a.add_argument("--plot", metavar="FILE", help="draw the paths")
     a.add_config()
     o, c = a.parse_config()
-    segments = config.segments(o.paradigm, c.plan)
+    paradigm = o.paradigm or ("ours" if c.plan.branches else "average")
+    segments = config.segments(paradigm, c.plan)
     if o.plot:
-        draw({o.paradigm: segments}, o.plot)
+        draw({paradigm: segments}, o.plot)
     if o.csv:
         print("segment,step,lr")
         for g in segments:

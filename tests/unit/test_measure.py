@@ -140,7 +140,7 @@ def test_cost_in_days_and_of_the_next_version(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", words)
     cost.main()
     head, *rows, last = capsys.readouterr().out.splitlines()[1:]
-    assert "days on 8 GPUs  days for V9 alone" in head and "all segments of all versions" in last
+    assert "days on 8 GPUs  days for the next (V9)" in head and "all segments of all versions" in last
     c = config.load("3.1b")
     step = c.train.batch_tokens * c.model.flops_per_token() / 0.5e15 / 86400 / 8  # days
     for row, steps, new in zip(rows, (360_000, 80_000, 122_000, 80_000), (90_000, 10_000, 16_000, 10_000), strict=True):
