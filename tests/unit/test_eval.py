@@ -349,4 +349,4 @@ def test_several_texts_and_the_mean_over_those_seen(train_cli, prepared, tmp_pat
     assert said[1].endswith("of 1") and said[2].endswith("of 2")
     # folders by --data, each once
     both = json.loads(cli(old, "--data", prepared, "--data", folder, "--json"))[str(old)]
-    assert list(both["texts"]) == [f"{prepared.name}/val", "data/val", "data/val-v5"] and both["seen"] == 2
+    assert list(both["texts"]) == [f"{prepared}/val", f"{folder}/val", f"{folder}/val-v5"] and both["seen"] == 2
