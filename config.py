@@ -94,7 +94,7 @@ class Train:
     base: str = key("", "an imported model's checkpoint, in place of random weights")
     reset_moments: bool = key(False, "branches and CPT's versions begin with AdamW's moments at zero")
     average_half_life: float | None = key(
-        0.09, "main path: of a running mean, as a part of all steps", low=1e-6, free=True
+        0.09, "main path: half-life of a running mean of its weights, as a part of all steps", low=1e-6, free=True
     )
     save_at: list[int] = key([], "more steps to save and keep, such as fork points of another alpha", low=0, free=True)
     on_save_error: str = key("stop", "if a checkpoint cannot be saved", choices=("stop", "continue"), free=True)

@@ -175,10 +175,15 @@ def open_tokens(c: Config, p: Plan, s: Segment, kind: type[data.Tokens] = data.T
     d, T = c.data, c.data.increments or p.T
     tokens = kind(d.path, c.model.context, c.batch_sequences, T, c.train.seed, d.repeat, d.unique)
     tokens.mixed = s.end if d.order == "shuffled" else 0
-    part = d.replay if s.paradigm != "branch" or d.replay_branch is None else d.replay_branch
-    tokens.replayed = 0 if s.paradigm == "ptfs" else round_half_up(part, c.batch_sequences)
-    tokens.fork = s.start, round_half_up(d.replay, c.batch_sequences)
+    tokens.replayed, tokens.fork = replayed(c, s), (s.start, round_half_up(d.replay, c.batch_sequences))
     return tokens
+
+
+def replayed(c: Config, s: Segment) -> int:
+    """Rows of a segment's batches that are of earlier increments."""
+    own = s.paradigm == "branch" and c.data.replay_branch is not None
+    part = c.data.replay_branch if own else c.data.replay
+    return round_half_up(part or 0.0, c.batch_sequences) if s.paradigm in ("main", "branch", "cpt") else 0
 
 
 def open_tokenizer(path: Path, meta: dict[str, Any], folder: str | None = None) -> Tokenizer:
@@ -283,10 +288,9 @@ def finished(run: Path) -> dict[str, dict[int, Path]]:
     parents = {s: meta["parent"]["segment"] for s, meta in metas.items() if meta["parent"]}
     tuned = {s for s, meta in metas.items() if "epochs" in meta["data"]}  # only a fine-tuning records them
     # no versions: parts of the main path, whose end is open, and means that a branch of the same version starts from
-    of_version = {(parents[s], metas[s]["version"]) for s in parents.keys() - tuned if metas[s]["path"].get("end")}
-    metas = {
-        s: m for s, m in metas.items() if m["path"].get("end", 0) is not None and (s, m["version"]) not in of_version
-    }
+    origins = {(parents[s], metas[s]["version"]) for s in parents.keys() - tuned if metas[s]["path"].get("end")}
+    open_ended = {s for s, meta in metas.items() if meta["path"].get("end", 0) is None}
+    metas = {s: m for s, m in metas.items() if s not in open_ended and (s, m["version"]) not in origins}
     fine_tunings = {parents[s]: s for s in tuned}
     found: dict[str, dict[int, Path]] = {}
     for segment, meta in metas.items():

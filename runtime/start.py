@@ -292,8 +292,7 @@ def preview(run: Run, kind: str, why: str, ranks: int) -> None:
     elif not sft and (Path(c.data.path) / "meta.json").exists():
         for name, need, there in resume.open_tokens(c, p, s).needs(s.start, s.end):
             print(f"data         {Path(c.data.path) / name}.bin: {need:,} tokens needed, {there:,} there")
-    part = c.data.replay if s.paradigm != "branch" or c.data.replay_branch is None else c.data.replay_branch
-    if part and s.paradigm in ("main", "branch", "cpt"):
-        print(f"replay       {schedule.round_half_up(part, c.batch_sequences)} of {c.batch_sequences} rows a batch")
+    if rows := resume.replayed(c, s):
+        print(f"replay       {rows} of {c.batch_sequences} rows a batch are of earlier increments")
     if problem:
         raise problem
