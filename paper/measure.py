@@ -41,9 +41,10 @@ def on_texts(where: dict[Cell, list[Path]], texts: dict[str, list[str]], device:
 
     def mean(path: Path, of: list[str]) -> evaluation.Score:
         parts = [known[name][path] for name in of]
-        weights = [len(of) * s.tokens.sum() for s in parts]
-        nats = np.concatenate([s.nats / w for s, w in zip(parts, weights, strict=True)])
-        return evaluation.Score(nats, np.concatenate([s.tokens / w for s, w in zip(parts, weights, strict=True)]))
+        total = sum(s.tokens.sum() for s in parts)
+        weights = [total / (len(of) * s.tokens.sum()) for s in parts]
+        nats, tokens = ([getattr(s, k) * w for s, w in zip(parts, weights, strict=True)] for k in ("nats", "tokens"))
+        return evaluation.Score(np.concatenate(nats), np.concatenate(tokens))
 
     return {cell: [mean(p, texts[cell[2]]) for p in of_seeds] for cell, of_seeds in where.items()}
 
@@ -97,10 +98,10 @@ def measure(t: tables.Table, found: Scores, seeds: list[int], columns: list[str]
             d["relative"][c] = d["value"][c] / statistics.fmean(s.ppl for s in found[group, b, c])
         differences.append(d)
     paper = {(r.group, r.name, c): v for r in t.rows for c, v in r.paper.items()}
-    some = next(iter(found.values()))[0]
+    some = max((of_seeds[0] for of_seeds in found.values()), key=lambda s: len(s.nats))
     claims = [judge(found, c, len(seeds), paper) for c in t.claims if c.below_zero]
     table = {"name": t.name, "title": t.title, "columns": t.columns, "rows": rows, "differences": differences}
-    measured = {"seeds": seeds, "documents": len(some.nats), "tokens": int(some.tokens.sum())}
+    measured = {"seeds": seeds, "documents": len(some.nats), "tokens": round(some.tokens.sum())}
     return {**table, "notes": t.notes, "claims": claims, **measured}
 
 
