@@ -76,15 +76,16 @@ def table(record: dict[str, Any], file: str) -> None:
     """PPL of each row against its group's reference, ours beside the paper's; a panel a group."""
     groups = {g: {r["name"]: r for r in record["rows"] if r["group"] == g} for g in distinct(record["rows"], "group")}
     names = distinct(record["rows"], "name")
-    reference = "PTFS" if "PTFS" in names else [*(d["minus"][1] for d in record["differences"]), *names][0]
-    colours = OF if reference == "PTFS" else dict(zip(names, COLOURS, strict=False))
+    against = list(dict.fromkeys(d["minus"][1] for d in record["differences"]))
+    reference = "PTFS" if "PTFS" in names and len(against) > 1 else [*against, *names][0]
+    colours = {n: OF.get(n, COLOURS[i % 6]) for i, n in enumerate(names)}
     columns, several = record["columns"], len(record["seeds"]) > 1
-    fig, axes = canvas(list(groups), 3.0, sharey=True)
+    fig, axes = canvas(list(groups), 3.0 if len(names) < 6 else 7.5, sharey=True)
     for ax, rows in zip(axes, groups.values(), strict=True):
         base = rows[reference]
         ax.axhline(0, color=colours[reference], linewidth=1.2, label=reference)
         for i, name in enumerate(n for n in names if n != reference and n in rows):
-            row, style = rows[name], {"color": colours[name], "marker": MARKERS[i]}
+            row, style = rows[name], {"color": colours[name], "marker": MARKERS[i % 6]}
             above = [percent_above(row["seeds"][c], base["seeds"][c]) for c in columns]  # by column and seed
             spread = list(map(statistics.stdev, above)) if several else None
             ax.errorbar(range(len(columns)), list(map(statistics.fmean, above)), spread, capsize=3, label=name, **style)
@@ -96,7 +97,7 @@ def table(record: dict[str, Any], file: str) -> None:
         ax.set_xlabel("second increment" if record["name"] == "table13" else "version")
         ax.margins(x=0.15)
     axes[0].set_ylabel(f"PPL against {reference} (%)")
-    finish(fig, file, axes, 5 if len(groups) > 1 else 2)
+    finish(fig, file, axes, 5 if len(groups) > 1 else 2 if len(names) < 6 else 4)
 
 
 def percent_above(ppl: list[float], base: list[float]) -> list[float]:
