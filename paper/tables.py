@@ -396,7 +396,8 @@ def drift(s: Setup) -> Table:
     rows = []
     shuffled = Run("ptfs", Setting("drift-shuffled", {**DRIFT, "data.order": "shuffled"}, derived=tuple(DRIFT)))
     runs = {("PTFS", "0"): Run("ptfs", Setting("drift", DRIFT, derived=tuple(DRIFT))), (MIXED, "-"): shuffled}
-    for replay in ("0", "0.05", "0.1", "0.25"):
+    B = s.base.batch_sequences  # a share that is no whole row of a batch is left out
+    for replay in ("0", *(part for part in ("0.05", "0.1", "0.25") if 0 < schedule.round_half_up(float(part), B) < B)):
         name, keys = f"drift-{replay}" if replay != "0" else "drift", {**DRIFT, "data.replay": replay}
         of: dict[str, tuple[str, dict[str, str]]] = {"CPT": ("cpt", {}), "Ours": ("ours", {})}
         of |= {f"Average, {w}%": ("average", {**NO_BRANCHES, "plan.average": str(w / 100)}) for w in (10, 20, 30)}

@@ -481,7 +481,7 @@ def test_segments_of_two_processes_each(tmp_path, prepared):
     [
         (["--schedules", "sine"], "--schedules: got sine"),
         (["--jobs", "0"], "--jobs: got 0"),
-        (["--scale", "huge"], "expected a .toml file or one of paper, small, tiny"),
+        (["--scale", "huge"], "expected a .toml file or one of bytes, paper, small, tiny"),
         (["table99"], "table99: expected status, report or some of fig1"),
         (["table4", "--sft", "nowhere.jsonl"], "--sft nowhere.jsonl: is not there"),
         (["table4", "--limit", "0"], "--limit: got 0"),

@@ -175,7 +175,10 @@ def test_launched_commands_have_the_seeds_of_their_cells(prepared, parse, monkey
             if segment.parent:
                 parent = Path(o.parent or f"{c.out}/{segment.parent[0]}/step-{segment.parent[1]:06d}")
                 assert (parent / "meta.json").exists(), words
-            self.saves = [Path(c.out) / segment.name / f"step-{at:06d}" for at in {segment.end, *c.train.save_at}]
+            whole = {segment.end, *c.train.save_at}
+            self.saves = [Path(c.out) / segment.name / f"step-{at:06d}" for at in whole]
+            points = set(segment.points) - whole if segment.paradigm == "main" else ()
+            self.saves += [Path(c.out) / segment.name / "points" / f"step-{at:06d}" for at in points]
             launched.append(words)
 
         def poll(self):  # once: then it is over

@@ -588,9 +588,9 @@ def snapshot(folder):
         (["--mode", "average"], ["--version: not given; --mode average expects one of 1..4"]),
         (
             ["--mode", "average", "--version", "2"],
-            ["main/points/step-000017", "--mode main --version 2 --plan.alpha 0"],
+            ["/step-000016", "--mode main --version 2 --plan.alpha 0"],
         ),
-        (["--mode", "average", "--version", "2", "--from", "x,y"], ["x, y: not there", "expected checkpoints"]),
+        (["--mode", "average", "--version", "2", "--from", "x,y"], ["x: not there, as are 2 of 2", "expected --from"]),
         (["--plan.alpha", "0.9"], ["inside the warm-up of 2"]),
         (
             ["--plan.alpha", "0.5", "--plan.decay_steps", "3"],

@@ -187,7 +187,7 @@ def test_cycles_longer_than_the_run():
     "args, words",
     [
         ("--plan.schedule sine", "schedule: got 'sine'"),
-        ("--plan.alpha 0", "alpha: got 0.0"),
+        ("--plan.alpha 0 --paradigm ours", "alpha: got 0.0"),
         ("--plan.alpha 1.2", "alpha: got 1.2"),
         ("--plan.alpha nan", "alpha: got nan"),
         ("--plan.alpha x", "plan.alpha: got 'x', expected a number or none"),
