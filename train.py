@@ -30,7 +30,6 @@ from config import Config
 from kernels.cross_entropy import IGNORE
 from model import Transformer
 from runtime import average, checkpoint, distributed, resume
-from runtime.average import RunningMean
 from runtime.build import build, compiles
 from runtime.command_line import Parser, given
 from runtime.device import cpp_compiler, pick_device, to_device
@@ -129,7 +128,7 @@ def train(run: Run, data: Any, start: Start, file: BinaryIO | None, watchdog: Wa
     c, t, segment = run.config, run.config.train, run.segment
     required, points = ([step for step in steps if step >= start.step] for steps in (run.required, run.points))
     net, model, optimizer = build(c, start, kind, world)
-    mean = RunningMean(run, start.origin, net)
+    mean = average.RunningMean(run, start.origin, net)
     shards = (t.shard_ranks or world.ranks) if kind == "fsdp" else 1
     accumulation = t.batch_tokens // (t.micro_batch * c.model.context * world.ranks)
     saver = checkpoint.Saver(run.folder, t.keep, required, t.timeout)

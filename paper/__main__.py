@@ -168,15 +168,17 @@ def check_training(request: graph.Request, machine: workers.Machine) -> None:
 def score(request: graph.Request, machine: workers.Machine) -> dict[str, dict[str, Any]]:
     """The records of all tables of perplexities."""
     cells = {name: where for name, where in request.checkpoints.items() if name not in request.downstream}
-    paths = sorted({p for where in cells.values() for of_seeds in where.values() for p in of_seeds})
+    own = [where for name, where in cells.items() if not request.tables[name].texts]  # on the validation set
+    paths = sorted({p for where in own for of_seeds in where.values() for p in of_seeds})
     made, jobs = {}, machine.jobs
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
     device = pick_device(request.setup.base.train.device, 0)
     known = evaluation.scores(paths, device, jobs=jobs) if paths else {}
     for name, where in cells.items():
-        found = {cell: [known[p] for p in of_seeds] for cell, of_seeds in where.items()}
         if texts := request.tables[name].texts:
             found = measure.on_texts(where, texts, device, jobs)
+        else:
+            found = {cell: [known[p] for p in of_seeds] for cell, of_seeds in where.items()}
         record = measure.measure(request.tables[name], found, request.seeds, request.setup.columns)
         made[name] = {**record, "made": measure.provenance(request, name)}
     return made

@@ -26,6 +26,7 @@ CYCLES = (1, 2, 3, 4, math.inf)  # Figures 4 and 5: length of the cosine cycle i
 COSINE = {"plan.schedule": "cosine"}
 BASE = Setting()
 NO_BRANCHES = {"plan.decay_steps": "none", "plan.alpha": "0"}  # so the main path goes on to the last version's end
+AVERAGING = Setting(keys=NO_BRANCHES, derived=tuple(NO_BRANCHES))
 REWARM = "CPT is RewarmMax here, as the paper's numbers of its base setting say."
 
 Cell = tuple[str, str, str]  # of a table: group, name of the row, column
@@ -193,9 +194,9 @@ def table2(s: Setup) -> Table:
     return Table("table2", "Table 2: alpha, the length of a branch", s.columns, rows, claims, pairs)
 
 
-def averaging(s: Setup, group: str, labels: dict[str, str], keys: dict[str, str] | None = None) -> Row:
+def averaging(s: Setup, group: str, labels: dict[str, str]) -> Row:
     """The row of averaging, which is not the paper's: of the main path, so it is the same under all schedules."""
-    run = Run("average", Setting(keys={**NO_BRANCHES, **(keys or {})}, derived=tuple(NO_BRANCHES)))
+    run = Run("average", AVERAGING)
     return Row(
         group, MEAN, {**labels, "paradigm": "Average (not the paper's)"}, s.versions(run), {}, {"cost": s.cost(run)}
     )
@@ -367,7 +368,7 @@ def beyond(s: Setup) -> Table:
     runs = {NAMES[x]: Run(x, Setting(keys=COSINE)) for x in NAMES} | {
         "WSD-S": Run("cpt", Setting(keys={**COSINE, "plan.cpt_variant": "wsd_s"})),
         "Ours, 1-sqrt": Run("ours", Setting(keys={"plan.schedule": "1-sqrt"})),
-        MEAN: Run("average", Setting(keys=NO_BRANCHES)),
+        MEAN: Run("average", AVERAGING),
         "Mean, branch of 0.1 T": Run("ours", Setting(keys=short(0.1))),
         "Mean, branch of 0.2 T": Run("ours", Setting(keys=short(0.2))),
         "Mean, main path from it": Run("average", Setting(keys={**NO_BRANCHES, "plan.from_mean": "true"})),

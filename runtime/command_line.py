@@ -37,7 +37,9 @@ class Parser(argparse.ArgumentParser):
     def add_config(self, name: bool = True) -> None:
         """--config (if `name`) and a flag for every key of the config."""
         if name:
-            self.add_argument("--config", help="a name in configs/ or a .toml file [as the script says, or tiny]")
+            self.add_argument(
+                "--config", help="a name in configs/ or a .toml file [tiny, unless the script says otherwise]"
+            )
         group = self.add_argument_group("keys of the config, each also a flag")
         for k, (f, v) in flatten(Config()).items():
             kind = type_name(f.type).removesuffix(" or none").split()[-1].upper().replace("FALSE", "BOOL")

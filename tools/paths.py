@@ -6,7 +6,6 @@ Neither a GPU nor torch is needed; matplotlib for the picture alone.
 """
 
 import math
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +69,6 @@ def draw(plans: dict[str, list[Segment]], file: str) -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     a = Parser(prog="tools.paths", description=__doc__, usage="python -m tools.paths [--config NAME] ..")
     a.add_argument("--paradigm", choices=PARADIGMS, help="[ours; with plan.alpha 0 average]")
     a.add_argument("--csv", action="store_true", help="segment,step,lr of every update")
