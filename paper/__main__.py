@@ -69,14 +69,14 @@ def main() -> None:
         raise UserError(f"--sft {o.sft}: is not there; expected a .jsonl file of examples")
     graph.check_lineage(request.nodes)
     todo = graph.left(request.nodes)[0]
-    may_train = not o.slurm and (s.scale.train if o.run is None else o.run == "yes")
+    may_train = s.scale.train if o.run is None else o.run == "yes"
     tasks = downstream.Tasks(list(dict.fromkeys(filter(None, o.tasks.split(",")))), options, o.sft)
     if request.downstream and (may_train or not todo):
         downstream.check(tasks)
     if todo and not may_train:
         if o.sft:
             print("Fine-tunings are planned when their versions are trained.")
-        plans.print_plan(request, names, machine, o.slurm)
+        plans.print_plan(request, names, machine)
         return
     optional("matplotlib", "matplotlib", "drawing")
     if todo:
@@ -90,7 +90,7 @@ def main() -> None:
             workers.run(request.nodes, s.root, machine)
         made = {"table9": tables.table9(s), **score(request, machine)}
         for name in request.downstream:
-            made |= downstream.make(request, name, tasks, machine, not may_train, o.slurm)
+            made |= downstream.make(request, name, tasks, machine, not may_train)
         if request.nodes:
             save_logs(request)
         names = [name for name in names if name in made or name not in tables.DOWNSTREAM]
@@ -117,7 +117,6 @@ def parse() -> tuple[argparse.Namespace, scales.Setup]:
     add("--data_dir", help="table4, table11: folder of local copies of the tasks' data [the hub]")
     add("--limit", type=int, help="table4, table11: so many examples of each task [all]")
     add("--num_fewshot", type=int, help="table4, table11: examples in the prompt [as each task says]")
-    add("--slurm", action="store_true", help="print plans as SLURM jobs that wait for each other")
     add("--mfu", type=float, default=0.4, help="part of a GPU's peak that training reaches, for plans [0.4]")
     parser.add_config(name=False)
     o, unknown = parser.parse_known_intermixed_args()

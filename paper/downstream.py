@@ -119,7 +119,7 @@ def record(of: tables.Table, found: dict[Cell, list[Scores]], names: list[str], 
     return {**made, "name": of.name, "notes": [*made["notes"], *of.notes, note], "means": means, "scores": scores}
 
 
-def make(request: Request, name: str, tasks: Tasks, machine: workers.Machine, print_only: bool, slurm: bool) -> Made:
+def make(request: Request, name: str, tasks: Tasks, machine: workers.Machine, print_only: bool) -> Made:
     """{name: record} of a table: its versions, fine-tuned if there are examples, asked. {} if the plan is printed."""
     s, where = request.setup, request.checkpoints[name]
     paths = list(dict.fromkeys(p for of_seeds in where.values() for p in of_seeds))
@@ -130,7 +130,7 @@ def make(request: Request, name: str, tasks: Tasks, machine: workers.Machine, pr
         todo = graph.left(found)[0]
         if todo and print_only:
             print(f"{name}: {len(todo)} of {len(found)} fine-tunings to do")
-            plans.print_commands(found, todo, machine, slurm)
+            plans.print_commands(found, todo, machine.ranks)
             print(f"{name}: the fine-tunings printed above are {plans.NOT_TRAINED}")
             return {}
         if todo:

@@ -1,6 +1,5 @@
 """What is left to do, in words: status lines, costs, and the commands that train it elsewhere."""
 
-import math
 import shlex
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from paper.workers import Machine
 from runtime import checkpoint
 
 NOT_TRAINED = "not trained yet; when they are, this command makes the tables, or it trains them with --run yes"
-JOB_HOURS = 20  # of training in a SLURM job, whose limit in tools/slurm.sh is 24
 
 
 def duration(seconds: float) -> str:
@@ -71,7 +69,7 @@ def status(request: Request) -> list[str]:
     return [f"  {folder:40} " + ", ".join(states) for folder, states in folders.items()]
 
 
-def print_plan(request: Request, names: list[str], machine: Machine, slurm: bool) -> None:
+def print_plan(request: Request, names: list[str], machine: Machine) -> None:
     """Steps, tokens and cost of the tables asked for, and the commands that train their segments."""
     nodes, ranks, mfu = request.nodes, machine.ranks, machine.mfu
     for name, own in request.nodes_of.items():
@@ -95,39 +93,14 @@ def print_plan(request: Request, names: list[str], machine: Machine, slurm: bool
             how = f"python data.py prepare --out {shlex.quote(path)} --help"
             print(f"Data: {path} is not there yet; at most {tables.count(most)} tokens of an increment are read: {how}")
     print("Any line can be given again, and goes on.\n")
-    print_commands(nodes, missing, machine, slurm)
+    print_commands(nodes, missing, machine.ranks)
     if ready := [n for n in names if not graph.left(request.nodes_of.get(tables.DRAWN_FROM.get(n, n), {}))[0]]:
         print(f"{', '.join(ready)}: nothing is missing; this command without the others makes them now")
     print(f"{', '.join(names)}: {len(missing)} of {len(nodes)} segments are {NOT_TRAINED}")
 
 
-def print_commands(nodes: Graph, todo: list[Node], machine: Machine, slurm: bool) -> None:
-    """The commands that train these nodes one after another, parents first, or as SLURM jobs."""
-    start = f"torchrun --nproc_per_node {machine.ranks} train.py" if machine.ranks > 1 else "python train.py"
-    lines = [f"{start} {shlex.join(graph.command(nodes, node))}" for node in todo]
-    print("\n".join(slurm_lines(nodes, todo, machine.mfu * cost.PEAK * machine.ranks) if slurm else lines))
-
-
-def slurm_lines(nodes: Graph, todo: list[Node], flops_per_second: float) -> list[str]:
-    """SLURM jobs that wait for each other. One that is too long is several: each goes on where the last stopped."""
-    lines: list[str] = []
-    jobs: dict[tuple[str, int], str] = {}  # (node, step): the job that saves it
+def print_commands(nodes: Graph, todo: list[Node], ranks: int) -> None:
+    """The commands that train these nodes one after another, parents first."""
+    start = f"torchrun --nproc_per_node {ranks} train.py" if ranks > 1 else "python train.py"
     for node in todo:
-        words = graph.command(nodes, node)
-        pieces = [(words, node.segment.end)]
-        if node.segment.paradigm == "main":  # a piece a version, so that a branch need not wait for the whole main path
-            p = node.config.plan
-            pieces = [([*words, "--version", str(i)], p.end(i) - p.d) for i in range(1, len(p.T) + 1)]
-        wait = f" --dependency=afterok:${jobs[node.parent]}" if node.parent in jobs else ""
-        begin = node.segment.start
-        for piece, end in pieces:
-            hours = node.step_flops * (end - begin) / flops_per_second / 3600
-            for _ in range(max(1, math.ceil(hours / JOB_HOURS))):
-                job = f"j{len(lines) + 1}"
-                submit = f"sbatch --parsable --job-name={shlex.quote(node.name)}{wait}"
-                lines.append(f"{job}=$({submit} tools/slurm.sh {shlex.join(piece)})")
-                wait = f" --dependency=afterany:${job}"
-            wait = f" --dependency=afterok:${job}"
-            jobs |= {(node.name, step): job for step in {*node.required, node.segment.end} if begin < step <= end}
-            begin = end
-    return lines
+        print(start, shlex.join(graph.command(nodes, node)))

@@ -368,8 +368,6 @@ def test_table3_end_to_end_stopped_and_gone_on(tmp_path, prepared, main):
     assert (code, refused) == (0, "") and not root.exists()
     assert "7 of 7 segments are not trained yet" in said.splitlines()[-1]
     assert "table3: 7 segments, 72 steps, 18.4K tokens" in said and said.count("python train.py") == 7
-    code, said, refused = main(*words(root, prepared, "--slurm"))  # prints jobs, though this scale may train
-    assert (code, refused) == (0, "") and not root.exists() and said.count("sbatch") >= 7
 
     killed = start(root, prepared)
     wait_for(killed, 1)

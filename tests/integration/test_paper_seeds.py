@@ -5,7 +5,6 @@ import math
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,45 +119,6 @@ def test_printed_commands_have_the_seeds_of_their_cells(told, parse, tmp_path):
             assert (o.parent or f"{c.out}/{segment.parent[0]}/step-{segment.parent[1]:06d}") in made, words
         made |= {f"{c.out}/{segment.name}/step-{step:06d}" for step in [segment.end, *c.train.save_at]}
     assert len([line for line in told("table3", *args) if line.startswith(start)]) == 2 * (1 + 2 * 11 + 3)
-
-
-def test_slurm_jobs_have_the_seeds_of_their_cells_and_wait_for_their_parents(told, parse, tmp_path):
-    args = ["--scale", "paper", "--seeds", "2", "--schedules", "cosine", "--out", str(tmp_path / "out"), "--slurm"]
-    lines = [line for line in told(*NAMES, *args) if "sbatch" in line]
-    subprocess.run(["bash", "-n"], input="\n".join(lines), text=True, check=True)
-    form = r"(\w+)=\$\(sbatch --parsable --job-name=(\S+?)(?: --dependency=(\w+):\$(\w+))? tools/slurm.sh (.*)\)"
-    jobs = [re.fullmatch(form, line).groups() for line in lines]
-    commands = [shlex.split(words) for *_, words in jobs]
-    cells = cells_of(scales.Setup(scales.load_scale("paper"), {}, ["cosine"]), [1, 2])
-    # a main path is several jobs, a version each; all end with the config of the cell but for the version
-    check_seeds(commands, tmp_path / "out", cells, [1, 2], parse)
-    assert len({job for job, *_ in jobs}) == len(jobs)
-
-    of: dict[str, tuple] = {}  # job: its command, and the checkpoints that are there when it ends well
-    for (job, _, kind, before, line), words in zip(jobs, commands, strict=True):
-        o, c = parse(words)
-        segment = segment_of(o, c)
-        there: set[str] = set()
-        if before:
-            assert before in of  # a line of the shell above this one
-            # afterok: it ended well, as did what it waited for; afterany: stopped perhaps, and the same line goes on
-            assert kind == ("afterany" if of[before][0] == line else "afterok"), line
-            there = of[before][1] if kind == "afterok" else of[before][2]
-        if segment.parent:
-            parent = o.parent or f"{c.out}/{segment.parent[0]}/step-{segment.parent[1]:06d}"
-            assert parent in there, line
-        if o.mode == "main" and int(o.version) > 1:
-            # it goes on where the job of the version before ended: at that version's fork point
-            assert f"{c.out}/main/step-{c.plan.end(int(o.version) - 1) - c.plan.d:06d}" in there, line
-        saves = {f"{c.out}/{segment.name}/step-{at:06d}" for at in [segment.end, *c.train.save_at] if at <= segment.end}
-        of[job] = (line, there | saves, there)
-    # 8 GPUs at 0.4 of 989e12 FLOP/s: 40,000 steps of 2^20 tokens of 6.813e9 FLOPs take 25.1 hours, 30,000 take 18.8,
-    # and a job is of 20; a version of the main path, 10,000 steps, takes 6.3
-    named = [name for _, name, *_ in jobs]
-    for name, times in (("ptfs-cosine/v3", 1), ("ptfs-cosine/v4", 2), ("cpt-cosine/v4", 1), ("main", 4)):
-        assert [named.count(f"{folder}{name}") for folder in ("", "base-s2/")] == [times] * 2
-    made = set().union(*(after for _, after, _ in of.values()))
-    assert {f"{tmp_path / 'out'}/{n}/step-{at:06d}" for n, cell in cells.items() for at in cell.required} <= made
 
 
 def test_launched_commands_have_the_seeds_of_their_cells(prepared, parse, monkeypatch, tmp_path):
