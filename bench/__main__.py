@@ -42,7 +42,6 @@ OPTIONS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
     ("step", "--micro", {"nargs": "+", "type": int}, "micro-batches to try [16 32 8 4 2 1; on a CPU 8 16 4]"),
     ("step", "--minutes", {"type": float, "default": 8.0}, "for everything; what it ends or leaves out is named [8]"),
     ("step", "--updates", {"type": int, "default": 20}, "updates whose last loss is compared; 0: none [20]"),
-    ("step", "--profile", {"action": "store_true"}, "also an update's milliseconds by kind of operation"),
     ("step", "--row", {}, argparse.SUPPRESS),  # measure this row alone, in this process
     ("step data checkpoint", "--rounds", {"type": int}, "rounds, all rows in turn [3; step on a GPU 1]"),
     ("data", "--megabytes", {"type": float, "default": 64.0}, "of text to tokenize [64]"),

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.autograd import DeviceType
 from tqdm import tqdm
 
 import model as llama
@@ -29,7 +28,6 @@ DEFAULTS: dict[bool, Row] = {  # of options; on a GPU: no more than eight minute
     False: {"micro": [8, 16, 4], "peers": ["hf", "nanogpt"], "rounds": 3},
 }
 NO_MEMORY = "no memory"
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 START = 20.0  # seconds of a new process: importing torch and transformers, reaching the device
 
 
@@ -105,21 +103,6 @@ class Trainer:
             torch.cuda.synchronize()
         timed = pairwise(marks[warmup:])
         return statistics.median(a.elapsed_time(b) / 1e3 if self.cuda else b - a for a, b in timed)
-
-    def profile(self, x: Tensor, y: Tensor, micro: int, seconds: float) -> Row:
-        """Milliseconds of an update that took `seconds`, by kind of operation; gaps: the device had nothing to do."""
-        with torch.profiler.profile() as p:
-            self.step(x, y, micro, self.c.plan.max_lr).item()
-        total = products = attention = 0.0
-        for e in p.key_averages():
-            ms = (e.self_device_time_total if self.cuda else e.self_cpu_time_total) / 1e3
-            if e.device_type == DeviceType.CPU:  # an operation, with the kernels that it started
-                products += ms * (e.key in PRODUCTS)
-                attention += ms * ("attention" in e.key)
-            if (e.device_type == DeviceType.CUDA) == self.cuda and not e.is_user_annotation:
-                total += ms
-        parts = {"products_ms": products, "attention_ms": attention, "others_ms": total - products - attention}
-        return parts | {"gaps_ms": seconds * 1e3 - total}
 
 
 def run(o: Any, c: Config, device: torch.device, dtype: torch.dtype) -> Row:
@@ -206,13 +189,10 @@ def row(o: Any, c: Config, device: torch.device, dtype: torch.dtype) -> Row:
         found = Row(micro=micro) | trainer.losses(micro, o.updates)
         # an update is on a GPU four micro-batches, on a CPU the batch of the config
         x, y = trainer.ids(4 * micro if cuda else c.batch_sequences // micro * micro or micro, 0)
-        seconds = trainer.seconds(x, y, micro)
-        found["tokens_per_second"] = x.numel() / seconds
+        found["tokens_per_second"] = x.numel() / trainer.seconds(x, y, micro)
         found["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
         if isinstance(trainer.net, llama.Transformer):  # what the check at the start has left
             found["triton"] = " ".join(name for name, use in trainer.net.use.items() if use == "triton") or None
-        if o.profile:
-            found |= trainer.profile(x, y, micro, seconds)
     except RuntimeError as e:  # PyTorch's, and those of cuBLAS, cuDNN and Triton
         if "out of memory" not in str(e) and "ALLOC_FAILED" not in str(e):
             raise

@@ -72,7 +72,7 @@ def by_row(result):
                 look(v, key)
         elif isinstance(x, float):
             assert math.isfinite(x), key
-            assert x > 0 or key in ("loss_difference", "got") or key.endswith("_ms"), key
+            assert x > 0 or key == "loss_difference", key
 
     assert {"device", "torch", "triton", "python", "date", "commit", "command", "config"} <= result.keys()
     look({k: result[k] for k in result if k != "config"})
@@ -98,7 +98,7 @@ def test_step(run, monkeypatch):
         return json.loads(json.dumps(step.row(o, c, torch.device("cpu"), torch.float32)))
 
     monkeypatch.setattr(step, "fresh_row", in_this_process)
-    options = ("--peers", "hf", "hf-liger", "nanogpt", "ours-torch", "--profile")
+    options = ("--peers", "hf", "hf-liger", "nanogpt", "ours-torch")
     code, result, said = run("step", *TINY, *QUICK, *options)
     rows = by_row(result)
     assert code == 0 and list(rows) == ["ours", "ours-compile", "hf", "hf-liger", "nanogpt", "ours-torch"]
@@ -107,8 +107,6 @@ def test_step(run, monkeypatch):
         assert rows[r]["note"] is None and rows[r]["micro"] == 4, rows[r]
         rate, roof = rows[r]["tokens_per_second"], rows[r]["rounds"][0]["roof"]
         assert rows[r]["mfu"] == pytest.approx(rate * config.Model(**SHAPE).flops_per_token() / roof)
-        parts = sum(rows[r][f"{part}_ms"] for part in ("products", "attention", "others", "gaps"))
-        assert parts == pytest.approx(64e3 / rate) and min(rows[r]["products_ms"], rows[r]["attention_ms"]) > 0
     for r in ("hf", "ours-torch"):  # the same weights: fp32 rounding over three updates
         assert abs(rows[r]["loss_difference"]) < 1e-5
     assert "loss" not in rows["nanogpt"]
@@ -200,7 +198,7 @@ def test_micro_batches_that_do_not_fit(monkeypatch):
 
 def test_out_of_memory_and_other_failures_of_a_row(monkeypatch):
     c = config.load("tiny", {f"model.{k}": str(v) for k, v in SHAPE.items()} | {"train.batch_tokens": "64"})
-    o = Namespace(row="ours", micro=[4], updates=1, profile=False)
+    o = Namespace(row="ours", micro=[4], updates=1)
     monkeypatch.setattr(step, "product_speed", lambda *a: 1.0)
     where = torch.device("cpu"), torch.float32
     assert step.row(o, c, *where)["tokens_per_second"] > 0
