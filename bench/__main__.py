@@ -63,9 +63,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
     default = {"checkpoint": "small", "step": "203m" if torch.cuda.is_available() else "tiny"}.get(argv[0], "tiny")
     o, c = top.parse_config(argv, default=default)
     cuda = torch.cuda.is_available() and c.train.device != "cpu"
-    for key, value in (step.DEFAULTS[cuda] if o.verb == "step" else {}).items():
-        if getattr(o, key) is None:
-            setattr(o, key, value)
     for key, low in LOWEST.items():
         value = getattr(o, key, None)
         if value is not None and not low <= min(value if isinstance(value, list) else [value]) < math.inf:
@@ -75,7 +72,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
     if c.train.device == "mps":
         raise UserError("train.device: got mps, expected auto, cuda or cpu")
     found = kernels.problems(c.train.kernels, cuda, c.model)
-    for peer in o.peers if o.verb == "step" else []:
+    for peer in getattr(o, "peers", None) or []:
         if peer.startswith("ours-"):
             found += kernels.problems(peer.removeprefix("ours-"), cuda, c.model)
         elif peer not in peers.PEERS:
