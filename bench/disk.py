@@ -25,9 +25,7 @@ from runtime.errors import UserError
 from text import prepare, sources
 from text.tokenizer import Tokenizer
 
-STALL, WHOLE, FIRST = "stall of an asynchronous save", "whole asynchronous save", "the first one, which allocates"
-COPY, WRITE, READ = "copy to the host", "plain write and fsync", "plain read"
-BESIDE = {STALL: COPY, FIRST: COPY, WHOLE: WRITE, "save": WRITE, "load": READ}
+BESIDE = {"stall": "copy to the host", "save": "plain write and fsync", "load": "plain read"}
 
 
 def run_data(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
@@ -92,7 +90,7 @@ def run_checkpoint(o: Any, c: config.Config, device: torch.device, dtype: torch.
 
 
 def checkpoint_seconds(state: dict[str, Tensor], folder: Path, rounds: int) -> dict[str, list[float]]:
-    """{name of a measure: its seconds in each round}."""
+    """{name of a measure: its seconds in each round}. stall: of an asynchronous save that finds its buffers."""
     segment, plain = folder / "segment", folder / "plain"
     segment.mkdir()
     saver, saved = checkpoint.Saver(segment), checkpoint.path(segment, 0)
@@ -105,8 +103,8 @@ def checkpoint_seconds(state: dict[str, Tensor], folder: Path, rounds: int) -> d
 
     def copy() -> None:
         for name, t in state.items():
-            host[name].copy_(t, non_blocking=t.is_cuda)
-        if any(t.is_cuda for t in state.values()):
+            host[name].copy_(t, non_blocking=True)
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
 
     def write() -> None:
@@ -116,18 +114,19 @@ def checkpoint_seconds(state: dict[str, Tensor], folder: Path, rounds: int) -> d
             f.flush()
             os.fsync(f.fileno())
 
-    clock(FIRST, lambda: saver.save(0, state, record))
-    saver.wait()
-    for _ in tqdm(range(rounds), desc="checkpoint", disable=None):
+    def save_and_remove() -> None:
+        saver.wait()
         shutil.rmtree(saved)  # a save leaves an existing checkpoint as it is
-        clock(COPY, copy)
-        clock(STALL, lambda: saver.save(0, state, record))
-        clock(WHOLE, saver.wait)
-        seconds[WHOLE][-1] += seconds[STALL][-1]
-        shutil.rmtree(saved)
+
+    saver.save(0, state, record)  # allocates
+    for _ in tqdm(range(rounds), desc="checkpoint", disable=None):
+        save_and_remove()
+        clock("copy to the host", copy)
+        clock("stall", lambda: saver.save(0, state, record))
+        save_and_remove()
         plain.unlink(missing_ok=True)  # freeing its pages is no part of a write
-        clock(WRITE, write)
+        clock("plain write and fsync", write)
         clock("save", lambda: checkpoint.save(segment, 0, state, record))
-        clock(READ, plain.read_bytes)
+        clock("plain read", plain.read_bytes)
         clock("load", lambda: checkpoint.load(saved, state))
     return seconds

@@ -91,7 +91,8 @@ def run(o: Any, c: Config, device: torch.device, dtype: torch.dtype) -> Row:
     rows = {name: Row(row=name, note=peers.missing(name, cuda)) for name in names}
     measure_rounds(o, rows)
     compare({name: row for name, row in rows.items() if not row["note"]}, c)
-    print(f"mfu: attention with its causal half; mfu_published: with all of it. loss: of update {o.updates}.")
+    print("mfu: attention with its causal half; mfu_published: with all of it; peak_flops: of the data sheet, or of a")
+    print(f"matrix product timed after the row. loss: of update {o.updates}.")
     return {"rows": list(rows.values())}
 
 
@@ -156,8 +157,7 @@ def row(o: Any, c: Config, device: torch.device, dtype: torch.dtype) -> Row:
         return Row(note=NO_MEMORY)
     if isinstance(trainer.net, llama.Transformer):  # what the check at the start has left
         found["triton"] = " ".join(name for name, use in trainer.net.use.items() if use == "triton") or None
-    found["peak_flops"], found["peak_from"] = peak_flops(device, dtype)
-    return found
+    return found | {"peak_flops": peak_flops(device, dtype)[0]}
 
 
 def compare(rows: dict[str, Row], c: Config) -> None:

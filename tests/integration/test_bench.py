@@ -345,21 +345,11 @@ def test_checkpoint(run, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     code, result, _ = run("checkpoint", *TINY, "--rounds", "2")
     rows = by_row(result)
-    to = {
-        "the first one, which allocates": "copy to the host",
-        "stall of an asynchronous save": "copy to the host",
-        "load": "plain read",
-        "whole asynchronous save": "plain write and fsync",
-        "save": "plain write and fsync",
-    }
-    assert (
-        code == 0
-        and rows.keys() == to.keys() | set(to.values())
-        and {name: r["to"] for name, r in rows.items() if "to" in r} == to
-    )
+    to = {"stall": "copy to the host", "load": "plain read", "save": "plain write and fsync"}
+    assert code == 0 and rows.keys() == to.keys() | set(to.values())
+    assert {name: r["to"] for name, r in rows.items() if "to" in r} == to
     seconds = {name: r["seconds"] for name, r in rows.items()}
     assert all(rows[name]["ratio"] == seconds[of] / seconds[name] for name, of in to.items())
-    assert seconds["stall of an asynchronous save"] < seconds["whole asynchronous save"]
     # the first allocates; then in turn one with buffers and a synchronous one; none waits or finds its work done
     assert saves == [(False, True, False), *[(True, True, False), (False, True, False)] * 2]
     c = config.Model(1, 2, None, 16, None, 64, 16)
