@@ -1,17 +1,13 @@
 """The paper's figures, and a picture beside each table, in one style of matplotlib's.
 
-    python -m paper.figures loss out/tiny/main out/tiny/ours-cosine --x tokens      of any segments, paradigms, runs
+    python -m paper.figures loss out/tiny/main out/tiny/ours-cosine      of any segments, paradigms, runs
 
 Each function draws one file: from plans (learning rates), from a table's record (perplexities) or from logs (losses).
 """
 
-import math
 import statistics
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 import schedule
 from paper import graph, tables
@@ -151,25 +147,16 @@ def frontier(record: dict[str, Any], file: str) -> None:
 
 
 Log = list[dict[str, Any]]
-AXES = {"steps": "step", "tokens": "tokens", "seconds": "seconds of training this segment"}
 
 
-def curves(log: Log, x: str = "steps") -> dict[str, tuple[Any, list[float]]]:
-    """{"loss", "lr", "val_loss", "average_val_loss": (x, y)} of a log; of a step trained twice, the last time."""
-    # a record names the update; the state is after it
-    train = dict(sorted({r["step"] + 1: r for r in log if "loss" in r}.items()))
-    steps = [min((r["start"] for r in log if "config" in r), default=0), *train]
-    batch = next((r["tokens"] / step for step, r in train.items()), 0)
-    took = [batch * (b - a) / train[b]["tokens_per_second"] for a, b in pairwise(steps)]
-    at = {"steps": steps, "tokens": [n * batch for n in steps], "seconds": [*accumulate(took, initial=0.0)]}[x]
-    made: dict[str, tuple[Any, list[float]]] = {k: (at[1:], [r[k] for r in train.values()]) for k in ("loss", "lr")}
-    for k in ("val_loss", "average_val_loss"):
-        val = dict(sorted({r["step"]: r[k] for r in log if k in r}.items()))
-        made[k] = np.interp(list(val), steps, at), list(val.values())
-    return made
+def curve(log: Log, key: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of a key of a log; of a step trained twice, the last time."""
+    after = 0 if "val_loss" in key else 1  # the record of an update names it; the state is after it
+    found = {r["step"] + after: r[key] for r in log if key in r}
+    return sorted(found), [found[step] for step in sorted(found)]
 
 
-def losses(panels: dict[str, dict[str, Log]], file: str, x: str = "steps") -> None:
+def losses(panels: dict[str, dict[str, Log]], file: str) -> None:
     """Logs, {title: {label: log}}: training loss (thin, some 200 means) and validation loss, rates below.
 
     Dots: the validation loss of the weights; crosses: that of their running mean.
@@ -177,22 +164,18 @@ def losses(panels: dict[str, dict[str, Log]], file: str, x: str = "steps") -> No
     width, columns = (4.6, 6) if len(panels) > 1 else (8.0, 3)
     fig, (above, below) = canvas(list(panels), width, 6.0, rows=2, sharex="col", sharey="row")
     labels = list(dict.fromkeys(label for logs in panels.values() for label in logs))
-    train, val = list[float](), list[float]()
     for top, bottom, logs in zip(above, below, panels.values(), strict=True):
         for label, log in logs.items():
-            i, c = labels.index(label), curves(log, x)
+            i = labels.index(label)
             look: Any = {"color": COLOURS[i % 6], "linestyle": ("-", "--", ":")[i // 6 % 3], "label": label}
-            at, loss = c["loss"]
-            few = len(loss) // 200 + 1
-            means = [statistics.fmean(loss[k : k + few]) for k in range(0, len(loss), few)]
-            top.plot(at[::few], means, color=look["color"], linewidth=0.7, alpha=0.45)
-            top.plot(*c["val_loss"], marker="o", markersize=4, **look)
-            top.plot(*c["average_val_loss"], marker="x", markersize=4, color=look["color"], linewidth=0.7)
-            bottom.plot(*c["lr"], **look)
-            train, val = train + loss[len(loss) // 10 :], val + c["val_loss"][1] + c["average_val_loss"][1]
-        bottom.set_xlabel(AXES[x])
-    if shown := [y for y in train + val if math.isfinite(y)]:  # losses of the first updates would flatten the rest
-        above[0].set_ylim(min(shown) - 0.05, max(shown) + 0.1)
+            steps, loss = curve(log, "loss")
+            few, first = len(loss) // 200 + 1, len(loss) // 10  # the first losses would flatten the rest
+            means = [statistics.fmean(loss[k : k + few]) for k in range(first, len(loss), few)]
+            top.plot(steps[first::few], means, color=look["color"], linewidth=0.7, alpha=0.45)
+            top.plot(*curve(log, "val_loss"), marker="o", markersize=4, **look)
+            top.plot(*curve(log, "average_val_loss"), marker="x", markersize=4, color=look["color"], linewidth=0.7)
+            bottom.plot(*curve(log, "lr"), **look)
+        bottom.set_xlabel("step")
     above[0].set_ylabel("loss (nats a token)")
     below[0].set_ylabel("learning rate")
     finish(fig, file, below, columns)
@@ -223,12 +206,11 @@ def main() -> None:
     a = Parser(prog="python -m paper.figures", description=__doc__)
     a.add_argument("what", choices=["loss"])
     a.add_argument("folder", nargs="+", type=Path, help="of a segment, a paradigm or a run")
-    a.add_argument("--x", default="steps", choices=AXES)
     a.add_argument("--out", default="out/loss.png", metavar="FILE", help="a .png, .pdf or .svg [out/loss.png]")
     o = a.parse_args()
     logs = {str(f): read_log(f) for folder in o.folder for f in segments(folder)}
-    shown = {f + " (no step logged yet)" * (not curves(log)["lr"][1]): log for f, log in logs.items()}
-    losses({"training loss (thin), validation loss (dots; crosses: of the running mean)": shown}, o.out, o.x)
+    shown = {f + " (no step logged yet)" * (not curve(log, "lr")[0]): log for f, log in logs.items()}
+    losses({"training loss (thin), validation loss (dots; crosses: of the running mean)": shown}, o.out)
     print(o.out)
 
 
