@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 import config
-import eval as evaluation
 import schedule
 from paper import downstream, figures, graph, measure, plans, report, scales, tables, workers
 from paper.tables import ORDER
@@ -38,17 +37,15 @@ MAIN, NINE = ",".join(tables.MAIN), ",".join(downstream.NINE)
 
 def main() -> None:
     o, s = parse()
-    if s.root.exists() and not s.root.is_dir():
-        raise UserError(f"--out {s.root}: is no folder; choose another one")
     if set(o.what) == {"report"}:
         print(report.page(s.root / "results"))
         return
 
     check_base_setting(s)
-    asked = [w for w in ORDER if w in o.what]
-    overruled = {name: tables.overruled(s, name) for name in asked or ORDER}  # `status` alone: of all that it can be of
-    refuse([line for lines in overruled.values() for line in lines if asked])
-    names = [name for name in overruled if not overruled[name]]
+    names = [name for name in ORDER if name in o.what]
+    refuse([line for name in names for line in tables.overruled(s, name)])
+    if not names:  # `status` alone is of all that these keys leave as it is
+        names = [name for name in ORDER if not tables.overruled(s, name)]
     needed = {tables.DRAWN_FROM.get(name, name) for name in names}
     seeds = [s.base.train.seed + i for i in range(o.seeds)]
     request = graph.Request(s, [n for n in tables.TABLES if n in needed], seeds)
@@ -59,23 +56,16 @@ def main() -> None:
     refuse([line for node in request.nodes.values() for line in distributed.batch_problems(node.config, ranks)])
     if "status" in o.what:
         plans.print_status(request, machine)
-        print("".join(f"\n{name} left out: {'; '.join(lines)}" for name, lines in overruled.items() if lines))
         return
 
-    options = {k: getattr(o, k) for k in ("data_dir", "limit", "num_fewshot")}
-    unread = [k for k, v in {"sft": o.sft, **options}.items() if v is not None and not request.downstream]
-    refuse([f"--{k}: is for table4 and table11; ask for one, or leave it out" for k in unread])
-    if o.sft is not None and not Path(o.sft).is_file():
-        raise UserError(f"--sft {o.sft}: is not there; expected a .jsonl file of examples")
     graph.check_lineage(request.nodes)
     todo = graph.left(request.nodes)[0]
     may_train = s.scale.train if o.run is None else o.run == "yes"
+    options = {k: getattr(o, k) for k in ("data_dir", "limit", "num_fewshot")}
     tasks = downstream.Tasks(list(dict.fromkeys(filter(None, o.tasks.split(",")))), options, o.sft)
     if request.downstream and (may_train or not todo):
         downstream.check(tasks)
     if todo and not may_train:
-        if o.sft:
-            print("Fine-tunings are planned when their versions are trained.")
         plans.print_plan(request, names, machine)
         return
     optional("matplotlib", "matplotlib", "drawing")
@@ -133,6 +123,11 @@ def parse() -> tuple[argparse.Namespace, scales.Setup]:
     for option, (low, high) in limits.items():
         if (value := getattr(o, option)) is not None and not low <= value <= high:
             raise UserError(f"--{option}: got {value}, expected {low} to {high}")
+    of_tasks = [k for k in ("sft", "data_dir", "limit", "num_fewshot") if getattr(o, k) is not None]
+    if of_tasks and not set(o.what) & set(tables.DOWNSTREAM):
+        raise UserError(f"--{of_tasks[0]}: is for table4 and table11; ask for one, or leave it out")
+    if o.sft is not None and not Path(o.sft).is_file():
+        raise UserError(f"--sft {o.sft}: is not there; expected a .jsonl file of examples")
     return o, scales.Setup(scale, overrides, schedules, o.out)
 
 
@@ -166,20 +161,15 @@ def check_training(request: graph.Request, machine: workers.Machine) -> None:
 
 def score(request: graph.Request, machine: workers.Machine) -> dict[str, dict[str, Any]]:
     """The records of all tables of perplexities."""
-    cells = {name: where for name, where in request.checkpoints.items() if name not in request.downstream}
-    own = [where for name, where in cells.items() if not request.tables[name].texts]  # on the validation set
-    paths = sorted({p for where in own for of_seeds in where.values() for p in of_seeds})
-    made, jobs = {}, machine.jobs
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    made = {}
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // machine.jobs))
     device = pick_device(request.setup.base.train.device, 0)
-    known = evaluation.scores(paths, device, jobs=jobs) if paths else {}
-    for name, where in cells.items():
-        if texts := request.tables[name].texts:
-            found = measure.on_texts(where, texts, device, jobs)
-        else:
-            found = {cell: [known[p] for p in of_seeds] for cell, of_seeds in where.items()}
-        record = measure.measure(request.tables[name], found, request.seeds, request.setup.columns)
-        made[name] = {**record, "made": measure.provenance(request, name)}
+    for name, t in request.tables.items():
+        if name not in request.downstream:
+            texts = t.texts or {column: ["val"] for column in t.columns}
+            found = measure.on_texts(request.checkpoints[name], texts, device, machine.jobs)
+            record = measure.measure(t, found, request.seeds, request.setup.columns)
+            made[name] = {**record, "made": measure.provenance(request, name)}
     return made
 
 
