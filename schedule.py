@@ -146,6 +146,11 @@ def inverse_sqrt(t: int, D: float, hi: float, lo: float, W: int) -> float:
     return max(lo, hi * math.sqrt(W / (W + t)))
 
 
+def step_down(t: int, D: float, hi: float, lo: float, W: int) -> float:
+    """All at `lo`: a probe, from which tools/alpha.py learns how fast the loss follows the rate."""
+    return lo
+
+
 def constant(t: int, D: float, hi: float, lo: float, W: int) -> float:
     """No decay."""
     return hi
@@ -161,6 +166,7 @@ SCHEDULES: dict[str, tuple[Callable[[int, float, float, float, int], float], flo
     "1-sqrt": (one_minus_sqrt, 0.2),
     "wsd": (exponential, 0.1),
     "inverse_sqrt": (inverse_sqrt, 1.0),
+    "step_down": (step_down, 0.1),
     "constant": (constant, 0.0),
 }
 
