@@ -48,10 +48,7 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
 
 
 def times(call: Callable[..., Any], inputs: list[Tensor], device: torch.device, waits: bool = False) -> Row:
-    """Seconds of the forward and of both passes; on CUDA the peak bytes of both, beside inputs and gradients.
-
-    On CUDA graphs are timed; of a call that waits for the device, itself, whose time is the host's too.
-    """
+    """Seconds of the forward and of both passes; on CUDA as graphs, unless the call waits for the device."""
 
     def forward() -> list[Tensor]:
         y = call(*inputs)
@@ -62,16 +59,9 @@ def times(call: Callable[..., Any], inputs: list[Tensor], device: torch.device, 
     def both() -> tuple[Tensor, ...]:
         return torch.autograd.grad(forward(), inputs, grads)
 
-    if device.type != "cuda":
-        return {"forward": timed(forward, device), "both": timed(both, device)}
-    both()  # compiles the kernels, which must not happen in what follows
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    extra = -sum(g.nbytes for g in both()) - before
-    out = Row(extra_bytes=extra + torch.cuda.max_memory_allocated())
-    for one in (forward, both):
-        out[one.__name__] = timed(one if waits else capture(one).replay, device)
-    return out
+    if device.type == "cuda" and not waits:
+        return {"forward": timed(capture(forward).replay, device), "both": timed(capture(both).replay, device)}
+    return {"forward": timed(forward, device), "both": timed(both, device)}
 
 
 def candidates(case: str, m: config.Model, B: int, device: torch.device, dtype: torch.dtype) -> dict[str, check.Case]:

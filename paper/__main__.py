@@ -139,12 +139,10 @@ VARIED += ["plan.average", "plan.average_points"]
 def check_base_setting(s: scales.Setup) -> None:
     """A folder has one base setting, that of the first call. UserError names the keys that differ."""
     file = s.root / "config.toml"
-    if not file.exists():
-        return
-    there, here = config.values(config.load(str(file))), config.flatten(s.base)
-    fixed = [k for k, (f, _) in here.items() if not f.metadata.get("free") and k not in VARIED]
-    if was := ", ".join(f"{k}: {there[k]} there, {here[k][1]} here" for k in fixed if there[k] != here[k][1]):
-        raise UserError(f"{file}: was begun with other settings ({was}); go back to them, or choose another --out")
+    there = config.values(config.load(str(file))) if file.exists() else {}
+    here = {k: v for k, (f, v) in config.flatten(s.base).items() if not f.metadata.get("free") and k not in VARIED}
+    wrong = [f"{k}: got {v}, but {file} has {there[k]}" for k, v in here.items() if there and there[k] != v]
+    refuse([f"{line}; give that value, or choose another --out" for line in wrong])
 
 
 def check_training(request: graph.Request, machine: workers.Machine) -> None:

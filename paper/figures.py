@@ -197,9 +197,8 @@ def by_paradigm(request: graph.Request) -> dict[str, dict[str, Log]]:
 
 
 def segments(folder: Path) -> list[Path]:
-    """The segments that have a log: the folder itself, or those of a paradigm or run."""
-    below = (".", "main", "v*", "*/v*", "sft/*", "sft/*/v*")
-    if found := [log.parent for where in below for log in sorted(folder.glob(f"{where}/log.jsonl"))]:
+    """The segments in a folder that have a log: itself, or those of a paradigm or run."""
+    if found := sorted(log.parent for log in folder.rglob("log.jsonl")):
         return found
     raise UserError(f"{folder}: has no log.jsonl; expected a segment, a paradigm or a run, as out/tiny/ours-cosine")
 

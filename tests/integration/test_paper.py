@@ -425,7 +425,7 @@ def test_table3_end_to_end_stopped_and_gone_on(tmp_path, prepared, main):
     kept = (results / "table3.json").read_bytes()
     for what in ("table3", "fig1", "table1", "status"):
         code, _, refused = main(*words(root, prepared, "--plan.max_lr", "1e-2", what=[what]))
-        assert code == 2 and "begun with other settings (plan.max_lr: 0.004 there, 0.01 here)" in refused
+        assert code == 2 and f"plan.max_lr: got 0.01, but {root}/config.toml has 0.004" in refused
     assert (results / "table3.json").read_bytes() == kept
     meta = checkpoint.read_meta(run / "ours-cosine" / "v2" / "step-000020")
     assert meta["parent"]["segment"] == "main" and meta["parent"]["step"] == 14
