@@ -69,8 +69,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
             raise UserError(f"--{key}: got {value}, expected {low} or more")
     if o.json and (Path(o.json).is_dir() or not Path(o.json).absolute().parent.is_dir()):
         raise UserError(f"--json: got {o.json}, expected a file in a folder that exists")
-    if c.train.device == "mps":
-        raise UserError("train.device: got mps, expected auto, cuda or cpu")
     found = kernels.problems(c.train.kernels, cuda, c.model)
     for peer in getattr(o, "peers", None) or []:
         if peer.startswith("ours-"):

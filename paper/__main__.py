@@ -41,7 +41,6 @@ def main() -> None:
         print(report.page(s.root / "results"))
         return
 
-    check_base_setting(s)
     names = [name for name in ORDER if name in o.what]
     refuse([line for name in names for line in tables.overruled(s, name)])
     if not names:  # `status` alone is of all that these keys leave as it is
@@ -74,8 +73,6 @@ def main() -> None:
 
     request.results.mkdir(parents=True, exist_ok=True)
     with lock(s.root / ".lock", f"{s.root}: another python -m paper is at work here; wait or choose another --out"):
-        if not (s.root / "config.toml").exists():
-            write_text(s.root / "config.toml", config.to_toml(s.base))
         if todo:
             workers.run(request.nodes, s.root, machine)
         made = {"table9": tables.table9(s), **score(request, machine)}
@@ -129,20 +126,6 @@ def parse() -> tuple[argparse.Namespace, scales.Setup]:
     if o.sft is not None and not Path(o.sft).is_file():
         raise UserError(f"--sft {o.sft}: is not there; expected a .jsonl file of examples")
     return o, scales.Setup(scale, overrides, schedules, o.out)
-
-
-# The keys that tables vary themselves, or that a later call may raise
-VARIED = "plan.schedule plan.alpha plan.decay_steps plan.cpt_variant plan.versions plan.increments train.seed".split()
-VARIED += ["plan.average", "plan.average_points"]
-
-
-def check_base_setting(s: scales.Setup) -> None:
-    """A folder has one base setting, that of the first call. UserError names the keys that differ."""
-    file = s.root / "config.toml"
-    there = config.values(config.load(str(file))) if file.exists() else {}
-    here = {k: v for k, (f, v) in config.flatten(s.base).items() if not f.metadata.get("free") and k not in VARIED}
-    wrong = [f"{k}: got {v}, but {file} has {there[k]}" for k, v in here.items() if there and there[k] != v]
-    refuse([f"{line}; give that value, or choose another --out" for line in wrong])
 
 
 def check_training(request: graph.Request, machine: workers.Machine) -> None:

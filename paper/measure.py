@@ -52,18 +52,19 @@ def on_texts(where: dict[Cell, list[Path]], texts: dict[str, list[str]], device:
 def prepare_drift(folder: Path) -> None:
     """The text that ships, English, an increment a kind; a part of each is held out."""
     there = len(token_files.read_meta(folder)["increments"]) if folder.exists() else 0
+    lines: dict[str, list[str]] = {kind: [] for kind in beyond.KINDS}
+    with lzma.open(prepare.TEXT, "rt", encoding="utf-8") as f:
+        for line in f:
+            if (record := json.loads(line))["lang"] == "en":
+                lines[record["domain"]].append(line)
     with tempfile.TemporaryDirectory() as scratch:
-        of = {kind: Path(scratch) / f"{kind}.jsonl" for kind in beyond.KINDS}
-        with lzma.open(prepare.TEXT, "rt", encoding="utf-8") as f:
-            for line in f if there < len(of) else ():
-                if (record := json.loads(line))["lang"] == "en":
-                    with open(of[record["domain"]], "a", encoding="utf-8") as g:
-                        g.write(line)
-        for i, file in list(enumerate(of.values()))[there:]:
-            if i == 0:
-                prepare.prepare(str(folder), [str(file)], increments=(1.0,))
-            else:
+        for kind, text in list(lines.items())[there:]:
+            file = Path(scratch) / f"{kind}.jsonl"
+            file.write_text("".join(text), encoding="utf-8")
+            if folder.exists():
                 prepare.add(str(folder), [str(file)], val=0.05)
+            else:
+                prepare.prepare(str(folder), [str(file)], increments=(1.0,))
 
 
 def judge(found: Scores, claim: Claim, seeds: int, paper: dict[Cell, float]) -> dict[str, Any]:

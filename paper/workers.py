@@ -35,12 +35,7 @@ class Workers:
         self.nodes, self.machine = nodes, machine
         self.output = root / "output"
         self.output.mkdir(parents=True, exist_ok=True)
-        chain = {n: node.steps for n, node in nodes.items()}  # steps of the longest chain that begins with each
-        for name, node in reversed(nodes.items()):  # children before their parents
-            if node.parent:
-                parent = node.parent[0]
-                chain[parent] = max(chain[parent], nodes[parent].steps + chain[name])
-        self.waiting = sorted((n for n in nodes if not nodes[n].done()), key=lambda n: -chain[n])
+        self.waiting = sorted((n for n in nodes if not nodes[n].done()), key=lambda n: -nodes[n].steps)  # longest first
         self.running: dict[str, tuple[subprocess.Popen, int]] = {}  # with its slot
         self.failed: dict[str, str] = {}  # the last error that it printed
         self.free = list(range(machine.jobs))  # slots
