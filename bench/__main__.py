@@ -34,19 +34,6 @@ from runtime.files import write_text
 VERBS: Any = {"step": step.run, "kernels": kernel_rows.run}
 VERBS |= {"data": disk.run_data, "checkpoint": disk.run_checkpoint}
 PEERS = f"some of {' '.join(peers.PEERS)}, and ours-K with a value K of train.kernels, such as ours-torch; none: ours"
-ALL = " ".join(VERBS)
-# (commands, option, its argparse arguments, help)
-OPTIONS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
-    (ALL, "--size", {"dest": "config"}, "a name in configs/ or a .toml file, as --config [kernels on a GPU: several]"),
-    ("step", "--peers", {"nargs": "*"}, f"{PEERS} [hf-compile hf-liger; on a CPU hf nanogpt]"),
-    ("step", "--micro", {"nargs": "+", "type": int}, "micro-batches to try [16 32 8 4 2 1; on a CPU 8 16 4]"),
-    ("step", "--minutes", {"type": float, "default": 8.0}, "for everything; what it ends or leaves out is named [8]"),
-    ("step", "--updates", {"type": int, "default": 20}, "updates whose last loss is compared; 0: none [20]"),
-    ("step", "--row", {}, argparse.SUPPRESS),  # measure this row alone, in this process
-    ("step data checkpoint", "--rounds", {"type": int}, "rounds, all rows in turn [3; step on a GPU 1]"),
-    ("data", "--megabytes", {"type": float, "default": 64.0}, "of text to tokenize [64]"),
-    (ALL, "--json", {}, "write everything to this file"),
-)
 LOWEST = {"micro": 1, "rounds": 1, "megabytes": 0.1, "minutes": 0, "updates": 0}
 
 
@@ -56,9 +43,19 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
     commands = top.add_subparsers(dest="verb", required=True, parser_class=Parser)
     for verb in VERBS:
         command = commands.add_parser(verb, usage=f"bench {verb} [--flag VALUE ..] [--section.key VALUE ..]")
-        for verbs, option, arguments, says in OPTIONS:
-            if verb in verbs.split():
-                command.add_argument(option, help=says, **arguments)
+        add = command.add_argument
+        add("--size", dest="config", help="a name in configs/ or a .toml file, as --config [kernels on a GPU: several]")
+        add("--json", help="write everything to this file")
+        if verb == "step":
+            add("--peers", nargs="*", help=f"{PEERS} [hf-compile hf-liger; on a CPU hf nanogpt]")
+            add("--micro", nargs="+", type=int, help="micro-batches to try [16 32 8 4 2 1; on a CPU 8 16 4]")
+            add("--minutes", type=float, default=8.0, help="for everything; what it ends or leaves out is named [8]")
+            add("--updates", type=int, default=20, help="updates whose last loss is compared; 0: none [20]")
+            add("--row", help=argparse.SUPPRESS)  # measure this row alone, in this process
+        if verb == "data":
+            add("--megabytes", type=float, default=64.0, help="of text to tokenize [64]")
+        if verb != "kernels":
+            add("--rounds", type=int, help="rounds, all rows in turn [3; step on a GPU 1]")
         command.add_config()
     default = {"checkpoint": "small", "step": "203m" if torch.cuda.is_available() else "tiny"}.get(argv[0], "tiny")
     o, c = top.parse_config(argv, default=default)

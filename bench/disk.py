@@ -51,10 +51,9 @@ def run_data(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype)
         seconds = timed(lambda: tokens.batch(next(steps)), torch.device("cpu"))
     reader = c.batch_sequences * c.model.context / seconds
     writer = statistics.median(a / b for a, b in zip(ours, alone, strict=True))
-    own = Row(tokens_per_second=statistics.median(ours), ratio=writer, to="tiktoken")
     rows = [
         Row(row=f"tiktoken alone, {cores} threads", tokens_per_second=statistics.median(alone)),
-        Row(row=f"data.py prepare, {cores} processes") | own,
+        Row(row=f"data.py prepare, {cores} processes", tokens_per_second=statistics.median(ours), ratio=writer),
         Row(row=f"reader, {c.batch_sequences} x {c.model.context} a batch", tokens_per_second=reader),
     ]
     print(f"{len(docs):,} documents, {count:,} tokens by {prepare.RANKS.name}")

@@ -91,8 +91,7 @@ def run(o: Any, c: Config, device: torch.device, dtype: torch.dtype) -> Row:
     rows = {name: Row(row=name, note=peers.missing(name, cuda)) for name in names}
     measure_rounds(o, rows)
     compare({name: row for name, row in rows.items() if not row["note"]}, c)
-    print("mfu: attention with its causal half; mfu_published: with all of it; peak_flops: of the data sheet, or of a")
-    print(f"matrix product timed after the row. loss: of update {o.updates}.")
+    print(f"mfu: attention with its causal half; mfu_published: with all of it. loss: of update {o.updates}.")
     return {"rows": list(rows.values())}
 
 

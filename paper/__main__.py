@@ -51,7 +51,7 @@ def main() -> None:
     gpus = torch.cuda.device_count() if s.base.train.device in ("auto", "cuda") else 0
     ranks = o.ranks or s.scale.ranks
     jobs = o.jobs or max(1, (gpus * s.scale.per_gpu or os.cpu_count() or 1) // ranks)
-    machine = workers.Machine(jobs, gpus, ranks, o.mfu)
+    machine = workers.Machine(jobs, gpus, ranks)
     refuse([line for node in request.nodes.values() for line in distributed.batch_problems(node.config, ranks)])
     if "status" in o.what:
         plans.print_status(request, machine)
@@ -92,7 +92,7 @@ def parse() -> tuple[argparse.Namespace, scales.Setup]:
     usage = "python -m paper WHAT .. [--scale NAME] [--seeds N] [--run yes|no] [--OPTION ..] [--section.key VALUE ..]"
     parser = Parser(prog="python -m paper", description=__doc__, usage=usage)
     add = parser.add_argument
-    add("what", nargs="+", help=f"status, report, or some of {', '.join(ORDER)}")
+    add("what", nargs="+", choices=("status", "report", *ORDER), metavar="WHAT", help="the names above")
     add("--scale", default="tiny", help="a name in configs/scales/ or a .toml file [tiny]")
     add("--seeds", type=int, default=1, help="repeat with so many seeds, from train.seed on [1]")
     add("--schedules", default=MAIN, help=f"for the tables that compare them [{MAIN}]")
@@ -104,19 +104,15 @@ def parse() -> tuple[argparse.Namespace, scales.Setup]:
     add("--data_dir", help="table4, table11: folder of local copies of the tasks' data [the hub]")
     add("--limit", type=int, help="table4, table11: so many examples of each task [all]")
     add("--num_fewshot", type=int, help="table4, table11: examples in the prompt [as each task says]")
-    add("--mfu", type=float, default=0.4, help="part of a GPU's peak that training reaches, for plans [0.4]")
     parser.add_config(name=False)
     o, unknown = parser.parse_known_intermixed_args()
     scale = scales.load_scale(o.scale)
     config.load(scale.config, given(o), unknown)
     overrides = {k: v for k, v in given(o).items() if k != "out"}
-    if wrong := [w for w in o.what if w not in (*ORDER, "status", "report")]:
-        losses = "losses of folders: python -m paper.figures loss"
-        raise UserError(f"{wrong[0]}: expected status, report or some of {', '.join(ORDER)}; {losses}")
     schedules = list(dict.fromkeys(o.schedules.split(",")))
     if wrong := [n for n in schedules if n not in schedule.SCHEDULES]:
         raise UserError(f"--schedules: got {', '.join(wrong)}, expected some of {', '.join(schedule.SCHEDULES)}")
-    limits = {"seeds": (1, 100), "jobs": (1, 10_000), "ranks": (1, 10_000), "limit": (1, 10**9), "mfu": (0.001, 1)}
+    limits = {"seeds": (1, 100), "jobs": (1, 10_000), "ranks": (1, 10_000), "limit": (1, 10**9)}
     for option, (low, high) in limits.items():
         if (value := getattr(o, option)) is not None and not low <= value <= high:
             raise UserError(f"--{option}: got {value}, expected {low} to {high}")

@@ -129,9 +129,8 @@ def make(request: Request, name: str, tasks: Tasks, machine: workers.Machine, pr
         found, results = tunings(s, {p: settings[p.parent] for p in paths}, tasks.sft, machine.ranks)
         todo = graph.left(found)[0]
         if todo and print_only:
-            print(f"{name}: {len(todo)} of {len(found)} fine-tunings to do")
             plans.print_commands(found, todo, machine.ranks)
-            print(f"{name}: the fine-tunings printed above are {plans.NOT_TRAINED}")
+            print(f"{name}: {len(todo)} of {len(found)} fine-tunings are {plans.NOT_TRAINED}")
             return {}
         if todo:
             workers.run(found, s.root, machine)

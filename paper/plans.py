@@ -9,6 +9,7 @@ from paper.graph import Graph, Node, Request
 from paper.workers import Machine
 from runtime import checkpoint
 
+SPEED = 0.4 * cost.PEAK  # FLOP/s of training on an H100
 NOT_TRAINED = "not trained yet; when they are, this command makes the tables, or it trains them with --run yes"
 
 
@@ -25,7 +26,7 @@ def print_status(request: Request, machine: Machine) -> None:
     for name, nodes in {**request.nodes_of, "all": request.nodes}.items():
         steps = sum(n.steps for n in nodes.values())
         tokens = tables.count(sum(n.steps * n.config.train.batch_tokens for n in nodes.values()))
-        hours = sum(n.steps * n.step_flops for n in nodes.values()) / (machine.mfu * cost.PEAK) / 3600
+        hours = sum(n.steps * n.step_flops for n in nodes.values()) / SPEED / 3600
         todo, left, flops = graph.left(nodes)
         needs = f"{len(nodes)} segments, {steps:,} steps, {tokens} tokens, {float(f'{hours:.3g}'):,g} GPU-hours"
         print(f"{name}: {needs}; {len(nodes) - len(todo)} done, {left:,} steps left")
@@ -33,7 +34,7 @@ def print_status(request: Request, machine: Machine) -> None:
         reached, running = node.reached(), node.at_work()
         if reached or running:
             print(f"  {node.name}: {'running' if running else 'stopped'}, step {reached:,} of {node.steps:,}")
-    print(f"GPU-hours are at {machine.mfu:.0%} of an H100's {cost.PEAK / 1e12:.0f} TFLOP/s (--mfu).")
+    print(f"GPU-hours are at {SPEED:.4g} FLOP/s, 40% of an H100's peak.")
     trained = [(node, *graph.trained(node.log())) for node in request.nodes.values()]
     if done := sum(tokens * node.config.model.flops_per_token() for node, tokens, _ in trained):
         time = duration(sum(seconds for *_, seconds in trained) / done * flops / machine.jobs)

@@ -25,7 +25,6 @@ class Machine:
     jobs: int  # segments side by side
     gpus: int
     ranks: int  # processes of a segment
-    mfu: float = 0.4  # part of a GPU's peak that training reaches, for plans
 
 
 class Workers:
@@ -35,7 +34,7 @@ class Workers:
         self.nodes, self.machine = nodes, machine
         self.output = root / "output"
         self.output.mkdir(parents=True, exist_ok=True)
-        self.waiting = sorted((n for n in nodes if not nodes[n].done()), key=lambda n: -nodes[n].steps)  # longest first
+        self.waiting = sorted((n for n in nodes if not nodes[n].done()), key=lambda n: -nodes[n].steps)
         self.running: dict[str, tuple[subprocess.Popen, int]] = {}  # with its slot
         self.failed: dict[str, str] = {}  # the last error that it printed
         self.free = list(range(machine.jobs))  # slots
