@@ -66,6 +66,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
             raise UserError(f"--{key}: got {value}, expected {low} or more")
     if o.json and (Path(o.json).is_dir() or not Path(o.json).absolute().parent.is_dir()):
         raise UserError(f"--json: got {o.json}, expected a file in a folder that exists")
+    if c.train.device == "mps":
+        raise UserError("train.device: got mps, expected auto, cuda or cpu")
     found = kernels.problems(c.train.kernels, cuda, c.model)
     for peer in getattr(o, "peers", None) or []:
         if peer.startswith("ours-"):
@@ -79,9 +81,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
 def main() -> None:
     o, c = parse(sys.argv[1:] or ["--help"])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C, it ends the process of a row as well
-    t = c.train
-    device = pick_device("cpu" if t.device == "auto" and not torch.cuda.is_available() else t.device, 0)
-    dtype = activations(t.dtype, device)
+    cpu = c.train.device == "auto" and not torch.cuda.is_available()  # not mps
+    device = pick_device("cpu" if cpu else c.train.device, 0)
+    dtype = activations(c.train.dtype, device)
     if o.verb == "step" and device.type == "cpu":
         torch.set_num_threads(1)
     if o.verb == "step" and o.row:

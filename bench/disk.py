@@ -22,6 +22,7 @@ import model as llama
 from bench.measure import Row, check_memory, child, timed
 from runtime import checkpoint
 from runtime.errors import UserError
+from runtime.files import fsync
 from text import prepare, sources
 from text.tokenizer import Tokenizer
 
@@ -110,8 +111,7 @@ def checkpoint_seconds(state: dict[str, Tensor], folder: Path, rounds: int) -> d
         with open(plain, "wb") as f:
             for t in host.values():
                 f.write(t.reshape(-1).numpy().data)
-            f.flush()
-            os.fsync(f.fileno())
+        fsync(plain)
 
     def save_and_remove() -> None:
         saver.wait()

@@ -14,7 +14,6 @@ import config
 from bench.measure import Row, capture, copy_speed, timed
 from bench.peers import liger, missing
 from kernels import check
-from kernels.rope import rope_table
 from runtime.command_line import given
 from runtime.errors import first_line
 
@@ -37,9 +36,8 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
                 rows.append(row)
                 if row["note"]:
                     continue
-                waits = (case, name) == ("cross_entropy", "liger")  # for the device, so it cannot be captured
                 try:
-                    row |= times(call, inputs, device, waits)
+                    row |= times(call, inputs, device, waits=(case, name) == ("cross_entropy", "liger"))
                 except Exception as e:  # this device or shape cannot run it; the other rows go on
                     row["note"] = f"failed: {first_line(e)[:120]}"
                 else:
@@ -66,7 +64,7 @@ def times(call: Callable[..., Any], inputs: list[Tensor], device: torch.device, 
 
 def candidates(case: str, m: config.Model, B: int, device: torch.device, dtype: torch.dtype) -> dict[str, check.Case]:
     """{row: (function, inputs)}; `triton` and `torch` are the choices of train.kernels."""
-    h, H, K, T, eps = m.hidden, m.n_head, m.n_kv_head or m.n_head, m.context, m.norm_eps
+    h, T, eps = m.hidden, m.context, m.norm_eps
     ours, inputs = check.case(case, m, B, T, dtype, device)
     for x in inputs:
         x.requires_grad_()
@@ -80,17 +78,11 @@ def candidates(case: str, m: config.Model, B: int, device: torch.device, dtype: 
     elif case == "swiglu":
         gate_up = [t.contiguous().requires_grad_() for t in inputs[0].detach().chunk(2, dim=-1)]
         rows["liger"] = (lambda gate, up: liger("swiglu")(gate, up), gate_up)
-    elif case == "rope":
-        tables = rope_table(T, h // H, m.rope_theta)
-        wide = [torch.cat((t, t), 1)[None].to(device, dtype) for t in tables]  # (1, T, D), as transformers has them
-        queries_and_keys = inputs[0].detach().split((H, K, K), dim=2)[:2]
-        views = [t.contiguous().transpose(1, 2).requires_grad_() for t in queries_and_keys]
-        rows["liger"] = (lambda q, k: liger("rope")(q, k, *wide), views)
     elif case == "attention":
         for name in ("flash", "cudnn", "efficient"):
             backend = sdpa_kernel(SDPBackend.__members__[f"{name.upper()}_ATTENTION"])
             rows[f"sdpa {name}"] = (backend(partial(ours, "torch")), inputs)
-    else:
+    elif case == "cross_entropy":
         y, fused = torch.randint(m.vocab_size, (B * T,), device=device), "fused_linear_cross_entropy"
         rows["liger"] = (lambda x, w: liger(fused)(x.view(-1, h), w.type_as(x), y), inputs)
     return rows

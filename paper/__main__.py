@@ -41,10 +41,8 @@ def main() -> None:
         print(report.page(s.root / "results"))
         return
 
-    names = [name for name in ORDER if name in o.what]
+    names = [name for name in ORDER if name in o.what] or ORDER  # `status` alone is of all
     refuse([line for name in names for line in tables.overruled(s, name)])
-    if not names:  # `status` alone is of all that these keys leave as it is
-        names = [name for name in ORDER if not tables.overruled(s, name)]
     needed = {tables.DRAWN_FROM.get(name, name) for name in names}
     seeds = [s.base.train.seed + i for i in range(o.seeds)]
     request = graph.Request(s, [n for n in tables.TABLES if n in needed], seeds)
@@ -130,9 +128,9 @@ def check_training(request: graph.Request, machine: workers.Machine) -> None:
     if 0 < machine.gpus < machine.ranks:
         raise UserError(f"--ranks: got {machine.ranks}, expected at most the {machine.gpus} GPUs of this machine")
     prepare.ship(request.setup.base.data.path)
-    if any(n.config.data.path == beyond.DRIFT["data.path"] for n in request.nodes.values()):
-        measure.prepare_drift(Path(beyond.DRIFT["data.path"]))
     nodes = request.nodes.values()
+    if any(n.config.data.path == beyond.DRIFT["data.path"] for n in nodes):
+        measure.prepare_drift(Path(beyond.DRIFT["data.path"]))
     refuse([line for n in nodes for line in n.tokens.problems(n.segment.start, n.segment.end)])
 
 

@@ -24,7 +24,6 @@ from text.examples import Examples, SFTData, prepare_examples
 # The paper's tasks: their names in the harness, and in the paper
 IN_HARNESS = "c3 gsm8k mmlu csl ceval-valid bbh cmmlu gaokao agieval".split()
 NINE = dict(zip(IN_HARNESS, "C3 GSM8K MMLU CSL C-EVAL BBH CMMLU GAOKAO AGIEval".split(), strict=True))
-Made = dict[str, dict[str, Any]]  # records by table
 Scores = dict[str, dict[str, Any]]  # {name as asked for: {task (its own name), value, se, metric, n}}
 
 
@@ -119,7 +118,7 @@ def record(of: tables.Table, found: dict[Cell, list[Scores]], names: list[str], 
     return {**made, "name": of.name, "notes": [*made["notes"], *of.notes, note], "means": means, "scores": scores}
 
 
-def make(request: Request, name: str, tasks: Tasks, machine: workers.Machine, print_only: bool) -> Made:
+def make(request: Request, name: str, tasks: Tasks, machine: workers.Machine, print_only: bool) -> dict[str, Any]:
     """{name: record} of a table: its versions, fine-tuned if there are examples, asked. {} if the plan is printed."""
     s, where = request.setup, request.checkpoints[name]
     paths = list(dict.fromkeys(p for of_seeds in where.values() for p in of_seeds))

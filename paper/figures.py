@@ -1,8 +1,6 @@
 """The paper's figures, and a picture beside each table, in one style of matplotlib's.
 
-    python -m paper.figures loss out/tiny/main out/tiny/ours-cosine      of any segments, paradigms, runs
-
-Each function draws one file: from plans (learning rates), from a table's record (perplexities) or from logs (losses).
+python -m paper.figures loss out/tiny/main out/tiny/ours-cosine      of any segments, paradigms, runs
 """
 
 import statistics
@@ -159,10 +157,7 @@ def curve(log: Log, key: str) -> tuple[list[int], list[float]]:
 
 
 def losses(panels: dict[str, dict[str, Log]], file: str) -> None:
-    """Logs, {title: {label: log}}: training loss (thin, some 200 means) and validation loss, rates below.
-
-    Dots: the validation loss of the weights; crosses: that of their running mean.
-    """
+    """Logs, {title: {label: log}}: training loss (thin, some 200 means) and validation loss, rates below."""
     width, columns = (4.6, 6) if len(panels) > 1 else (8.0, 3)
     fig, (above, below) = canvas(list(panels), width, 6.0, rows=2, sharex="col", sharey="row")
     labels = list(dict.fromkeys(label for logs in panels.values() for label in logs))
@@ -210,8 +205,7 @@ def main() -> None:
     a.add_argument("--out", default="out/loss.png", metavar="FILE", help="a .png, .pdf or .svg [out/loss.png]")
     o = a.parse_args()
     logs = {str(f): read_log(f) for folder in o.folder for f in segments(folder)}
-    shown = {f + " (no step logged yet)" * (not curve(log, "lr")[0]): log for f, log in logs.items()}
-    losses({"training loss (thin), validation loss (dots; crosses: of the running mean)": shown}, o.out)
+    losses({"training loss (thin), validation loss (dots; crosses: of the running mean)": logs}, o.out)
     print(o.out)
 
 

@@ -1,7 +1,6 @@
 """What is left to do, in words: how much each table needs, what it costs, and the commands that train it elsewhere."""
 
 import shlex
-from pathlib import Path
 
 import cost
 from paper import graph, tables
@@ -47,9 +46,6 @@ def print_plan(request: Request, names: list[str], machine: Machine) -> None:
     nodes, missing = request.nodes, graph.left(request.nodes)[0]
     disk = sum(len(n.required) * checkpoint.BYTES * n.config.model.parameters for n in nodes.values())
     print(f"Checkpoints that are kept: {disk / 1e9:,.3g} GB. Any line can be given again, and goes on.")
-    for path in sorted({node.config.data.path for node in nodes.values()}):
-        if not (Path(path) / "meta.json").exists():
-            print(f"{path} is not there yet: python data.py prepare --out {shlex.quote(path)} --help")
     print_commands(nodes, missing, machine.ranks)
     print(f"{', '.join(names)}: {len(missing)} of {len(nodes)} segments are {NOT_TRAINED}")
 

@@ -298,7 +298,7 @@ def test_kernels(run, monkeypatch):
             rows[case, "triton"]["note"] == "skipped: needs CUDA"
             and min(rows[case, "torch"][d] for d in ("forward", "both")) > 0
         )
-        assert case == "attention" or rows[case, "liger"]["note"] == "skipped: pip install liger-kernel"
+        assert case in ("attention", "rope") or rows[case, "liger"]["note"] == "skipped: pip install liger-kernel"
     assert rows["attention", "sdpa cudnn"]["note"] == "skipped: needs CUDA"
     assert rows["cross_entropy", "torch"]["both_tflops"] > 0 and rows["rope", "torch"]["both"] > 0
 
