@@ -41,8 +41,10 @@ def main() -> None:
         print(report.page(s.root / "results"))
         return
 
-    names = [name for name in ORDER if name in o.what] or ORDER  # `status` alone is of all
+    names = [name for name in ORDER if name in o.what]
     refuse([line for name in names for line in tables.overruled(s, name)])
+    # `status` alone is of all that these keys leave as it is
+    names = names or [name for name in ORDER if not tables.overruled(s, name)]
     needed = {tables.DRAWN_FROM.get(name, name) for name in names}
     seeds = [s.base.train.seed + i for i in range(o.seeds)]
     request = graph.Request(s, [n for n in tables.TABLES if n in needed], seeds)
