@@ -11,7 +11,6 @@ turn with the others. `--json FILE` keeps everything.
 
 import argparse
 import json
-import math
 import shlex
 import signal
 import sys
@@ -62,7 +61,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
     cuda = torch.cuda.is_available() and c.train.device != "cpu"
     for key, low in LOWEST.items():
         value = getattr(o, key, None)
-        if value is not None and not low <= min(value if isinstance(value, list) else [value]) < math.inf:
+        if value is not None and not low <= min(value if isinstance(value, list) else [value]) <= 1e9:
             raise UserError(f"--{key}: got {value}, expected {low} or more")
     if o.json and (Path(o.json).is_dir() or not Path(o.json).absolute().parent.is_dir()):
         raise UserError(f"--json: got {o.json}, expected a file in a folder that exists")

@@ -32,7 +32,10 @@ BESIDE = {"stall": "copy to the host", "save": "plain write and fsync", "load": 
 def run_data(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
     """The shard writer beside tiktoken alone, on the same documents and all cores; the reader on one core."""
     tokenizer, rounds, cores = Tokenizer(str(prepare.RANKS)), o.rounds or 3, os.cpu_count() or 1
-    docs = documents(o.megabytes)
+    text = "".join(sources.documents(prepare.TEXT, lambda read: None))
+    # documents of 8,000 characters; each pass over the text is cut elsewhere, because the writer drops equal ones
+    starts = [k for i in range(80) for k in range(97 * i, len(text), 8000)]
+    docs = [text[k : k + 8000] for k in starts[: round(o.megabytes * 125)]]
     alone, ours = [], []  # tokens/s
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).absolute()
@@ -59,13 +62,6 @@ def run_data(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype)
     ]
     print(f"{len(docs):,} documents, {count:,} tokens by {prepare.RANKS.name}")
     return {"documents": len(docs), "tokens": count, "jobs": cores, "rows": rows}
-
-
-def documents(megabytes: float) -> list[str]:
-    """Our corpus in documents of 8,000 characters; each pass over it is cut elsewhere: the writer drops equal ones."""
-    text = "".join(sources.documents(prepare.TEXT, lambda read: None))
-    starts = [k for i in range(80) for k in range(97 * i, len(text), 8000)]
-    return [text[k : k + 8000] for k in starts[: round(megabytes * 125)]]
 
 
 def run_checkpoint(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:

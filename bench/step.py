@@ -1,6 +1,5 @@
 """A training step beside its peers: tokens/s, MFU, peak memory, loss. Fresh processes, rounds in turn (A B A B)."""
 
-import gc
 import json
 import statistics
 import sys
@@ -140,7 +139,6 @@ def fresh_row(name: str, micro: int, updates: int, end: float) -> Row:
 def row(o: Any, c: Config, device: torch.device, dtype: torch.dtype) -> Row:
     """A row at one micro-batch, in this process: its loss, speed, peak memory, and the FLOP/s of the device."""
     cuda, (micro,) = device.type == "cuda", o.micro
-    gc.disable()  # as train.py does
     try:
         trainer = Trainer(o.row, c, device, dtype)
         found = Row(micro=micro) | ({"loss": trainer.last_loss(micro, o.updates)} if o.updates else {})

@@ -26,9 +26,10 @@ def print_status(request: Request, machine: Machine) -> None:
         steps = sum(n.steps for n in nodes.values())
         tokens = tables.count(sum(n.steps * n.config.train.batch_tokens for n in nodes.values()))
         hours = sum(n.steps * n.step_flops for n in nodes.values()) / SPEED / 3600
-        todo, left, flops = graph.left(nodes)
+        todo, left, _ = graph.left(nodes)
         needs = f"{len(nodes)} segments, {steps:,} steps, {tokens} tokens, {float(f'{hours:.3g}'):,g} GPU-hours"
         print(f"{name}: {needs}; {len(nodes) - len(todo)} done, {left:,} steps left")
+    todo, _, flops = graph.left(request.nodes)
     for node in todo:
         reached, running = node.reached(), node.at_work()
         if reached or running:
