@@ -8,10 +8,9 @@ from pathlib import Path
 from runtime.command_line import Parser
 from runtime.errors import UserError, user_errors
 from text.bins import bins
-from text.prepare import RANKS, TEXT, add, drop, prepare
+from text.prepare import RANKS, TEXT, add, drop, prepare, vocab
 from text.sources import KINDS
 from text.token_files import check_files, tokenizer_of
-from text.tokenizer import vocab
 
 
 def proportions(text: str) -> list[float]:

@@ -5,6 +5,7 @@ validation or an increment (ranges of h) and orders it there. So the split is wi
 memory, is the same on any number of machines and in any order of the input, and equal documents meet.
 """
 
+import base64
 import bisect
 import collections
 import itertools
@@ -25,11 +26,11 @@ import numpy as np
 
 import config
 from runtime.command_line import aligned
-from runtime.errors import UserError
-from runtime.files import begin_folder, fsync, lock, make_folder, wait_if_taken, write_json
+from runtime.errors import UserError, optional
+from runtime.files import begin_folder, fsync, lock, make_folder, wait_if_taken, write_json, write_text
 from text import token_files
 from text.sources import PIECE, Source, all_documents, find_source, hashes, print_left_out
-from text.tokenizer import Tokenizer
+from text.tokenizer import PATTERN, Tokenizer, cut_runs
 
 ROOT = Path(__file__).parent.parent
 TEXT = ROOT / "corpus" / "embedded.jsonl.xz"  # the text that ships with the project, the default source
@@ -273,6 +274,26 @@ def drop(out: str) -> None:
             for kind in part["sha256"]:
                 (folder / f"{part['name']}.{kind}").unlink(missing_ok=True)
     print(f"{folder}: without {last['name']} now; the same text added again gives the same increment")
+
+
+def vocab(out: str, sources: list[str], size: int, increments: list[float], val: float) -> None:
+    """Train a rank file of `size` - 1 ranks (<|endoftext|> is the last id) on the first increment of the sources."""
+    file = Path(out)
+    if os.path.lexists(file):
+        raise UserError(f"{file}: is there already and is never overwritten; choose another --out")
+    if not 257 <= size <= 1 << 24:
+        raise UserError(f"--vocab_size: got {size}, expected 257 (256 bytes and <|endoftext|>) to {1 << 24}")
+    trainer = optional("rustbpe", "rustbpe", "data.py vocab").Tokenizer()
+    low, high = val * 2**64, (val + (1 - val) * increments[0] / sum(increments)) * 2**64
+    documents = (text for _, text in all_documents(list(map(find_source, sources))) if low <= hashes(text)[0] < high)
+    texts = itertools.chain.from_iterable(map(cut_runs, documents))
+    trainer.train_from_iterator(texts, size - 1, pattern=PATTERN)
+    ranks = sorted(trainer.get_mergeable_ranks(), key=lambda r: r[1])
+    if len(ranks) < size - 1:
+        raise UserError(f"--vocab_size: got {size}, expected at most {len(ranks) + 1} for the first increment's text")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, "".join(f"{base64.b64encode(bytes(token)).decode()} {rank}\n" for token, rank in ranks))
+    print(f"{out}: {len(ranks):,} ranks, a vocabulary of {size:,} with <|endoftext|>")
 
 
 def print_summary(folder: Path, written: list[dict], sources: list[Source]) -> None:

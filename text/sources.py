@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from runtime.errors import UserError, first_line
+from runtime.errors import UserError, first_line, optional
 
 KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
 OPENERS: dict[str, Callable[[io.BufferedReader], Any]] = {
@@ -96,14 +96,6 @@ def print_left_out(sources: list[Source]) -> None:
 def progress_bar(desc: str, total: int | None, unit: str = "B", delay: float = 0, quiet: bool = False) -> tqdm:
     """A bar on a terminal, unless `quiet`."""
     return tqdm(total=total, desc=desc, unit=unit, unit_scale=True, delay=delay, disable=True if quiet else None)
-
-
-def optional(module: str, package: str, purpose: str) -> Any:
-    """Import an optional package. UserError with its install command if it is missing."""
-    try:
-        return __import__(module, fromlist=["_"])
-    except ImportError:
-        raise UserError(f"{purpose} needs the package {package}: pip install {package}") from None
 
 
 def read_lines(file: Path, progress: Callable[[int], Any], longest: int) -> Iterator[str]:

@@ -23,7 +23,7 @@ from helpers import cl100k_cache
 import data
 from runtime.errors import UserError
 from runtime.files import lock, write_json
-from text import bins, command_line, prepare, sources, token_files, tokenizer
+from text import bins, command_line, prepare, sources, token_files
 from text.tokenizer import Tokenizer
 from tools import hf_tokenizer
 
@@ -987,7 +987,7 @@ def test_token_files_of_a_tokenizer_that_changes_texts_are_refused(tmp_path):
 def test_a_rank_file_does_not_replace_a_link(tmp_path):
     (tmp_path / "link.tiktoken").symlink_to(tmp_path / "nowhere" / "ranks.tiktoken")
     with pytest.raises(UserError, match="is there already"):
-        tokenizer.vocab(str(tmp_path / "link.tiktoken"), [], 257, [1.0], 0.1)
+        prepare.vocab(str(tmp_path / "link.tiktoken"), [], 257, [1.0], 0.1)
     assert (tmp_path / "link.tiktoken").is_symlink()
 
 
