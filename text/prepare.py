@@ -72,10 +72,10 @@ def _encode(batch: list[tuple[int, str]], sources: list[str]) -> list[tuple[int,
     return out
 
 
-def encode_all(sources: list[Source], tokenizer: str, jobs: int) -> Iterator[tuple[int, bytes]]:
+def encode_all(sources: list[Source], tok: Tokenizer, jobs: int) -> Iterator[tuple[int, bytes]]:
     """(bucket, record) of every document, in order; at most 3 batches a process are in progress."""
-    documents, names = all_documents(sources), [s.name for s in sources]
-    pool = ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (tokenizer,))
+    documents, names = all_documents(sources, tok), [s.name for s in sources]
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (tok.name,))
     in_progress: collections.deque[Future] = collections.deque()
     try:
         while batch := list(itertools.islice(documents, BATCH)):
@@ -93,13 +93,12 @@ def encode_all(sources: list[Source], tokenizer: str, jobs: int) -> Iterator[tup
 class Buckets:
     """Tokenized documents in the order of their hashes, each text once and none whose hash is in `held` (sorted)."""
 
-    def __init__(
-        self, folder: Path, sources: list[Source], tokenizer: str, dtype: str, held: list[np.ndarray], jobs: int
-    ) -> None:
-        self.folder, self.sources, self.dtype, self.held = folder, sources, np.dtype(dtype), held
+    def __init__(self, folder: Path, sources: list[Source], tok: Tokenizer, held: list[np.ndarray], jobs: int) -> None:
+        self.folder, self.sources, self.held = folder, sources, held
+        self.dtype = np.dtype(token_files.id_dtype(tok.vocab_size))
         folder.mkdir()  # of a temporary file for each bucket; `gather` removes it
         waiting: dict[int, bytearray] = collections.defaultdict(bytearray)
-        for bucket, record in encode_all(sources, tokenizer, jobs or os.cpu_count() or 1):
+        for bucket, record in encode_all(sources, tok, jobs or os.cpu_count() or 1):
             waiting[bucket] += record
             if len(waiting[bucket]) > WAITING:
                 self._append(bucket, waiting.pop(bucket))
@@ -182,7 +181,7 @@ def prepare(
     tok = Tokenizer(tokenizer)
     parts = {"val": val, **{f"v{i}": (1 - val) * w / sum(increments) for i, w in enumerate(increments, 1)}}
     with make_folder(folder) as partial:
-        buckets = Buckets(partial / "buckets", found, tokenizer, token_files.id_dtype(tok.vocab_size), [], jobs)
+        buckets = Buckets(partial / "buckets", found, tok, [], jobs)
         written = buckets.gather(partial, parts, weights)
         if not written:
             raise UserError(f"--source {', '.join(sources)}: the text is empty")
@@ -225,7 +224,7 @@ def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: 
     """Append increment N+1 to a folder: the documents that no other part holds, a share `val` of them held out."""
     folder = Path(out).resolve()  # links to one folder share its lock
     found = list(map(find_source, sources))
-    tokenizer = token_files.tokenizer_of(folder).name
+    tok = token_files.tokenizer_of(folder)
     with lock(folder.with_name(f".{folder.name}.lock"), BUSY.format(folder), remove=True):
         work = begin_folder(folder)
         try:
@@ -233,7 +232,7 @@ def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: 
             token_files.check_files(folder)  # a damaged .ids would let documents in again
             names, name = [p["name"] for p in token_files.parts(meta)], f"v{len(meta['increments']) + 1}"
             held: list[np.ndarray] = [np.memmap(folder / f"{name}.ids", "<u8", "r") for name in names]
-            buckets = Buckets(work / "buckets", found, tokenizer, meta["dtype"], held, jobs)
+            buckets = Buckets(work / "buckets", found, tok, held, jobs)
             written = buckets.gather(work, {f"val-{name}": val, name: 1 - val}, weights)
             if not written:
                 known = sum(s.left_out["duplicates"] for s in found)

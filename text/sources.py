@@ -15,21 +15,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from runtime.errors import UserError, first_line, optional
+from text.tokenizer import Tokenizer
 
-KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
+KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json"}
+KINDS |= {".parquet": "parquet", ".bin": "tokens"}
 OPENERS: dict[str, Callable[[io.BufferedReader], Any]] = {
     ".gz": gzip.open,
     ".xz": lzma.open,
     # the package zstandard would take a truncated file for a complete one
     ".zst": lambda raw: optional("backports.zstd", "backports.zstd", raw.name).open(raw),
 }
-# name of a file: (its kind, how it is compressed); parquet has its own compression
-ENDINGS = {end + c: (kind, c) for end, kind in KINDS.items() for c in ("", *OPENERS) if kind != "parquet" or not c}
+# name of a file: (its kind, how it is compressed)
+ENDINGS = {
+    end + c: (kind, c) for end, kind in KINDS.items() for c in ("", *OPENERS) if kind in ("text", "json") or not c
+}
+LLMC = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # magic number and version of llm.c's .bin: GPT-2's ids, Llama 3's
 PIECE = 8000  # characters of a document cut from a .txt or .md file
 BLOCK = 1 << 16  # characters of a text line read at once
+IDS = 1 << 20  # ids of a token file read at once
 
 
 @dataclass
@@ -47,7 +54,7 @@ class Source:
 
 
 def kind_of(file: Path) -> tuple[str, str]:
-    """("text", "json" or "parquet", the ending of its compression) by the name of a file; "" for other and none."""
+    """(its kind, the ending of its compression) by the name of a file; "" for other and none."""
     return next((kind for end, kind in ENDINGS.items() if file.name.lower().endswith(end)), ("", ""))
 
 
@@ -124,11 +131,20 @@ def json_text(record: Any) -> str:
     raise ValueError('expected a JSON object with a text under "text"')
 
 
-def documents(file: Path, progress: Callable[[int], Any], parse: Callable[[Any], Any] = json_text) -> Iterator[Any]:
-    """The documents of one file, streamed; `progress` gets the bytes read since its last call, `parse` a JSON line."""
+def documents(
+    file: Path,
+    progress: Callable[[int], Any],  # gets the bytes read since its last call
+    parse: Callable[[Any], Any] = json_text,  # of a line of JSON
+    tok: Tokenizer | None = None,  # of token files
+) -> Iterator[Any]:
+    """The documents of one file, streamed."""
     kind, _ = kind_of(file)
     if kind == "parquet":
         yield from parquet_texts(file, progress)
+    elif kind == "tokens":
+        if tok is None:
+            raise UserError(f"{file}: holds token ids, expected text")
+        yield from token_texts(file, progress, tok)
     elif kind == "json":
         for number, line in enumerate(read_lines(file, progress, -1), 1):
             if line.strip():
@@ -165,6 +181,35 @@ def parquet_texts(file: Path, progress: Callable[[int], Any]) -> Iterator[str | 
         raise UserError(f"{file}: not a readable parquet file: {first_line(e)}") from None
 
 
+def token_texts(file: Path, progress: Callable[[int], Any], tok: Tokenizer) -> Iterator[str]:
+    """The documents of a token file of nanoGPT (uint16 alone) or llm.c (after a header of 256 int32), decoded."""
+    with open(file, "rb") as f:
+        size, head = os.fstat(f.fileno()).st_size, np.fromfile(f, "<i4", 256)
+        start, dtype, count = 0, np.dtype("<u2"), size // 2
+        if len(head) == 256 and not head[3:].any():
+            magic, version, count = head[:3].tolist()
+            if (magic, version) not in LLMC:
+                expected = " or ".join(map(str, LLMC))
+                raise UserError(f"{file}: got magic number and version {magic, version}, expected {expected} (llm.c)")
+            start, dtype = head.nbytes, np.dtype(LLMC[magic, version])
+        if size != (need := start + count * dtype.itemsize):
+            raise UserError(f"{file}: got {size:,} bytes, expected {need:,}; fetch it again")
+        if tok.vocab_size > 1 << 8 * dtype.itemsize:
+            raise UserError(f"{file}: has ids of 2 bytes, but the {tok.vocab_size:,} of tokenizer {tok.name} need 4")
+        f.seek(start)
+        rest = np.empty(0, dtype)  # the begin of a document that ends in a later block
+        while len(block := np.fromfile(f, dtype, IDS)):
+            if block.max() >= tok.vocab_size:
+                raise UserError(f"{file}: token id {block.max()}, expected below the vocabulary's {tok.vocab_size}")
+            progress(block.nbytes)
+            ids = np.append(rest, block)
+            # <|endoftext|> ends a document, as nanoGPT writes it, or begins one, as llm.c does
+            *complete, rest = np.split(ids, np.flatnonzero(ids == tok.eot) + 1)
+            yield from filter(None, (tok.decode(document.tolist()) for document in complete))
+        if len(rest):
+            yield tok.decode(rest.tolist())
+
+
 def clean(text: str) -> str:
     """Replace lone surrogates, which JSON and command lines can contain and UTF-8 cannot, by "?"."""
     return text.encode("utf-8", "replace").decode()
@@ -183,13 +228,13 @@ def hub(source: str) -> Iterator[str | None]:
         raise UserError(f'--source {source}: {type(e).__name__} {first_line(e)}; expected rows with a "text"') from None
 
 
-def all_documents(sources: list[Source]) -> Iterator[tuple[int, str]]:
-    """(index of its source, text) of every document that is not blank, under one progress bar."""
+def all_documents(sources: list[Source], tok: Tokenizer | None = None) -> Iterator[tuple[int, str]]:
+    """(index of its source, text) of every document that is not blank, under one bar; `tok`: of token files."""
     print_left_out(sources)
     total = sum(f.stat().st_size for s in sources for f in s.files) if all(s.files for s in sources) else None
     with progress_bar("tokenizing", total) as bar:
         for i, source in enumerate(sources):
-            local = itertools.chain.from_iterable(documents(f, bar.update) for f in source.files)
+            local = itertools.chain.from_iterable(documents(f, bar.update, tok=tok) for f in source.files)
             for text in local if source.files else hub(source.name):
                 if text and not text.isspace():
                     yield i, text
