@@ -29,7 +29,7 @@ from runtime.command_line import aligned
 from runtime.errors import UserError, optional
 from runtime.files import begin_folder, fsync, lock, make_folder, wait_if_taken, write_json, write_text
 from text import token_files
-from text.sources import PIECE, Source, all_documents, find_source, hashes, print_left_out
+from text.sources import Source, all_documents, find_source, hashes, print_left_out
 from text.tokenizer import PATTERN, Tokenizer, cut_runs
 
 ROOT = Path(__file__).parent.parent
@@ -185,25 +185,14 @@ def prepare(
         written = buckets.gather(partial, parts, weights)
         if not written:
             raise UserError(f"--source {', '.join(sources)}: the text is empty")
-        filled = {p["name"] for p in written}
-        if empty := [name for name in parts if name not in filled]:
-            places = np.concatenate([np.fromfile(f, "<u8") for f in partial.glob("*.ids")]) / 2**64
-            none = f"{empty[0]}: none of {len(places)} documents fell into it; a hash of a text decides its place"
-            more = f"give more (a line of .jsonl is one, and so are some {PIECE:,} characters of a .txt)"
-            raise UserError(f"{none}; {more}{working_split(places, len(increments))}")
+        if empty := sorted(parts.keys() - {p["name"] for p in written}):
+            n = sum(p["documents"] for p in written)
+            none = f"{empty[0]}: none of {n} documents fell into it; a hash of a text decides its place"
+            raise UserError(f"{none}; give more (see docs/data.md), or take fewer --increments or a larger --val")
         source = {"increments": len(increments), "from": sources, "weights": weights}
         meta = token_files.write_meta(partial, tok, source, written)
     print_summary(folder, written, found)
     return meta
-
-
-def working_split(places: np.ndarray, most: int) -> str:
-    """Options of `most` equal increments or fewer that leave no part empty, for documents at these places of [0, 1)."""
-    for n in range(most, 0, -1):
-        for val in (0.05, 0.1, 0.2, 0.3, 0.5):
-            if np.histogram(places, [0, *np.linspace(val, 1, n + 1)])[0].all():
-                return f", or take --val {val:g} --increments {n}"
-    return ""
 
 
 def ships(out: str) -> bool:

@@ -671,17 +671,6 @@ def material(tmp_path_factory, prepared):
     return t
 
 
-@pytest.mark.parametrize("count, increments", [(3, [1] * 4), (6, [1] * 4), (12, [1, 1, 2, 9]), (2, [1])])
-def test_the_split_that_an_error_names_works(tmp_path, count, increments):
-    file, out = write(tmp_path / "t.jsonl", some_documents(count)), str(tmp_path / "d")
-    with pytest.raises(UserError, match="documents fell into it") as refused:
-        prepare.prepare(out, [file], "bytes", increments, 0.001, jobs=1)
-    options = str(refused.value).rpartition(", or take ")[2]
-    words = f"prepare --jobs 1 --out {out} --source {file} --tokenizer bytes {options}".split()
-    command_line.run(command_line.arguments().parse_args(words))
-    assert len(token_files.read_meta(Path(out))["increments"]) <= len(increments)
-
-
 PREPARE = "prepare --jobs 1 --out {t}/new/deeper/d"
 ADD = "add --jobs 1 --source {t}/all.jsonl"
 BINS = f"{PREPARE} --tokenizer bytes --source"
