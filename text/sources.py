@@ -50,7 +50,8 @@ class Source:
     tokens: int = 0
 
     def listed(self) -> str:
-        return ", ".join(f"{n:,} {what}" for what, n in self.left_out.most_common() if n)
+        reasons = [f"{n:,} {what}" for what, n in self.left_out.most_common() if n]
+        return ", ".join([*reasons[:9], ".."] if len(reasons) > 9 else reasons)
 
 
 def kind_of(file: Path) -> tuple[str, str]:
@@ -72,25 +73,25 @@ def files_below(paths: list[Path]) -> list[Path]:
 
 
 def find_source(name: str, flag: str = "--source") -> Source:
-    """The files of a file, folder or glob. UserError if none is of a known kind."""
-    source, firsts = Source(name), dict[str, Path]()  # why files are left out: the first one
+    """The files of a file, folder or glob, for data.sft of JSON alone. UserError if there is none to read."""
+    source = Source(name)
     if name.startswith("hf:") and flag == "--source":
         return source
+    served = {end: kind for end, kind in KINDS.items() if kind == "json" or flag == "--source"}
     paths = [Path(name)] if name and os.path.lexists(name) else sorted(map(Path, glob.glob(name, recursive=True)))
-    problem = "has no file in it" if paths else "does not exist"
     for f in files_below(paths):
-        if f.is_file() and kind_of(f)[0] and f.stat().st_size:
+        if not f.is_file():
+            source.left_out["special file" if f.exists() else "dangling link"] += 1
+        elif kind_of(f)[0] not in served.values():
+            source.left_out[f.suffix.lower() or "without ending"] += 1
+        elif not f.stat().st_size:
+            source.left_out["empty"] += 1
+        else:
             source.files.append(f)
-            continue
-        ending = "empty" if kind_of(f)[0] else f.suffix.lower() or "without ending"
-        why = ending if f.is_file() else "special file" if f.exists() else "dangling link"
-        why = why if why in firsts or len(firsts) < 9 else "of other endings"
-        source.left_out[f"{why} ({str(firsts.setdefault(why, f))!r})"] += 1
     if not source.files:
-        problem = f"has nothing to read: {source.listed()}" if source.left_out else problem
-        kinds = [end for end, kind in KINDS.items() if kind == "json" or flag == "--source"]
-        expected = f"expected {', '.join(kinds)}, also with {', '.join(OPENERS)}, a folder or glob of them"
-        raise UserError(f"{flag} {name!r}: {problem}; {expected}{', or hf:NAME' * (flag == '--source')}")
+        problem = f"has nothing to read: {source.listed()}" if source.left_out else "there is no file"
+        expected = f"{', '.join(served)}, also with {', '.join(OPENERS)}, a folder or glob of them"
+        raise UserError(f"{flag} {name!r}: {problem}; expected {expected}")
     return source
 
 
