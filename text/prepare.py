@@ -227,10 +227,9 @@ def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: 
                 known = sum(s.left_out["duplicates"] for s in found)
                 raise UserError(f"--source {', '.join(sources)}: has no new document, {known:,} known ones")
             *held_out, increment = written
-            if increment["name"] != name:  # so few documents that all fell into the held-out part: none is held out
-                increment["name"] = name
-                for kind in increment["sha256"]:
-                    os.rename(work / f"val-{name}.{kind}", work / f"{name}.{kind}")
+            if increment["name"] != name:
+                all_of = f"all {increment['documents']} new documents fell into it"
+                raise UserError(f"--val {val:g}: {all_of}; give more, or take a smaller --val")
             for file in work.glob("v*"):
                 fsync(file)
                 os.rename(file, folder / file.name)
@@ -240,8 +239,6 @@ def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: 
         finally:
             shutil.rmtree(work, ignore_errors=True)
     print_summary(folder, written, found)
-    if val and not held_out:
-        print(f"nothing is held out: none of {increment['documents']} documents fell into --val {val:g}, give it more")
 
 
 def drop(out: str) -> None:

@@ -977,12 +977,15 @@ def test_what_is_added_keeps_a_held_out_part(prepared, tmp_path):
         prepare.add(str(copy), [str(tmp_path / "a.jsonl")], jobs=1, val=0.25)
 
 
-def test_so_few_documents_that_all_would_be_held_out_are_all_trained_on(prepared, tmp_path):
-    copy = shutil.copytree(prepared, tmp_path / "data")
+def test_so_few_documents_that_all_would_be_held_out_are_refused(copy, tmp_path):
     low = next(text for text in some_documents(200, 8) if sources.hashes(text)[0] < 2**62)
-    prepare.add(str(copy), [write(tmp_path / "a.jsonl", [low])], jobs=1, val=0.25)
+    file = write(tmp_path / "a.jsonl", [low])
+    before = listing(tmp_path)
+    with pytest.raises(UserError, match="--val 0.25: all 1 new documents fell into it"):
+        prepare.add(str(copy), [file], jobs=1, val=0.25)
+    assert listing(tmp_path) == before
+    prepare.add(str(copy), [file], jobs=1)
     assert read(copy, "v5") == [low] and "val" not in token_files.read_meta(copy)["increments"][-1]
-    assert not list(copy.glob("val-v5*"))
 
 
 # ---- Replay ----------------------------------------------------------------------------------------------------------
