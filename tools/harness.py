@@ -11,14 +11,12 @@ import functools
 import json
 import logging
 import math
-import shlex
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -64,7 +62,6 @@ if not sys.stderr.isatty():
     datasets.disable_progress_bars()
 OURS = Path(__file__).parent.parent / "configs" / "tasks"
 NEW = 256  # tokens of an answer if the task does not say, as in the harness's adapters
-READERS = ("csv", "json", "parquet", "text")  # builders of `datasets` that read files
 # The metric that stands for a task: the first of these that it has, else its first one. Of several filters the first,
 # but for GSM8K the one that takes the last number of the answer.
 HEADLINE = ("exact_match,flexible-extract", "exact_match", "acc", "acc_norm", "f1")
@@ -119,38 +116,16 @@ class LM(HFLM):
 
 
 @contextlib.contextmanager
-def local_copies(folder: str | None) -> Iterator[None]:
-    """Read datasets of the hub from `folder`/their name and files from below it. None: the hub, the current folder."""
-    original = datasets.load_dataset
-
-    def load(path: str, *args: Any, **kw: Any) -> Any:
-        if path in READERS:
-            kw["data_dir"] = folder
-        elif folder is not None:
-            if not (local := Path(folder) / path).is_dir():
-                get = f"hf download --repo-type dataset {path} --local-dir {shlex.quote(str(local))}"
-                raise UserError(f"--data_dir: there is no {local}; get it: {get}")
-            path = str(local)
-        try:
-            return original(path, *args, **kw)
-        except Exception as e:  # of the hub, the disk and the library, which have many types
-            why = f"{type(e).__name__}: {first_line(e)[:200]}"
-            raise UserError(f"--tasks: the dataset {path} cannot be read ({why}); local copies: --data_dir") from None
-
-    with mock.patch.object(datasets, "load_dataset", load):
-        yield
-
-
-@contextlib.contextmanager
 def harness_errors(names: Iterable[str]) -> Iterator[None]:
-    """Make an error of the harness over a task one line. Errors of a device, a network or the disk pass."""
+    """Make an error of the harness over a task or its dataset one line. Errors of a device or the ranks pass."""
     try:
         yield
     except Exception as e:
-        if type(e) is RuntimeError or isinstance(e, (UserError, OSError, torch.OutOfMemoryError, dist.DistError)):
+        if type(e) is RuntimeError or isinstance(e, (UserError, torch.OutOfMemoryError, dist.DistError)):
             raise
         why = f"{type(e).__name__}: {first_line(e)[:200]}"
-        raise UserError(f"--tasks {','.join(names)}: the harness cannot run it ({why}); correct the task") from e
+        fix = "correct the task, or put its dataset below --data_dir"
+        raise UserError(f"--tasks {','.join(names)}: the harness cannot run it ({why}); {fix}") from e
 
 
 @functools.cache
@@ -164,7 +139,7 @@ def load(names: tuple[str, ...], data_dir: str | None, num_fewshot: int | None) 
     """{name: the harness's task or group}, questions read; a file has the name that is in it."""
     # num_fewshot is only part of the cache's key: the harness writes it into the tasks
     found: dict[str, Any] = {}
-    with harness_errors(names), local_copies(data_dir):
+    with harness_errors(names):
         files = {n: load_yaml(Path(n), resolve_func=False) for n in names if n.endswith(".yaml")}
         wanted = [files[n].get("group") or files[n]["task"] if n in files else n for n in names]
         folders = (OURS, *dict.fromkeys(Path(f).absolute().parent for f in files))
@@ -172,7 +147,8 @@ def load(names: tuple[str, ...], data_dir: str | None, num_fewshot: int | None) 
         if not {*wanted} <= {*known.all_tasks}:
             known = catalogue(folders, True)
         for n in wanted:
-            made = known.load([n])  # a file is a program: its !function, templates and includes run
+            with contextlib.chdir(data_dir or "."):  # a dataset is read from the current folder, or else from the hub
+                made = known.load([n])  # a file is a program: its !function, templates and includes run
             top, *others = [*made["groups"].values()] or [*made["tasks"].values()]
             if not top.has_aggregation if isinstance(top, Group) else others:  # a group, or a tag of several tasks
                 tasks = ", ".join([*made["tasks"]][:5])
@@ -260,7 +236,7 @@ def main() -> None:
     a = Parser(prog="python -m tools.harness", description=__doc__)
     a.add_checkpoints()
     a.add_argument("--tasks", metavar="NAME,..", required=True, help="of the harness, of configs/tasks, or YAML files")
-    a.add_argument("--data_dir", metavar="DIR", help="copies of datasets, each in DIR/its name on the hub [the hub]")
+    a.add_argument("--data_dir", metavar="DIR", help="copies of datasets, each in DIR/its name on the hub [.]")
     a.add_argument("--limit", type=int, help="the first questions of each task only, as a trial")
     a.add_argument("--num_fewshot", type=int, help="examples before each question [as the task says]")
     a.add_argument("--batch", type=int, default=16, help="rows side by side [16]")

@@ -457,7 +457,7 @@ def test_the_harness_has_the_papers_tasks_and_loads_local_copies(tmp_path):
     for name, copy in zip(
         names, ("cais/mmlu", "SaylorTwift/bbh", "hails/agieval-", "ceval/ceval-exam", "haonan-li/cmmlu"), strict=True
     ):
-        with pytest.raises(UserError, match=f"there is no .*{copy}.*; get it: hf download --repo-type dataset {copy}"):
+        with pytest.raises(UserError, match=f"Couldn't reach '{copy}.*on the Hub"):
             harness.load((name,), str(tmp_path), None)
 
 
@@ -467,19 +467,15 @@ def test_the_harness_has_the_papers_tasks_and_loads_local_copies(tmp_path):
         (["--tasks", "gsmk8"], "'gsmk8' is not a registered task/group/tag name"),
         (
             ["--tasks", FIXTURES / "nothing.yaml"],
-            "nothing.yaml: No such file",
+            "nothing.yaml: the harness cannot run it (FileNotFoundError",
         ),
-        (["--tasks", "c3", "--data_dir", "nowhere"], "--data_dir: there is no nowhere/clue/clue; get it: hf download"),
-        (["--tasks", "c3", "--data_dir", FIXTURES], "--repo-type dataset clue/clue --local-dir"),
-        (
-            ["--tasks", "csl", "--data_dir", FIXTURES],
-            "/ydli-ai/CSL/benchmark/cls_ctg/train.tsv'); local copies: --data_dir",
-        ),
-        (["--tasks", "c3", "--data_dir", "{spaced}"], "--local-dir '{spaced}/clue/clue'"),
+        (["--tasks", "c3", "--data_dir", "nowhere"], "No such file or directory: 'nowhere'); correct the task, or"),
+        (["--tasks", "c3", "--data_dir", FIXTURES], "(ConnectionError: Couldn't reach 'clue/clue' on the Hub"),
+        (["--tasks", "csl", "--data_dir", FIXTURES], "/fixtures/tasks/ydli-ai/CSL/benchmark/cls_ctg/train.tsv'); "),
         (["--tasks", "c3", "--limit", "9" * 200], "--limit: got 99999999999999999999, expected 1 or more, below 10^12"),
         (["--tasks", "c3", "--num_fewshot", str(10**12)], "--num_fewshot: got 1000000000000, expected 0 or more"),
-        (["--tasks", "csl"], "/ydli-ai/CSL/benchmark/cls_ctg/train.tsv'); local copies: --data_dir"),
-        (["--tasks", "c3"], "the dataset clue/clue cannot be read"),
+        (["--tasks", "csl"], "/ydli-ai/CSL/benchmark/cls_ctg/train.tsv'); correct the task, or"),
+        (["--tasks", "c3"], "; correct the task, or put its dataset below --data_dir"),
         (["--tasks", ","], "--tasks: got no name"),
         (["--tasks", "c3", "--limit", "0"], "--limit: got 0, expected 1 or more"),
         (["--tasks", "c3", "--batch", "0"], "--batch: got 0, expected 1 or more"),
@@ -490,8 +486,6 @@ def test_the_harness_has_the_papers_tasks_and_loads_local_copies(tmp_path):
 )
 def test_bad_input(tmp_path, monkeypatch, capsys, args, words):
     (tmp_path / "meta.json").write_text("{}")  # no model is read before all this is known
-    (spaced := tmp_path / "a b").mkdir()
-    args, words = [str(a).replace("{spaced}", str(spaced)) for a in args], words.replace("{spaced}", str(spaced))
     if "is no checkpoint" in words:
         (tmp_path / "meta.json").unlink()
         args, tmp_path = [tmp_path, *args], FIXTURES
@@ -512,7 +506,7 @@ def test_a_dataset_is_read_as_the_file_says_or_refused(tmp_path):
     with pytest.raises(UserError, match="odd has generation_kwargs num_beams, expected until"):
         harness.check(harness.load((name,), str(tmp_path), None), 96, None, 1)
     write(tmp_path / "odd.jsonl", "not JSON\n")
-    with pytest.raises(UserError, match="the dataset json cannot be read"):
+    with pytest.raises(UserError, match="the harness cannot run it .DatasetGenerationError"):
         harness.load((name,), str(tmp_path), 1)
 
 
