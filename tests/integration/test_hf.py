@@ -659,17 +659,14 @@ def weights(**changes):
     return change
 
 
-def index(**changes):
-    """The file cut into two, and then an index that says something else."""
+def files(first=lambda names: names[:5], second=lambda names: names[5:]):
+    """The tensors in two files, these in each."""
 
     def change(folder):
         w = load_file(folder / "model.safetensors")
         os.remove(folder / "model.safetensors")
-        names = sorted(w)
-        for i, part in enumerate((names[:5], names[5:])):
-            save_file({n: w[n] for n in part}, folder / f"m-{i}.safetensors")
-        whole = {n: f"m-{int(n in names[5:])}.safetensors" for n in names}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {**whole, **changes}}))
+        for i, names in enumerate((first(sorted(w)), second(sorted(w)))):
+            save_file({n: w[n] for n in names}, folder / f"m-{i}.safetensors")
 
     return change
 
@@ -757,9 +754,8 @@ NORM, DOWN = "model__norm__weight", "model.layers.1.mlp.down_proj.weight"
             "rope_parameters.original_max_position_embeddings: got None",
         ),
         (pickled, "pickled weights are not read"),
-        (lambda f: os.remove(f / "model.safetensors"), "has no model.safetensors and no model.safetensors.index.json"),
+        (lambda f: os.remove(f / "model.safetensors"), "has no .safetensors file; expected a folder"),
         (lambda f: os.truncate(f / "model.safetensors", 999), "model.safetensors: is no safetensors file"),
-        (put("adapter_config.json", b"{}"), "adapter_config.json: is an adapter"),
         (weights(**{DOWN: None}), f"{DOWN} is missing; expected the 21 tensors"),
         (weights(lm_head__weight=None), "lm_head.weight is missing"),
         (weights(**{NORM: torch.ones(31)}), "model.norm.weight has shape (31,), expected (32,)"),
@@ -771,16 +767,8 @@ NORM, DOWN = "model__norm__weight", "model.layers.1.mlp.down_proj.weight"
         (weights(**{NORM: torch.full((32,), torch.inf)}), "model.norm.weight holds values that are not finite"),
         (weights(extra__lora_A=torch.ones(3)), "extra.lora_A is no part of a model that is served"),
         (lambda f: edit(f, tie_word_embeddings=True), "lm_head.weight is not model.embed_tokens.weight"),
-        (
-            index(**{DOWN: "m-9.safetensors"}),
-            "m-9.safetensors: is not there, but model.safetensors.index.json names it",
-        ),
-        (
-            index(**{DOWN: "../m-1.safetensors"}),
-            "weight_map: got '../m-1.safetensors', expected",
-        ),
-        (index(**{DOWN: "/etc/passwd"}), "weight_map: got '/etc/passwd'"),
-        (index(**{DOWN: 7}), "weight_map: got"),
+        (files(second=lambda names: names[6:]), "is missing; expected the 21 tensors"),
+        (files(second=lambda names: names[4:]), "m-0.safetensors too; remove one of them"),
         (lambda f: os.remove(f / "tokenizer.json"), "tokenizer.json: is not there; make it"),
         (put("tokenizer.json", b"{}"), "tokenizer.json: is no tokenizer of Hugging Face"),
         (lambda f: released(f, rows=200), "tokenizer.json: has ids to 256, expected below the 200 rows of the model"),
@@ -806,11 +794,10 @@ def test_what_cannot_be_imported_is_refused_by_name(tmp_path, monkeypatch, capsy
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
-def test_a_byte_order_mark_is_read(plain, tmp_path, name):
+def test_a_byte_order_mark_and_several_files_are_read(plain, tmp_path):
     shutil.copytree(plain, tmp_path / "hf")
-    index()(tmp_path / "hf")
-    file = tmp_path / "hf" / name
+    files()(tmp_path / "hf")
+    file = tmp_path / "hf" / "config.json"
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     marked = huggingface.import_model(str(tmp_path / "hf"), str(tmp_path / "x"))
     bare = huggingface.import_model(str(plain), str(tmp_path / "y"))
