@@ -413,16 +413,15 @@ def test_the_exported_template_writes_the_tokens_of_training(name, tmp_path, dat
 
 @pytest.mark.parametrize("name", ["bytes", "base"])
 @pytest.mark.parametrize("seen", [{}, {"examples": "1", "epochs": 1, "chat": False}, {"examples": "1", "epochs": 1}])
-def test_a_template_that_was_not_trained_is_not_exported(name, seen, tmp_path, data_of, capsys):
+def test_a_template_that_was_not_trained_is_not_exported(name, seen, tmp_path, data_of):
     name, data = tokenizer_named(name, tmp_path / "tok", data_of)
     made, tok, _ = checkpoint_of(tmp_path, name, data, seen=seen)
     out = huggingface.export_model(str(made), str(tmp_path / "hf"))
-    theirs, said = transformers.AutoTokenizer.from_pretrained(out), capsys.readouterr().err
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
     older = "examples" in seen and "chat" not in seen  # of a checkpoint made before this was recorded
-    assert said.count("does not say if it was trained on messages") == older == len(said.splitlines())
     generation = json.loads((out / "generation_config.json").read_text())
     if tok.is_folder:
-        assert theirs.chat_template == "older still" and ("the template of its base" in said) == older
+        assert theirs.chat_template == "older still"
         assert generation == {"eos_token_id": 300, "temperature": 0.6}
         settings = json.loads((tmp_path / "tok" / "tokenizer_config.json").read_text(encoding="utf-8-sig"))
         assert json.loads((out / "tokenizer_config.json").read_text()) == settings
@@ -805,12 +804,9 @@ def test_a_byte_order_mark_and_several_files_are_read(plain, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a b $c 'd'", "two\nlines"])
-def test_printed_commands_are_quoted(plain, tmp_path, name, monkeypatch, capsys):
+def test_names_are_quoted_in_the_config_of_an_import(plain, tmp_path, name):
     out = tmp_path / name
-    monkeypatch.setattr(sys, "argv", ["huggingface", "import", str(plain), "--out", str(out)])
-    huggingface.main()
-    words = shlex.split(capsys.readouterr().out.partition("Go on with: ")[2])
-    assert words[2:6] == ["--config", str(out / "model.toml"), "--mode", "main"]
+    huggingface.import_model(str(plain), str(out))
     assert config.load(str(out / "model.toml")).out == str(out)
     comment = next(line for line in (out / "model.toml").read_text().splitlines() if "--tokenizer" in line)
     assert shlex.split(comment.partition("--tokenizer")[2])[0] == str(out / "tokenizer").replace("\n", " ")
