@@ -72,8 +72,6 @@ def prepare_examples(source: str, tok: Tokenizer, run: Path) -> Path:
     """The folder of a source's examples in `run`, made if missing. UserError names a line that is not an example."""
     found = find_source(source, "data.sft")
     print_left_out([found])
-    if tok.decode(tok.encode("a") + tok.encode("b")) != "ab":
-        print(f"{source}: tokenizer {tok.name} begins each text with a space, and so each prompt, response and message")
     sha = hashlib.sha256("".join(sha256(f) for f in found.files).encode()).hexdigest()
     folder = run / f"examples-{hashlib.sha256(f'1 {sha} {tok.sha256}'.encode()).hexdigest()[:12]}"
     while not (folder.exists() or folder.is_symlink()):

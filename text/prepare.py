@@ -58,15 +58,12 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(batch: list[tuple[int, str]], sources: list[str]) -> list[tuple[int, bytes]]:
+def _encode(batch: list[tuple[int, str]]) -> list[tuple[int, bytes]]:
     """(bucket, record) of each (index of its source, text)."""
     dtype = token_files.id_dtype(_tokenizer.vocab_size)
     out = []
     for source, text in batch:
-        try:
-            ids = np.array([*_tokenizer.encode(text), _tokenizer.eot], dtype)
-        except UserError as e:
-            raise UserError(f"--source {sources[source]}: {e}") from None
+        ids = np.array([*_tokenizer.encode(text), _tokenizer.eot], dtype)
         h, draw = hashes(text)
         out.append((h * BUCKETS >> 64, RECORD.pack(h, draw, source, len(ids)) + ids.tobytes()))
     return out
@@ -74,12 +71,12 @@ def _encode(batch: list[tuple[int, str]], sources: list[str]) -> list[tuple[int,
 
 def encode_all(sources: list[Source], tok: Tokenizer, jobs: int) -> Iterator[tuple[int, bytes]]:
     """(bucket, record) of every document, in order; at most 3 batches a process are in progress."""
-    documents, names = all_documents(sources, tok), [s.name for s in sources]
+    documents = all_documents(sources, tok)
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (tok.name,))
     in_progress: collections.deque[Future] = collections.deque()
     try:
         while batch := list(itertools.islice(documents, BATCH)):
-            in_progress.append(pool.submit(_encode, batch, names))
+            in_progress.append(pool.submit(_encode, batch))
             if len(in_progress) == 3 * jobs:
                 yield from in_progress.popleft().result()
         while in_progress:
@@ -255,9 +252,8 @@ def drop(out: str) -> None:
                 fix = "move it out of out/ first, or add more text as another increment"
                 raise UserError(f"{folder}: {file.parent} was trained on {last['name']}; {fix}")
         write_json(folder / "meta.json", meta)  # first: files that it does not name are nothing; `add` replaces them
-        for part in token_files.parts({"val": last, "increments": [last]})[1:]:
-            for kind in part["sha256"]:
-                (folder / f"{part['name']}.{kind}").unlink(missing_ok=True)
+        for file in (*folder.glob(f"{last['name']}.*"), *folder.glob(f"val-{last['name']}.*")):
+            file.unlink()
     print(f"{folder}: without {last['name']} now; the same text added again gives the same increment")
 
 

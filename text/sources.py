@@ -37,6 +37,8 @@ LLMC = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # magic number and version 
 PIECE = 8000  # characters of a document cut from a .txt or .md file
 BLOCK = 1 << 16  # characters of a text line read at once
 IDS = 1 << 20  # ids of a token file read at once
+Progress = Callable[[int], Any]  # gets the bytes read since its last call
+Parse = Callable[[Any], Any]
 
 
 @dataclass
@@ -106,7 +108,7 @@ def progress_bar(desc: str, total: int | None, unit: str = "B", delay: float = 0
     return tqdm(total=total, desc=desc, unit=unit, unit_scale=True, delay=delay, disable=True if quiet else None)
 
 
-def read_lines(file: Path, progress: Callable[[int], Any], longest: int) -> Iterator[str]:
+def read_lines(file: Path, progress: Progress, longest: int) -> Iterator[str]:
     """The lines of a file, which may be compressed, cut at `longest` characters (-1: never)."""
     read, number = 0, 0
     with open(file, "rb") as raw:
@@ -132,13 +134,8 @@ def json_text(record: Any) -> str:
     raise ValueError('expected a JSON object with a text under "text"')
 
 
-def documents(
-    file: Path,
-    progress: Callable[[int], Any],  # gets the bytes read since its last call
-    parse: Callable[[Any], Any] = json_text,  # of a line of JSON
-    tok: Tokenizer | None = None,  # of token files
-) -> Iterator[Any]:
-    """The documents of one file, streamed."""
+def documents(file: Path, progress: Progress, parse: Parse = json_text, tok: Tokenizer | None = None) -> Iterator[Any]:
+    """The documents of one file, streamed: `parse` makes them of lines of JSON, `tok` decodes those of token files."""
     kind, _ = kind_of(file)
     if kind == "parquet":
         yield from parquet_texts(file, progress)
@@ -167,7 +164,7 @@ def documents(
             yield piece
 
 
-def parquet_texts(file: Path, progress: Callable[[int], Any]) -> Iterator[str | None]:
+def parquet_texts(file: Path, progress: Progress) -> Iterator[str | None]:
     """The column "text" of a parquet file."""
     try:
         f = optional("pyarrow.parquet", "pyarrow", str(file)).ParquetFile(file)
@@ -182,7 +179,7 @@ def parquet_texts(file: Path, progress: Callable[[int], Any]) -> Iterator[str | 
         raise UserError(f"{file}: not a readable parquet file: {first_line(e)}") from None
 
 
-def token_texts(file: Path, progress: Callable[[int], Any], tok: Tokenizer) -> Iterator[str]:
+def token_texts(file: Path, progress: Progress, tok: Tokenizer) -> Iterator[str]:
     """The documents of a token file of nanoGPT (uint16 alone) or llm.c (after a header of 256 int32), decoded."""
     with open(file, "rb") as f:
         size, head = os.fstat(f.fileno()).st_size, np.fromfile(f, "<i4", 256)

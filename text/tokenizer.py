@@ -103,9 +103,8 @@ class Tokenizer:
         for token in known.keys() & {end, *CHATML}:
             if known[token] in self.encode(f"{token} {token}a{token}\n{token}"):
                 raise UserError(f"{file}: encodes {token} in a text as the control token; expected other ids for it")
-        named = json_object(folder / "tokenizer_config.json")
-        if "added_tokens_decoder" not in named:  # an older folder, in which another file names the special tokens
-            named |= json_object(folder / "special_tokens_map.json")
+        # older folders name the special tokens in a file of their own
+        named = json_object(folder / "special_tokens_map.json") | json_object(folder / "tokenizer_config.json")
         eos, bos = (t.get("content") if isinstance(t, dict) else t for t in map(named.get, ("eos_token", "bos_token")))
         self.markers = {m: known[m] for m in CHATML if known.keys() >= set(CHATML)}
         self.eot = known[end]

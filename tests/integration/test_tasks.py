@@ -496,15 +496,14 @@ def test_bad_input(tmp_path, monkeypatch, capsys, args, words):
     assert e.value.code == 2 and len(lines) == 1 and words in lines[0], lines
 
 
-def test_a_dataset_is_read_as_the_file_says_or_refused(tmp_path):
+def test_a_dataset_is_read_as_the_file_says_or_refused(tmp_path, trained):
     task = {"task": "odd", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "odd.jsonl"}}}
     task |= {"test_split": "test", "output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": ""}
     task |= {"generation_kwargs": {"until": ["x"], "max_gen_toks": 4, "num_beams": 2}}
     write(tmp_path / "odd.yaml", {**task, "metric_list": [{"metric": "exact_match"}]})  # JSON is YAML
     write(tmp_path / "odd.jsonl", {"text": "a"})
     name = str(tmp_path / "odd.yaml")
-    with pytest.raises(UserError, match="odd has generation_kwargs num_beams, expected until"):
-        harness.check(harness.load((name,), str(tmp_path), None), 96, None, 1)
+    assert harness.evaluate(trained, [name], CPU, data_dir=str(tmp_path))["odd"]["n"] == 1
     write(tmp_path / "odd.jsonl", "not JSON\n")
     with pytest.raises(UserError, match="the harness cannot run it .DatasetGenerationError"):
         harness.load((name,), str(tmp_path), 1)

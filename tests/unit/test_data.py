@@ -920,11 +920,11 @@ def test_a_document_that_a_library_fails_on_is_named(monkeypatch):
             return [1]
 
     monkeypatch.setattr(tok, "encoding", Library())
-    assert len(prepare._encode([(0, "a"), (1, "b")], ["x", "y"])) == 2
+    assert len(prepare._encode([(0, "a"), (1, "b")])) == 2
     with pytest.raises(UserError) as e:
-        prepare._encode([(0, "a"), (1, "bad\n" * 90)], ["x", "y.jsonl"])
+        prepare._encode([(0, "a"), (1, "bad\n" * 90)])
     message = str(e.value)
-    assert message.startswith(f"--source y.jsonl: {('bad' + chr(10)) * 15!r}: tokenizer {prepare.RANKS} cannot encode")
+    assert message.startswith(f"{('bad' + chr(10)) * 15!r}: tokenizer {prepare.RANKS} cannot encode")
     assert "called `unwrap()`" in message and len(message.splitlines()) == 1
 
 
