@@ -150,7 +150,8 @@ def load(names: tuple[str, ...], data_dir: str | None, num_fewshot: int | None) 
             with contextlib.chdir(data_dir or "."):  # a dataset is read from the current folder, or else from the hub
                 made = known.load([n])  # a file is a program: its !function, templates and includes run
             top, *others = [*made["groups"].values()] or [*made["tasks"].values()]
-            if not top.has_aggregation if isinstance(top, Group) else others:  # a group, or a tag of several tasks
+            has_score = top.has_aggregation if isinstance(top, Group) else not others  # others: of a tag
+            if not has_score:
                 tasks = ", ".join([*made["tasks"]][:5])
                 raise UserError(f"--tasks: got {n}, which has no score of its own; name some of {tasks}")
             found[n] = top
