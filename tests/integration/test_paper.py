@@ -22,7 +22,7 @@ import cost
 import eval as evaluation
 import schedule
 from paper import __main__ as paper
-from paper import beyond, downstream, figures, graph, measure, plans, report, scales, tables, workers
+from paper import beyond, downstream, figures, graph, measure, plans, report, scales, table, tables, workers
 from runtime import checkpoint, resume
 from runtime.errors import UserError, user_errors
 from text import prepare, token_files
@@ -171,7 +171,7 @@ def test_two_versions_with_a_longer_second_increment_are_the_base_runs_versions_
 )
 def test_costs_and_numbers_of_the_paper_stand_beside_ours(name, key):
     t = tables.TABLES[name](setup())
-    rows = [r for r in t.rows if r.name != tables.MEAN]
+    rows = [r for r in t.rows if r.name != table.MEAN]
     for row, printed in zip(rows, PRINTED[key], strict=True):
         assert row.paper == {v: printed[v] for v in ("V2", "V3", "V4")}
         assert round(next(iter(row.costs.values())), 2) == printed["cost"]
@@ -267,7 +267,7 @@ def score(ppl, documents=2):
 
 def verdict(ours, cpt):
     found = {("", "Ours", "V2"): [score(x) for x in ours], ("", "CPT", "V2"): [score(x) for x in cpt]}
-    claim = tables.below("ours is below CPT", [""], ["V2"], "Ours", "CPT")
+    claim = table.below("ours is below CPT", [""], ["V2"], "Ours", "CPT")
     return measure.judge(found, claim, len(ours), {("", "Ours", "V2"): 20.0, ("", "CPT", "V2"): 20.5})
 
 
@@ -327,7 +327,7 @@ def test_one_seed_and_one_document_judge_nothing():
         for n, ppl in (("PTFS", 20), ("CPT", 30), ("Ours", 10), ("Average", 10))
     }
     record = measure.measure(t, found, [1], ["V2"])
-    assert measure.combine(found, tables.minus("cosine", "Ours", "CPT", "V2")) == (pytest.approx(-20), None)
+    assert measure.combine(found, table.minus("cosine", "Ours", "CPT", "V2")) == (pytest.approx(-20), None)
     assert {d["se"]["V2"] for d in record["differences"]} == {None}
     assert [c["verdict"] for c in record["claims"]] == ["OPEN"] * 3 and "NaN" not in json.dumps(record)
     made = {"scale": "tiny", "segments": 1, "steps": 1, "seconds": 1, "date": ""}
@@ -658,7 +658,7 @@ def test_fig2_and_losses_of_any_schedules(tmp_path):
     rows = [
         {"group": n, "name": x, "costs": {"cost": 0.5}, "ppl": {"V2": 30.0}, "paper": {}}
         for n in s.schedules
-        for x in tables.NAMES.values()
+        for x in table.NAMES.values()
     ]
     figures.cost_and_quality({"rows": rows, "columns": ["V2"]}, str(tmp_path / "fig2.png"))
     figures.schedules(s, str(tmp_path / "fig3.png"))
