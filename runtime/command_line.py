@@ -26,11 +26,10 @@ class Parser(argparse.ArgumentParser):
             message += f"; {suggest('--' + unknown.split()[0].partition('=')[0], options)}"
         raise UserError(message)
 
-    def add_checkpoints(self, paths: str = "checkpoints, or one run's folder", several: bool = False) -> None:
-        """What every command that reads checkpoints takes; `several`: --data again and again."""
+    def add_checkpoints(self, paths: str = "checkpoints, or one run's folder") -> None:
+        """The arguments of every command that reads checkpoints."""
         self.add_argument("path", nargs="+", type=Path, help=paths)
-        says = "a prepared folder [the one that the checkpoint was trained on]" + "; again for more" * several
-        self.add_argument("--data", action="append" if several else "store", help=says)
+        self.add_argument("--data", help="a prepared folder [the one that the checkpoint was trained on]")
         self.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
         self.add_argument("--json", action="store_true")
 
