@@ -28,8 +28,8 @@ class Parser(argparse.ArgumentParser):
 
     def add_checkpoints(self, paths: str = "checkpoints, or one run's folder") -> None:
         """The arguments of every command that reads checkpoints."""
-        self.add_argument("path", nargs="+", type=Path, help=paths)
-        self.add_argument("--data", help="a prepared folder [the one that the checkpoint was trained on]")
+        self.add_argument("path", nargs="+", type=lambda name: Path(folder(name)), help=paths)
+        self.add_argument("--data", type=folder, help="a prepared folder [the one that the checkpoint was trained on]")
         self.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
         self.add_argument("--json", action="store_true")
 
@@ -51,6 +51,13 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv)
         default = "sft" if getattr(args, "mode", "") == "sft" else default
         return args, load(default if args.config is None else args.config, given(args), unknown)
+
+
+def folder(name: str) -> str:
+    """argparse's type of a folder's name, which may not be empty: Path("") is the current folder."""
+    if not name:
+        raise argparse.ArgumentTypeError("got '', expected a folder")
+    return name
 
 
 def given(args: argparse.Namespace) -> dict[str, str]:

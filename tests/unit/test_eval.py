@@ -280,6 +280,14 @@ def test_a_sample_continues_its_prompt_and_repeats_with_its_seed(trained, cli):
     assert len(text) > 100
 
 
+@pytest.mark.parametrize("script, more", [(evaluation, ()), (sample, ("--prompt", "x"))])
+def test_an_empty_name_is_not_the_current_folder(trained, prepared, cli, monkeypatch, script, more):
+    for there, args in ((prepared, (trained, "--data", "")), (trained, ("",))):
+        monkeypatch.chdir(there)
+        said = cli(*args, *more, script=script, code=2)
+        assert "got '', expected a folder" in said and len(said.splitlines()) == 1
+
+
 def test_bad_input(trained, tmp_path, prepared, cli):
     (tmp_path / "empty").mkdir()
     for args, words in [
