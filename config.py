@@ -142,19 +142,15 @@ def segments(paradigm: str, p: Plan) -> list[Segment]:
         raise UserError(str(e)) from None
 
 
-def load(name: str, overrides: dict[str, str] | None = None, unknown: list[str] | None = None) -> Config:
+def load(name: str, overrides: dict[str, str] | None = None) -> Config:
     """The config of a name in configs/ or a .toml file, with {key: text} overrides. UserError lists every problem."""
     file, tree = read_toml("--config", name, Path(__file__).parent / "configs")
     given: list[Any] = [(str(file), k, v, typed) for k, v in tree.items() if not isinstance(v, dict)]
     given += [(str(file), f"{s}.{k}", v, typed) for s, t in tree.items() if isinstance(t, dict) for k, v in t.items()]
     given += [("command line", k, v, parse) for k, v in (overrides or {}).items()]
 
-    c = Config()
+    c, found = Config(), []
     known = flatten(c)
-    flags = [a for a in unknown or [] if a.startswith("-")]  # arguments that the command line could not place
-    options = [f"--{k}" for k in known]
-    found = [f"command line: unknown argument {a}; {suggest(a.partition('=')[0], options)}" for a in flags]
-    found = found or [f"command line: unexpected {a!r}; flags are --name value" for a in unknown or []]
     for where, k, v, read in given:
         if k not in known:
             found.append(f"{where}: unknown key {k}; {suggest(k, list(known))}")

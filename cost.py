@@ -49,7 +49,7 @@ def table(c: Config, convention: str, mfu: float, peak: float, price: float) -> 
 
 def main() -> None:
     a = Parser(prog="cost.py", description=__doc__, usage="cost.py [--config NAME] [--section.key VALUE ..] ..")
-    a.add_argument("--convention", default="section3.2", choices=COUNTED)
+    a.add_argument("--convention", default="section3.2", choices=[*COUNTED])
     a.add_argument("--gpus", type=int, default=8, help="to count days [8]")
     a.add_argument("--mfu", type=float, default=0.4, help="part of the peak that training reaches [0.4]")
     a.add_argument("--peak", type=float, default=PEAK, help="FLOP/s of a GPU at its peak [989e12, an H100 in bf16]")

@@ -120,9 +120,9 @@ def parse() -> tuple[argparse.Namespace, scales.Setup]:
     add("--slurm", action="store_true", help="print plans as SLURM jobs that wait for each other")
     add("--mfu", type=float, default=0.4, help="part of a GPU's peak that training reaches, for plans [0.4]")
     parser.add_config(name=False)
-    o, unknown = parser.parse_known_intermixed_args()
+    o = parser.parse_intermixed_args()
     scale = scales.load_scale(o.scale)
-    config.load(scale.config, given(o), unknown)
+    config.load(scale.config, given(o))
     overrides = {k: v for k, v in given(o).items() if k != "out"}
     if wrong := [w for w in o.what if w not in (*ORDER, "status", "report")]:
         losses = "losses of folders: python -m paper.figures loss"

@@ -48,9 +48,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_config(self, argv: list[str] | None = None, default: str = "tiny") -> tuple[argparse.Namespace, Config]:
         """The script's own options, and the config with its overrides. --mode sft has a default config of its own."""
-        args, unknown = self.parse_known_args(argv)
+        args = self.parse_args(argv)
         default = "sft" if getattr(args, "mode", "") == "sft" else default
-        return args, load(default if args.config is None else args.config, given(args), unknown)
+        return args, load(default if args.config is None else args.config, given(args))
 
 
 def folder(name: str) -> str:
