@@ -207,14 +207,11 @@ def check(c: Config) -> list[str]:
 
 
 def to_toml(c: Config) -> str:
-    """The resolved config, loadable again. JSON's texts, numbers and lists are TOML's; unset keys are left out."""
-    text, section = "", ""
-    for k, v in values(c).items():
-        owner, _, leaf = k.rpartition(".")
-        if owner != section:
-            text, section = text + f"\n[{owner}]\n", owner
+    """The resolved config, loadable again, a line a key: `plan.steps = 100`. Unset keys are left out."""
+    text = ""
+    for k, v in values(c).items():  # JSON's texts, whole numbers and lists are TOML's
         if v is not None:
-            text += f"{leaf} = {v!r}\n" if isinstance(v, float) else f"{leaf} = {json.dumps(v, ensure_ascii=False)}\n"
+            text += f"{k} = {v!r}\n" if isinstance(v, float) else f"{k} = {json.dumps(v, ensure_ascii=False)}\n"
     return text.replace("\x7f", "\\u007f")  # which JSON leaves as it is and TOML does not allow
 
 
