@@ -227,7 +227,12 @@ def test_a_table_of_a_run_and_single_checkpoints(trained, train_cli, tmp_path, c
     head, *rows, last = cli(run).splitlines()
     assert rows[0].split() == ["cpt-cosine", *one[".2f"].split(), *two[".2f"].split(), f"{found[str(cpt)]['ppl']:.2f}"]
     assert rows[1].split() == ["ptfs-cosine", *one[".2f"].split(), "-", "-"]  # it has no version 2 here
-    assert head.endswith("APPL of V2") and last.startswith("val: ") and last.endswith(" documents") and "; SE over " in last
+    assert (
+        head.endswith("APPL of V2")
+        and last.startswith("val: ")
+        and last.endswith(" documents")
+        and "; SE over " in last
+    )
     assert train_cli("--mode", "ptfs", "--version", "2") == 0
     assert cli(run).splitlines()[1] == rows[0]
     first, second = cli(trained, cpt).splitlines()[1:3]
