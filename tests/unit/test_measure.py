@@ -11,6 +11,7 @@ import config
 import cost
 import eval as evaluation
 from paper import measure, report, scales, tables
+from runtime.errors import UserError
 
 # PPL of three seeds. V2, V3 and V4 of CPT have the means 30, 40 and 50
 CPT = {"V2": [27.0, 30.0, 33.0], "V3": [38.0, 40.0, 42.0], "V4": [46.0, 51.0, 53.0]}
@@ -134,17 +135,25 @@ def cost_json(monkeypatch, capsys):
     return run
 
 
-def test_cost_in_days_and_of_the_next_version(monkeypatch, capsys):
-    """Eight versions of 3.1B on eight GPUs; the ninth alone takes 9T, T, (1 + alpha) T and T."""
-    words = "cost.py --config 3.1b --plan.versions 8 --gpus 8 --mfu 0.5 --peak 1e15 --price 2".split()
+def test_cost_as_it_is_printed(monkeypatch, capsys):
+    """Eight versions of 3.1B."""
+    words = "cost.py --config 3.1b --plan.versions 8 --mfu 0.5 --peak 1e15 --price 2".split()
     monkeypatch.setattr(sys, "argv", words)
     cost.main()
     head, *rows, last = capsys.readouterr().out.splitlines()[1:]
-    assert "days on 8 GPUs  days for the next (V9)" in head and "all segments of all versions" in last
+    assert head.split()[-2:] == ["GPU-hours", "price"] and "all segments of all versions" in last
     c = config.load("3.1b")
-    step = c.train.batch_tokens * c.model.flops_per_token() / 0.5e15 / 86400 / 8  # days
-    for row, steps, new in zip(rows, (360_000, 80_000, 122_000, 80_000), (90_000, 10_000, 16_000, 10_000), strict=True):
-        assert [float(v) for v in row.split()[-3:-1]] == pytest.approx([steps * step, new * step], rel=5e-3)
+    step = c.train.batch_tokens * c.model.flops_per_token() / 0.5e15 / 3600  # GPU-hours
+    for row, steps in zip(rows, (360_000, 80_000, 122_000, 80_000), strict=True):
+        _, count, _, relative, *_, hours, price = row.replace(",", "").split()
+        assert (int(count), relative) == (steps, f"{steps / 360_000:.2f}x")
+        assert [float(hours), float(price)] == pytest.approx([steps * step, 2 * steps * step], rel=5e-3)
+
+
+def test_table2_counts_nothing_of_one_version(monkeypatch):
+    monkeypatch.setattr(sys, "argv", "cost.py --plan.versions 1 --convention table2".split())
+    with pytest.raises(UserError, match="--convention: table2 counts from version 2 on; give --plan.versions 2"):
+        cost.main()
 
 
 def test_cost_script_of_1_2b(cost_json):
