@@ -7,7 +7,6 @@ For four versions and alpha 0.6, `section3.2` (the default) gives 10T, 4T and 5.
 ours beside PTFS. CPT's V1 counts in both: it is the run of PTFS's V1, but each paradigm pays for it.
 """
 
-import json
 from typing import Any
 
 import config
@@ -55,24 +54,18 @@ def main() -> None:
     a.add_argument("--mfu", type=float, default=0.4, help="part of the peak that training reaches [0.4]")
     a.add_argument("--peak", type=float, default=PEAK, help="FLOP/s of a GPU at its peak [989e12, an H100 in bf16]")
     a.add_argument("--price", type=float, default=0.0, help="of a GPU-hour [0]")
-    a.add_argument("--json", action="store_true")
     a.add_config()
     o, c = a.parse_config()
     for name, low, high in (("mfu", 1e-4, 1), ("peak", 1e6, 1e21), ("price", 0, 1e9)):
         if not low <= (got := getattr(o, name)) <= high:
             raise UserError(f"--{name}: got {got:.10g}, expected {low:g} to {high:g}")
-    rows = table(c, o.convention, o.mfu, o.peak, o.price)
-    parameters, flops = c.model.parameters, c.model.flops_per_token()
-    if o.json:
-        head = {"convention": o.convention, "parameters": parameters, "flops_per_token": flops}
-        print(json.dumps({**head, "rows": rows}, indent=1))
-        return
-    print(f"{parameters:,} parameters, {flops / 1e9:.4g} GFLOP a token, {c.train.batch_tokens:,} tokens a step")
     lines = [["paradigm", "steps", "in T", "relative", "tokens", "FLOPs", "GPU-hours", "price"]]
-    for r in rows:
+    for r in table(c, o.convention, o.mfu, o.peak, o.price):
         in_steps = [f"{r['steps']:,}", f"{r['T']:.4g}T", f"{r['relative']:.2f}x"]
         work = [f"{r['tokens']:.4g}", f"{r['flops']:.4g}", f"{r['gpu_hours']:,.4g}", f"{r['price']:,.0f}"]
         lines.append([r["paradigm"], *in_steps, *work])
+    flops = f"{c.model.flops_per_token() / 1e9:.4g} GFLOP a token"
+    print(f"{c.model.parameters:,} parameters, {flops}, {c.train.batch_tokens:,} tokens a step")
     print(aligned(lines))
     print(f"Counted: {COUNTED[o.convention]} (--convention). GPU-hours at {o.mfu:.0%} of {o.peak:.4g} FLOP/s")
 

@@ -1,6 +1,5 @@
 """Means, spreads, differences, verdicts and costs against numbers written out by hand."""
 
-import json
 import math
 import sys
 
@@ -125,14 +124,9 @@ def test_costs_that_tables_print():
     assert s.cost(scales.Run("cpt"), "table2") == 40 / 90
 
 
-@pytest.fixture
-def cost_json(monkeypatch, capsys):
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["cost.py", "--config", "1.2b", "--json", *args])
-        cost.main()
-        return json.loads(capsys.readouterr().out)
-
-    return run
+def costs_of_1_2b(convention, **overrides):
+    rows = cost.table(config.load("1.2b", overrides), convention, mfu=0.5, peak=1e15, price=2)
+    return {r["paradigm"]: r for r in rows}
 
 
 def test_cost_as_it_is_printed(monkeypatch, capsys):
@@ -156,15 +150,14 @@ def test_table2_counts_nothing_of_one_version(monkeypatch):
         cost.main()
 
 
-def test_cost_script_of_1_2b(cost_json):
-    made = cost_json("--mfu", "0.5", "--peak", "1e15", "--price", "2")
+def test_costs_of_1_2b():
+    model = config.load("1.2b").model
     # 24 blocks of 4 x 1,536^2 + 3 x 1,536 x 6,144 = 37,748,736 weights and two norms, two embeddings of 100,277, a norm
-    assert made["parameters"] == 1_214_095_872
+    assert model.parameters == 1_214_095_872
     # 6 x (24 x 37,748,736 + 100,277 x 1,536), and 6 x 24 x 1,536 x 2,048 of attention
-    assert made["flops_per_token"] == 6_812_955_648
-    assert made["convention"] == "section3.2"
-    rows = {r.pop("paradigm"): r for r in made["rows"]}
-    assert rows.pop("average") == rows["cpt"]
+    assert model.flops_per_token() == 6_812_955_648
+    rows = costs_of_1_2b("section3.2")
+    assert rows.pop("average") | {"paradigm": "cpt"} == rows["cpt"]
     steps = {"ptfs": 100_000, "cpt": 40_000, "ours": 58_000}
     tokens = {"ptfs": 104_857_600_000, "cpt": 41_943_040_000, "ours": 60_817_408_000}  # 1,048,576 a step
     relative = {"ptfs": 1.0, "cpt": 0.4, "ours": 0.58}
@@ -179,8 +172,8 @@ def test_cost_script_of_1_2b(cost_json):
     assert {n: r["price"] for n, r in rows.items()} == pytest.approx({n: 2 * h for n, h in hours.items()}, rel=1e-4)
 
 
-def test_cost_script_counting_as_table2_does(cost_json):
-    rows = {r["paradigm"]: r for r in cost_json("--convention", "table2")["rows"]}
+def test_costs_counted_as_table2_does():
+    rows = costs_of_1_2b("table2")
     assert {n: r["steps"] for n, r in rows.items()} == {
         "ptfs": 90_000,
         "cpt": 40_000,
@@ -194,5 +187,5 @@ def test_cost_script_counting_as_table2_does(cost_json):
         "average": 40 / 90,
     }
     # Table 13: the branch stays 6,000 steps long
-    unequal = {r["paradigm"]: r["steps"] for r in cost_json("--plan.increments", "10000,30000")["rows"]}
+    unequal = {n: r["steps"] for n, r in costs_of_1_2b("section3.2", **{"plan.increments": "10000,30000"}).items()}
     assert unequal == {"ptfs": 50_000, "cpt": 40_000, "ours": 46_000, "average": 40_000}
