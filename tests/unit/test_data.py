@@ -558,6 +558,17 @@ def test_a_part_of_an_increment_read_again_and_again(prepared):
     assert t.problems(0, 13) == ["data.increments: 12 steps in all, expected at least the 13 trained"]
 
 
+def test_increments_that_are_missing_or_shorter_than_a_sequence(prepared):
+    t = data.Tokens(str(prepared), 32, 4, [1] * 6, seed=1)
+    t.meta["increments"][3]["tokens"] = 32
+    drop, *missing = t.problems(0, 6)
+    assert f"v4 has 32 tokens and 129 are needed; take it back: python data.py drop --last --out {prepared}" in drop
+    add = f"python data.py add --out {prepared} --source TEXT"
+    assert missing == [f"data.path {prepared}: has no increment {v}; append it: {add}" for v in ("v5", "v6")]
+    t.repeat = True
+    assert t.problems(0, 4) == [drop]
+
+
 # ---- token files of others
 
 
