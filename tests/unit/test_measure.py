@@ -135,7 +135,7 @@ def test_cost_as_it_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", words)
     cost.main()
     head, *rows, last = capsys.readouterr().out.splitlines()[1:]
-    assert head.split()[-2:] == ["GPU-hours", "price"] and "all segments of all versions" in last
+    assert head.split()[-2:] == ["GPU-hours", "price"] and "Counted as in section3.2" in last
     c = config.load("3.1b")
     step = c.train.batch_tokens * c.model.flops_per_token() / 0.5e15 / 3600  # GPU-hours
     for row, steps in zip(rows, (360_000, 80_000, 122_000, 80_000), strict=True):
