@@ -8,7 +8,6 @@ must not reach; `choices`; `free`: a resumed run may change it, since no result 
 import difflib
 import json
 import math
-from collections.abc import Collection
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -162,19 +161,16 @@ def load(name: str, overrides: dict[str, str] | None = None) -> Config:
             continue
         owner, _, leaf = k.rpartition(".")
         setattr(getattr(c, owner) if owner else c, leaf, value)
-    found += overrule(c.plan, [k.removeprefix("plan.") for k in overrides or {}])
+    words, p = overrides or {}, c.plan  # of the command line, which replace the file's other way to say the same
+    for k, other in (("alpha", "decay_steps"), ("decay_steps", "alpha")):
+        if f"plan.{k}" in words and f"plan.{other}" not in words and getattr(p, k) is not None:
+            setattr(p, other, None)
+    for k in ("plan.steps", "plan.versions"):
+        if k in words and p.increments and "plan.increments" not in words:
+            found.append(f"{k}: the file has plan.increments; give --plan.increments, all of them")
     c.out = c.out or f"out/{file.stem}"
     refuse(found + check(c))
     return c
-
-
-def overrule(p: Plan, given: Collection[str]) -> list[str]:
-    """Let keys `given` on the command line replace the file's other way to say it; a line for each that cannot."""
-    for k, other in (("alpha", "decay_steps"), ("decay_steps", "alpha")):
-        if k in given and other not in given and getattr(p, k) is not None:
-            setattr(p, other, None)
-    idle = {"steps", "versions"}.intersection(given) if p.increments and "increments" not in given else ()
-    return [f"plan.{k}: the file has plan.increments; give --plan.increments, all of them" for k in sorted(idle)]
 
 
 def suggest(name: str, known: list[str]) -> str:
