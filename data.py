@@ -54,22 +54,15 @@ def shuffle(i: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
 class Tokens:
     """A prepared folder as one run reads it: global batch `step` of B sequences, for every step of every increment."""
 
+    repeat = False  # data.repeat: an increment may be read again once it is used up
+    unique: int | None = None  # data.unique: read only so many steps' worth of each increment, again and again
     mixed = 0  # data.order shuffled: the sequences of so many steps, of all increments, are mixed; 0: none are
     replayed = 0  # data.replay: the last so many rows of a batch are of earlier increments, evenly
     fork = (0, 0)  # of a branch: its first step, and the replayed rows of the main path's steps before it
 
-    def __init__(
-        self,
-        folder: str,
-        context: int,
-        B: int,
-        increments: list[int],  # steps of each
-        seed: int,
-        repeat: bool = False,  # read an increment again once it is used up
-        unique: int | None = None,  # read only the first `unique` steps' worth of each increment, again and again
-    ) -> None:
+    def __init__(self, folder: str, context: int, B: int, increments: list[int], seed: int) -> None:
+        """increments: the steps of each."""
         self.folder, self.context, self.B, self.seed = Path(folder), context, B, seed
-        self.repeat, self.unique = repeat, unique
         self.meta = token_files.read_meta(self.folder)
         self.ends = list(itertools.accumulate(increments))  # increment i covers steps ends[i-1] .. ends[i] - 1
         self.files: dict[str, np.ndarray] = {}
