@@ -2,17 +2,15 @@
 
     python eval.py out/tiny                             a run: versions x paradigms, APPL, standard errors
     python eval.py out/tiny/main/step-000080 OTHER ..   any checkpoints, and their differences from the first one
-    python eval.py out/tiny --data data/books           another text, prepared with the same tokenizer
+    python eval.py out/tiny --text val-v5               another text of the same folder, or of another by --data
 
 PPL = exp(mean negative log-likelihood of a token). Standard errors are over documents: tokens of one document are not
 independent, so a document is the unit, and two checkpoints are compared document by document.
-
-Scores are kept in `scores/` beside each checkpoint, under a hash of weights, text, --context, device and code.
 """
 
 import json
 import math
-from collections import Counter
+import statistics
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -37,10 +35,10 @@ from text.sources import progress_bar
 
 
 class Text(NamedTuple):
-    """What to score on: a held-out text of a prepared folder, in sequences of `context` tokens."""
+    """What to score on: a text of a prepared folder, in sequences of `context` tokens."""
 
     folder: str | None = None  # None: the checkpoint's own data
-    name: str = "val"  # or "val-v5", held out of an increment that was added
+    name: str = "val"  # or "val-v5", held out of an increment that was added, or "v5"
     context: int = 0  # 0: as long as the model's
 
 
@@ -49,7 +47,7 @@ OWN = Text()
 
 @dataclass
 class Score:
-    """Score of a checkpoint on the validation set: nats and target tokens of each document."""
+    """Score of a checkpoint on a text: nats and target tokens of each document."""
 
     nats: np.ndarray
     tokens: np.ndarray
@@ -98,8 +96,8 @@ def load_model(path: Path, device: torch.device) -> tuple[Transformer, dict[str,
     return net.to(device).eval(), meta
 
 
-def open_data(path: Path, text: Text = OWN) -> data.Tokens:
-    """The data of a text, which must have the checkpoint's tokenizer."""
+def open_data(path: Path, text: Text = OWN) -> tuple[data.Tokens, str]:
+    """The data of a text, which must have the checkpoint's tokenizer, and the SHA-256 of its token file."""
     meta = checkpoint.read_meta(path)
     c = config.model_of(meta["config"])
     if not 0 <= text.context <= c.context:
@@ -110,21 +108,24 @@ def open_data(path: Path, text: Text = OWN) -> data.Tokens:
     tokens = data.Tokens(folder, text.context or c.context, 1, [1], 0)
     if (tokens.meta["tokenizer_sha256"], tokens.meta["vocab_size"]) != (meta["data"]["tokenizer"], c.vocab_size):
         raise UserError(f"--data {tokens.folder}: its tokenizer is not that of {path}; choose the data of its training")
-    return tokens
+    hashes = {part["name"]: part["sha256"]["bin"] for part in token_files.parts(tokens.meta)}
+    if text.name not in hashes:
+        raise UserError(f"--text: got {text.name}, expected one of {tokens.folder}: {', '.join(hashes)}")
+    return tokens, hashes[text.name]
 
 
 @torch.no_grad()
 def score(path: Path, device: torch.device, text: Text = OWN) -> Score:
     """Score a checkpoint on the whole of a text; every token but the very first is a target once."""
-    tokens, name = open_data(path, text), text.name
+    tokens, _ = open_data(path, text)
     net, _ = load_model(path, device)
-    token_files.check_files(tokens.folder, [name], quiet=True)
-    stream = np.asarray(tokens.tokens(name))
+    token_files.check_files(tokens.folder, [text.name], quiet=True)
+    stream = np.asarray(tokens.tokens(text.name))
     # the document of each target, by the <|endoftext|> before it: one belongs to the document that it ends
     document = np.cumsum(stream[:-1] == tokens.meta["eot"])
     losses = []
     with progress_bar(str(path), len(document), "token") as bar:
-        for arrays in tokens.validation(rows=16, name=name):
+        for arrays in tokens.validation(rows=16, name=text.name):
             x, y = (torch.from_numpy(a).to(device) for a in arrays)
             losses.append(net(x, y, reduction="none").flatten().cpu().numpy().astype(np.float64))
             bar.update(y.numel())
@@ -135,10 +136,12 @@ def score(path: Path, device: torch.device, text: Text = OWN) -> Score:
 
 
 def kept_score(path: Path, device: torch.device, text: Text) -> Score:
-    """The score kept in scores/ beside a checkpoint; where there is none, or it is damaged, it is measured and kept."""
-    tokens, root = open_data(path, text), Path(__file__).parent
+    """The score in scores/ beside a checkpoint, under a hash of weights, text, context, device and code.
+
+    Where there is none, or it is damaged, it is measured and put there.
+    """
+    (tokens, sha256), root = open_data(path, text), Path(__file__).parent
     code = [f.read_text("utf-8") for f in (root / "model.py", *sorted((root / "kernels").glob("*.py")))]
-    sha256 = {part["name"]: part["sha256"]["bin"] for part in token_files.parts(tokens.meta)}[text.name]
     key = digest([checkpoint.read_meta(path)["hash"], sha256, tokens.context, device.type, code])
     file = path.resolve().parent / "scores" / f"{key[:32]}.npz"
     with suppress(Exception), np.load(file) as kept:  # any, where the file is damaged
@@ -154,9 +157,10 @@ def kept_score(path: Path, device: torch.device, text: Text) -> Score:
 
 
 def scores(paths: Sequence[Path], device: torch.device, text: Text = OWN, jobs: int = 1) -> dict[Path, Score]:
-    """Scores of checkpoints on a text, `jobs` at a time. Nothing is measured before all of them have been checked."""
+    """Scores of checkpoints on a text, `jobs` at a time. UserError unless the text is the same for all."""
+    if len({open_data(path, text)[1] for path in paths}) > 1:
+        raise UserError("the checkpoints have different validation sets; choose the data of one with --data")
     for path in paths:
-        open_data(path, text)
         checkpoint.verify(path, checksums=False)  # also of those whose score is kept
     with ThreadPoolExecutor(jobs) as pool:
         apply = pool.map if jobs > 1 else map  # Ctrl-C ends a thread only after its checkpoint
@@ -171,9 +175,9 @@ def with_se(value: float, se: float | None, form: str) -> str:
 def run_table(run: dict[str, dict[int, Path]], known: dict[Path, Score]) -> list[list[str]]:
     """A row a paradigm: PPL (SE) of its versions, and APPL if it has all the versions that the column names."""
     columns = sorted({v for versions in run.values() for v in versions})
-    # the versions above 1 that most paradigms have, of equally frequent sets the largest: one that is ahead is no rule
-    sets = Counter(tuple(sorted(v for v in versions if v > 1)) for versions in run.values())
-    later = max(sets, key=lambda versions: (sets[versions], len(versions)))
+    # APPL is over the versions above 1 that most paradigms have: one that is ahead, or has a single version, is no rule
+    sets = [tuple(v for v in columns if v in versions and v > 1) for versions in run.values()]
+    later = statistics.mode(sorted(sets, key=len, reverse=True))
     table = [["PPL (SE)", *(f"V{v}" for v in columns), f"APPL of {', '.join(f'V{v}' for v in later) or 'none'}"]]
     for name, versions in run.items():
         row = {v: known[p] for v, p in versions.items()}
@@ -192,31 +196,21 @@ def checkpoint_table(known: dict[Path, Score]) -> list[list[str]]:
     return table
 
 
-def held_out(path: Path, text: Text) -> list[dict[str, Any]]:
-    """The records of the texts to score a checkpoint on: the validation set, and the parts of later increments."""
-    return [part for part in token_files.parts(open_data(path, text).meta) if part["name"].startswith("val")]
-
-
 def main() -> None:
     a = Parser(prog="eval.py", description=__doc__)
     a.add_checkpoints()
+    a.add_argument("--text", default="val", help="val-v5, held out of an increment that was added, or v5 [val]")
     a.add_argument("--context", type=int, default=0, help="tokens of a sequence, to compare models [the model's]")
     o = a.parse_args()
-    device = pick_device(o.device, 0)
     run = resume.finished(o.path[0]) if len(o.path) == 1 else {}  # nothing if it is a checkpoint
     paths = sorted({p for versions in run.values() for p in versions.values()}) or o.path
-    texts, *others = (held_out(p, Text(o.data, context=o.context)) for p in paths)
-    if any(other != texts for other in others):
-        raise UserError("the checkpoints have different validation sets; choose the data of one with --data")
-    record: dict[str, Any] = {}
-    for text in texts:
-        known = scores(paths, device, Text(o.data, text["name"], o.context))
-        record[text["name"]] = {str(p): {"ppl": s.ppl, "se": s.se, "loss": s.loss} for p, s in known.items()}
-        if not o.json:
-            print(aligned(run_table(run, known) if run else checkpoint_table(known)))
-            print(f"{text['name']}: {text['tokens']:,} tokens; SE over {text['documents']} documents")
+    known = scores(paths, pick_device(o.device, 0), Text(o.data, o.text, o.context))
     if o.json:
-        print(json.dumps(record, indent=1))
+        print(json.dumps({str(p): {"ppl": s.ppl, "se": s.se, "loss": s.loss} for p, s in known.items()}, indent=1))
+        return
+    print(aligned(run_table(run, known) if run else checkpoint_table(known)))
+    tokens = known[paths[0]].tokens
+    print(f"{o.text}: {tokens.sum():,} tokens; SE over {len(tokens)} documents")
 
 
 if __name__ == "__main__":

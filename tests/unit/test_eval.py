@@ -68,7 +68,7 @@ def test_score_is_the_mean_over_every_token_and_by_document(trained, prepared):
 def test_shorter_windows_are_those_of_a_model_of_that_context(trained):
     net, _ = evaluation.load_model(trained, CPU)
     s = evaluation.score(trained, CPU, evaluation.Text(context=8))
-    stream = np.fromfile(evaluation.open_data(trained).folder / "val.bin", "<u2").astype(np.int64)
+    stream = np.fromfile(evaluation.open_data(trained)[0].folder / "val.bin", "<u2").astype(np.int64)
     rows = torch.from_numpy(stream[: (len(stream) - 1) // 8 * 8]).view(-1, 8)
     targets = torch.from_numpy(stream[1 : rows.numel() + 1]).view(-1, 8)
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_one_document_has_no_standard_error(trained, prepared, tmp_path, cli):
     shutil.copytree(trained, other)
     _, *rows, last = cli(trained, other, "--data", tmp_path / "d").splitlines()
     assert [row.split()[2] for row in rows] == ["-", "+0.000"] and "(" not in "".join(rows) and "1 documents" in last
-    (row, _) = json.loads(cli(trained, other, "--data", tmp_path / "d", "--json"))["val"].values()
+    (row, _) = json.loads(cli(trained, other, "--data", tmp_path / "d", "--json")).values()
     assert row["se"] is None and row["ppl"] > 1
     _, *rows, last = cli(tmp_path / "run", "--data", tmp_path / "d").splitlines()
     assert [row.split() for row in rows] == [["ptfs-cosine", f"{row['ppl']:.2f}", "-"]] and "1 documents" in last
@@ -221,7 +221,7 @@ def test_a_model_without_a_perplexity_is_refused(trained, monkeypatch):
 def test_a_table_of_a_run_and_single_checkpoints(trained, train_cli, tmp_path, cli):
     assert train_cli("--mode", "cpt", "--version", "2") == 0
     run = tmp_path / "run"
-    found = json.loads(cli(trained, cpt := run / "cpt-cosine" / "v2" / "step-000020", "--json"))["val"]
+    found = json.loads(cli(trained, cpt := run / "cpt-cosine" / "v2" / "step-000020", "--json"))
     assert list(found) == [str(trained), str(cpt)]
     one, two = ({form: f"{s['ppl']:{form}} ({s['se']:{form}})" for form in (".2f", ".3f")} for s in found.values())
     head, *rows, last = cli(run).splitlines()
@@ -293,6 +293,14 @@ def test_an_empty_name_is_not_the_current_folder(trained, prepared, cli, monkeyp
         assert "got '', expected a folder" in said and len(said.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "option", ["--length 0", "--temperature nan", "--temperature -1", "--top_p 0", "--top_p 1.5", "--seed -1"]
+)
+def test_options_of_a_sample_are_refused_by_name(trained, cli, option):
+    said = cli(trained, "--prompt", "x", *option.split(), script=sample, code=2)
+    assert said.startswith(f"x: error: {option.split()[0]}: got ") and "expected" in said
+
+
 def test_bad_input(trained, tmp_path, prepared, cli):
     (tmp_path / "empty").mkdir()
     for args, words in [
@@ -300,6 +308,7 @@ def test_bad_input(trained, tmp_path, prepared, cli):
         ([tmp_path / "empty"], "is no checkpoint; expected RUN"),
         ([trained, tmp_path / "empty"], "is no checkpoint"),
         ([trained, "--data", tmp_path / "empty"], "no prepared data"),
+        ([trained, "--text", "val-v2"], f"--text: got val-v2, expected one of {prepared}: val, v1, v2, v3, v4"),
         ([trained, "--context", "x"], "invalid int value"),
         ([trained, "--context", "64"], "--context: got 64, expected 0 to 32"),
         ([trained, "--context", "-1"], "--context: got -1, expected 0 to 32"),
@@ -331,21 +340,20 @@ def test_models_are_those_of_their_configs(trained):
     assert sum(p.numel() for p in net.parameters()) == shape.parameters and meta["step"] == 10
 
 
-def test_each_text_that_a_folder_holds_out_has_a_table(train_cli, prepared, tmp_path, cli):
+def test_every_text_of_a_folder_can_be_scored(train_cli, prepared, tmp_path, cli):
+    """Also one that was held out later, of an increment that the checkpoint has not seen."""
     folder = shutil.copytree(prepared, tmp_path / "data")
     lines = [json.dumps({"text": f"{n} other words, {n * n} of them, " * 40}) for n in range(60)]
     (tmp_path / "new.jsonl").write_text("\n".join(lines))
     prepare.add(str(folder), [str(tmp_path / "new.jsonl")], jobs=1, val=0.3)
-    for version in ("4", "5"):
-        assert train_cli("--mode", "ptfs", "--version", version, "--plan.steps", "4", data=folder) == 0
-    run = tmp_path / "run"
-    old, new = run / "ptfs-cosine" / "v4" / "step-000016", run / "ptfs-cosine" / "v5" / "step-000020"
-    alone = {n: {p: evaluation.score(p, CPU, evaluation.Text(name=n)) for p in (old, new)} for n in ("val", "val-v5")}
-    found = json.loads(cli(old, new, "--json"))
-    assert {n: {p: s["ppl"] for p, s in of.items()} for n, of in found.items()} == {
-        n: {str(p): s.ppl for p, s in of.items()} for n, of in alone.items()
-    }
-    for said in (cli(run).splitlines(), cli(new, "--data", folder).splitlines()):
-        assert [line.split(":")[0] for line in said if "documents" in line] == ["val", "val-v5"] and len(said) == 6
-        for line, of in zip((said[1], said[4]), alone.values(), strict=True):
-            assert f"{of[new].ppl:.2f}" in line or f"{of[new].ppl:.3f}" in line
+    assert train_cli("--mode", "ptfs", "--version", "1", data=folder) == 0
+    path = tmp_path / "run" / "ptfs-cosine" / "v1" / "step-000010"
+    found = {}
+    for name in ("val", "val-v5", "v5"):
+        s = evaluation.score(path, CPU, evaluation.Text(name=name))
+        assert s.tokens.sum() == len(np.fromfile(folder / f"{name}.bin", "<u2")) - 1
+        found[name] = json.loads(cli(path, "--text", name, "--json"))[str(path)]["ppl"]
+        assert found[name] == s.ppl and f"{s.ppl:.2f}" in cli(tmp_path / "run", "--text", name)
+    assert len(set(found.values())) == 3
+    there = evaluation.score(path, CPU, evaluation.Text(str(prepared)))
+    assert json.loads(cli(path, "--data", prepared, "--json"))[str(path)]["ppl"] == there.ppl
