@@ -191,9 +191,7 @@ def check(c: Config) -> list[str]:
     if found:
         return found
     if m.hidden % m.n_head or m.hidden // m.n_head % 2:  # RoPE turns pairs
-        found.append(
-            f"model.n_head: got {m.n_head}, expected a divisor of model.hidden = {m.hidden}, heads of an even size"
-        )
+        found.append(f"model.n_head: got {m.n_head}, expected to divide model.hidden = {m.hidden} into even parts")
     if m.n_head % (m.n_kv_head or 1):
         found.append(f"model.n_kv_head: got {m.n_kv_head}, expected a divisor of model.n_head = {m.n_head}")
     return found

@@ -136,10 +136,7 @@ def score(path: Path, device: torch.device, text: Text = OWN) -> Score:
 
 
 def kept_score(path: Path, device: torch.device, text: Text) -> Score:
-    """The score in scores/ beside a checkpoint, under a hash of weights, text, context, device and code.
-
-    Where there is none, or it is damaged, it is measured and put there.
-    """
+    """The score in scores/ beside a checkpoint; where there is none, or it is damaged, it is measured and put there."""
     (tokens, sha256), root = open_data(path, text), Path(__file__).parent
     code = [f.read_text("utf-8") for f in (root / "model.py", *sorted((root / "kernels").glob("*.py")))]
     key = digest([checkpoint.read_meta(path)["hash"], sha256, tokens.context, device.type, code])

@@ -620,7 +620,7 @@ def snapshot(folder):
         (["--version", "99999"], ["--version: got 99999, expected 1 to 9999"]),
         (["--plan.steps", "9" * 400], ["plan.steps: got '999"]),
         (["--plan.versions", "1000000000000"], ["plan.versions: got 1000000000000, expected 1 to 10000"]),
-        (["--model.hidden", "1000000000039"], ["model.n_head: got 2, expected a divisor"]),
+        (["--model.hidden", "1000000000039"], ["model.n_head: got 2, expected to divide model.hidden"]),
         (["--train.kernels", "fast"], ["train.kernels: got 'fast', expected auto, triton or torch"]),
         (
             ["--train.kernels", "triton"],

@@ -87,7 +87,7 @@ def test_a_key_of_the_command_line_replaces_the_files_alternative(tmp_path):
         (("train.clip", "nan"), "train.clip: got nan, expected 1e-12 or more"),
         (("train.beta2", "1"), "train.beta2: got 1.0, expected 0 or more and below 1"),
         (("train.device", "tpu"), "train.device: got 'tpu', expected one of auto, cuda, mps, cpu"),
-        (("model.n_head", "3"), "model.n_head: got 3, expected a divisor of model.hidden = 64, heads of an even size"),
+        (("model.n_head", "3"), "model.n_head: got 3, expected to divide model.hidden = 64 into even parts"),
         (("model.n_kv_head", "3"), "model.n_kv_head: got 3, expected a divisor of model.n_head = 2"),
     ],
 )
