@@ -61,10 +61,9 @@ class Tokens:
     fork = (0, 0)  # of a branch: its first step, and the replayed rows of the main path's steps before it
 
     def __init__(self, folder: str, context: int, B: int, increments: list[int], seed: int) -> None:
-        """increments: the steps of each."""
         self.folder, self.context, self.B, self.seed = Path(folder), context, B, seed
         self.meta = token_files.read_meta(self.folder)
-        self.ends = list(itertools.accumulate(increments))  # increment i covers steps ends[i-1] .. ends[i] - 1
+        self.ends = list(itertools.accumulate(increments))  # increment i has increments[i] steps, up to ends[i] - 1
         self.files: dict[str, np.ndarray] = {}
 
     def tokens(self, name: str) -> np.ndarray:
