@@ -1,7 +1,7 @@
 """Token files -> batches: `Tokens.batch(step)` is a pure function of (seed, increments, step).
 
 So no checkpoint stores a data position, seeking is free, and the world size does not matter: each rank reads its rows
-of the same global batch. `python data.py prepare|add|drop|verify|bins|vocab` makes and checks the token files (text/).
+of the same global batch. `python data.py prepare|add|drop|verify|vocab` makes and checks the token files (text/).
 """
 
 import itertools

@@ -27,10 +27,9 @@ from paper.tables import ORDER
 from runtime import distributed
 from runtime.command_line import Parser, given
 from runtime.device import pick_device
-from runtime.errors import UserError, refuse, user_errors
+from runtime.errors import UserError, optional, refuse, user_errors
 from runtime.files import lock, read_log, replacing, write_text
 from text import prepare
-from text.sources import optional
 from tools import paths
 
 MAIN, NINE = ",".join(tables.MAIN), ",".join(downstream.NINE)
