@@ -9,7 +9,7 @@ import pytest
 import config
 import cost
 import eval as evaluation
-from paper import measure, report, scales, tables
+from paper import measure, report, scales, table, tables
 from runtime.errors import UserError
 
 # PPL of three seeds. V2, V3 and V4 of CPT have the means 30, 40 and 50
@@ -30,9 +30,9 @@ def score(ppl):
 def record(ours, cpt):
     """What measure makes of the PPLs {column: one a seed} of two rows: one claim a column."""
     columns = list(cpt)
-    rows = [tables.Row("", name, {"paradigm": name}, {}) for name in ("Ours", "CPT")]
-    claims = [tables.below(f"ours is below CPT in {c}", [""], [c], "Ours", "CPT") for c in columns]
-    t = tables.Table("t", "T", columns, rows, claims, [("Ours", "CPT")])
+    rows = [table.Row("", name, {"paradigm": name}, {}) for name in ("Ours", "CPT")]
+    claims = [table.below(f"ours is below CPT in {c}", [""], [c], "Ours", "CPT") for c in columns]
+    t = table.Table("t", "T", columns, rows, claims, [("Ours", "CPT")])
     found = {("", n, c): [score(x) for x in of[c]] for n, of in (("Ours", ours), ("CPT", cpt)) for c in columns}
     return measure.measure(t, found, [1, 2, 3][: len(cpt[columns[0]])], columns)
 
