@@ -104,9 +104,9 @@ def parse() -> tuple[argparse.Namespace, scales.Setup]:
     add("--limit", type=int, help="table4, table11: so many examples of each task [all]")
     add("--num_fewshot", type=int, help="table4, table11: examples in the prompt [as each task says]")
     parser.add_config(name=False)
-    o, unknown = parser.parse_known_intermixed_args()
+    o = parser.parse_intermixed_args()
     scale = scales.load_scale(o.scale)
-    config.load(scale.config, given(o), unknown)
+    config.load(scale.config, given(o))
     overrides = {k: v for k, v in given(o).items() if k != "out"}
     schedules = list(dict.fromkeys(o.schedules.split(",")))
     if wrong := [n for n in schedules if n not in schedule.SCHEDULES]:

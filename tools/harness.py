@@ -249,7 +249,9 @@ def main() -> None:
         if not names:
             raise UserError("--tasks: got no name, expected some such as gsm8k,mmlu")
         load(tuple(names), o.data_dir, o.num_fewshot)
-        versions = evaluation.chosen(o.path)
+        versions = resume.finished(o.path[0]) if len(o.path) == 1 else {}  # nothing if it is a checkpoint
+        for p in () if versions else o.path:
+            checkpoint.read_meta(p)
     paths = list(dict.fromkeys(p for vs in versions.values() for p in vs.values()) if versions else o.path)
     known: dict[Path, Results] = {}
     for p in paths:

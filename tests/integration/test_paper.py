@@ -709,7 +709,7 @@ def test_losses_of_any_folders(train_cli, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("args", [["--mfu", "0"], ["--price", "-1"], ["--plan.alpha", "3"], ["--convention", "x"]])
 def test_cost_refuses(args, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["cost.py", "--config", "1.2b", "--json", *args])
+    monkeypatch.setattr(sys, "argv", ["cost.py", "--config", "1.2b", *args])
     with pytest.raises(UserError, match=args[0].removeprefix("--")):
         cost.main()
 

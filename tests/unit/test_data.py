@@ -472,7 +472,7 @@ def test_permute_looks_random():
 
 
 def test_batches_read_every_sequence_of_an_increment_once(prepared):
-    t = data.Tokens(str(prepared), 32, 8, [20, 1000, 5, 5], seed=3, repeat=True)
+    t = data.Tokens(str(prepared), 32, 8, [20, 1000, 5, 5], seed=3)
     stream = np.asarray(t.tokens("v1")).astype(np.int64)
     n = (len(stream) - 1) // 32
     t = data.Tokens(str(prepared), 32, 8, [n // 8, 5, 5, 5], seed=3)
@@ -492,9 +492,10 @@ def test_batches_read_every_sequence_of_an_increment_once(prepared):
 
 def test_repeat_is_another_order_of_the_same(prepared):
     n = (token_files.read_meta(prepared)["increments"][0]["tokens"] - 1) // 32
-    t = data.Tokens(str(prepared), 32, n, [3, 1, 1, 1], seed=1, repeat=True)
+    t = data.Tokens(str(prepared), 32, n, [3, 1, 1, 1], seed=1)
     a, b = t.batch(0)[0], t.batch(1)[0]
     assert not np.array_equal(a, b) and sorted(map(bytes, a)) == sorted(map(bytes, b))
+    t.repeat = True
     assert t.problems(0, 3) == []
     t.repeat = False
     assert "and" in t.problems(0, 3)[0] and "are needed" in t.problems(0, 3)[0] and t.problems(0, 1) == []
@@ -550,7 +551,8 @@ def test_validation_covers_every_token_once_on_any_number_of_ranks(prepared):
 
 def test_a_part_of_an_increment_read_again_and_again(prepared):
     """data.unique: 3 steps' worth of v1, each sequence once an epoch, in another order each time."""
-    t = data.Tokens(str(prepared), 32, 4, [12], seed=1, unique=3)
+    t = data.Tokens(str(prepared), 32, 4, [12], seed=1)
+    t.unique = 3
     ids = np.asarray(t.tokens("v1"))[: 12 * 32].reshape(12, 32)  # the first 12 sequences
     epochs = [np.concatenate([t.batch(s)[0] for s in range(e, e + 3)]) for e in (0, 3, 6)]
     for rows in epochs:
@@ -558,6 +560,17 @@ def test_a_part_of_an_increment_read_again_and_again(prepared):
     assert not np.array_equal(epochs[0], epochs[1])
     assert t.needs(0, 12) == [("v1", 12 * 32 + 1, t.meta["increments"][0]["tokens"])] and t.problems(0, 12) == []
     assert t.problems(0, 13) == ["data.increments: 12 steps in all, expected at least the 13 trained"]
+
+
+def test_increments_that_are_missing_or_shorter_than_a_sequence(prepared):
+    t = data.Tokens(str(prepared), 32, 4, [1] * 6, seed=1)
+    t.meta["increments"][3]["tokens"] = 32
+    drop, *missing = t.problems(0, 6)
+    assert f"v4 has 32 tokens and 129 are needed; take it back: python data.py drop --last --out {prepared}" in drop
+    add = f"python data.py add --out {prepared} --source TEXT"
+    assert missing == [f"data.path {prepared}: has no increment {v}; append it: {add}" for v in ("v5", "v6")]
+    t.repeat = True
+    assert t.problems(0, 4) == [drop]
 
 
 # ---- token files of others
