@@ -1,6 +1,6 @@
 """The paper's figures, and a picture beside each table, in one style of matplotlib's.
 
-python -m paper.figures loss out/tiny/main out/tiny/ours-cosine      of any segments, paradigms, runs
+python -m paper.figures loss out/tiny/main out/tiny/ours-cosine --x tokens     of any segments, paradigms, runs
 """
 
 import statistics
@@ -149,14 +149,14 @@ def frontier(record: dict[str, Any], file: str) -> None:
 Log = list[dict[str, Any]]
 
 
-def curve(log: Log, key: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of a key of a log; of a step trained twice, the last time."""
+def curve(log: Log, key: str, x: str = "steps") -> tuple[list[int], list[float]]:
+    """(steps or tokens, values) of a key of a log; of a step trained twice, the last time."""
     after = 0 if "val_loss" in key else 1  # the record of an update names it; the state is after it
-    found = {r["step"] + after: r[key] for r in log if key in r}
-    return sorted(found), [found[step] for step in sorted(found)]
+    found = {r["step"] + after if x == "steps" else r["tokens"]: r[key] for r in log if key in r}
+    return sorted(found), [found[at] for at in sorted(found)]
 
 
-def losses(panels: dict[str, dict[str, Log]], file: str) -> None:
+def losses(panels: dict[str, dict[str, Log]], file: str, x: str = "steps") -> None:
     """Logs, {title: {label: log}}: training loss (thin, some 200 means) and validation loss, rates below."""
     width, columns = (4.6, 6) if len(panels) > 1 else (8.0, 3)
     fig, (above, below) = canvas(list(panels), width, 6.0, rows=2, sharex="col", sharey="row")
@@ -165,14 +165,14 @@ def losses(panels: dict[str, dict[str, Log]], file: str) -> None:
         for label, log in logs.items():
             i = labels.index(label)
             look: Any = {"color": COLOURS[i % 6], "linestyle": ("-", "--", ":")[i // 6 % 3], "label": label}
-            steps, loss = curve(log, "loss")
+            steps, loss = curve(log, "loss", x)
             few, first = len(loss) // 200 + 1, len(loss) // 10  # the first losses would flatten the rest
             means = [statistics.fmean(loss[k : k + few]) for k in range(first, len(loss), few)]
             top.plot(steps[first::few], means, color=look["color"], linewidth=0.7, alpha=0.45)
-            top.plot(*curve(log, "val_loss"), marker="o", markersize=4, **look)
-            top.plot(*curve(log, "average_val_loss"), marker="x", markersize=4, color=look["color"], linewidth=0.7)
-            bottom.plot(*curve(log, "lr"), **look)
-        bottom.set_xlabel("step")
+            top.plot(*curve(log, "val_loss", x), marker="o", markersize=4, **look)
+            top.plot(*curve(log, "average_val_loss", x), marker="x", markersize=4, color=look["color"], linewidth=0.7)
+            bottom.plot(*curve(log, "lr", x), **look)
+        bottom.set_xlabel(x)
     above[0].set_ylabel("loss (nats a token)")
     below[0].set_ylabel("learning rate")
     finish(fig, file, below, columns)
@@ -193,7 +193,8 @@ def by_paradigm(request: graph.Request) -> dict[str, dict[str, Log]]:
 
 def segments(folder: Path) -> list[Path]:
     """The segments in a folder that have a log: itself, or those of a paradigm or run."""
-    if found := sorted(log.parent for log in folder.rglob("log.jsonl")):
+    below = (".", "main", "v*", "*/v*", "sft/*", "sft/*/v*")
+    if found := [log.parent for where in below for log in sorted(folder.glob(f"{where}/log.jsonl"))]:
         return found
     raise UserError(f"{folder}: has no log.jsonl; expected a segment, a paradigm or a run, as out/tiny/ours-cosine")
 
@@ -202,10 +203,11 @@ def main() -> None:
     a = Parser(prog="python -m paper.figures", description=__doc__)
     a.add_argument("what", choices=["loss"])
     a.add_argument("folder", nargs="+", type=Path, help="of a segment, a paradigm or a run")
+    a.add_argument("--x", default="steps", choices=["steps", "tokens"])
     a.add_argument("--out", default="out/loss.png", metavar="FILE", help="a .png, .pdf or .svg [out/loss.png]")
     o = a.parse_args()
     logs = {str(f): read_log(f) for folder in o.folder for f in segments(folder)}
-    losses({"training loss (thin), validation loss (dots; crosses: of the running mean)": logs}, o.out)
+    losses({"training loss (thin), validation loss (dots; crosses: of the running mean)": logs}, o.out, o.x)
     print(o.out)
 
 
