@@ -203,17 +203,17 @@ def main() -> None:
             if world.rank == 0:
                 average.make(run, o.given, o.dry_run)
             return
-        kind, why = distributed.choose(c.train.parallel, c.model.parameters, world)
+        kind = distributed.choose(c.train.parallel, c.model.parameters, world)
         if o.dry_run:
             if world.rank == 0:
-                preview(run, kind, why, world.ranks)
+                preview(run, kind, world.ranks)
             return
     say = print if world.rank == 0 else lambda *a: None
     errors = user_errors("train.py", at_once=world.ranks > 1)
     watchdog = Watchdog(c.train.timeout, world.rank, run.folder)
     with errors, distributed.lost_rank_errors(world), watchdog:
         if kind != "none":
-            say(f"{world.ranks} rank{'s' * (world.ranks > 1)}, {kind}: {why}")
+            say(f"{world.ranks} ranks, {kind}")
             watchdog.beat("meeting the other ranks")
             distributed.join(world, c.train.timeout)
         asked = {"mode": o.mode, "version": o.version, "torch": torch.__version__, "ranks": world.ranks}

@@ -97,20 +97,17 @@ def batch_problems(c: Config, ranks: int) -> list[str]:
     ]
 
 
-def choose(wanted: str, parameters: int, world: World) -> tuple[str, str]:
-    """("none", "ddp" or "fsdp", the reason)."""
-    state = 18 * parameters  # bytes: weights, a copy in bfloat16, gradients and moments; the rest is for activations
+def choose(wanted: str, parameters: int, world: World) -> str:
+    """none, ddp or fsdp; "auto" is fsdp on GPUs from 2B parameters, or where DDP takes over a third of their memory."""
     if world.ranks == 1:
-        return ("fsdp" if wanted == "fsdp" else "none"), "one rank"
+        return "fsdp" if wanted == "fsdp" else "none"
     if wanted != "auto":
-        return wanted, "as asked"
+        return wanted
     if world.device.type != "cuda":
-        return "ddp", "always on a CPU; GPUs take fsdp where it is needed, see --train.parallel fsdp"
+        return "ddp"
+    state = 18 * parameters  # bytes: weights, a copy in bfloat16, gradients and moments; the rest is for activations
     memory = torch.cuda.get_device_properties(world.device).total_memory
-    if parameters >= 2e9:
-        return "fsdp", "2B parameters or more"
-    kind, fit = ("ddp", "fit") if 3 * state <= memory else ("fsdp", "do not fit")
-    return kind, f"with bfloat16 copies {state / 1e9:.3g} GB, which {fit} a third of {memory / 1e9:.3g} GB"
+    return "fsdp" if parameters >= 2e9 or 3 * state > memory else "ddp"
 
 
 # ---- Joining and agreeing --------------------------------------------------------------------------------------------

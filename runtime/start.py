@@ -246,53 +246,19 @@ def claim(run: Run, tokens: Tokens | SFTData, start: Start, world: World) -> Ite
         yield log
 
 
-def preview(run: Run, kind: str, why: str, ranks: int) -> None:
-    """For --dry_run, print the segment, its LR, sizes, batch and tokens; nothing is written, no device is touched.
-
-    UserError at the end where the run would refuse.
-    """
-    sft, problem = run.segment.paradigm == "sft", None
-    try:
-        if not sft and prepare.ships(run.config.data.path):
-            check_shipped(run)
-        else:
-            with tempfile.TemporaryDirectory() as scratch:  # a fine-tuning has its number of steps only now
-                run, data = open_data(run, World(), lambda doing: None, Path(scratch))
-                check_start(run, data, find_start(run, data), checksums=False)
-    except UserError as e:
-        if sft:  # without examples there is nothing to say
-            raise
-        problem = e
-    c, t, m = run.config, run.config.train, run.config.model
-    s, p, own = run.segment, run.plan, run.last
-    required = [step for step in run.required if step >= (own or s.start)]
-    tokens, flops = (s.end - s.start) * t.batch_tokens, m.flops_per_token()
-    begin = f"from {run.origin or 'random weights'}"
-    if own is not None:
-        begin = "finished" if own == s.end else f"goes on from {run.folder} at step {own:,}"
-    print(f"segment      {s.name}: steps {s.start:,} .. {s.end:,} ({s.end - s.start:,}), {begin}")
-    milestones = {s.start, s.start + p.warmup - 1, *(p.end(i + 1) - 1 for i in range(len(p.T))), *required, s.end - 1}
-    rates = [f"update {i:>9,}: {s.lr(i):.6g}" for i in sorted(milestones) if s.start <= i < s.end]
-    print("LR           " + "\n             ".join(rates))
-    regular = f" (and the last {t.keep} of every {t.checkpoint_every:,} steps)" if t.checkpoint_every else ""
-    print(f"saves        {', '.join(f'{step:,}' for step in required)}{regular}, in {run.folder}")
-    print(f"parameters   {m.parameters:,}")
-    print(f"FLOPs        {flops / 1e9:,.4g} GFLOP a token, {flops * tokens:.4g} in all")
-    shards = (t.shard_ranks or ranks) if kind == "fsdp" else 1
-    # float32 weights, gradients, two moments, the running mean
-    held = f"{(16 + 4 * bool(run.running_mean)) * m.parameters / shards / 1e9:.3g} GB a rank"
-    held += ", and all weights and gradients while a step computes" * (kind == "fsdp")
-    what = "weights, gradients, moments" + " and running mean" * bool(run.running_mean)
-    print(f"parallel     {kind} ({why}): {what} take {held}")
-    accumulation = t.batch_tokens // (t.micro_batch * m.context * ranks)
-    pieces = f"micro-batch {t.micro_batch} x context {m.context} x accumulation {accumulation} x {ranks} rank"
-    print(f"batch        {t.batch_tokens:,} tokens = {pieces}{'s' * (ranks > 1)}")
-    if not sft and prepare.ships(c.data.path):
-        print(f"data         {c.data.path}: not there yet, the text that ships with the project will be prepared")
-    elif not sft and (Path(c.data.path) / "meta.json").exists():
-        for name, need, there in resume.open_tokens(c, p, s).needs(s.start, s.end):
-            print(f"data         {Path(c.data.path) / name}.bin: {need:,} tokens needed, {there:,} there")
-    if rows := resume.replayed(c, s):
-        print(f"replay       {rows} of {c.batch_sequences} rows a batch are of earlier increments")
-    if problem:
-        raise problem
+def preview(run: Run, kind: str, ranks: int) -> None:
+    """For --dry_run, refuse what the run would refuse, or print what it would do. Nothing is written."""
+    if run.segment.paradigm != "sft" and prepare.ships(run.config.data.path):
+        check_shipped(run)
+    else:
+        with tempfile.TemporaryDirectory() as scratch:  # a fine-tuning has its number of steps only now
+            run, data = open_data(run, World(), lambda doing: None, Path(scratch))
+            check_start(run, data, find_start(run, data), checksums=False)
+    c, t, s, begin = run.config, run.config.train, run.segment, run.last
+    start = run.origin or "random weights" if begin is None else checkpoint.path(run.folder, begin)
+    accumulation = t.batch_tokens // (t.micro_batch * c.model.context * ranks)
+    print(f"segment      {s.name}: steps {s.start:,} .. {s.end:,}, from {start}")
+    print(f"saves        {', '.join(f'{step:,}' for step in run.required)}, in {run.folder}")
+    print(f"model        {c.model.parameters:,} parameters, parallel {kind}")
+    pieces = f"micro-batch {t.micro_batch} x context {c.model.context} x accumulation {accumulation} x ranks {ranks}"
+    print(f"batch        {t.batch_tokens:,} tokens = {pieces}")
