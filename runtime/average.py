@@ -14,7 +14,6 @@ from torch import Tensor
 import config
 import model as llama
 from runtime import checkpoint, resume
-from runtime.command_line import this_command
 from runtime.distributed import local_part
 from runtime.errors import UserError
 from runtime.files import digest, lock
@@ -122,12 +121,11 @@ def sources_of(run: Run, given: str | None) -> tuple[list[Path], list[dict[str, 
         paths = [checkpoint.weights(home, step) for step in s.points] or [checkpoint.path(home, s.end)]
     missing = [p for p in paths if not (p / "meta.json").exists()]
     if missing or not paths:
-        keys = {"mode": "main", "version": s.version} | ({} if c.plan.from_mean else {"plan.alpha": 0})
-        fix = f"make them: {this_command(**keys)}" if given is None else "expected --from CHECKPOINT,CHECKPOINT,.."
-        what = (
-            f"{missing[0]}: not there, as are {len(missing)} of {len(paths)} to average" if missing else "--from: empty"
-        )
-        raise UserError(f"{what}; {fix}")
+        fix = "expected --from CHECKPOINT,CHECKPOINT,.."
+        if given is None:
+            alpha = "" if c.plan.from_mean else " --plan.alpha 0"
+            fix = f"the same command with --mode main --version {s.version}{alpha} makes them"
+        raise UserError(f"{missing[0] if missing else '--from'}: no checkpoint to average; {fix}")
     metas = [checkpoint.read_meta(p) for p in paths]
     if given is None:
         tokens = resume.open_tokens(c, run.plan, s)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import shlex
 import typing
 from pathlib import Path
 from typing import Any
@@ -57,17 +56,6 @@ class Parser(argparse.ArgumentParser):
 def given(args: argparse.Namespace) -> dict[str, str]:
     """{key: text} of the config's keys that the command line names."""
     return {k: text for k in flatten(Config()) if (text := getattr(args, k)) is not None}
-
-
-def this_command(**changes: object) -> str:
-    """The train.py command line of this process with some options changed: for errors that suggest a command."""
-    left_out = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    left_out.add_argument("--dry_run", action="store_true")
-    for k in changes:
-        left_out.add_argument(f"--{k}")
-    kept = left_out.parse_known_args()[1]
-    options = [word for k, v in changes.items() for word in (f"--{k}", str(v))]
-    return shlex.join(["python", "train.py", *kept, *options])
 
 
 def aligned(rows: list[list[str]]) -> str:

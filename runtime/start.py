@@ -3,24 +3,21 @@
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 import config
-import schedule
 from data import Tokens
 from kernels import check
 from model import Transformer
 from runtime import checkpoint, resume
-from runtime.command_line import this_command
 from runtime.device import activations
 from runtime.distributed import World, broadcast, check_same, raise_on_all_ranks
 from runtime.errors import UserError, refuse
-from runtime.files import is_locked, lock, open_log, read_log, write_text
+from runtime.files import is_locked, lock, open_log, write_text
 from runtime.resume import Run
 from text import prepare, token_files
 from text.examples import Examples, MixedData, SFTData, prepare_examples
@@ -43,7 +40,7 @@ def open_data(run: Run, world: World, beat: Callable[[str], None], home: Path) -
         with raise_on_all_ranks(world):
             tokens = resume.open_tokens(c, run.plan, segment, MixedData if run.reads_examples else Tokens)
             check_vocabulary(c, tokens.meta["vocab_size"])
-            check_text(run, tokens)
+            refuse(tokens.problems(segment.start, segment.end))
             for name, _, _ in tokens.needs(segment.start, segment.end):
                 tokens.tokens(name)  # opened now: `data.py drop` and `add` may put another file in its place
     if run.reads_examples:
@@ -76,25 +73,6 @@ def check_vocabulary(c: config.Config, size: int) -> None:
         raise UserError(f"model.vocab_size: got {c.model.vocab_size}, {expected}")
 
 
-def check_text(run: Run, tokens: Tokens) -> None:
-    """UserError if an increment is missing or too short, with the commands that train on what there is of it."""
-    c, p, s = run.config, run.plan, run.segment
-    found = tokens.problems(s.start, s.end)
-    lengths = [(there - 1) // c.train.batch_tokens for _, _, there in tokens.needs(0, s.end)]
-    steps = [*map(min, p.T, lengths), *p.T[len(lengths) :]]
-    possible = found and steps != p.T and not (c.data.increments or c.data.unique)
-    for warmup in (p.warmup, steps[0] // 10) if possible else ():
-        if schedule.problems(replace(p, increments=steps, warmup=warmup), resume.paradigm(s.paradigm, p)):
-            continue  # a first increment so short needs a shorter warm-up
-        changes: dict[str, Any] = {"version": s.version, "plan.increments": ",".join(map(str, steps))}
-        changes |= {"plan.warmup": warmup} if warmup != p.warmup else {}
-        version = "branch" if resume.paradigm("main", p) == "ours" else "average"
-        modes = ("main", version) if s.paradigm in ("main", "branch") else (s.paradigm,)
-        found[-1] += f": {' && '.join(this_command(mode=mode, **changes) for mode in modes)}"
-        break
-    refuse(found)
-
-
 def check_shipped(run: Run) -> None:
     """What can be refused before the text that ships is prepared."""
     check_vocabulary(run.config, Tokenizer(str(prepare.RANKS)).vocab_size)
@@ -113,30 +91,16 @@ class Start:
 
 
 def check_origin(run: Run) -> None:
-    """UserError, with the command that makes it, if the checkpoint that a new segment starts from is missing."""
+    """UserError if the checkpoint that a new segment starts from is missing."""
     s, origin = run.segment, run.origin
     if run.last is not None or not origin or (origin / "meta.json").exists():
         return
     fix = "expected the folder of a checkpoint"
     if s.parent and not run.parent:
         maker = next(g for g in run.segments if g.name == s.parent[0])
-        mode = "cpt" if s.paradigm == "cpt" else maker.paradigm
         version = s.version if maker.name == "main" else maker.version
-        fix = f"make it ({effort(run)}): {this_command(mode=mode, version=version)}"
+        fix = f"the same command with --mode {maker.paradigm} --version {version} makes it"
     raise UserError(f"{origin}: is not there, and {s.name} starts from it; {fix}")
-
-
-def effort(run: Run) -> str:
-    """The steps that make the checkpoint that a segment starts from, and their time if its log has a speed."""
-    parent = next(g for g in run.segments if run.segment.parent and g.name == run.segment.parent[0])
-    folder, end = Path(run.config.out) / parent.name, run.segment.start
-    begin = max((step for step in checkpoint.steps(folder) if step <= end), default=parent.start)
-    text = f"{end - begin:,} steps from step {begin:,}"
-    log = read_log(folder) if (folder / "log.jsonl").is_file() else []
-    if speeds := [r["tokens_per_second"] for r in log if r.get("tokens_per_second")]:
-        seconds = (end - begin) * run.config.train.batch_tokens / speeds[-1]
-        text += f", about {timedelta(seconds=round(seconds))} at its last speed"
-    return text
 
 
 def find_start(run: Run, tokens: Tokens | SFTData) -> Start:

@@ -70,7 +70,10 @@ def test_a_version_is_the_mean_of_the_main_path(train_cli, tmp_path, capsys):
     torch.testing.assert_close(tensors(other)["model.head.weight"], sum(t["model.head.weight"] for t in three) / 3)
     capsys.readouterr()
     wrong = ("--mode", "average", "--version", "2", "--from", f"{given},{tmp_path}/run/main/step-000099")
-    assert train_cli(*wrong, *LONG) == 2 and "step-000099: not there, as are 1 of 4" in capsys.readouterr().err
+    assert (
+        train_cli(*wrong, *LONG) == 2
+        and "step-000099: no checkpoint to average; expected --from" in capsys.readouterr().err
+    )
     assert train_cli("--mode", "average", "--version", "2", "--plan.max_lr", "1e-3", *LONG) == 2
     assert "was made with another config (plan.max_lr: 0.004 there, 0.001 here)" in capsys.readouterr().err
 
@@ -266,7 +269,7 @@ def test_given_checkpoints_record_their_own_data_in_any_order(train_cli, tmp_pat
     assert meta["data"] == checkpoint.read_meta(main / "step-000040")["data"]
     assert meta["config"]["data.path"] == str(prepared)
     capsys.readouterr()
-    for wrong, said in ((f"{a},{a}", "one of them twice"), (",", "--from: empty; expected --from")):
+    for wrong, said in ((f"{a},{a}", "one of them twice"), (",", "--from: no checkpoint to average; expected --from")):
         assert train_cli("--mode", "average", "--version", "1", "--from", wrong, *LONG) == 2
         assert said in capsys.readouterr().err
     assert train_cli("--mode", "main", "--from", a, *LONG) == 2
