@@ -27,6 +27,12 @@ from text.tokenizer import Tokenizer
 
 IMPORT = "import"  # the segment of a model that was made elsewhere
 MODES = {"main": "ours", "branch": "ours", "ptfs": "ptfs", "cpt": "cpt", "average": "average"}  # mode: paradigm
+READERS: dict[str, tuple[str, ...]] = {  # keys that the results of some paradigms alone depend on
+    "data.repeat": (),  # only allows what is refused without it
+    "data.replay": ("main", "branch", "cpt", "average"),
+    "data.replay_branch": ("branch",),
+    "train.reset_moments": ("branch", "cpt"),
+}
 VERSIONS = {"python": platform.python_version(), "torch": torch.__version__}
 
 
@@ -149,10 +155,9 @@ def sft_config(c: Config, parent: str | None, given: Collection[str]) -> tuple[C
         raise UserError(f"model.context: got {context}, expected at most the {model.context} of {parent}")
     path = c.data.path if "data.path" in given else str(meta["config"].get("data.path"))
     # beside the parent's segment, if it lies in a run's folder
-    where, depth = Path(parent).absolute(), len(Path(meta["segment"]).parts)
-    inside = where.parents[depth] / meta["segment"] == where.parent
-    home = Path(parent).parents[depth] if len(Path(parent).parts) > depth + 1 else where.parents[depth]
-    out = str(home) if inside and "out" not in given else c.out
+    segment = str(Path(parent).absolute().parent)
+    home = segment.removesuffix(f"/{meta['segment']}")
+    out = home if home != segment and "out" not in given else c.out
     return replace(c, model=replace(model, context=context), data=replace(c.data, path=path), out=out), meta
 
 
@@ -219,40 +224,31 @@ def record(run: Run, parent: dict[str, Any] | None, tokens: data.Tokens | SFTDat
 
 
 def check_lineage(where: Path, c: Config, s: Segment, tokens: data.Tokens | SFTData) -> None:
-    """UserError unless this config would make this checkpoint of segment `s`; it names keys or files that differ."""
+    """UserError unless this config would make this checkpoint of segment `s`; it names the keys that differ."""
     meta = checkpoint.read_meta(where)
     if meta["segment"] != s.name:
         raise UserError(f"{where}: is a checkpoint of {meta['segment']!r}, expected one of {s.name!r}; move it back")
-    seen, own = meta["data"], tokens.identity(meta["step"])
-    if seen.get("examples") != own.get("examples"):
-        fix = "go back to those, or choose another --out"
-        raise UserError(f"{where}: was trained on other examples than data.sft {c.data.sft or '(none)'}; {fix}")
-    data_keys = {"epochs": "data.epochs", "mix": "data.decay_mix"}
-    different = [(k, seen.get(e), own.get(e)) for e, k in data_keys.items() if seen.get(e) != own.get(e)]
-
-    then = config.values(Config()) | meta["config"]  # a key that came later had its default
-    idle = ["data.repeat"]  # only allows what is refused without it: which batches were read follows from the rest
-    if s.paradigm not in ("branch", "cpt"):
-        idle.append("train.reset_moments")  # these have no parent's moments
-    if s.paradigm in ("ptfs", "sft"):
-        idle.append("data.replay")
-    if s.paradigm != "branch":
-        idle.append("data.replay_branch")
-    changed = [(k, then[k], v, f) for k, (f, v) in config.flatten(c).items() if then[k] != v and k not in idle]
-    # of the running mean a version may be made
-    fixed = {"train.average_half_life"} if s.paradigm == "main" and not c.plan.average_points else set()
-    changed = [change for change in changed if change[0] in fixed or not change[3].metadata.get("free")]
-    different += [(k, a, b) for k, a, b, _ in changed if not k.startswith("plan.")]
+    then, now = config.values(Config()) | meta["config"], config.values(c)  # a key that came later had its default
+    changed = [(k, then[k], now[k]) for k in now if then[k] != now[k] and matters(k, c, s)]
+    different = [change for change in changed if not change[0].startswith("plan.")]
     if meta["path"] != fingerprint(s, tokens, meta["step"]):
-        plan = [(k, a, b) for k, a, b, _ in changed if k.startswith("plan.")]
+        plan = [change for change in changed if change[0].startswith("plan.")]
         different += plan or [("lengths or learning rates", "others", "these")]
+    seen, own = meta["data"], tokens.identity(meta["step"])
+    for k in ("examples", "epochs", "mix", "tokenizer", "increments"):
+        if seen.get(k) != own.get(k):
+            different.append((f"{k} of the data", seen.get(k), own.get(k)))
     if different:
         was = ", ".join(f"{k}: {str(a)[:60]} there, {str(b)[:60]} here" for k, a, b in different)
         raise UserError(f"{where}: was made with another config ({was}); go back to it, or choose another --out")
-    for key, other in (("tokenizer", "with another tokenizer"), ("increments", "on other increments")):
-        if seen.get(key) != own[key]:
-            fix = "choose the data it was trained on"
-            raise UserError(f"{where}: was trained {other} than those of data.path {tokens.folder}; {fix}")
+
+
+def matters(k: str, c: Config, s: Segment) -> bool:
+    """Do the results of a segment depend on this key of the config?"""
+    if k == "train.average_half_life":
+        return s.paradigm == "main" and not c.plan.average_points  # its running mean is then a version
+    free = config.flatten(c)[k][0].metadata.get("free")
+    return not free and s.paradigm in READERS.get(k, (s.paradigm,))
 
 
 def check_model(where: Path, meta: dict[str, Any], c: Config, tokenizer: str) -> None:
