@@ -121,17 +121,14 @@ def assign(tensors: dict[str, Tensor], rank: int, ranks: int) -> set[str]:
 def write_shard(file: Path, content: Iterable[Tensor]) -> dict[str, Any]:
     """Write bytes to the disk, one tensor of them after another; returns size and checksum."""
     try:
-        with open(file, "wb") as f, ThreadPoolExecutor(1) as disk:
+        with open(file, "wb") as f:
             for part in content:
                 for piece in part.split(1 << 20):  # Linux takes up to three times as long over larger ones
                     f.write(piece.numpy().data)
-            f.flush()
-            flushed = disk.submit(fsync, file)
-            digest = files.chunked_sha256(file)  # reads from memory while the disk is busy
-            flushed.result()
-            return {"bytes": f.tell(), "chunked_sha256": digest}
+        fsync(file)
     except OSError as e:  # that of a write names no file
         raise OSError(e.errno, e.strerror, str(file)) from None
+    return {"bytes": file.stat().st_size, "chunked_sha256": files.chunked_sha256(file)}
 
 
 class Saver:
@@ -270,9 +267,8 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     except ValueError as e:
         raise UserError(f"{file}: damaged ({e}); {REPAIR}") from None
     if "files" not in meta:  # prepared data has a meta.json, too
-        inside = sorted(m.parent for depth in ("*", "*/*", "*/*/*") for m in checkpoint.glob(f"{depth}/meta.json"))
-        near = f"such as {inside[-1]}" if inside else "RUN/SEGMENT/step-NUMBER"
-        raise UserError(f"{checkpoint}: is {'no checkpoint' * checkpoint.exists() or 'not there'}; expected {near}")
+        state = "is no checkpoint" if checkpoint.exists() else "is not there"
+        raise UserError(f"{checkpoint}: {state}; expected RUN/SEGMENT/step-NUMBER")
     if meta["format"] != 1:
         raise UserError(f"{file}: format {meta['format']}, expected 1: another version of this program made it")
     match = STEP.fullmatch(checkpoint.name)

@@ -6,9 +6,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from config import Config, flatten, load, suggest
+from config import Config, flatten, load
 from runtime.errors import UserError
-from runtime.files import type_name
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,11 +17,6 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kw)
 
     def error(self, message: str) -> typing.NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: --")
-        if unknown != message:
-            commands = [p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values()]
-            options = [k for parser in (self, *commands) for k in parser._option_string_actions]
-            message += f"; {suggest('--' + unknown.split()[0].partition('=')[0], options)}"
         raise UserError(message)
 
     def add_checkpoints(self, paths: str = "checkpoints, or one run's folder", several: bool = False) -> None:
@@ -41,10 +35,9 @@ class Parser(argparse.ArgumentParser):
             )
         group = self.add_argument_group("keys of the config, each also a flag")
         for k, (f, v) in flatten(Config()).items():
-            kind = type_name(f.type).removesuffix(" or none").split()[-1].upper().replace("FALSE", "BOOL")
             choices = f" ({', '.join(f.metadata['choices'])})" if "choices" in f.metadata else ""
             shown = "none" if v is None else v if isinstance(v, str) else json.dumps(v)
-            group.add_argument(f"--{k}", metavar=kind, help=f"{f.metadata['help']}{choices} [{shown}]")
+            group.add_argument(f"--{k}", metavar="VALUE", help=f"{f.metadata['help']}{choices} [{shown}]")
 
     def parse_config(self, argv: list[str] | None = None, default: str = "tiny") -> tuple[argparse.Namespace, Config]:
         """The script's own options, and the config with its overrides. --mode sft has a default config of its own."""

@@ -81,20 +81,15 @@ def batch_problems(c: Config, ranks: int) -> list[str]:
     """The global batch must be whole micro-batches on every rank, or 1 and 8 GPUs would not run the same updates."""
     batch, micro, context = c.train.batch_tokens, c.train.micro_batch, c.model.context
     unit = micro * context * ranks
-    if batch % unit == 0:
-        B, d = c.batch_sequences, c.data
-        parts = {"decay_mix": d.decay_mix, "replay": d.replay, "replay_branch": d.replay_branch}
-        wrong = {k: part for k, part in parts.items() if part and not 0 < int(part * B + 0.5) < B}
-        expected = f"of {B} sequences, expected {1 / B:.3g} to {1 - 1 / B:.3g}"
-        return [f"data.{k}: got {part:g} {expected}" for k, part in wrong.items()]
-    micros = (m for m in range(min(micro, 1 << 16), 0, -1) if batch % (m * context * ranks) == 0)
-    fewer = (n for n in range(min(ranks - 1, 1 << 16), 0, -1) if batch % (micro * context * n) == 0)
-    advice = [f"lower train.micro_batch to {m}, which changes no result; or " for m in micros][:1]
-    advice += [f"run it on {n} ranks; or " for n in fewer][:1]
-    return [
-        f"train.batch_tokens: got {batch}, expected a multiple of micro_batch {micro} x context {context} x {ranks} "
-        f"ranks = {unit}; {''.join(advice)}start another run with the nearest, {max(1, round(batch / unit)) * unit}"
-    ]
+    if batch % unit:
+        expected = f"a multiple of micro_batch {micro} x context {context} x {ranks} ranks = {unit}"
+        fix = "lower train.micro_batch, which changes no result, or take fewer ranks"
+        return [f"train.batch_tokens: got {batch}, expected {expected}; {fix}"]
+    B, d = c.batch_sequences, c.data
+    parts = {"decay_mix": d.decay_mix, "replay": d.replay, "replay_branch": d.replay_branch}
+    wrong = {k: part for k, part in parts.items() if part and not 0 < int(part * B + 0.5) < B}
+    expected = f"of {B} sequences, expected {1 / B:.3g} to {1 - 1 / B:.3g}"
+    return [f"data.{k}: got {part:g} {expected}" for k, part in wrong.items()]
 
 
 def choose(wanted: str, parameters: int, world: World) -> str:
@@ -189,8 +184,10 @@ def check_same(here: dict[str, Any], world: World, remedy: str) -> None:
             raise UserError(f"rank {world.rank} differs from rank 0 ({', '.join(different)}); {remedy}")
 
 
-def check_replicas(net: torch.nn.Module, shards: int, world: World, step: int) -> None:
-    """UserError on all ranks unless every copy of the weights, held by `shards` ranks together, has the same bits."""
+def check_replicas(net: torch.nn.Module, world: World, step: int) -> None:
+    """UserError on all ranks unless every copy of the weights, on one rank or sharded over some, has the same bits."""
+    weight = next(net.parameters())
+    shards = weight.device_mesh.size(-1) if isinstance(weight, DTensor) else 1  # ranks that hold one copy
     if world.ranks == shards:
         return
     mine = torch.tensor(fingerprint(net), dtype=torch.int64)

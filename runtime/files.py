@@ -23,7 +23,6 @@ from runtime.errors import Taken, UserError
 
 LIMIT = 1 << 26  # bytes of a JSON or rank file; Llama 3's tokenizer.json has 17 MB
 CHUNK = 1 << 24  # bytes that a thread hashes at a time
-STALE = 3600  # seconds after which a partial file is one that a killed process left
 
 
 def fsync(path: Path) -> None:
@@ -38,10 +37,6 @@ def fsync(path: Path) -> None:
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
     """Yield a new path that replaces `file` in one step when the block ends. Of several processes the last one wins."""
-    for left in file.parent.glob(f".{file.name}.*partial"):
-        with suppress(OSError):  # another process has removed it, or it is another user's
-            if left.stat().st_mtime < time.time() - STALE:
-                left.unlink()
     partial = file.with_name(f".{file.name}.{secrets.token_hex(8)}.partial")
     try:
         yield partial

@@ -163,10 +163,10 @@ class Guard:
             raise self.stopped(f"step {step}: loss {loss:.4g}, {what}.")
         self.recent.append(loss)
 
-    def check_weights(self, net: torch.nn.Module, shards: int, step: int) -> None:
-        """UserError unless all copies of the weights are equal, and finite. `shards`: ranks that hold one copy."""
+    def check_weights(self, net: torch.nn.Module, step: int) -> None:
+        """UserError unless all copies of the weights are equal, and finite."""
         gc.collect()
-        distributed.check_replicas(net, shards, self.world, step)
+        distributed.check_replicas(net, self.world, step)
         finite = torch.stack([distributed.local_part(w).isfinite().all() for w in net.parameters()]).all().float()
         if mean_over_ranks(finite, self.world) < 1:  # a finite gradient, and a step too large
             raise self.stopped(f"step {step}: weights that are not finite; not saved. Lower plan.max_lr.")

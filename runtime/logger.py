@@ -94,10 +94,13 @@ class Log:
         """The part of the devices' peak FLOP/s that so many tokens a second take."""
         return speed * self.flops / (self.peak * self.world.ranks)
 
-    def summary(self, step: int) -> str:
-        """Speed since the start, in words."""
-        speed = (step - self.start.step) * self.tokens / max(self.total_seconds + self.seconds, 1e-9)
-        return f"{speed:,.0f} tokens/s, {self.mfu(speed):.0%} of {self.peak / 1e9:,.0f} GFLOP/s ({self.peak_source})"
+    def end(self, step: int) -> None:
+        """Print where training ended, and its speed."""
+        if self.world.rank == 0:
+            how = "finished" if step == self.run.segment.end else "stopped, and goes on when called again,"
+            speed = (step - self.start.step) * self.tokens / max(self.total_seconds + self.seconds, 1e-9)
+            peak = f"{self.mfu(speed):.0%} of {self.peak / 1e9:,.0f} GFLOP/s ({self.peak_source})"
+            print(f"{self.run.folder}: {how} at step {step}; {speed:,.0f} tokens/s, {peak}")
 
 
 def warn(message: str) -> None:

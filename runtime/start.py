@@ -176,9 +176,6 @@ def agree_on_start(run: Run, tokens: Tokens | SFTData, world: World) -> Start:
             start = find_start(run, tokens)
             if (there := [s for s in checkpoint.steps(run.folder) if s <= run.segment.end]) and start.step < there[-1]:
                 print(f"{run.folder}: goes back to step {start.step}: a step or point to be saved after it is missing")
-            passed = {step for step in run.optional if step < start.step}.difference(start.done)
-            if forks := ", ".join(f"V{g.version} (step {g.start:,})" for g in run.segments if g.start in passed):
-                print(f"{run.folder}: not there and not made now, without --version they are: fork points of {forks}")
             for step in start.done if start.step == run.segment.end else []:  # nothing left to do: no `claim` pins them
                 checkpoint.pin(checkpoint.path(run.folder, step))
     return broadcast(start, world.ranks)

@@ -389,7 +389,7 @@ def refuse(work):
             data.token_files.read_meta = lambda folder: original(Path(work) / "nowhere")
 
     assert "nowhere: no prepared data" in tried(argv, 2, blind)
-    assert "run it on 2 ranks; or" in tried(argv, 3)
+    assert "x 3 ranks = 384; lower train.micro_batch" in tried(argv, 3)
     assert "train.parallel: got none on 2 ranks" in tried([*argv, "--train.parallel", "none"], 2)
     assert "expected a divisor of the 4 ranks" in tried(
         [*argv, "--train.micro_batch", "1", "--train.parallel", "fsdp", "--train.shard_ranks", "3"], 4

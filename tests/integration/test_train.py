@@ -198,7 +198,7 @@ def test_a_shorter_decay_from_the_main_path_there_is(train_cli, tmp_path, capsys
     assert train_cli("--mode", "main", "--plan.versions", "3", *shorter, out="whole") == 0
     assert checkpoint.steps(tmp_path / "whole" / "main") == [8, 18, 28]
     run = tmp_path / "run" / "main"
-    for version, begin, fork, passed in (("3", 24, 28, "V1 (step 8), V2 (step 18)"), ("2", 14, 18, "V1 (step 8)")):
+    for version, begin, fork in (("3", 24, 28), ("2", 14, 18)):
         branch = ("--mode", "branch", "--version", version, *shorter)
         capsys.readouterr()
         assert train_cli(*branch) == 2
@@ -206,8 +206,7 @@ def test_a_shorter_decay_from_the_main_path_there_is(train_cli, tmp_path, capsys
         assert f"--mode main --version {version} makes it" in refused and len(refused.splitlines()) == 1
         words = ("--mode", "main", "--version", version, *shorter)
         assert train_cli(*words) == 0
-        said = capsys.readouterr().out
-        assert f"fork points of {passed}\n" in said and f"from step {begin} to {fork}," in said
+        assert f"from step {begin} to {fork}," in capsys.readouterr().out
         assert equal(run / f"step-0000{fork}", tmp_path / "whole" / "main" / f"step-0000{fork}")
         assert train_cli(*words) == 0 and "nothing to do" in capsys.readouterr().out
         assert train_cli(*branch) == 0 and train_cli(*branch, out="whole") == 0
@@ -575,7 +574,10 @@ def snapshot(folder):
         (["--plan.max_lr", "0"], ["plan.max_lr: got 0.0"]),
         (["--plan.min_lr", "1"], ["plan.min_lr: got 1.0"]),
         (["--plan.warmup", "10"], ["plan.warmup: got 10"]),
-        (["--train.batch_tokens", "300"], ["train.batch_tokens: got 300", "with the nearest, 256"]),
+        (
+            ["--train.batch_tokens", "300"],
+            ["train.batch_tokens: got 300", "x 1 ranks = 128; lower train.micro_batch"],
+        ),
         (["--model.n_head", "5"], ["model.n_head: got 5"]),
         (["--plan.alpah", "0.5"], ["unknown argument --plan.alpah; did you mean --plan.alpha?"]),
         (["--plan.steps", "many"], ["plan.steps: got 'many', expected a whole number"]),
@@ -626,8 +628,8 @@ def test_kernels_without_a_gpu_are_an_error_not_a_fallback(train_cli, tmp_path, 
 
 
 def test_several_problems_at_once(train_cli, capsys):
-    assert train_cli("--plan.alpha", "2", "--plan.max_lr", "-1", "--train.batch_tokens", "100") == 2
-    assert len(capsys.readouterr().err.splitlines()) == 3
+    assert train_cli("--plan.alpha", "2", "--plan.max_lr", "-1") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 def test_resume_with_another_config_names_the_keys(train_cli, tmp_path, capsys, monkeypatch):
@@ -1091,11 +1093,11 @@ def test_a_dry_run_refuses_a_folder_that_is_taken(train_cli, capsys, tmp_path):
             assert train_cli("--mode", "main", *dry) == 2 and "another process is training" in capsys.readouterr().err
 
 
-def test_without_arguments_it_says_what_it_takes(monkeypatch, capsys, tmp_path):
+def test_without_arguments_it_takes_the_config_tiny(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", "--dry_run"])
     train.main()
-    assert capsys.readouterr().out.startswith("no --config given: ")
+    assert "in out/tiny/main" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------
