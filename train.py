@@ -191,11 +191,11 @@ def main() -> None:
             if world.rank == 0:
                 average.make(run, o.dry_run)
             return
-        kind = distributed.choose(c.train.parallel, c.model.parameters, world)
         if o.dry_run:
             if world.rank == 0:
-                preview(run, kind, world.ranks)
+                preview(run)
             return
+        kind = distributed.choose(c.train.parallel, c.model.parameters, world)
     say = print if world.rank == 0 else lambda *a: None
     errors = user_errors("train.py", at_once=world.ranks > 1)
     watchdog = Watchdog(c.train.timeout, world.rank, run.folder)

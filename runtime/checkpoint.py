@@ -33,7 +33,6 @@ from runtime.errors import UserError
 from runtime.files import begin_folder, commit_folder, fsync, partial_folder, read_json, write_json
 
 STEP = re.compile(r"step-(\d{6,})")
-UNHASHED = ("pinned",)  # keys of meta.json that its hash leaves out: a checkpoint may be pinned later
 SHARD = "shard-{:05d}-model-00001-of-00001.safetensors"  # of rank + 1, as torch.distributed.checkpoint names it
 POINTS = "points"  # folder in a main path's: checkpoints of weights alone, to be averaged
 BYTES = 12  # per parameter: a float32 weight and its two moments
@@ -240,7 +239,7 @@ class Saver:
                 for name, shard in files.items():
                     if not (file := partial / name).is_file() or file.stat().st_size != shard["bytes"]:
                         raise UserError(f"{file}: rank 0 does not see it; put --out on a disk that all machines share")
-                write_json(partial / "meta.json", {**meta, "files": files}, UNHASHED)
+                write_json(partial / "meta.json", {**meta, "files": files})
                 commit_folder(final)
 
 
@@ -261,7 +260,7 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     """meta.json of a checkpoint. UserError if it is missing, damaged, of another format or of another step."""
     file = checkpoint / "meta.json"
     try:
-        meta = read_json(file, UNHASHED)
+        meta = read_json(file)
     except (FileNotFoundError, NotADirectoryError):
         meta = {}
     except ValueError as e:
@@ -309,13 +308,10 @@ def fits(checkpoint: Path, tensors: dict[str, Tensor]) -> set[str]:
 
 
 def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill this rank's part of `tensors` from a verified checkpoint. UserError if shapes differ or it is not finite."""
+    """Fill this rank's part of `tensors` from a verified checkpoint. UserError if shapes differ."""
     there = fits(checkpoint, tensors)
     tensors = {name: t for name, t in tensors.items() if name in there}
     dcp.load(dict(tensors), storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
-    for name, t in tensors.items():
-        if t.is_floating_point() and not local_part(t).isfinite().all():
-            raise UserError(f"{checkpoint}: {name} holds values that are not finite; {REPAIR}")
     for name, set_state in (("rng.cpu", torch.set_rng_state), ("rng.cuda", torch.cuda.set_rng_state)):
         if name in tensors:
             set_state(tensors[name])
@@ -328,7 +324,7 @@ def pin(checkpoint: Path) -> None:
     """Exempt a checkpoint from `prune`."""
     meta = read_meta(checkpoint)
     if not meta["pinned"]:
-        write_json(checkpoint / "meta.json", {**meta, "pinned": True}, UNHASHED)
+        write_json(checkpoint / "meta.json", {**meta, "pinned": True})
 
 
 def prune(segment: Path, keep: int, step: int, required: Sequence[int] = ()) -> None:

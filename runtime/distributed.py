@@ -65,10 +65,9 @@ def problems(c: Config, ranks: int) -> list[str]:
     wanted, shard_ranks, found = c.train.parallel, c.train.shard_ranks, batch_problems(c, ranks)
     if wanted == "none" and ranks > 1:
         found.append(f"train.parallel: got none on {ranks} ranks; take auto, ddp or fsdp, or one process")
-    if shard_ranks and wanted != "fsdp":
-        found.append(f"train.shard_ranks: got {shard_ranks} with train.parallel {wanted}, expected fsdp; leave one out")
-    elif shard_ranks and ranks % shard_ranks:
-        found.append(f"train.shard_ranks: got {shard_ranks}, expected a divisor of the {ranks} ranks")
+    if shard_ranks and (wanted != "fsdp" or ranks % shard_ranks):
+        expected = f"train.parallel fsdp and a divisor of the {ranks} ranks"
+        found.append(f"train.shard_ranks: got {shard_ranks} with train.parallel {wanted}, expected {expected}")
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # https://github.com/pytorch/pytorch/issues/135712

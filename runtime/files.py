@@ -1,10 +1,8 @@
 """Files that survive a crash: flushed to the disk, replaced in one step, made by one process at a time; values."""
 
-import ast
 import fcntl
 import hashlib
 import json
-import math
 import os
 import secrets
 import shutil
@@ -52,17 +50,17 @@ def write_text(file: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_json(file: Path, content: dict[str, Any], unhashed: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Write `content` and its "hash" as JSON; returns what was written. The keys in `unhashed` may change later."""
-    content = {**content, "hash": content_hash(content, unhashed)}
+def write_json(file: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Write `content` and its "hash" as JSON; returns what was written."""
+    content = {**content, "hash": content_hash(content)}
     write_text(file, json.dumps(content, indent=1))
     return content
 
 
-def read_json(file: Path, unhashed: tuple[str, ...] = ()) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     """Read what `write_json` wrote. ValueError if its hash does not hold; FileNotFoundError if it does not exist."""
     content = json.loads(read_bytes(file))
-    if not isinstance(content, dict) or content.get("hash") != content_hash(content, unhashed):
+    if not isinstance(content, dict) or content.get("hash") != content_hash(content):
         raise ValueError("its hash does not fit its content")
     return content
 
@@ -104,21 +102,18 @@ def typed(kind: Any, value: Any) -> Any:
 
 def parse(kind: Any, text: str) -> Any:
     """A word of the command line as `kind`: a number, a text, true, none, inf or 700,500,900. ValueError if not."""
-    if kind is str:
-        return typed(str, text)
-    words = {"none": None, "true": True, "false": False, "inf": math.inf, "nan": math.nan}
-    try:
-        value = words[text] if text in words else ast.literal_eval(text)
-    except (SyntaxError, MemoryError, RecursionError):
-        raise ValueError from None
+    if isinstance(kind, types.UnionType):
+        return None if text == "none" else parse(typing.get_args(kind)[0], text)
     if typing.get_origin(kind) is list:
-        value = list(value) if isinstance(value, (list, tuple)) else [value]
-    return typed(kind, value)
+        return typed(kind, [int(word) for word in text.split(",")])
+    if kind is bool:
+        return typed(bool, {"true": True, "false": False}.get(text))
+    return typed(kind, kind(text))
 
 
-def content_hash(content: dict[str, Any], unhashed: tuple[str, ...] = ()) -> str:
-    """SHA-256 over all of `content` but "hash" itself and the keys in `unhashed`."""
-    return digest({k: v for k, v in content.items() if k != "hash" and k not in unhashed})
+def content_hash(content: dict[str, Any]) -> str:
+    """SHA-256 over all of `content` but "hash" itself and "pinned", which is set later."""
+    return digest({k: v for k, v in content.items() if k not in ("hash", "pinned")})
 
 
 def digest(content: Any) -> str:

@@ -98,16 +98,13 @@ def pick(c: Config, mode: str, version: int | None, parent: str | None = None) -
     p = c.plan
     if c.data.order != "sequential" and mode != "ptfs":
         raise UserError(f"data.order: got {c.data.order}, expected sequential with --mode {mode}; only ptfs reads it")
-    if mode == "branch" and c.data.decay_mix and (c.data.replay or c.data.replay_branch):
-        raise UserError("data.replay: does not go with data.decay_mix; leave one out")
-    if mode == "branch" and c.data.decay_mix and not c.data.sft:
-        raise UserError("data.decay_mix: needs examples to mix in; name their file with --data.sft")
+    if mode == "branch" and c.data.decay_mix and (c.data.replay or c.data.replay_branch or not c.data.sft):
+        raise UserError("data.decay_mix: needs examples, --data.sft FILE, and does not go with data.replay")
     if c.data.sft and not c.data.decay_mix:
         only = "which only --mode sft reads, and a branch with data.decay_mix above 0"
         raise UserError(f"data.sft: got {c.data.sft}, {only}; leave it out or give data.decay_mix")
     if version and p.increments and version > len(p.increments):
-        more = f"--plan.increments {','.join(map(str, p.increments))},STEPS"
-        raise UserError(f"--version: got {version}, but plan.increments has {len(p.increments)}; add its steps: {more}")
+        raise UserError(f"--version: got {version}, but plan.increments has {len(p.increments)}; add the steps of more")
     # the main path ends at the fork point of `version`; past the plan, it goes on with increments of the same length
     if version and (mode == "main" or version > len(p.T)):
         p = replace(p, versions=version, increments=p.increments[:version])

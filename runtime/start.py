@@ -207,7 +207,7 @@ def claim(run: Run, tokens: Tokens | SFTData, start: Start, world: World) -> Ite
         yield log
 
 
-def preview(run: Run, kind: str, ranks: int) -> None:
+def preview(run: Run) -> None:
     """For --dry_run, refuse what the run would refuse, or print what it would do. Nothing is written."""
     if run.segment.paradigm != "sft" and prepare.ships(run.config.data.path):
         check_shipped(run)
@@ -215,11 +215,7 @@ def preview(run: Run, kind: str, ranks: int) -> None:
         with tempfile.TemporaryDirectory() as scratch:  # a fine-tuning has its number of steps only now
             run, data = open_data(run, World(), lambda doing: None, Path(scratch))
             check_start(run, data, find_start(run, data), checksums=False)
-    c, t, s, begin = run.config, run.config.train, run.segment, run.last
-    start = run.origin or "random weights" if begin is None else checkpoint.path(run.folder, begin)
-    accumulation = t.batch_tokens // (t.micro_batch * c.model.context * ranks)
-    print(f"segment      {s.name}: steps {s.start:,} .. {s.end:,}, from {start}")
-    print(f"saves        {', '.join(f'{step:,}' for step in run.required)}, in {run.folder}")
-    print(f"model        {c.model.parameters:,} parameters, parallel {kind}")
-    pieces = f"micro-batch {t.micro_batch} x context {c.model.context} x accumulation {accumulation} x ranks {ranks}"
-    print(f"batch        {t.batch_tokens:,} tokens = {pieces}")
+    s, last = run.segment, run.last
+    origin = run.origin or "random weights" if last is None else checkpoint.path(run.folder, last)
+    print(f"{s.name}: steps {s.start:,} .. {s.end:,}, from {origin}")
+    print(f"saves at steps {', '.join(f'{step:,}' for step in run.required)}, in {run.folder}")

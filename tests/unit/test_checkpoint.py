@@ -224,11 +224,6 @@ OTHER = {
         "model.z: got shape (2,), expected none",
     ),
     "another shape": (lambda t, o: t.update({"model.a": torch.zeros(5, 6)}), "got shape (5, 6), expected (5, 7)"),
-    "nan": (lambda t, o: t["model.a"].view(-1)[3:4].fill_(torch.nan), "model.a holds values that are not finite"),
-    "inf in a moment": (
-        lambda t, o: t["exp_avg.a"].view(-1)[3:4].fill_(torch.inf),
-        "exp_avg.a holds values that are not finite",
-    ),
 }
 
 
@@ -242,8 +237,6 @@ def test_what_does_not_fit_is_named(tmp_path, what):
     with pytest.raises(UserError) as e:
         checkpoint.load(tmp_path / "step-000001", want)
     assert words in str(e.value) and len(str(e.value).splitlines()) == 1
-    if "finite" not in words:  # found before anything was filled in
-        assert all(torch.equal(want[k], v) for k, v in tensors().items())
 
 
 def test_weights_alone_and_rng_of_another_device(tmp_path):
@@ -265,7 +258,7 @@ def test_metadata_of_another_format_step_or_kind(tmp_path):
         ({**meta, "step": 2}, "it is that of step 2"),
         (rest, "step-000001: is no checkpoint"),
     ):
-        write_json(file, other, checkpoint.UNHASHED)
+        write_json(file, other)
         with pytest.raises(UserError) as e:
             checkpoint.verify(tmp_path / "step-000001")
         assert words in str(e.value)
