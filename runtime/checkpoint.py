@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -108,13 +108,8 @@ def assign(tensors: dict[str, Tensor], rank: int, ranks: int) -> set[str]:
     # under hybrid sharding the first replica writes, which is the mesh's first row of ranks
     mine = {name for name, t in tensors.items() if isinstance(t, DTensor) and rank < t.device_mesh.size(-1)}
     whole = {name: t.nbytes for name, t in tensors.items() if not isinstance(t, DTensor)}
-    load = [0] * ranks  # bytes
-    for name in sorted(whole, key=lambda name: (-whole[name], name)):  # the largest first, to the least loaded rank
-        writer = load.index(min(load))
-        load[writer] += whole[name]
-        if writer == rank:
-            mine.add(name)
-    return mine
+    largest_first = sorted(whole, key=lambda name: (-whole[name], name))
+    return mine | set(largest_first[rank::ranks])
 
 
 def write_shard(file: Path, content: Iterable[Tensor]) -> dict[str, Any]:
@@ -146,14 +141,12 @@ class Saver:
         self.running: Future[None] | None = None  # the save in progress
 
     def save(
-        self,
-        step: int,
-        tensors: dict[str, Tensor],
-        record: dict[str, Any],
-        point: bool = False,  # weights alone, to be averaged: in a folder of their own, where nothing is pruned
-        value: Callable[[str], Tensor] | None = None,  # of a tensor of these shapes, made when it is written
+        self, step: int, tensors: dict[str, Tensor], record: dict[str, Any], point: bool = False, value: Any = None
     ) -> None:
-        """Start to write `record` and a copy of `tensors`, or of each `value` in turn."""
+        """Start to write `record` and a copy of `tensors`, or of each `value(name)` in turn, made when it is written.
+
+        point: weights alone, to be averaged: in a folder of their own, where nothing is pruned.
+        """
         self.wait()
         need = sum(t.numel() * t.element_size() for t in tensors.values())
         names, header = self._lay_out(tensors)

@@ -30,9 +30,7 @@ class Parser(argparse.ArgumentParser):
     def add_config(self, name: bool = True) -> None:
         """--config (if `name`) and a flag for every key of the config."""
         if name:
-            self.add_argument(
-                "--config", help="a name in configs/ or a .toml file [tiny, unless the script says otherwise]"
-            )
+            self.add_argument("--config", help="a name in configs/ or a .toml file [tiny, but for benchmarks]")
         group = self.add_argument_group("keys of the config, each also a flag")
         for k, (f, v) in flatten(Config()).items():
             choices = f" ({', '.join(f.metadata['choices'])})" if "choices" in f.metadata else ""

@@ -15,14 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data import Tokens
 from runtime import checkpoint, distributed
 from runtime.checkpoint import Saver
 from runtime.distributed import RankLost, mean_over_ranks, raise_on_all_ranks, rank0_error
 from runtime.errors import UserError, describe
 from runtime.files import read_log
 from runtime.logger import Log, warn
-from text.examples import SFTData
 
 
 class Watchdog(threading.Thread):
@@ -61,9 +59,9 @@ class Watchdog(threading.Thread):
 class Guard:
     """Ends training, on all ranks at the same step, when it cannot go on; every error names the last checkpoint."""
 
-    def __init__(self, tokens: Tokens | SFTData, log: Log, saver: Saver, watchdog: Watchdog) -> None:
+    def __init__(self, log: Log, saver: Saver, watchdog: Watchdog) -> None:
         run, world = log.run, log.world
-        self.run, self.world, self.tokens = run, world, tokens
+        self.run, self.world = run, world
         self.log, self.saver, self.watchdog = log, saver, watchdog
         self.signal, self.signal_time = 0, 0.0
         # The host notices a step that is not finite where it waits for the device anyway; until then the device skips
@@ -105,7 +103,7 @@ class Guard:
             dist.all_reduce(news, dist.ReduceOp.MAX)
         stop, saving, failed = news.tolist()
         if failed:
-            raise UserError(f"{self.log.error}. {self.last_good()}" if self.log.error else "")
+            raise self.stopped(f"{self.log.error}.")
         if not saving:
             self.finish_save(step)
         return stop
@@ -115,9 +113,9 @@ class Guard:
         try:
             self.saver.wait()
         except (UserError, OSError) as e:  # the same on all ranks
-            message = f"step {step}: a checkpoint could not be saved: {describe(e)}. {checkpoint.last(self.run.folder)}"
+            message = f"step {step}: a checkpoint could not be saved: {describe(e)}."
             if self.run.config.train.on_save_error == "stop":
-                raise rank0_error(message, self.world) from None
+                raise self.stopped(message) from None
             if self.world.rank == 0:
                 warn(message)
 
@@ -150,8 +148,8 @@ class Guard:
         """Wait for the device: the last step's loss and gradient norm. UserError if a step was not finite."""
         if (wrong := int(self.bad.item())) < self.never:
             loss, norm = self.bad_numbers.tolist()
-            what = f"loss {loss:.6g}, gradient norm {norm:.6g}: stopped before the update. {self.place(wrong)}"
-            raise self.stopped(f"step {wrong}: {what}; lower plan.max_lr or look at that text.")
+            what = f"loss {loss:.6g}, gradient norm {norm:.6g}: stopped before the update"
+            raise self.stopped(f"step {wrong}: {what}; lower plan.max_lr or look at the text of this step.")
         loss, norm = self.numbers.tolist()
         return loss, norm
 
@@ -159,7 +157,7 @@ class Guard:
         """UserError if the loss is train.spike above the median of the last 20 logged losses; it needs at least 5."""
         spike = self.run.config.train.spike
         if spike is not None and len(self.recent) >= 5 and loss > (usual := statistics.median(self.recent)) + spike:
-            what = f"more than train.spike = {spike:g} above {usual:.4g}, the median before it. {self.place(step)}"
+            what = f"more than train.spike = {spike:g} above {usual:.4g}, the median before it"
             raise self.stopped(f"step {step}: loss {loss:.4g}, {what}.")
         self.recent.append(loss)
 
@@ -170,11 +168,3 @@ class Guard:
         finite = torch.stack([distributed.local_part(w).isfinite().all() for w in net.parameters()]).all().float()
         if mean_over_ranks(finite, self.world) < 1:  # a finite gradient, and a step too large
             raise self.stopped(f"step {step}: weights that are not finite; not saved. Lower plan.max_lr.")
-
-    def place(self, step: int) -> str:
-        """The batch of a step, in words."""
-        if self.tokens.mixed:
-            return f"It is batch {step} of increments that are mixed"
-        increment, k = self.tokens.place(step)
-        where = self.tokens.folder if self.run.segment.paradigm == "sft" else f"increment v{increment + 1}"
-        return f"It is batch {k} of {where}"

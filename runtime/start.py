@@ -17,13 +17,11 @@ from runtime import checkpoint, resume
 from runtime.device import activations
 from runtime.distributed import World, broadcast, check_same, raise_on_all_ranks
 from runtime.errors import UserError, refuse
-from runtime.files import is_locked, lock, open_log, write_text
+from runtime.files import lock, open_log, write_text
 from runtime.resume import Run
 from text import prepare, token_files
 from text.examples import Examples, MixedData, SFTData, prepare_examples
 from text.tokenizer import Tokenizer
-
-BUSY = "{}: another process is training here; wait for it or choose another --out"
 
 
 def open_data(run: Run, world: World, beat: Callable[[str], None], home: Path) -> tuple[Run, Tokens | SFTData]:
@@ -164,8 +162,6 @@ def check_start(run: Run, tokens: Tokens | SFTData, start: Start, checksums: boo
             optimizer = None if start.weights_only else torch.optim.AdamW(net.parameters())
             checkpoint.fits(Path(start.origin), checkpoint.state(net, optimizer))
     checkpoint.check_space(run.folder, (checkpoint.BYTES + 4 * bool(run.running_mean)) * c.model.parameters)
-    if is_locked(run.folder / ".lock"):
-        raise UserError(BUSY.format(run.folder))
 
 
 def agree_on_start(run: Run, tokens: Tokens | SFTData, world: World) -> Start:
@@ -195,7 +191,8 @@ def claim(run: Run, tokens: Tokens | SFTData, start: Start, world: World) -> Ite
         check_same(use, world, "a kernel fails on some GPUs; take --train.kernels torch, or start without them")
         with raise_on_all_ranks(world):
             if world.rank == 0:
-                held.enter_context(lock(folder / ".lock", BUSY.format(folder)))
+                busy = f"{folder}: another process is training here; wait for it or choose another --out"
+                held.enter_context(lock(folder / ".lock", busy))
                 if start != find_start(run, tokens):
                     raise UserError(f"{folder}: another process has just trained here; call this again")
                 log = held.enter_context(open_log(folder / "log.jsonl"))

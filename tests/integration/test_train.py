@@ -496,12 +496,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(train_cli, tmp_path, 
     monkeypatch.setattr(model.Transformer, "forward", forward)
     assert train_cli("--mode", "ptfs", "--version", "2", "--train.checkpoint_every", "5") == 2
     error = capsys.readouterr().err
-    assert (
-        "step 12: loss nan" in error
-        and "batch 2 of increment v2" in error
-        and error.rstrip().endswith(
-            "The last checkpoint is " + str(tmp_path / "run" / "ptfs-cosine" / "v2" / "step-000010")
-        )
+    assert "step 12: loss nan" in error and error.rstrip().endswith(
+        "The last checkpoint is " + str(tmp_path / "run" / "ptfs-cosine" / "v2" / "step-000010")
     )
     assert checkpoint.steps(tmp_path / "run" / "ptfs-cosine" / "v2") == [5, 10]
     # the host noticed after update 14, at the checkpoint; the weights are still those before update 12
@@ -1078,12 +1074,6 @@ def test_the_options_that_make_a_parent_are_only_named_where_they_would(train_cl
     for words in (("--mode", "branch", "--version", "2", "--parent"), ("--mode", "main", "--train.base")):
         assert train_cli(*words, str(tmp_path / "nowhere")) == 2
         assert "nowhere: is not there" in (err := capsys.readouterr().err) and "makes it" not in err
-
-
-def test_a_dry_run_refuses_a_folder_that_is_taken(train_cli, capsys, tmp_path):
-    with lock(tmp_path / "run" / "main" / ".lock", ""):
-        for dry in ((), ("--dry_run",)):
-            assert train_cli("--mode", "main", *dry) == 2 and "another process is training" in capsys.readouterr().err
 
 
 def test_without_arguments_it_takes_the_config_tiny(monkeypatch, capsys, tmp_path):
