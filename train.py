@@ -125,7 +125,7 @@ def train(run: Run, data: Any, start: Start, file: BinaryIO | None, watchdog: Wa
     net, model, optimizer = build(c, start, kind, world)
     mean = average.RunningMean(run, start.origin, net)
     accumulation = t.batch_tokens // (t.micro_batch * c.model.context * world.ranks)
-    saver = checkpoint.Saver(run.folder, t.keep, required, t.timeout)
+    saver = checkpoint.Saver(run.folder, t.keep, run.required, t.timeout)
     log = Log(run, start, file, world, net.dtype)
     guard = Guard(log, saver, watchdog)
     with guard, log:

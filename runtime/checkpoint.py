@@ -291,12 +291,11 @@ def fits(checkpoint: Path, tensors: dict[str, Tensor]) -> set[str]:
     want = {name: tuple(t.shape) for name, t in tensors.items() if not name.startswith("rng.")}  # a CPU has no rng.cuda
     kinds = {name.partition(".")[0] for name in want}
     there = {name: tuple(t.size) for name, t in metadata.items() if name.partition(".")[0] in kinds}
-    if "exp_avg" in kinds and not any(name.startswith("exp_avg.") for name in there):
-        raise UserError(f"{checkpoint}: it holds weights alone, but AdamW's moments are to be kept")
     for name in want | there:
         got, expected = there.get(name, "none"), want.get(name, "none")
         if got != expected:
-            raise UserError(f"{checkpoint}: {name}: got shape {got}, expected {expected}: a model of another shape")
+            what = "another model, or weights alone where AdamW's moments are to be kept"
+            raise UserError(f"{checkpoint}: {name}: got shape {got}, expected {expected}: {what}")
     return set(metadata)
 
 
@@ -313,21 +312,14 @@ def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
 # ---- Keeping and deleting --------------------------------------------------------------------------------------------
 
 
-def pin(checkpoint: Path) -> None:
-    """Exempt a checkpoint from `prune`."""
-    meta = read_meta(checkpoint)
-    if not meta["pinned"]:
-        write_json(checkpoint / "meta.json", {**meta, "pinned": True})
-
-
 def prune(segment: Path, keep: int, step: int, required: Sequence[int] = ()) -> None:
-    """Delete unpinned checkpoints up to `step`, but the last `keep` and those that lead to a missing `required` one."""
+    """Delete checkpoints up to `step` but the last `keep`, pinned or `required` ones, and one before each missing."""
     there = steps(segment)
     needed = {max((s for s in there if s < r), default=0) for r in required if r <= step and r not in there}
     loose = []
     for s in there:
         with contextlib.suppress(UserError):  # damaged, which the user may want to see
-            if s <= step and not read_meta(path(segment, s))["pinned"]:
+            if s <= step and s not in required and not read_meta(path(segment, s))["pinned"]:
                 loose.append(s)
     for s in set(loose[:-keep]) - needed:
         partial = partial_folder(path(segment, s))

@@ -46,7 +46,7 @@ class Run:
     segment: Segment
     parent: str | None = None  # --parent: a checkpoint in place of the planned one
     meta: dict[str, Any] = field(default_factory=dict)  # sft: meta.json of the parent
-    optional: set[int] = field(default_factory=set)  # main --version: steps before its own, saved if on the way
+    needed: set[int] | None = None  # main --version: steps that it goes back for; None: all to be saved
 
     @property
     def folder(self) -> Path:
@@ -81,7 +81,8 @@ class Run:
     @property
     def last(self) -> int | None:
         """The step of its own checkpoint that it goes on from; None: begin."""
-        required, points = ([s for s in steps if s not in self.optional] for steps in (self.required, self.points))
+        needed = self.needed or {*self.required, *self.points}
+        required, points = ([s for s in steps if s in needed] for steps in (self.required, self.points))
         return resume_step(self.folder, required, points)
 
     @property
@@ -121,10 +122,11 @@ def pick(c: Config, mode: str, version: int | None, parent: str | None = None) -
         raise UserError(f"--parent: {segment.name} has none; an imported model is --train.base {parent}")
     if mode in ("main", "average") and not p.average_points and not c.train.average_half_life:
         raise UserError("plan.average_points: got 0, the running mean, but train.average_half_life is none; give it")
-    children = [b for b in segments if mode == "main" and version and b.parent and b.parent[0] == segment.name]
-    steps = {b.version: {b.start, *b.points} for b in children}
-    optional = {step for v, of in steps.items() if v != version for step in of}.difference(c.train.save_at)
-    return Run(c, p, segments, segment, parent, optional=optional.difference(steps.get(version or 0, ())))
+    needed = None
+    if mode == "main" and version:
+        own = [b for b in segments if b.version == version and b.parent]
+        needed = {segment.end, *c.train.save_at, *(step for b in own for step in b.points)}
+    return Run(c, p, segments, segment, parent, needed=needed)
 
 
 def paradigm(mode: str, p: Plan) -> str:
@@ -136,10 +138,8 @@ def paradigm(mode: str, p: Plan) -> str:
 
 def sft_config(c: Config, parent: str | None, given: Collection[str]) -> tuple[Config, dict[str, Any]]:
     """The config of `--mode sft`, with the parent's model, and the parent's meta. `given`: keys of the command line."""
-    if not parent:
-        raise UserError("--parent: not given; --mode sft expects a checkpoint, such as RUN/ours-cosine/v4/step-000800")
-    if not c.data.sft:
-        raise UserError("--data.sft: not given; --mode sft expects a .jsonl file of examples")
+    if not parent or not c.data.sft:
+        raise UserError("--mode sft: expects --parent CHECKPOINT and --data.sft FILE.jsonl")
     meta = checkpoint.read_meta(Path(parent))
     model, default = config.model_of(meta["config"]), config.Model()
     for k, there in vars(model).items():

@@ -434,9 +434,9 @@ def test_what_is_refused(train_cli, parent, tmp_path, capsys, monkeypatch):
     (tmp_path / "a.txt").write_text("text")
     capsys.readouterr()
     for args, words in [
-        (("--data.sft", file), "--parent: not given"),
+        (("--data.sft", file), "expects --parent CHECKPOINT"),
         (("--parent", str(tmp_path), "--data.sft", file), "is no checkpoint"),
-        (("--parent", str(parent)), "--data.sft: not given"),
+        (("--parent", str(parent)), "and --data.sft FILE.jsonl"),
         (("--parent", str(parent), "--data.sft", str(tmp_path / "nowhere.jsonl")), "nowhere.jsonl': does not exist"),
         (("--parent", str(parent), "--data.sft", str(tmp_path / "a.txt")), "is no file of examples"),
         (
