@@ -13,7 +13,7 @@ a segment that starts at step 14,000 reads on where its parent stopped.
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 TITLES = {
@@ -44,12 +44,13 @@ class Plan:
     max_lr: float = key(1e-3, "maximal learning rate")
     min_lr: float | None = key(None, "minimal learning rate; none: a tenth of max_lr")
     alpha: float | None = key(None, "length of a branch as a part of the first increment; none: 0.6; 0: no branches")
-    decay_steps: int | None = key(None, "length of a branch in steps, instead of alpha")
+    decay_steps: list[int] | None = key(None, "instead of alpha: steps of a branch, one number or one a version")
     cpt_variant: str = key("reset_max", "learning rate of CPT's versions: reset_max, rewarm_max, keep_min, wsd_s")
     cycle: float | None = key(None, "cosine cycle in steps where it is longer than the run, or inf")
     average: float = key(0.2, "averaging: the last part of all steps so far whose weights are averaged")
     average_points: int = key(10, "averaging: so many checkpoints, evenly over that part; 0: the running mean")
     from_mean: bool = key(False, "start branches, or with averaging the main path's next increment, from the mean")
+    mean_lr: float = key(1.0, "rate at which branches from the mean begin, as a part of max_lr")
 
     @property
     def T(self) -> list[int]:
@@ -62,14 +63,22 @@ class Plan:
         return float(f"{self.max_lr / 10:.12g}") if self.min_lr is None else self.min_lr
 
     @property
-    def d(self) -> int:
-        """Steps of a branch."""
-        return self.decay_steps or round_half_up(0.6 if self.alpha is None else self.alpha, self.T[0])
+    def decays(self) -> list[int]:
+        """Steps of the versions' branches; the last number holds for all later versions."""
+        return self.decay_steps or [round_half_up(0.6 if self.alpha is None else self.alpha, self.T[0])]
+
+    def d(self, version: int) -> int:
+        """Steps of version i's branch."""
+        return self.decays[min(version, len(self.decays)) - 1]
+
+    def fork(self, version: int) -> int:
+        """The step at which version i's branch leaves the main path."""
+        return self.end(version) - self.d(version)
 
     @property
     def branches(self) -> bool:
         """Does the main path have branches, or are versions its averages?"""
-        return self.alpha != 0 or self.decay_steps is not None
+        return self.alpha != 0 or bool(self.decay_steps)
 
     def end(self, version: int) -> int:
         """The step at which version i has seen its increments 1..i."""
@@ -137,6 +146,11 @@ def inverse_sqrt(t: int, D: float, hi: float, lo: float, W: int) -> float:
     return max(lo, hi * math.sqrt(W / (W + t)))
 
 
+def step_down(t: int, D: float, hi: float, lo: float, W: int) -> float:
+    """All at `lo`: a probe, from which tools/alpha.py learns how fast the loss follows the rate."""
+    return lo
+
+
 def constant(t: int, D: float, hi: float, lo: float, W: int) -> float:
     """No decay."""
     return hi
@@ -152,6 +166,7 @@ SCHEDULES: dict[str, tuple[Callable[[int, float, float, float, int], float], flo
     "1-sqrt": (one_minus_sqrt, 0.2),
     "wsd": (exponential, 0.1),
     "inverse_sqrt": (inverse_sqrt, 1.0),
+    "step_down": (step_down, 0.1),
     "constant": (constant, 0.0),
 }
 
@@ -181,7 +196,7 @@ def plan(paradigm: str, p: Plan) -> list[Segment]:
     """
     if found := problems(p, paradigm):
         raise ValueError("\n".join(f"plan.{line}" for line in found))
-    N, d, W = len(p.T), p.d, p.warmup
+    N, W = len(p.T), p.warmup
     part = SCHEDULES[p.schedule][1]
     tag = p.schedule if p.cycle is None else f"{p.schedule}-cycle{p.cycle:g}"
 
@@ -200,28 +215,31 @@ def plan(paradigm: str, p: Plan) -> list[Segment]:
             "reset_max": path(p, a, b, 0, decay(b - a, 0)),
             "rewarm_max": path(p, a, b, W, decay(b - a, W), warm_from=p.lowest_lr),
             "keep_min": lambda s: p.lowest_lr,
-            "wsd_s": path(p, a, b, W if i == 1 else 0, d),  # constant, then a branch, of which the next one goes on
+            "wsd_s": path(p, a, b, W if i == 1 else 0, p.d(i)),  # constant, then a branch; the next goes on from it
         }[p.cpt_variant]
         name = f"cpt-{tag}" if p.cpt_variant == "reset_max" else f"cpt-{tag}-{p.cpt_variant}"
         parent = ptfs(1).name if i == 2 and p.cpt_variant != "wsd_s" else f"{name}/v{i - 1}"
         return Segment(f"{name}/v{i}", "cpt", i, (parent, a) if i > 1 else None, a, b, lr)
 
     def branch(i: int) -> list[Segment]:
-        a, b = p.end(i) - d, p.end(i)
-        D = d if p.cycle is None else p.cycle  # a cycle longer than the branch is cut at its end (Figure 5)
-        name = f"ours-{tag}" if d == round_half_up(0.6, p.T[0]) else f"ours-{tag}-d{d}"
+        a, b = p.fork(i), p.end(i)
+        D = p.d(i) if p.cycle is None else p.cycle  # a cycle longer than the branch is cut at its end (Figure 5)
+        length = f"-d{'-'.join(map(str, p.decays))}"
+        name = f"ours-{tag}" if p.decays == [round_half_up(0.6, p.T[0])] else f"ours-{tag}{length}"
         if not p.from_mean:
             return [Segment(f"{name}/v{i}", "branch", i, ("main", a), a, b, path(p, a, b, 0, D))]
-        origin = mean(p, i, a, name=f"average-d{d}")
-        return [origin, Segment(f"{name}-from-mean/v{i}", "branch", i, (origin.name, a), a, b, path(p, a, b, 0, D))]
+        origin = mean(p, i, a, name=f"average{length}")
+        name += "-from-mean" if p.mean_lr == 1 else f"-from-mean-lr{p.mean_lr:g}"
+        lower = replace(p, max_lr=p.mean_lr * p.max_lr, min_lr=p.lowest_lr)
+        return [origin, Segment(f"{name}/v{i}", "branch", i, (origin.name, a), a, b, path(lower, a, b, 0, D))]
 
     if paradigm == "ptfs":
         return [ptfs(i) for i in range(1, N + 1)]
     if paradigm == "cpt":  # version 1 is PTFS's version 1: trained once, under PTFS's name
         return [cpt(1) if p.cpt_variant == "wsd_s" else ptfs(1), *(cpt(i) for i in range(2, N + 1))]
     if paradigm == "ours":  # the main path at max LR ends where the last branch leaves it, at N*T - d
-        forks = [p.end(i) - d for i in range(1, N + 1)]
-        main = main_path(p, N, forks[-1], forks if p.from_mean else [])
+        forks = [p.fork(i) for i in range(1, N + 1)]
+        main = main_path(p, N, max(forks), forks if p.from_mean else [])
         return [main, *(s for i in range(1, N + 1) for s in branch(i))]
     return averaging(p)
 
@@ -274,29 +292,33 @@ def problems(p: Plan, paradigm: str) -> list[str]:
         ("min_lr", p.min_lr, f"1e-30 to max_lr = {p.max_lr}", p.min_lr is None or 1e-30 <= p.min_lr <= p.max_lr),
         ("warmup", W, "0 or more, for inverse_sqrt 1 or more", p.warmup >= int(p.schedule == "inverse_sqrt")),
         ("alpha", p.alpha, "0 to 1", p.alpha is None or 0 <= p.alpha <= 1),
-        ("decay_steps", p.decay_steps, "1 or more", p.decay_steps is None or p.decay_steps >= 1),
+        ("decay_steps", p.decay_steps, "1 or more", p.decay_steps is None or all(d >= 1 for d in p.decay_steps)),
         ("average", p.average, "above 0 and at most 1", 0 < p.average <= 1),
         ("average_points", p.average_points, "0 to 1000", 0 <= p.average_points <= 1000),
+        ("mean_lr", p.mean_lr, "above 0 and at most 1", 0 < p.mean_lr <= 1),
         ("decay_steps", p.decay_steps, f"none beside alpha = {p.alpha}", not p.decay_steps or p.alpha is None),
     ]
     if found := [f"{name}: got {got!r}, expected {expected}" for name, got, expected, fine in checks if not fine]:
         return found
-    T, d = p.T[0], p.d
+    T, versions = p.T[0], range(1, len(p.T) + 1)
+    earliest, i = min((p.fork(i), i) for i in versions)
+    decays = [p.d(i) for i in versions]
     if W >= T:
         found.append(f"warmup: got {W} steps, expected fewer than the first increment's {T}")
     elif paradigm == "cpt" and p.cpt_variant == "rewarm_max" and min(p.T) <= W:
         found.append(f"warmup: got {W} steps, expected fewer than the shortest increment's {min(p.T)} with rewarm_max")
-    elif paradigm == "cpt" and p.cpt_variant == "wsd_s" and not 1 <= d <= (most := min(T - W, *p.T)):
-        found.append(f"alpha / decay_steps: got a decay of {d} steps, expected 1 to {most} with wsd_s")
-    elif paradigm == "ours" and d < 1:
+    elif paradigm == "cpt" and p.cpt_variant == "wsd_s" and not 1 <= max(decays) <= (most := min(T - W, *p.T)):
+        found.append(f"alpha / decay_steps: got a decay of {max(decays)} steps, expected 1 to {most} with wsd_s")
+    elif paradigm == "ours" and min(decays) < 1:
         found.append(f"alpha: got {p.alpha}, not one step of the first increment's {T}; expected at least {1 / T:.3g}")
-    elif paradigm == "ours" and T - d < W:
-        got = f"a branch of {d} steps would leave the main path at step {T - d}, inside the warm-up of {W}"
-        found.append(f"alpha / decay_steps: {got}; expected at most {T - W} steps (alpha {(T - W) / T:.3g})")
+    elif paradigm == "ours" and earliest < W:
+        got = f"V{i}'s branch of {p.d(i)} steps would leave the main path at step {earliest}, inside the warm-up of {W}"
+        most = p.end(i) - W
+        found.append(f"alpha / decay_steps: {got}; expected at most {most} steps (alpha {most / T:.3g})")
     if p.cycle is not None:
-        decays = {"ptfs": sum(p.T), "cpt": T, "ours": d, "average": 0}[paradigm]
+        longest = {"ptfs": sum(p.T), "cpt": T, "ours": max(decays), "average": 0}[paradigm]
         if p.schedule != "cosine":
             found.append(f"cycle: goes with the cosine schedule, got {p.schedule}")
-        if not p.cycle >= decays:  # "not >=" refuses nan as well
-            found.append(f"cycle: got {p.cycle} steps, expected at least the {decays} that it is cut at, or inf")
+        if not p.cycle >= longest:  # "not >=" refuses nan as well
+            found.append(f"cycle: got {p.cycle} steps, expected at least the {longest} that it is cut at, or inf")
     return found

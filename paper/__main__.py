@@ -22,7 +22,7 @@ import torch
 import config
 import eval as evaluation
 import schedule
-from paper import downstream, figures, graph, measure, plans, report, scales, tables, workers
+from paper import beyond, downstream, figures, graph, measure, plans, report, scales, tables, workers
 from paper.tables import ORDER
 from runtime import distributed
 from runtime.command_line import Parser, given
@@ -159,8 +159,8 @@ def check_training(request: graph.Request, machine: workers.Machine) -> None:
     if 0 < machine.gpus < machine.ranks:
         raise UserError(f"--ranks: got {machine.ranks}, expected at most the {machine.gpus} GPUs of this machine")
     prepare.ship(request.setup.base.data.path)
-    if any(n.config.data.path == tables.DRIFT["data.path"] for n in request.nodes.values()):
-        measure.prepare_drift(Path(tables.DRIFT["data.path"]))
+    if any(n.config.data.path == beyond.DRIFT["data.path"] for n in request.nodes.values()):
+        measure.prepare_drift(Path(beyond.DRIFT["data.path"]))
     nodes = request.nodes.values()
     refuse([line for n in nodes for line in n.tokens.problems(n.segment.start, n.segment.end)])
 

@@ -14,7 +14,7 @@ import config
 from paper import graph, plans, tables, workers
 from paper.graph import Request
 from paper.scales import Setup
-from paper.tables import Cell
+from paper.table import PAPER, Cell
 from runtime import checkpoint, distributed, resume
 from runtime.device import pick_device
 from runtime.errors import UserError, refuse
@@ -110,7 +110,7 @@ def record(of: tables.Table, found: dict[Cell, list[Scores]], names: list[str], 
     made = harness.table(of.title, [*["scale"] * several, "Ver.", "TP"], lines)
     averages = [None if row[-1] == "-" else float(row[-1]) for row in made["rows"]]
     means = [{"group": g, "version": v, "name": n, "value": a} for (g, v, n), a in zip(where, averages, strict=True)]
-    for p in tables.PAPER["table4_downstream"] if set(names) & set(NINE) else []:
+    for p in PAPER["table4_downstream"] if set(names) & set(NINE) else []:
         if several or p["scale"] == "1.2B-42B":
             shown = [f"{p[NINE[n]]:.2f}" if n in NINE else "-" for n in names]
             average = f"{p['AVG']:.2f}" if set(names) == set(NINE) else "-"

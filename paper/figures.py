@@ -111,9 +111,11 @@ def downstream(record: dict[str, Any], file: str) -> None:
     for ax, group in zip(axes, groups, strict=True):
         of_group = [m for m in record["means"] if m["group"] == group]
         versions = distinct(of_group, "version")
-        for i, name in enumerate(tables.NAMES.values()):
-            x = [v + 0.27 * (i - 1) for v in range(len(versions))]
-            ax.bar(x, [m["value"] or 0 for m in of_group if m["name"] == name], 0.25, label=name, color=OF[name])
+        names = distinct(of_group, "name")
+        for i, name in enumerate(names):
+            x = [v + 0.8 * (i - (len(names) - 1) / 2) / len(names) for v in range(len(versions))]
+            bars = [m["value"] or 0 for m in of_group if m["name"] == name]
+            ax.bar(x, bars, 0.75 / len(names), label=name, color=OF[name])
         ax.set_xticks(range(len(versions)), versions)
     axes[0].set_ylabel("mean over tasks (%)")
     finish(fig, file, axes)

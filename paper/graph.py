@@ -20,7 +20,7 @@ import data
 import schedule
 from paper import tables
 from paper.scales import Point, Setup
-from paper.tables import Cell
+from paper.table import Cell
 from runtime import checkpoint, resume
 from runtime.errors import UserError
 from runtime.files import is_locked, read_log

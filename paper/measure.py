@@ -14,9 +14,9 @@ import numpy as np
 
 import config
 import eval as evaluation
-from paper import tables
+from paper import beyond, tables
 from paper.graph import Request, trained
-from paper.tables import Cell, Claim, Factors, minus
+from paper.table import Cell, Claim, Factors, minus
 from text import prepare, token_files
 
 # Student's t, 97.5 %, for 1, 2, .. degrees of freedom
@@ -53,7 +53,7 @@ def prepare_drift(folder: Path) -> None:
     """The text that ships, English, an increment a kind; a part of each is held out."""
     there = len(token_files.read_meta(folder)["increments"]) if folder.exists() else 0
     with tempfile.TemporaryDirectory() as scratch:
-        of = {kind: Path(scratch) / f"{kind}.jsonl" for kind in tables.KINDS}
+        of = {kind: Path(scratch) / f"{kind}.jsonl" for kind in beyond.KINDS}
         with lzma.open(prepare.TEXT, "rt", encoding="utf-8") as f:
             for line in f if there < len(of) else ():
                 if (record := json.loads(line))["lang"] == "en":

@@ -117,7 +117,7 @@ def slurm_lines(nodes: Graph, todo: list[Node], flops_per_second: float) -> list
         pieces = [(words, node.segment.end)]
         if node.segment.paradigm == "main":  # a piece a version, so that a branch need not wait for the whole main path
             p = node.config.plan
-            pieces = [([*words, "--version", str(i)], p.end(i) - p.d) for i in range(1, len(p.T) + 1)]
+            pieces = [([*words, "--version", str(i)], p.fork(i)) for i in range(1, len(p.T) + 1)]
         wait = f" --dependency=afterok:${jobs[node.parent]}" if node.parent in jobs else ""
         begin = node.segment.start
         for piece, end in pieces:

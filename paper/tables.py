@@ -1,131 +1,46 @@
-"""The paper's tables as data: rows of runs, the numbers that the paper prints for them, and its claims.
+"""The paper's tables, and ours beside them, in the paper's order. table.py says what a table is.
 
 graph.py trains the points that the rows name, measure.py scores them, report.py prints them. To add a table, write a
 function like those below and name it in ALL.
 """
 
 import itertools
-import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import schedule
+from paper.beyond import beyond, decays, drift
 from paper.scales import Point, Run, Setting, Setup
+from paper.table import (
+    BASE,
+    COSINE,
+    MEAN,
+    MIXED,
+    NAMES,
+    PAIRS,
+    Claim,
+    Row,
+    Table,
+    averaging,
+    below,
+    count,
+    decay,
+    gap_widens,
+    groups,
+    minus,
+    ours_is_best,
+    paradigm_rows,
+    printed,
+    schedule_rows,
+)
 
-PAPER = json.loads((Path(__file__).parent.parent / "results" / "paper.json").read_text(encoding="utf-8"))
-NAMES = {"ptfs": "PTFS", "cpt": "CPT", "ours": "Ours"}
 VARIANTS = {"rewarm_max": "RewarmMax", "reset_max": "ResetMax", "keep_min": "KeepMin"}
-MIXED, MEAN = "PTFS, shuffled", "Average"
-PAIRS = [("Ours", "CPT"), ("Ours", "PTFS"), ("CPT", "PTFS")]
 MAIN = ("cosine", "knee", "multistep")  # the paper's schedules
 ALPHAS = (0.2, 0.4, 0.6, 0.8)
 CYCLES = (1, 2, 3, 4, math.inf)  # Figures 4 and 5: length of the cosine cycle in T
-COSINE = {"plan.schedule": "cosine"}
-BASE = Setting()
-NO_BRANCHES = {"plan.decay_steps": "none", "plan.alpha": "0"}  # so the main path goes on to the last version's end
-AVERAGING = Setting(keys=NO_BRANCHES, derived=tuple(NO_BRANCHES))
 REWARM = "CPT is RewarmMax here, as the paper's numbers of its base setting say."
-
-Cell = tuple[str, str, str]  # of a table: group, name of the row, column
-Factors = dict[Cell, float]  # a sum of perplexities, each times its factor
-
-
-@dataclass(frozen=True)
-class Row:
-    group: str  # rows that are compared with each other
-    name: str  # of the row in its group
-    labels: dict[str, str]  # the first columns
-    points: dict[str, Point]  # by column
-    paper: dict[str, float] = field(default_factory=dict)  # the PPL that the paper prints, by column
-    costs: dict[str, float] = field(default_factory=dict)  # steps relative to PTFS, by way of counting
-    also: tuple[Point, ...] = ()  # counted in the costs, but not printed
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A statement of the paper: weighted sums of perplexities that it says are below zero."""
-
-    text: str
-    below_zero: dict[str, Factors]  # by the place in the table
-
-
-@dataclass(frozen=True)
-class Table:
-    name: str
-    title: str
-    columns: list[str]
-    rows: list[Row]
-    claims: list[Claim] = field(default_factory=list)
-    pairs: list[tuple[str, str]] = field(default_factory=list)  # differences to print in each group
-    notes: list[str] = field(default_factory=list)
-    texts: dict[str, list[str]] = field(default_factory=dict)  # by column: texts whose mean it is; none: validation
-
-
-def printed(columns: list[str], table: str, **row: Any) -> dict[str, float]:
-    """The numbers that the paper prints in these columns of a table, in the row that has these values."""
-    found: dict[str, Any] = next((r for r in PAPER[table] if r.items() >= row.items()), {})
-    return {c: found[c] for c in columns if c in found}
-
-
-def groups(rows: list[Row]) -> list[str]:
-    return list(dict.fromkeys(r.group for r in rows))
-
-
-def paradigm_rows(s: Setup, labels: dict[str, str], setting: Setting, cpt_variant: str = "", **paper: Any) -> list[Row]:
-    """A group of PTFS, CPT and ours under one setting. `paper`: where the paper prints them, as in `printed`."""
-    rows = []
-    for paradigm, name in NAMES.items():
-        variant = {"plan.cpt_variant": cpt_variant} if paradigm == "cpt" and cpt_variant else {}
-        run = Run(paradigm, replace(setting, keys={**setting.keys, **variant}))
-        group, labelled = " ".join(labels.values()), {**labels, "paradigm": name}
-        theirs = printed(s.columns, **paper, paradigm=paradigm) if paper else {}
-        rows.append(Row(group, name, labelled, s.versions(run), theirs, {"cost": s.cost(run)}, (Point(run, 1),)))
-    return rows
-
-
-def schedule_rows(s: Setup, table: str, setting: Setting = BASE) -> list[Row]:
-    """`paradigm_rows` of each schedule."""
-    rows = []
-    for name in s.schedules:
-        keys = {"plan.schedule": name, **setting.keys}
-        rows += paradigm_rows(s, {"schedule": name}, replace(setting, keys=keys), table=table, schedule=name)
-    return rows
-
-
-def decay(steps: int) -> dict[str, str]:
-    """The keys of branches so many steps long."""
-    return {"plan.decay_steps": str(steps), "plan.alpha": "none"}
-
-
-# ---- Claims ----------------------------------------------------------------------------------------------------------
-
-
-def minus(group: str, a: str, b: str, column: str, times: float = 1.0) -> Factors:
-    """The PPL of row `a` minus `times` that of row `b`."""
-    return {(group, a, column): 1.0, (group, b, column): -times}
-
-
-def below(text: str, groups: list[str], columns: list[str], a: str, b: str, times: float = 1.0) -> Claim:
-    """In each group and column, the PPL of row `a` is below `times` that of row `b`."""
-    return Claim(text, {f"{g} {c}".strip(): minus(g, a, b, c, times) for g in groups for c in columns})
-
-
-def ours_is_best(rows: list[Row], columns: list[str], beside_ptfs: float = 1.02) -> list[Claim]:
-    near = "ours is below PTFS" + (f" or within {beside_ptfs - 1:.0%} of it" if beside_ptfs > 1 else "")
-    against_cpt = below("ours is below CPT", groups(rows), columns, "Ours", "CPT")
-    return [against_cpt, below(near, groups(rows), columns, "Ours", "PTFS", beside_ptfs)]
-
-
-def gap_widens(rows: list[Row], columns: list[str]) -> list[Claim]:
-    """PTFS is below CPT, the more so the later the version."""
-    gaps: dict[str, Factors] = {}
-    for (a, b), g in itertools.product(itertools.pairwise(columns), groups(rows)):
-        gaps[f"{g} {a} to {b}"] = minus(g, "CPT", "PTFS", a) | {(g, "CPT", b): -1.0, (g, "PTFS", b): 1.0}
-    worse = below("PTFS is below CPT", groups(rows), columns, "PTFS", "CPT")
-    return [worse, Claim("the gap between CPT and PTFS widens with the version", gaps)]
 
 
 # ---- The tables, in the paper's order --------------------------------------------------------------------------------
@@ -194,14 +109,6 @@ def table2(s: Setup) -> Table:
     return Table("table2", "Table 2: alpha, the length of a branch", s.columns, rows, claims, pairs)
 
 
-def averaging(s: Setup, group: str, labels: dict[str, str]) -> Row:
-    """The row of averaging, which is not the paper's: of the main path, so it is the same under all schedules."""
-    run = Run("average", AVERAGING)
-    return Row(
-        group, MEAN, {**labels, "paradigm": "Average (not the paper's)"}, s.versions(run), {}, {"cost": s.cost(run)}
-    )
-
-
 def table3(s: Setup) -> Table:
     rows = schedule_rows(s, "table1_3")
     claims = ours_is_best(rows, s.columns) + gap_widens(rows, s.columns)
@@ -210,7 +117,8 @@ def table3(s: Setup) -> Table:
 
 
 def table4(s: Setup) -> Table:
-    return Table("table4", "Table 4: downstream tasks", s.columns, paradigm_rows(s, {}, Setting(keys=COSINE)))
+    rows = [*paradigm_rows(s, {}, Setting(keys=COSINE)), averaging(s, "", {})]
+    return Table("table4", "Table 4: downstream tasks", s.columns, rows)
 
 
 def table5(s: Setup) -> Table:
@@ -358,80 +266,10 @@ def footnote2(s: Setup) -> Table:
     return Table("footnote2", title, s.columns, rows, claims, pairs)
 
 
-# ---- Beyond the paper ------------------------------------------------------------------------------------------------
-
-
-def beyond(s: Setup) -> Table:
-    def short(part: float) -> dict[str, str]:
-        return {**COSINE, **decay(schedule.round_half_up(part, s.T)), "plan.from_mean": "true"}
-
-    runs = {NAMES[x]: Run(x, Setting(keys=COSINE)) for x in NAMES} | {
-        "WSD-S": Run("cpt", Setting(keys={**COSINE, "plan.cpt_variant": "wsd_s"})),
-        "Ours, 1-sqrt": Run("ours", Setting(keys={"plan.schedule": "1-sqrt"})),
-        MEAN: Run("average", AVERAGING),
-        "Mean, branch of 0.1 T": Run("ours", Setting(keys=short(0.1))),
-        "Mean, branch of 0.2 T": Run("ours", Setting(keys=short(0.2))),
-        "Mean, main path from it": Run("average", Setting(keys={**NO_BRANCHES, "plan.from_mean": "true"})),
-        "Running mean": Run("average", Setting(keys={**NO_BRANCHES, "plan.average_points": "0"})),
-    }
-    rows = [Row("", n, {"paradigm": n}, s.versions(run), costs={"cost": s.cost(run)}) for n, run in runs.items()]
-    claims = [
-        below("averaging is below CPT", [""], s.columns, MEAN, "CPT"),
-        below("averaging is below PTFS", [""], s.columns, MEAN, "PTFS"),
-        below("averaging is at most 1% above ours", [""], s.columns, MEAN, "Ours", 1.01),
-        below("averaging is below WSD-S", [""], s.columns, MEAN, "WSD-S"),
-        *(below(f"averaging is at most 1% above {n}", [""], s.columns, MEAN, n, 1.01) for n in list(runs)[6:9]),
-        below("the running mean is at most 1% above averaging", [""], s.columns, "Running mean", MEAN, 1.01),
-    ]
-    pairs = [(n, MEAN) for n in runs if n != MEAN]
-    title = "Beyond the paper: averaging and its rivals (no table of the paper, and the statements are ours)"
-    return Table("beyond", title, s.columns, rows, claims, pairs)
-
-
-KINDS = ("books", "wiki", "code", "web")  # increments of `drift`
-DRIFT = {**COSINE, "data.path": "data/drift", "plan.steps": "160", "plan.warmup": "32", "plan.versions": "4"}
-
-
-def drift(s: Setup) -> Table:
-    """The last of four increments that differ in kind: its text against those of before, by replay."""
-    rows = []
-    shuffled = Run("ptfs", Setting("drift-shuffled", {**DRIFT, "data.order": "shuffled"}, derived=tuple(DRIFT)))
-    runs = {("PTFS", "0"): Run("ptfs", Setting("drift", DRIFT, derived=tuple(DRIFT))), (MIXED, "-"): shuffled}
-    B = s.base.batch_sequences  # a share that is no whole row of a batch is left out
-    for replay in ("0", *(part for part in ("0.05", "0.1", "0.25") if 0 < schedule.round_half_up(float(part), B) < B)):
-        name, keys = f"drift-{replay}" if replay != "0" else "drift", {**DRIFT, "data.replay": replay}
-        of: dict[str, tuple[str, dict[str, str]]] = {"CPT": ("cpt", {}), "Ours": ("ours", {})}
-        of |= {f"Average, {w}%": ("average", {**NO_BRANCHES, "plan.average": str(w / 100)}) for w in (10, 20, 30)}
-        first = runs["PTFS", "0"]
-        for row, (paradigm, more) in of.items():
-            setting = Setting(name, {**keys, **more}, derived=(*DRIFT, *NO_BRANCHES))
-            runs[row, replay] = Run(paradigm, setting, parent=first if paradigm == "cpt" and name != "drift" else None)
-    texts = {k: [text] for k, text in zip(KINDS, ("val", "val-v2", "val-v3", "val-v4"), strict=True)}
-    texts |= {"mean of old": ["val", "val-v2", "val-v3"], "mean of all": ["val", "val-v2", "val-v3", "val-v4"]}
-    for (n, replay), run in runs.items():
-        labels = {"paradigm": n, "replay": replay}
-        points = dict.fromkeys(texts, Point(run, 4))
-        rows.append(Row("", " ".join(labels.values()), labels, points, costs={"cost": s.cost(run)}))
-    best, columns = f"{MIXED} -", list(texts)
-    claims = [
-        below(
-            f"{n} without replay forgets: PTFS shuffled is below it on old text", [""], ["mean of old"], best, f"{n} 0"
-        )
-        for n in ("PTFS", "CPT", "Ours", "Average, 20%")
-    ]
-    mean = "Average, 20% 0.25"
-    near = "averaging 20 % with replay 25 % is within .05 nats of PTFS shuffled"
-    claims += [below(near, [""], ["mean of all"], mean, best, math.exp(0.05))]
-    claims += [below("and below it on the new text", [""], ["web"], mean, best)]
-    title = "Drift: increments of four kinds of text, version 4 (no table of the paper, and the statements are ours)"
-    note = "mean of ..: exp of the mean nats a token over texts of these kinds, held out. Increments: " + ", ".join(
-        KINDS
-    )
-    return Table("drift", title, columns, rows, claims, [], [f"{note}."], texts)
-
-
 ALL = (table1, fig4, fig5, table2, table3, table4, table5, table6, table7, table8, table10, table11, table12, table13)
-TABLES: dict[str, Callable[[Setup], Table]] = {f.__name__: f for f in (*ALL, order, moments, footnote2, beyond, drift)}
+TABLES: dict[str, Callable[[Setup], Table]] = {
+    f.__name__: f for f in (*ALL, order, moments, footnote2, beyond, decays, drift)
+}
 DOWNSTREAM = ("table4", "table11")  # their numbers are scores of tasks, not perplexities: downstream.py makes them
 DRAWN_FROM = {"fig2": "table3", "loss": "table3"}
 # All tables and figures, in the paper's order
@@ -461,11 +299,3 @@ def overruled(s: Setup, name: str) -> list[str]:
         choose = "choose those to compare with --schedules, " * (k == "plan.schedule")
         lines.append(f"{k}: got {s.overrides[k]}, but {name} sets {v}; {choose}leave it out, or ask for other tables")
     return lines
-
-
-def count(n: float) -> str:
-    """3,276,800 as 3.28M."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if n >= size:
-            return f"{n / size:.3g}{unit}"
-    return f"{n:g}"

@@ -89,8 +89,8 @@ def typed(kind: Any, value: Any) -> Any:
     """`value` as `kind`; ValueError if it is not one. True is no number, 1 is no truth value, 1 is a float."""
     if isinstance(kind, types.UnionType):
         return None if value is None else typed(typing.get_args(kind)[0], value)
-    if typing.get_origin(kind) is list and isinstance(value, list):
-        return [typed(int, v) for v in value]
+    if typing.get_origin(kind) is list:  # a number alone is a list of one
+        return [typed(int, v) for v in (value if isinstance(value, (list, tuple)) else [value])]
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (kind is int and abs(value) >= 2**63):

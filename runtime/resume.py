@@ -125,7 +125,7 @@ def pick(c: Config, mode: str, version: int | None, parent: str | None = None) -
     needed = None
     if mode == "main" and version:
         own = [b for b in segments if b.version == version and b.parent]
-        needed = {segment.end, *c.train.save_at, *(step for b in own for step in b.points)}
+        needed = {segment.end, *c.train.save_at, *(step for b in own for step in (b.start, *b.points))}
     return Run(c, p, segments, segment, parent, needed=needed)
 
 

@@ -60,6 +60,7 @@ ELSEWHERE = {
     "model.vocab_size": "any other than the data's is refused (below)",
     "data.repeat": "only where an increment is too short, which is refused without it (below)",
     "plan.from_mean": "another parent, in a folder of its own (test_average.py)",
+    "plan.mean_lr": "the rate of branches from the mean (test_schedule.py)",
     "plan.versions": "only how far the main path goes (below)",
     "train.base": "needs an imported model: test_hf.py",
 }

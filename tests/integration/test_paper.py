@@ -22,7 +22,7 @@ import cost
 import eval as evaluation
 import schedule
 from paper import __main__ as paper
-from paper import downstream, figures, graph, measure, plans, report, scales, tables, workers
+from paper import beyond, downstream, figures, graph, measure, plans, report, scales, tables, workers
 from runtime import checkpoint, resume
 from runtime.errors import UserError, user_errors
 from text import prepare, token_files
@@ -778,7 +778,7 @@ def test_table4_end_to_end(tmp_path, prepared, main, train_here, monkeypatch):
 
 def test_rivals_have_equal_tokens_and_known_costs():
     s = setup("paper", ["cosine"])
-    rows = {r.name: r for r in tables.beyond(s).rows}
+    rows = {r.name: r for r in beyond.beyond(s).rows}
     costs = {n: round(r.costs["cost"], 3) for n, r in rows.items()}
     assert costs == {
         "PTFS": 1.0,
@@ -789,6 +789,8 @@ def test_rivals_have_equal_tokens_and_known_costs():
         "Average": 0.4,
         "Mean, branch of 0.1 T": 0.43,
         "Mean, branch of 0.2 T": 0.46,
+        "Mean, branch of 0.2 T from 0.3 max LR": 0.46,
+        "Mean, branch of 0.2 T from 0.1 max LR": 0.46,
         "Mean, main path from it": 0.4,
         "Running mean": 0.4,
     }
@@ -797,6 +799,23 @@ def test_rivals_have_equal_tokens_and_known_costs():
             point = r.points[column]
             segment = [g for g in s.segments(point.run, 1) if g.version == v and g.paradigm != "main"][-1]
             assert segment.end == 10_000 * v, r.name  # all have seen the same text
+
+
+def test_decays_of_a_part_of_all_steps_cost_what_alpha_does():
+    s = setup("paper", ["cosine"])
+    costs = {r.name: round(r.costs["cost"], 4) for r in beyond.decays(s).rows}
+    assert costs["25%"] == 0.55 and costs["30%"] == costs["alpha 0.6"] == 0.58
+    assert [costs[f"alpha {a / 10}"] for a in range(1, 9)] == pytest.approx([0.4 + 0.03 * a for a in range(1, 9)])
+    forks = {g.version: g.start for g in s.segments(beyond.decays(s).rows[-1].points["V2"].run, 1)[1:]}
+    assert forks == {1: 7000, 2: 14000, 3: 21000, 4: 28000}
+
+
+def test_drift_leaves_out_parts_that_are_no_row_of_a_batch():
+    parts = {r.labels["replay"] for r in beyond.drift(setup("tiny", ["cosine"])).rows}
+    assert parts == {"0", "-", "0.05", "0.1", "0.25", "0.25, branch 0.5", "0.5", "0.75"}
+    one = setup("tiny", ["cosine"], train__batch_tokens="128", train__micro_batch="1")
+    t = beyond.drift(one)
+    assert {r.labels["replay"] for r in t.rows} == {"0", "-"} and len(t.claims) == 4
 
 
 def test_the_mean_over_texts_weighs_each_the_same():
@@ -835,6 +854,6 @@ def test_the_text_of_drift_is_an_increment_a_kind(tmp_path):
         *(f"{h}v{i}" for i in (2, 3, 4) for h in ("", "val-")),
     ]
     least = min(p["tokens"] for p in meta["increments"])
-    assert least > int(tables.DRIFT["plan.steps"]) * 4096  # no text is read twice
+    assert least > int(beyond.DRIFT["plan.steps"]) * 4096  # no text is read twice
     ids = [np.fromfile(f, "<u8") for f in folder.glob("*.ids")]
     assert len(np.unique(np.concatenate(ids))) == sum(map(len, ids))

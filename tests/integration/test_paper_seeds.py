@@ -149,7 +149,7 @@ def test_slurm_jobs_have_the_seeds_of_their_cells_and_wait_for_their_parents(tol
             assert parent in there, line
         if o.mode == "main" and int(o.version) > 1:
             # it goes on where the job of the version before ended: at that version's fork point
-            assert f"{c.out}/main/step-{c.plan.end(int(o.version) - 1) - c.plan.d:06d}" in there, line
+            assert f"{c.out}/main/step-{c.plan.fork(int(o.version) - 1):06d}" in there, line
         saves = {f"{c.out}/{segment.name}/step-{at:06d}" for at in [segment.end, *c.train.save_at] if at <= segment.end}
         of[job] = (line, there | saves, there)
     # 8 GPUs at 0.4 of 989e12 FLOP/s: 40,000 steps of 2^20 tokens of 6.813e9 FLOPs take 25.1 hours, 30,000 take 18.8,

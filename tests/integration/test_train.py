@@ -564,7 +564,7 @@ def snapshot(folder):
         (["--plan.alpha", "0.9"], ["inside the warm-up of 2"]),
         (
             ["--plan.alpha", "0.5", "--plan.decay_steps", "3"],
-            ["plan.decay_steps: got 3, expected none beside alpha = 0.5"],
+            ["plan.decay_steps: got [3], expected none beside alpha = 0.5"],
         ),
         (["--plan.max_lr", "0"], ["plan.max_lr: got 0.0"]),
         (["--plan.min_lr", "1"], ["plan.min_lr: got 1.0"]),

@@ -41,13 +41,8 @@ def test_overrides_are_typed():
             "plan.max_lr": "1",
         },
     )
-    assert (c.plan.alpha, c.plan.decay_steps, c.plan.T, c.data.repeat, c.plan.cycle) == (
-        None,
-        7,
-        [700, 500],
-        True,
-        float("inf"),
-    )
+    p = c.plan
+    assert (p.alpha, p.decay_steps, p.T, c.data.repeat, p.cycle) == (None, [7], [700, 500], True, float("inf"))
     assert type(c.plan.max_lr) is float
 
 
@@ -58,10 +53,11 @@ def test_a_key_of_the_command_line_replaces_the_files_alternative(tmp_path):
         file.write_text(f"[plan]\nwarmup = 1\n{text}")
         return config.load(str(file), {f"plan.{k}": v for k, v in keys.items()}).plan
 
-    assert plan("alpha = 0.6", decay_steps="7").d == 7
-    assert plan("decay_steps = 7", alpha="0.5").d == 50
-    assert plan("decay_steps = 7", alpha="none").d == 7
-    assert plan("decay_steps = 7", alpha="none", decay_steps="8").d == 8
+    assert plan("alpha = 0.6", decay_steps="7").decays == [7]
+    assert plan("decay_steps = 7", alpha="0.5").decays == [50]
+    assert plan("decay_steps = 7", alpha="none").decays == [7]
+    assert plan("decay_steps = 7", alpha="none", decay_steps="8").decays == [8]
+    assert plan("decay_steps = [7, 9]").decays == plan("alpha = 0.6", decay_steps="7,9").decays == [7, 9]
     for key in ("steps", "versions"):  # which of the lengths to keep, nobody can tell
         with pytest.raises(UserError, match=f"plan.{key}: the file has plan.increments; give --plan.increments"):
             plan("increments = [9, 8]", **{key: "5"})
@@ -69,7 +65,7 @@ def test_a_key_of_the_command_line_replaces_the_files_alternative(tmp_path):
     assert plan("versions = 3\nsteps = 5", increments="9,8").T == [9, 8]
     for text, keys in (("alpha = 0.6\ndecay_steps = 7", {}), ("", {"alpha": "0.6", "decay_steps": "7"})):
         p = plan(text, **keys)  # both in one place: refused where the plan is made
-        assert schedule.problems(p, "ours") == ["decay_steps: got 7, expected none beside alpha = 0.6"]
+        assert schedule.problems(p, "ours") == ["decay_steps: got [7], expected none beside alpha = 0.6"]
 
 
 @pytest.mark.parametrize(

@@ -53,11 +53,39 @@ def test_relative_costs_of_tables_1_and_3(row):
 
 def test_costs_of_unequal_increments_are_the_formulas():
     T, d = [700, 500, 900], 300
-    p = Plan(increments=T, warmup=100, max_lr=1e-3, decay_steps=d)
+    p = Plan(increments=T, warmup=100, max_lr=1e-3, decay_steps=[d])
     assert total("ptfs", p) == sum(sum(T[:i]) for i in (1, 2, 3))
     assert total("cpt", p) == sum(T)
     assert total("ours", p) == sum(T) + 2 * d
     assert [(s.start, s.end) for s in plan("ours", p)] == [(0, 1800), (400, 700), (900, 1200), (1800, 2100)]
+
+
+def test_decays_that_grow_with_the_version():
+    p = variant(alpha=None, decay_steps=[3000, 6000, 9000, 12000])  # 30 % of all steps so far
+    assert [(s.name, s.start, s.end) for s in plan("ours", p)] == [
+        ("main", 0, 28000),
+        ("ours-cosine-d3000-6000-9000-12000/v1", 7000, 10000),
+        ("ours-cosine-d3000-6000-9000-12000/v2", 14000, 20000),
+        ("ours-cosine-d3000-6000-9000-12000/v3", 21000, 30000),
+        ("ours-cosine-d3000-6000-9000-12000/v4", 28000, 40000),
+    ]
+    assert total("ours", p) == total("ours", BASE) == 58000
+    # a fourth branch so long that the third one leaves the main path last; a fifth version has the fourth's
+    p = variant(alpha=None, decay_steps=[3000, 6000, 9000, 25000], versions=5)
+    assert [s.start for s in plan("ours", p)[1:]] == [7000, 14000, 21000, 15000, 25000]
+    p = variant(alpha=None, decay_steps=[3000, 6000, 9000, 25000])
+    assert plan("ours", p)[0].end == 21000
+    with pytest.raises(
+        ValueError, match="V2's branch of 18001 steps .* inside the warm-up of 2000; expected at most 18000"
+    ):
+        plan("ours", variant(alpha=None, decay_steps=[8000, 18001]))
+
+
+def test_a_branch_from_the_mean_may_begin_at_a_lower_rate():
+    whole, lower = (plan("ours", variant(from_mean=True, mean_lr=part))[-1] for part in (1.0, 0.2))
+    assert (lower.name, lower.parent) == ("ours-cosine-from-mean-lr0.2/v4", whole.parent)
+    assert whole.lr(34000) == pytest.approx(3e-4, rel=1e-6) and lower.lr(34000) == pytest.approx(6e-5, rel=1e-6)
+    assert whole.lr(39999) == lower.lr(39999) == 3e-5
 
 
 def test_where_branches_leave_the_main_path():
@@ -178,7 +206,7 @@ def test_cycles_longer_than_the_run():
     whole = plan("ptfs", variant(increments=[20000]))[0]
     assert [two.lr(s) for s in range(10000)] == [whole.lr(s) for s in range(10000)]
     # second stage: from 10K at max LR, a cycle of 20K cut after 10K stands half-way
-    second = plan("ours", Plan(increments=[20000], warmup=2000, max_lr=3e-4, decay_steps=10000, cycle=20000))[1]
+    second = plan("ours", Plan(increments=[20000], warmup=2000, max_lr=3e-4, decay_steps=[10000], cycle=20000))[1]
     assert (second.start, second.end) == (10000, 20000) and second.lr(19999) == pytest.approx((3e-4 + 3e-5) / 2)
     assert len({s.name for s in (one, two, inf, ordinary)}) == 4
 
@@ -192,8 +220,8 @@ def test_cycles_longer_than_the_run():
         ("--plan.alpha nan", "alpha: got nan"),
         ("--plan.alpha x", "plan.alpha: got 'x', expected a number or none"),
         ("--plan.alpha 0.9", "inside the warm-up of 2000; expected at most 8000 steps (alpha 0.8)"),
-        ("--plan.alpha 0.5 --plan.decay_steps 10", "decay_steps: got 10, expected none beside alpha = 0.5"),
-        ("--plan.decay_steps 0", "decay_steps: got 0"),
+        ("--plan.alpha 0.5 --plan.decay_steps 10", "decay_steps: got [10], expected none beside alpha = 0.5"),
+        ("--plan.decay_steps 0", "decay_steps: got [0]"),
         ("--plan.max_lr 0", "max_lr: got 0.0"),
         ("--plan.max_lr inf", "max_lr: got inf"),
         ("--plan.min_lr 1", "min_lr: got 1.0"),
