@@ -269,7 +269,7 @@ def test_auto_is_ddp_while_it_fits(monkeypatch, memory, kind):
 
 def test_gradients_under_ddp_stay_views_of_its_buckets(train_cli, monkeypatch):
     """Set to none, each would be allocated again beside its bucket: 4 bytes a parameter more."""
-    monkeypatch.setattr(distributed, "choose", lambda *_: ("ddp", "as the test has it"))
+    monkeypatch.setattr(distributed, "choose", lambda *_: "ddp")
     seen, original = [], torch.optim.AdamW.zero_grad
 
     def zero_grad(self, set_to_none):
@@ -391,7 +391,7 @@ def refuse(work):
     assert "nowhere: no prepared data" in tried(argv, 2, blind)
     assert "x 3 ranks = 384; lower train.micro_batch" in tried(argv, 3)
     assert "train.parallel: got none on 2 ranks" in tried([*argv, "--train.parallel", "none"], 2)
-    assert "expected a divisor of the 4 ranks" in tried(
+    assert "expected train.parallel fsdp and a divisor of the 4 ranks" in tried(
         [*argv, "--train.micro_batch", "1", "--train.parallel", "fsdp", "--train.shard_ranks", "3"], 4
     )
     assert "train.shard_ranks: got 2 with train.parallel auto" in tried([*argv, "--train.shard_ranks", "2"], 2)
@@ -479,9 +479,7 @@ def test_a_save_that_fails_may_be_told_and_passed_over(train_cli, tmp_path, seco
     assert "step-000014: could not be saved" in capsys.readouterr().err
     assert checkpoint.steps(tmp_path / "main" / "main") == [4, 24]
     assert train_cli("--mode", "main", "--version", "3", out="main") == 0
-    assert (
-        "not there and not made now, without --version they are: fork points of V2 (step 14)" in capsys.readouterr().out
-    )
+    assert checkpoint.steps(tmp_path / "main" / "main") == [4, 24]
     assert train_cli("--mode", "main", "--plan.versions", "3", out="main") == 0
     assert checkpoint.steps(tmp_path / "main" / "main") == [4, 14, 24]
 
