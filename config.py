@@ -8,7 +8,6 @@ must not reach; `choices`; `free`: a resumed run may change it, since no result 
 import difflib
 import json
 import math
-from collections.abc import Collection
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -141,19 +140,15 @@ def segments(paradigm: str, p: Plan) -> list[Segment]:
         raise UserError(str(e)) from None
 
 
-def load(name: str, overrides: dict[str, str] | None = None, unknown: list[str] | None = None) -> Config:
+def load(name: str, overrides: dict[str, str] | None = None) -> Config:
     """The config of a name in configs/ or a .toml file, with {key: text} overrides. UserError lists every problem."""
     file, tree = read_toml("--config", name, Path(__file__).parent / "configs")
     given: list[Any] = [(str(file), k, v, typed) for k, v in tree.items() if not isinstance(v, dict)]
     given += [(str(file), f"{s}.{k}", v, typed) for s, t in tree.items() if isinstance(t, dict) for k, v in t.items()]
     given += [("command line", k, v, parse) for k, v in (overrides or {}).items()]
 
-    c = Config()
+    c, found = Config(), []
     known = flatten(c)
-    flags = [a for a in unknown or [] if a.startswith("-")]  # arguments that the command line could not place
-    options = [f"--{k}" for k in known]
-    found = [f"command line: unknown argument {a}; {suggest(a.partition('=')[0], options)}" for a in flags]
-    found = found or [f"command line: unexpected {a!r}; flags are --name value" for a in unknown or []]
     for where, k, v, read in given:
         if k not in known:
             found.append(f"{where}: unknown key {k}; {suggest(k, list(known))}")
@@ -165,25 +160,20 @@ def load(name: str, overrides: dict[str, str] | None = None, unknown: list[str] 
             continue
         owner, _, leaf = k.rpartition(".")
         setattr(getattr(c, owner) if owner else c, leaf, value)
-    found += overrule(c.plan, [k.removeprefix("plan.") for k in overrides or {}])
+    words, p = overrides or {}, c.plan  # of the command line, which replace the file's other way to say the same
+    for k, other in (("alpha", "decay_steps"), ("decay_steps", "alpha")):
+        if f"plan.{k}" in words and f"plan.{other}" not in words and getattr(p, k) is not None:
+            setattr(p, other, None)
+    for k in ("plan.steps", "plan.versions"):
+        if k in words and p.increments and "plan.increments" not in words:
+            found.append(f"{k}: the file has plan.increments; give --plan.increments, all of them")
     c.out = c.out or f"out/{file.stem}"
     refuse(found + check(c))
     return c
 
 
-def overrule(p: Plan, given: Collection[str]) -> list[str]:
-    """Let keys `given` on the command line replace the file's other way to say it; a line for each that cannot."""
-    for k, other in (("alpha", "decay_steps"), ("decay_steps", "alpha")):
-        if k in given and other not in given and getattr(p, k) is not None:
-            setattr(p, other, None)
-    idle = {"steps", "versions"}.intersection(given) if p.increments and "increments" not in given else ()
-    return [f"plan.{k}: the file has plan.increments; give --plan.increments, all of them" for k in sorted(idle)]
-
-
 def suggest(name: str, known: list[str]) -> str:
-    """The nearest known key, also where only the section is missing."""
-    leaf = name.lstrip("-").split(".")[-1]
-    near = [k for k in known if k.split(".")[-1] == leaf] or difflib.get_close_matches(name, known, 1)
+    near = difflib.get_close_matches(name, known, 1, cutoff=0.5)  # low: the section of a key may be missing
     return f"did you mean {near[0]}?" if near else "see --help"
 
 
@@ -200,24 +190,18 @@ def check(c: Config) -> list[str]:
     if found:
         return found
     if m.hidden % m.n_head or m.hidden // m.n_head % 2:  # RoPE turns pairs
-        fits = [n for n in range(1, min(m.hidden, 4096) + 1) if m.hidden % n == 0 and m.hidden // n % 2 == 0]
-        near = f"the nearest is {min(fits, key=lambda n: abs(n - m.n_head))}" if fits else "make model.hidden even"
-        expected = f"a divisor of model.hidden = {m.hidden} with heads of an even size"
-        found.append(f"model.n_head: got {m.n_head}, expected {expected}; {near}")
+        found.append(f"model.n_head: got {m.n_head}, expected to divide model.hidden = {m.hidden} into even parts")
     if m.n_head % (m.n_kv_head or 1):
         found.append(f"model.n_kv_head: got {m.n_kv_head}, expected a divisor of model.n_head = {m.n_head}")
     return found
 
 
 def to_toml(c: Config) -> str:
-    """The resolved config, loadable again. JSON's texts, numbers and lists are TOML's; unset keys are left out."""
-    text, section = "", ""
-    for k, v in values(c).items():
-        owner, _, leaf = k.rpartition(".")
-        if owner != section:
-            text, section = text + f"\n[{owner}]\n", owner
+    """The resolved config, loadable again, a line a key: `plan.steps = 100`. Unset keys are left out."""
+    text = ""
+    for k, v in values(c).items():  # JSON's texts, whole numbers and lists are TOML's
         if v is not None:
-            text += f"{leaf} = {v!r}\n" if isinstance(v, float) else f"{leaf} = {json.dumps(v, ensure_ascii=False)}\n"
+            text += f"{k} = {v!r}\n" if isinstance(v, float) else f"{k} = {json.dumps(v, ensure_ascii=False)}\n"
     return text.replace("\x7f", "\\u007f")  # which JSON leaves as it is and TOML does not allow
 
 

@@ -1,14 +1,12 @@
-"""The cost of each paradigm: steps, tokens, GPU-hours, days and money, summed over the same plan that train.py runs.
+"""The cost of each paradigm: steps, tokens, GPU-hours and money, summed over the same plan that train.py runs.
 
-    python cost.py --config 3.1b --plan.versions 8 --gpus 8 --mfu 0.45 --price 2.5
+    python cost.py --config 3.1b --plan.versions 8 --mfu 0.45 --price 2.5
     python cost.py --config 1.2b --plan.increments 10000,20000,30000 --convention table2
 
-For four versions and alpha 0.6, `section3.2` (the default) gives 10T, 4T and 5.8T; `table2` gives (4 + 2 alpha) / 9 for
-ours beside PTFS. CPT's V1 counts in both: it is the run of PTFS's V1, but each paradigm pays for it.
+For four versions and alpha 0.6, `section3.2` (the default) gives 10T, 4T and 5.8T; `table2`, without PTFS's V1 and the
+branch of V1, gives (4 + 2 alpha) / 9 for ours beside PTFS. CPT's V1, which is the run of PTFS's V1, counts in both.
 """
 
-import json
-from dataclasses import replace
 from typing import Any
 
 import config
@@ -18,10 +16,6 @@ from runtime.command_line import Parser, aligned
 from runtime.errors import UserError, user_errors
 
 PEAK = 989e12  # FLOP/s of an H100 in bf16
-COUNTED = {
-    "section3.2": "all segments of all versions, as in section 3.2",
-    "table2": "versions 2 to N, without PTFS's version 1 and the branch of version 1, as in Table 2",
-}
 
 
 def steps(paradigm: str, p: schedule.Plan, convention: str = "section3.2") -> int:
@@ -34,51 +28,42 @@ def steps(paradigm: str, p: schedule.Plan, convention: str = "section3.2") -> in
 
 def table(c: Config, convention: str, mfu: float, peak: float, price: float) -> list[dict[str, Any]]:
     """A row a paradigm: steps, tokens, FLOPs, GPU-hours, price, and its cost relative to PTFS."""
-    paradigms = [x for x in schedule.PARADIGMS if x != "ours" or c.plan.branches]
-    counts = {paradigm: steps(paradigm, c.plan, convention) for paradigm in paradigms}
+    if convention == "table2" and len(c.plan.T) < 2:
+        raise UserError("--convention: table2 counts from version 2 on; give --plan.versions 2 or more")
+    ptfs = steps("ptfs", c.plan, convention)
     rows = []
-    for paradigm, n in counts.items():
+    for paradigm in schedule.PARADIGMS:
+        if paradigm == "ours" and not c.plan.branches:
+            continue
+        n = steps(paradigm, c.plan, convention)
         tokens = n * c.train.batch_tokens
         flops = tokens * c.model.flops_per_token()
         hours = flops / (mfu * peak) / 3600
-        relative = n / counts["ptfs"] if counts["ptfs"] else None  # table2 leaves out all of one version
-        row = {"paradigm": paradigm, "steps": n, "T": n / c.plan.T[0], "relative": relative}
+        row = {"paradigm": paradigm, "steps": n, "T": n / c.plan.T[0], "relative": n / ptfs}
         rows.append({**row, "tokens": tokens, "flops": flops, "gpu_hours": hours, "price": hours * price})
     return rows
 
 
 def main() -> None:
     a = Parser(prog="cost.py", description=__doc__, usage="cost.py [--config NAME] [--section.key VALUE ..] ..")
-    a.add_argument("--convention", default="section3.2", choices=COUNTED)
-    a.add_argument("--gpus", type=int, default=8, help="to count days [8]")
+    a.add_argument("--convention", default="section3.2", choices=("section3.2", "table2"))
     a.add_argument("--mfu", type=float, default=0.4, help="part of the peak that training reaches [0.4]")
     a.add_argument("--peak", type=float, default=PEAK, help="FLOP/s of a GPU at its peak [989e12, an H100 in bf16]")
     a.add_argument("--price", type=float, default=0.0, help="of a GPU-hour [0]")
-    a.add_argument("--json", action="store_true")
     a.add_config()
     o, c = a.parse_config()
-    for name, low, high in (("gpus", 1, 1e6), ("mfu", 1e-4, 1), ("peak", 1e6, 1e21), ("price", 0, 1e9)):
+    for name, low, high in (("mfu", 1e-4, 1), ("peak", 1e6, 1e21), ("price", 0, 1e9)):
         if not low <= (got := getattr(o, name)) <= high:
             raise UserError(f"--{name}: got {got:.10g}, expected {low:g} to {high:g}")
-    rows = table(c, o.convention, o.mfu, o.peak, o.price)
-    parameters, flops = c.model.parameters, c.model.flops_per_token()
-    if o.json:
-        head = {"convention": o.convention, "parameters": parameters, "flops_per_token": flops}
-        print(json.dumps({**head, "rows": rows}, indent=1))
-        return
-    print(f"{parameters:,} parameters, {flops / 1e9:.4g} GFLOP a token, {c.train.batch_tokens:,} tokens a step")
-    names = ["paradigm", "steps", "in T", "relative", "tokens", "FLOPs", "GPU-hours"]
-    lines = [
-        [*names, f"days on {o.gpus} GPU{'s' * (o.gpus > 1)}", f"days for the next (V{len(c.plan.T) + 1})", "price"]
-    ]
-    longer = replace(c, plan=replace(c.plan, increments=[*c.plan.T, c.plan.T[-1]]))
-    for r, after in zip(rows, table(longer, o.convention, o.mfu, o.peak, o.price), strict=True):
-        relative = "-" if r["relative"] is None else f"{r['relative']:.2f}x"
-        lines.append([r["paradigm"], f"{r['steps']:,}", f"{r['T']:.4g}T", relative, f"{r['tokens']:.4g}"])
-        days = [f"{h / 24 / o.gpus:,.3g}" for h in (r["gpu_hours"], after["gpu_hours"] - r["gpu_hours"])]
-        lines[-1] += [f"{r['flops']:.4g}", f"{r['gpu_hours']:,.4g}", *days, f"{r['price']:,.0f}"]
-    print(aligned(lines if o.price else [line[:-1] for line in lines]))
-    print(f"Counted: {COUNTED[o.convention]} (--convention). GPU-hours at {o.mfu:.0%} of {o.peak:.4g} FLOP/s")
+    lines = [["paradigm", "steps", "in T", "relative", "tokens", "FLOPs", "GPU-hours", "price"]]
+    for r in table(c, o.convention, o.mfu, o.peak, o.price):
+        in_steps = [f"{r['steps']:,}", f"{r['T']:.4g}T", f"{r['relative']:.2f}x"]
+        work = [f"{r['tokens']:.4g}", f"{r['flops']:.4g}", f"{r['gpu_hours']:,.4g}", f"{r['price']:,.0f}"]
+        lines.append([r["paradigm"], *in_steps, *work])
+    flops = f"{c.model.flops_per_token() / 1e9:.4g} GFLOP a token"
+    print(f"{c.model.parameters:,} parameters, {flops}, {c.train.batch_tokens:,} tokens a step")
+    print(aligned(lines))
+    print(f"Counted as in {o.convention} (--convention). GPU-hours at {o.mfu:.0%} of {o.peak:.4g} FLOP/s")
 
 
 if __name__ == "__main__":

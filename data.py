@@ -1,11 +1,10 @@
 """Token files -> batches: `Tokens.batch(step)` is a pure function of (seed, increments, step).
 
 So no checkpoint stores a data position, seeking is free, and the world size does not matter: each rank reads its rows
-of the same global batch. `python data.py prepare|add|drop|verify|bins|vocab` makes and checks the token files (text/).
+of the same global batch. `python data.py prepare|add|drop|verify|vocab` makes and checks the token files (text/).
 """
 
 import itertools
-import math
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,24 +54,16 @@ def shuffle(i: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
 class Tokens:
     """A prepared folder as one run reads it: global batch `step` of B sequences, for every step of every increment."""
 
+    repeat = False  # data.repeat: an increment may be read again once it is used up
+    unique: int | None = None  # data.unique: read only so many steps' worth of each increment, again and again
     mixed = 0  # data.order shuffled: the sequences of so many steps, of all increments, are mixed; 0: none are
     replayed = 0  # data.replay: the last so many rows of a batch are of earlier increments, evenly
     fork = (0, 0)  # of a branch: its first step, and the replayed rows of the main path's steps before it
 
-    def __init__(
-        self,
-        folder: str,
-        context: int,
-        B: int,
-        increments: list[int],  # steps of each
-        seed: int,
-        repeat: bool = False,  # read an increment again once it is used up
-        unique: int | None = None,  # read only the first `unique` steps' worth of each increment, again and again
-    ) -> None:
+    def __init__(self, folder: str, context: int, B: int, increments: list[int], seed: int) -> None:
         self.folder, self.context, self.B, self.seed = Path(folder), context, B, seed
-        self.repeat, self.unique = repeat, unique
         self.meta = token_files.read_meta(self.folder)
-        self.ends = list(itertools.accumulate(increments))  # increment i covers steps ends[i-1] .. ends[i] - 1
+        self.ends = list(itertools.accumulate(increments))  # increment i has increments[i] steps, up to ends[i] - 1
         self.files: dict[str, np.ndarray] = {}
 
     def tokens(self, name: str) -> np.ndarray:
@@ -86,38 +77,32 @@ class Tokens:
         i = next(i for i, end in enumerate(self.ends) if step < end)
         return i, step - (self.ends[i - 1] if i else 0)
 
-    def needs(self, start: int, end: float) -> list[tuple[str, int, int]]:
+    def needs(self, start: int, end: int) -> list[tuple[str, int, int]]:
         """(increment, tokens needed, tokens there) of every increment that steps start .. end - 1 read."""
         sequences: dict[int, int] = {}  # that each is to have
         for i, (first, stop) in enumerate(itertools.pairwise([0, *self.ends])):
             if first < end and stop > (0 if self.mixed else start):
-                steps = int(min(stop - first, end - first))
+                steps = min(stop, end) - first
                 sequences[i] = min(steps, self.unique or steps) * self.B
                 for j in range(i if self.replayed else 0):
                     sequences[j] = max(sequences.get(j, 0), -(-steps * max(self.replayed, self.fork[1]) // i))
         there = {i: p["tokens"] for i, p in enumerate(self.meta["increments"])}
         return [(f"v{i + 1}", n * self.context + 1, there.get(i, 0)) for i, n in sorted(sequences.items())]
 
-    def problems(self, start: int, end: float) -> list[str]:
+    def problems(self, start: int, end: int) -> list[str]:
         """Increments that steps start .. end - 1 need and that are missing or too short, a line each."""
-        found, missing = [], []
-        if self.ends[-1] < end < math.inf:
-            found.append(f"data.increments: {self.ends[-1]:,} steps in all, expected at least the {int(end):,} trained")
-        out = f"--out {shlex.quote(str(self.folder))}"
+        found, where, out = [], f"data.path {self.folder}", f"--out {shlex.quote(str(self.folder))}"
+        if self.ends[-1] < end:
+            found.append(f"data.increments: {self.ends[-1]:,} steps in all, expected at least the {end:,} trained")
         for name, need, there in self.needs(start, end):
+            size = f"{name} has {there:,} tokens and {need:,} are needed"
             steps = (there - 1) // (self.B * self.context)
             if there == 0:
-                missing.append(name)
-            elif there <= self.context or (there < need and not self.repeat):
-                fix = f"take it back: python data.py drop --last {out}"
-                if steps:
-                    fix = f"--data.repeat true reads it again, or plan at most {steps} steps of it"
-                found.append(f"data.path {self.folder}: {name} has {there:,} tokens and {need:,} are needed; {fix}")
-        if missing:
-            first, last = f"v{len(self.meta['increments']) + 1}", missing[-1]
-            each = first if first == last else f"{first} to {last}, one after another"
-            fix = f"append {each}: python data.py add {out} --source TEXT"
-            found.append(f"data.path {self.folder}: has no increment {', '.join(missing)}; {fix}")
+                found.append(f"{where}: has no increment {name}; append it: python data.py add {out} --source TEXT")
+            elif there <= self.context:
+                found.append(f"{where}: {size}; take it back: python data.py drop --last {out}")
+            elif there < need and not self.repeat:
+                found.append(f"{where}: {size}; --data.repeat true reads it again, or plan at most {steps} steps of it")
         return found
 
     def identity(self, step: int) -> dict[str, Any]:

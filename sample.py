@@ -31,12 +31,11 @@ def draw(logits: Tensor, how: Sampling, chance: list[np.random.Generator]) -> li
     """An id for each row of logits (B, V), drawn with the row's own random generator: other rows do not matter."""
     if how.temperature == 0:
         return logits.argmax(-1).tolist()
-    # float64, which MPS lacks, so that small temperatures and probabilities do not vanish
-    logits = (logits.cpu() if logits.device.type == "mps" else logits).double()
+    logits = logits.cpu().double()  # small temperatures and probabilities do not vanish; MPS has no float64
     scaled = (logits - logits.amax(-1, keepdim=True)) / max(how.temperature, 1e-300)  # 1 / it stays finite
     p, order = torch.softmax(scaled, -1).sort(descending=True, stable=True)
     edges = (p * (p.cumsum(-1) - p < how.top_p)).cumsum(-1)  # the first always stays
-    u = torch.tensor([c.random() for c in chance], device=p.device)[:, None] * edges[:, -1:]
+    u = torch.tensor([c.random() for c in chance])[:, None] * edges[:, -1:]
     at = (edges <= u).sum(-1, keepdim=True).clamp(max=logits.shape[1] - 1)
     return order.gather(1, at)[:, 0].tolist()
 
@@ -49,7 +48,7 @@ def generate(
     out: list[list[int]] = [[] for _ in prompts]
     chance = [np.random.default_rng((how.seed, i)) for i in range(len(prompts))]
     device, context = net.embed.weight.device, net.config.context
-    over: set[int] = set() if length else set(range(len(prompts)))  # rows that have ended
+    over: set[int] = set()  # rows that have ended
     while alive := [i for i in range(len(prompts)) if i not in over]:  # read them, go on until the cache is full
         rows = [prompts[i] + out[i] for i in alive]
         left = max(length - len(out[i]) for i in alive)
@@ -65,7 +64,7 @@ def generate(
             for i, token in zip(alive, new, strict=True):
                 if i not in over and token not in ends:
                     out[i].append(token)
-                if token in ends or len(out[i]) == length:
+                if token in ends or len(out[i]) >= length:
                     over.add(i)
             if cache.end == cache.k.shape[2]:
                 break
@@ -99,12 +98,10 @@ def main() -> None:
     a.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of this probability [1]")
     a.add_argument("--seed", type=int, default=1, help="of the continuations [1]")
     o = a.parse_args()
-    if not 0 <= o.length <= 10**9 or o.seed < 0:
-        raise UserError(f"--length, --seed: got {o.length} and {o.seed}, expected 0 to 10^9, and 0 or more")
-    if not (o.temperature >= 0 and 0 < o.top_p <= 1):  # nan is refused too
-        raise UserError(f"--temperature, --top_p: got {o.temperature} and {o.top_p}, expected 0 or more and 0 < p <= 1")
-    device = pick_device(o.device, 0)
-    how = Sampling(o.temperature, o.top_p, o.seed)
+    for name, low, high in (("length", 1, 1e9), ("temperature", 0, 1e9), ("top_p", 1e-9, 1), ("seed", 0, 1e18)):
+        if not low <= (got := getattr(o, name)) <= high:  # nan is refused too
+            raise UserError(f"--{name}: got {got}, expected {low:g} to {high:g}")
+    device, how = pick_device(o.device, 0), Sampling(o.temperature, o.top_p, o.seed)
     texts = {str(p): continuations(p, device, o.prompt, o.length, how, o.data) for p in o.path}
     shown = ["\n\n".join([f"{p}:"] * (len(texts) > 1) + written) for p, written in texts.items()]
     print(json.dumps(texts, indent=1) if o.json else "\n\n".join(shown))

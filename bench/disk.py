@@ -48,7 +48,7 @@ def run_data(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype)
                 raise UserError(f"--megabytes {o.megabytes:g}: data.py could not prepare that text: {said}")
             alone.append(count / (middle - began))
             ours.append(count / (time.perf_counter() - middle))
-        tokens = data.Tokens(f"{folder}/0", c.model.context, c.batch_sequences, [10**9], c.train.seed, repeat=True)
+        tokens = data.Tokens(f"{folder}/0", c.model.context, c.batch_sequences, [10**9], c.train.seed)
         steps = itertools.count()
         seconds = timed(lambda: tokens.batch(next(steps)), torch.device("cpu"))
     reader = c.batch_sequences * c.model.context / seconds

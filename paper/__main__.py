@@ -27,10 +27,9 @@ from paper.tables import ORDER
 from runtime import distributed
 from runtime.command_line import Parser, given
 from runtime.device import pick_device
-from runtime.errors import UserError, refuse, user_errors
+from runtime.errors import UserError, optional, refuse, user_errors
 from runtime.files import lock, read_log, replacing, write_text
 from text import prepare
-from text.sources import optional
 from tools import paths
 
 MAIN, NINE = ",".join(tables.MAIN), ",".join(downstream.NINE)
@@ -120,9 +119,9 @@ def parse() -> tuple[argparse.Namespace, scales.Setup]:
     add("--slurm", action="store_true", help="print plans as SLURM jobs that wait for each other")
     add("--mfu", type=float, default=0.4, help="part of a GPU's peak that training reaches, for plans [0.4]")
     parser.add_config(name=False)
-    o, unknown = parser.parse_known_intermixed_args()
+    o = parser.parse_intermixed_args()
     scale = scales.load_scale(o.scale)
-    config.load(scale.config, given(o), unknown)
+    config.load(scale.config, given(o))
     overrides = {k: v for k, v in given(o).items() if k != "out"}
     if wrong := [w for w in o.what if w not in (*ORDER, "status", "report")]:
         losses = "losses of folders: python -m paper.figures loss"

@@ -6,7 +6,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from config import Config, flatten, load
+from config import Config, flatten, load, suggest
 from runtime.errors import UserError
 
 
@@ -17,13 +17,15 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kw)
 
     def error(self, message: str) -> typing.NoReturn:
+        if message.startswith("unrecognized arguments: --"):
+            option = message.split()[2].partition("=")[0]
+            message += f"; {suggest(option, list(self._option_string_actions))}"
         raise UserError(message)
 
-    def add_checkpoints(self, paths: str = "checkpoints, or one run's folder", several: bool = False) -> None:
-        """What every command that reads checkpoints takes; `several`: --data again and again."""
-        self.add_argument("path", nargs="+", type=Path, help=paths)
-        says = "a prepared folder [the one that the checkpoint was trained on]" + "; again for more" * several
-        self.add_argument("--data", action="append" if several else "store", help=says)
+    def add_checkpoints(self, paths: str = "checkpoints, or one run's folder") -> None:
+        """The arguments of every command that reads checkpoints."""
+        self.add_argument("path", nargs="+", type=lambda name: Path(folder(name)), help=paths)
+        self.add_argument("--data", type=folder, help="a prepared folder [the one that the checkpoint was trained on]")
         self.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
         self.add_argument("--json", action="store_true")
 
@@ -39,9 +41,16 @@ class Parser(argparse.ArgumentParser):
 
     def parse_config(self, argv: list[str] | None = None, default: str = "tiny") -> tuple[argparse.Namespace, Config]:
         """The script's own options, and the config with its overrides. --mode sft has a default config of its own."""
-        args, unknown = self.parse_known_args(argv)
+        args = self.parse_args(argv)
         default = "sft" if getattr(args, "mode", "") == "sft" else default
-        return args, load(default if args.config is None else args.config, given(args), unknown)
+        return args, load(default if args.config is None else args.config, given(args))
+
+
+def folder(name: str) -> str:
+    """argparse's type of a folder's name, which may not be empty: Path("") is the current folder."""
+    if not name:
+        raise argparse.ArgumentTypeError("got '', expected a folder")
+    return name
 
 
 def given(args: argparse.Namespace) -> dict[str, str]:

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class UserError(Exception):
@@ -57,3 +58,11 @@ def first_line(e: BaseException) -> str:
     """The first sentence of a library's error, without its source location and advice."""
     text = (str(e).strip().splitlines() or [type(e).__name__])[0]
     return re.sub(r"^\[[^]]*\] ", "", text).split(". ")[0]
+
+
+def optional(module: str, package: str, purpose: str) -> Any:
+    """Import an optional package. UserError with its install command if it is missing."""
+    try:
+        return __import__(module, fromlist=["_"])
+    except ImportError:
+        raise UserError(f"{purpose} needs the package {package}: pip install {package}") from None

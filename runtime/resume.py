@@ -174,8 +174,8 @@ def sft_run(c: Config, meta: dict[str, Any], parent: str, steps: int | None = No
 def open_tokens(c: Config, p: Plan, s: Segment, kind: type[data.Tokens] = data.Tokens) -> Any:
     """The prepared data as a segment of a plan reads it."""
     d, T = c.data, c.data.increments or p.T
-    tokens = kind(d.path, c.model.context, c.batch_sequences, T, c.train.seed, d.repeat, d.unique)
-    tokens.mixed = s.end if d.order == "shuffled" else 0
+    tokens = kind(d.path, c.model.context, c.batch_sequences, T, c.train.seed)
+    tokens.repeat, tokens.unique, tokens.mixed = d.repeat, d.unique, s.end if d.order == "shuffled" else 0
     tokens.replayed, tokens.fork = replayed(c, s), (s.start, round_half_up(d.replay, c.batch_sequences))
     return tokens
 

@@ -1,4 +1,4 @@
-"""The commands of data.py: prepare, add, drop, verify, bins, vocab."""
+"""The commands of data.py: prepare, add, drop, verify, vocab."""
 
 import argparse
 import signal
@@ -7,11 +7,9 @@ from pathlib import Path
 
 from runtime.command_line import Parser
 from runtime.errors import UserError, user_errors
-from text.bins import bins
-from text.prepare import RANKS, TEXT, add, drop, prepare
+from text.prepare import RANKS, TEXT, add, drop, prepare, vocab
 from text.sources import KINDS
 from text.token_files import check_files, tokenizer_of
-from text.tokenizer import vocab
 
 
 def proportions(text: str) -> list[float]:
@@ -37,7 +35,6 @@ def arguments() -> Parser:
     extend = commands.add_parser("add", help="append an increment to a folder")
     undo = commands.add_parser("drop", help="undo the last add, unless a checkpoint below out/ was trained on it")
     verify = commands.add_parser("verify", help="check a folder's sizes and SHA-256")
-    convert = commands.add_parser("bins", help="make a folder of token files of nanoGPT or llm.c")
     train = commands.add_parser("vocab", help="train a rank file on the first increment (needs rustbpe)")
     make.add_argument("--out", default="data/demo", help="a path that does not exist [data/demo]")
     make.add_argument("--tokenizer", default=str(RANKS), help=f"{tokenizer} [corpus/{RANKS.name}]")
@@ -45,10 +42,6 @@ def arguments() -> Parser:
     undo.add_argument("--out", required=True, help="the folder")
     undo.add_argument("--last", action="store_true", required=True, help="the only one that can be taken out")
     verify.add_argument("out", metavar="FOLDER")
-    convert.add_argument("--out", required=True, help="a path that does not exist")
-    convert.add_argument("--tokenizer", required=True, help=f"of the token files: {tokenizer}")
-    convert.add_argument("--val", required=True, metavar="BIN", help="the validation set")
-    convert.add_argument("files", nargs="+", metavar="BIN", help="v1, v2, ..")
     train.add_argument("--out", required=True, help="a path that does not exist")
     train.add_argument("--vocab_size", type=int, required=True, help="ranks and <|endoftext|>")
     extend.add_argument("--source", action="append", required=True, help="text; again for more")
@@ -77,8 +70,6 @@ def run(o: argparse.Namespace) -> None:
         size = check_files(Path(o.out))
         tokenizer_of(Path(o.out))
         print(f"{o.out}: {size:,} bytes as they were written")
-    elif o.command == "bins":
-        bins(o.out, o.val, o.files, o.tokenizer)
     elif o.command == "vocab":
         vocab(o.out, sources, o.vocab_size, o.increments, o.val)
     elif o.command == "drop":

@@ -23,7 +23,7 @@ import data
 from kernels.cross_entropy import IGNORE
 from runtime.errors import UserError
 from runtime.files import make_folder, read_json, sha256, wait_if_taken, write_json
-from text.sources import clean, documents, find_source, hashes, kind_of, print_left_out, progress_bar
+from text.sources import clean, documents, find_source, hashes, print_left_out, progress_bar
 from text.tokenizer import CHATML, Tokenizer
 
 ROLES = ("system", "user", "assistant")
@@ -71,11 +71,7 @@ def parse_messages(messages: Any, markers: bool) -> list[Piece]:
 def prepare_examples(source: str, tok: Tokenizer, run: Path) -> Path:
     """The folder of a source's examples in `run`, made if missing. UserError names a line that is not an example."""
     found = find_source(source, "data.sft")
-    if wrong := [f for f in found.files if kind_of(f)[0] != "json"]:
-        raise UserError(f"data.sft {wrong[0]}: is no file of examples, expected .jsonl, which may be compressed")
     print_left_out([found])
-    if tok.decode(tok.encode("a") + tok.encode("b")) != "ab":
-        print(f"{source}: tokenizer {tok.name} begins each text with a space, and so each prompt, response and message")
     sha = hashlib.sha256("".join(sha256(f) for f in found.files).encode()).hexdigest()
     folder = run / f"examples-{hashlib.sha256(f'1 {sha} {tok.sha256}'.encode()).hexdigest()[:12]}"
     while not (folder.exists() or folder.is_symlink()):

@@ -5,6 +5,7 @@ validation or an increment (ranges of h) and orders it there. So the split is wi
 memory, is the same on any number of machines and in any order of the input, and equal documents meet.
 """
 
+import base64
 import bisect
 import collections
 import itertools
@@ -25,11 +26,11 @@ import numpy as np
 
 import config
 from runtime.command_line import aligned
-from runtime.errors import UserError
-from runtime.files import begin_folder, fsync, lock, make_folder, wait_if_taken, write_json
+from runtime.errors import UserError, optional
+from runtime.files import begin_folder, fsync, lock, make_folder, wait_if_taken, write_json, write_text
 from text import token_files
-from text.sources import PIECE, Source, all_documents, find_source, hashes, print_left_out
-from text.tokenizer import Tokenizer
+from text.sources import Source, all_documents, find_source, hashes, print_left_out
+from text.tokenizer import PATTERN, Tokenizer, cut_runs
 
 ROOT = Path(__file__).parent.parent
 TEXT = ROOT / "corpus" / "embedded.jsonl.xz"  # the text that ships with the project, the default source
@@ -57,28 +58,25 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(batch: list[tuple[int, str]], sources: list[str]) -> list[tuple[int, bytes]]:
+def _encode(batch: list[tuple[int, str]]) -> list[tuple[int, bytes]]:
     """(bucket, record) of each (index of its source, text)."""
     dtype = token_files.id_dtype(_tokenizer.vocab_size)
     out = []
     for source, text in batch:
-        try:
-            ids = np.array([*_tokenizer.encode(text), _tokenizer.eot], dtype)
-        except UserError as e:
-            raise UserError(f"--source {sources[source]}: {e}") from None
+        ids = np.array([*_tokenizer.encode(text), _tokenizer.eot], dtype)
         h, draw = hashes(text)
         out.append((h * BUCKETS >> 64, RECORD.pack(h, draw, source, len(ids)) + ids.tobytes()))
     return out
 
 
-def encode_all(sources: list[Source], tokenizer: str, jobs: int) -> Iterator[tuple[int, bytes]]:
+def encode_all(sources: list[Source], tok: Tokenizer, jobs: int) -> Iterator[tuple[int, bytes]]:
     """(bucket, record) of every document, in order; at most 3 batches a process are in progress."""
-    documents, names = all_documents(sources), [s.name for s in sources]
-    pool = ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (tokenizer,))
+    documents = all_documents(sources, tok)
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (tok.name,))
     in_progress: collections.deque[Future] = collections.deque()
     try:
         while batch := list(itertools.islice(documents, BATCH)):
-            in_progress.append(pool.submit(_encode, batch, names))
+            in_progress.append(pool.submit(_encode, batch))
             if len(in_progress) == 3 * jobs:
                 yield from in_progress.popleft().result()
         while in_progress:
@@ -92,13 +90,12 @@ def encode_all(sources: list[Source], tokenizer: str, jobs: int) -> Iterator[tup
 class Buckets:
     """Tokenized documents in the order of their hashes, each text once and none whose hash is in `held` (sorted)."""
 
-    def __init__(
-        self, folder: Path, sources: list[Source], tokenizer: str, dtype: str, held: list[np.ndarray], jobs: int
-    ) -> None:
-        self.folder, self.sources, self.dtype, self.held = folder, sources, np.dtype(dtype), held
+    def __init__(self, folder: Path, sources: list[Source], tok: Tokenizer, held: list[np.ndarray], jobs: int) -> None:
+        self.folder, self.sources, self.held = folder, sources, held
+        self.dtype = np.dtype(token_files.id_dtype(tok.vocab_size))
         folder.mkdir()  # of a temporary file for each bucket; `gather` removes it
         waiting: dict[int, bytearray] = collections.defaultdict(bytearray)
-        for bucket, record in encode_all(sources, tokenizer, jobs or os.cpu_count() or 1):
+        for bucket, record in encode_all(sources, tok, jobs or os.cpu_count() or 1):
             waiting[bucket] += record
             if len(waiting[bucket]) > WAITING:
                 self._append(bucket, waiting.pop(bucket))
@@ -181,29 +178,18 @@ def prepare(
     tok = Tokenizer(tokenizer)
     parts = {"val": val, **{f"v{i}": (1 - val) * w / sum(increments) for i, w in enumerate(increments, 1)}}
     with make_folder(folder) as partial:
-        buckets = Buckets(partial / "buckets", found, tokenizer, token_files.id_dtype(tok.vocab_size), [], jobs)
+        buckets = Buckets(partial / "buckets", found, tok, [], jobs)
         written = buckets.gather(partial, parts, weights)
         if not written:
             raise UserError(f"--source {', '.join(sources)}: the text is empty")
-        filled = {p["name"] for p in written}
-        if empty := [name for name in parts if name not in filled]:
-            places = np.concatenate([np.fromfile(f, "<u8") for f in partial.glob("*.ids")]) / 2**64
-            none = f"{empty[0]}: none of {len(places)} documents fell into it; a hash of a text decides its place"
-            more = f"give more (a line of .jsonl is one, and so are some {PIECE:,} characters of a .txt)"
-            raise UserError(f"{none}; {more}{working_split(places, len(increments))}")
+        if empty := sorted(parts.keys() - {p["name"] for p in written}):
+            n = sum(p["documents"] for p in written)
+            none = f"{empty[0]}: none of {n} documents fell into it; a hash of a text decides its place"
+            raise UserError(f"{none}; give more (see docs/data.md), or take fewer --increments or a larger --val")
         source = {"increments": len(increments), "from": sources, "weights": weights}
         meta = token_files.write_meta(partial, tok, source, written)
     print_summary(folder, written, found)
     return meta
-
-
-def working_split(places: np.ndarray, most: int) -> str:
-    """Options of `most` equal increments or fewer that leave no part empty, for documents at these places of [0, 1)."""
-    for n in range(most, 0, -1):
-        for val in (0.05, 0.1, 0.2, 0.3, 0.5):
-            if np.histogram(places, [0, *np.linspace(val, 1, n + 1)])[0].all():
-                return f", or take --val {val:g} --increments {n}"
-    return ""
 
 
 def ships(out: str) -> bool:
@@ -224,7 +210,7 @@ def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: 
     """Append increment N+1 to a folder: the documents that no other part holds, a share `val` of them held out."""
     folder = Path(out).resolve()  # links to one folder share its lock
     found = list(map(find_source, sources))
-    tokenizer = token_files.tokenizer_of(folder).name
+    tok = token_files.tokenizer_of(folder)
     with lock(folder.with_name(f".{folder.name}.lock"), BUSY.format(folder), remove=True):
         work = begin_folder(folder)
         try:
@@ -232,16 +218,15 @@ def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: 
             token_files.check_files(folder)  # a damaged .ids would let documents in again
             names, name = [p["name"] for p in token_files.parts(meta)], f"v{len(meta['increments']) + 1}"
             held: list[np.ndarray] = [np.memmap(folder / f"{name}.ids", "<u8", "r") for name in names]
-            buckets = Buckets(work / "buckets", found, tokenizer, meta["dtype"], held, jobs)
+            buckets = Buckets(work / "buckets", found, tok, held, jobs)
             written = buckets.gather(work, {f"val-{name}": val, name: 1 - val}, weights)
             if not written:
                 known = sum(s.left_out["duplicates"] for s in found)
                 raise UserError(f"--source {', '.join(sources)}: has no new document, {known:,} known ones")
             *held_out, increment = written
-            if increment["name"] != name:  # so few documents that all fell into the held-out part: none is held out
-                increment["name"] = name
-                for kind in increment["sha256"]:
-                    os.rename(work / f"val-{name}.{kind}", work / f"{name}.{kind}")
+            if increment["name"] != name:
+                all_of = f"all {increment['documents']} new documents fell into it"
+                raise UserError(f"--val {val:g}: {all_of}; give more, or take a smaller --val")
             for file in work.glob("v*"):
                 fsync(file)
                 os.rename(file, folder / file.name)
@@ -251,8 +236,6 @@ def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: 
         finally:
             shutil.rmtree(work, ignore_errors=True)
     print_summary(folder, written, found)
-    if val and not held_out:
-        print(f"nothing is held out: none of {increment['documents']} documents fell into --val {val:g}, give it more")
 
 
 def drop(out: str) -> None:
@@ -269,10 +252,29 @@ def drop(out: str) -> None:
                 fix = "move it out of out/ first, or add more text as another increment"
                 raise UserError(f"{folder}: {file.parent} was trained on {last['name']}; {fix}")
         write_json(folder / "meta.json", meta)  # first: files that it does not name are nothing; `add` replaces them
-        for part in token_files.parts({"val": last, "increments": [last]})[1:]:
-            for kind in part["sha256"]:
-                (folder / f"{part['name']}.{kind}").unlink(missing_ok=True)
+        for file in (*folder.glob(f"{last['name']}.*"), *folder.glob(f"val-{last['name']}.*")):
+            file.unlink()
     print(f"{folder}: without {last['name']} now; the same text added again gives the same increment")
+
+
+def vocab(out: str, sources: list[str], size: int, increments: list[float], val: float) -> None:
+    """Train a rank file of `size` - 1 ranks (<|endoftext|> is the last id) on the first increment of the sources."""
+    file = Path(out)
+    if os.path.lexists(file):
+        raise UserError(f"{file}: is there already and is never overwritten; choose another --out")
+    if not 257 <= size <= 1 << 24:
+        raise UserError(f"--vocab_size: got {size}, expected 257 (256 bytes and <|endoftext|>) to {1 << 24}")
+    trainer = optional("rustbpe", "rustbpe", "data.py vocab").Tokenizer()
+    low, high = val * 2**64, (val + (1 - val) * increments[0] / sum(increments)) * 2**64
+    documents = (text for _, text in all_documents(list(map(find_source, sources))) if low <= hashes(text)[0] < high)
+    texts = itertools.chain.from_iterable(map(cut_runs, documents))
+    trainer.train_from_iterator(texts, size - 1, pattern=PATTERN)
+    ranks = sorted(trainer.get_mergeable_ranks(), key=lambda r: r[1])
+    if len(ranks) < size - 1:
+        raise UserError(f"--vocab_size: got {size}, expected at most {len(ranks) + 1} for the first increment's text")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, "".join(f"{base64.b64encode(bytes(token)).decode()} {rank}\n" for token, rank in ranks))
+    print(f"{out}: {len(ranks):,} ranks, a vocabulary of {size:,} with <|endoftext|>")
 
 
 def print_summary(folder: Path, written: list[dict], sources: list[Source]) -> None:

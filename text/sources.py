@@ -15,21 +15,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from runtime.errors import UserError, first_line
+from runtime.errors import UserError, first_line, optional
+from text.tokenizer import Tokenizer
 
-KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
+KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json"}
+KINDS |= {".parquet": "parquet", ".bin": "tokens"}
 OPENERS: dict[str, Callable[[io.BufferedReader], Any]] = {
     ".gz": gzip.open,
     ".xz": lzma.open,
     # the package zstandard would take a truncated file for a complete one
     ".zst": lambda raw: optional("backports.zstd", "backports.zstd", raw.name).open(raw),
 }
-# name of a file: (its kind, how it is compressed); parquet has its own compression
-ENDINGS = {end + c: (kind, c) for end, kind in KINDS.items() for c in ("", *OPENERS) if kind != "parquet" or not c}
+# name of a file: (its kind, how it is compressed)
+ENDINGS = {
+    end + c: (kind, c) for end, kind in KINDS.items() for c in ("", *OPENERS) if kind in ("text", "json") or not c
+}
+LLMC = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # magic number and version of llm.c's .bin: GPT-2's ids, Llama 3's
 PIECE = 8000  # characters of a document cut from a .txt or .md file
 BLOCK = 1 << 16  # characters of a text line read at once
+IDS = 1 << 20  # ids of a token file read at once
+Progress = Callable[[int], Any]  # gets the bytes read since its last call
+Parse = Callable[[Any], Any]
 
 
 @dataclass
@@ -43,11 +52,12 @@ class Source:
     tokens: int = 0
 
     def listed(self) -> str:
-        return ", ".join(f"{n:,} {what}" for what, n in self.left_out.most_common() if n)
+        reasons = [f"{n:,} {what}" for what, n in self.left_out.most_common() if n]
+        return ", ".join([*reasons[:9], ".."] if len(reasons) > 9 else reasons)
 
 
 def kind_of(file: Path) -> tuple[str, str]:
-    """("text", "json" or "parquet", the ending of its compression) by the name of a file; "" for other and none."""
+    """(its kind, the ending of its compression) by the name of a file; "" for other and none."""
     return next((kind for end, kind in ENDINGS.items() if file.name.lower().endswith(end)), ("", ""))
 
 
@@ -65,25 +75,25 @@ def files_below(paths: list[Path]) -> list[Path]:
 
 
 def find_source(name: str, flag: str = "--source") -> Source:
-    """The files of a file, folder or glob. UserError if none is of a known kind."""
-    source, firsts = Source(name), dict[str, Path]()  # why files are left out: the first one
+    """The files of a file, folder or glob, for data.sft of JSON alone. UserError if there is none to read."""
+    source = Source(name)
     if name.startswith("hf:") and flag == "--source":
         return source
+    served = {end: kind for end, kind in KINDS.items() if kind == "json" or flag == "--source"}
     paths = [Path(name)] if name and os.path.lexists(name) else sorted(map(Path, glob.glob(name, recursive=True)))
-    problem = "has no file in it" if paths else "does not exist"
     for f in files_below(paths):
-        if f.is_file() and kind_of(f)[0] and f.stat().st_size:
+        if not f.is_file():
+            source.left_out["special file" if f.exists() else "dangling link"] += 1
+        elif kind_of(f)[0] not in served.values():
+            source.left_out[f.suffix.lower() or "without ending"] += 1
+        elif not f.stat().st_size:
+            source.left_out["empty"] += 1
+        else:
             source.files.append(f)
-            continue
-        ending = "empty" if kind_of(f)[0] else f.suffix.lower() or "without ending"
-        why = ending if f.is_file() else "special file" if f.exists() else "dangling link"
-        why = why if why in firsts or len(firsts) < 9 else "of other endings"
-        source.left_out[f"{why} ({str(firsts.setdefault(why, f))!r})"] += 1
     if not source.files:
-        problem = f"has nothing to read: {source.listed()}" if source.left_out else problem
-        kinds = [end for end, kind in KINDS.items() if kind == "json" or flag == "--source"]
-        expected = f"expected {', '.join(kinds)}, also with {', '.join(OPENERS)}, a folder or glob of them"
-        raise UserError(f"{flag} {name!r}: {problem}; {expected}{', or hf:NAME' * (flag == '--source')}")
+        problem = f"has nothing to read: {source.listed()}" if source.left_out else "there is no file"
+        expected = f"{', '.join(served)}, also with {', '.join(OPENERS)}, a folder or glob of them"
+        raise UserError(f"{flag} {name!r}: {problem}; expected {expected}")
     return source
 
 
@@ -98,15 +108,7 @@ def progress_bar(desc: str, total: int | None, unit: str = "B", delay: float = 0
     return tqdm(total=total, desc=desc, unit=unit, unit_scale=True, delay=delay, disable=True if quiet else None)
 
 
-def optional(module: str, package: str, purpose: str) -> Any:
-    """Import an optional package. UserError with its install command if it is missing."""
-    try:
-        return __import__(module, fromlist=["_"])
-    except ImportError:
-        raise UserError(f"{purpose} needs the package {package}: pip install {package}") from None
-
-
-def read_lines(file: Path, progress: Callable[[int], Any], longest: int) -> Iterator[str]:
+def read_lines(file: Path, progress: Progress, longest: int) -> Iterator[str]:
     """The lines of a file, which may be compressed, cut at `longest` characters (-1: never)."""
     read, number = 0, 0
     with open(file, "rb") as raw:
@@ -132,11 +134,15 @@ def json_text(record: Any) -> str:
     raise ValueError('expected a JSON object with a text under "text"')
 
 
-def documents(file: Path, progress: Callable[[int], Any], parse: Callable[[Any], Any] = json_text) -> Iterator[Any]:
-    """The documents of one file, streamed; `progress` gets the bytes read since its last call, `parse` a JSON line."""
+def documents(file: Path, progress: Progress, parse: Parse = json_text, tok: Tokenizer | None = None) -> Iterator[Any]:
+    """The documents of one file, streamed: `parse` makes them of lines of JSON, `tok` decodes those of token files."""
     kind, _ = kind_of(file)
     if kind == "parquet":
         yield from parquet_texts(file, progress)
+    elif kind == "tokens":
+        if tok is None:
+            raise UserError(f"{file}: holds token ids, expected text")
+        yield from token_texts(file, progress, tok)
     elif kind == "json":
         for number, line in enumerate(read_lines(file, progress, -1), 1):
             if line.strip():
@@ -158,7 +164,7 @@ def documents(file: Path, progress: Callable[[int], Any], parse: Callable[[Any],
             yield piece
 
 
-def parquet_texts(file: Path, progress: Callable[[int], Any]) -> Iterator[str | None]:
+def parquet_texts(file: Path, progress: Progress) -> Iterator[str | None]:
     """The column "text" of a parquet file."""
     try:
         f = optional("pyarrow.parquet", "pyarrow", str(file)).ParquetFile(file)
@@ -171,6 +177,35 @@ def parquet_texts(file: Path, progress: Callable[[int], Any]) -> Iterator[str | 
             progress(file.stat().st_size * batch.num_rows // max(1, f.metadata.num_rows))
     except (ValueError, OSError, NotImplementedError) as e:  # the base classes of pyarrow's errors
         raise UserError(f"{file}: not a readable parquet file: {first_line(e)}") from None
+
+
+def token_texts(file: Path, progress: Progress, tok: Tokenizer) -> Iterator[str]:
+    """The documents of a token file of nanoGPT (uint16 alone) or llm.c (after a header of 256 int32), decoded."""
+    with open(file, "rb") as f:
+        size, head = os.fstat(f.fileno()).st_size, np.fromfile(f, "<i4", 256)
+        start, dtype, count = 0, np.dtype("<u2"), size // 2
+        if len(head) == 256 and not head[3:].any():
+            magic, version, count = head[:3].tolist()
+            if (magic, version) not in LLMC:
+                expected = " or ".join(map(str, LLMC))
+                raise UserError(f"{file}: got magic number and version {magic, version}, expected {expected} (llm.c)")
+            start, dtype = head.nbytes, np.dtype(LLMC[magic, version])
+        if size != (need := start + count * dtype.itemsize):
+            raise UserError(f"{file}: got {size:,} bytes, expected {need:,}; fetch it again")
+        if tok.vocab_size > 1 << 8 * dtype.itemsize:
+            raise UserError(f"{file}: has ids of 2 bytes, but the {tok.vocab_size:,} of tokenizer {tok.name} need 4")
+        f.seek(start)
+        rest = np.empty(0, dtype)  # the begin of a document that ends in a later block
+        while len(block := np.fromfile(f, dtype, IDS)):
+            if block.max() >= tok.vocab_size:
+                raise UserError(f"{file}: token id {block.max()}, expected below the vocabulary's {tok.vocab_size}")
+            progress(block.nbytes)
+            ids = np.append(rest, block)
+            # <|endoftext|> ends a document, as nanoGPT writes it, or begins one, as llm.c does
+            *complete, rest = np.split(ids, np.flatnonzero(ids == tok.eot) + 1)
+            yield from filter(None, (tok.decode(document.tolist()) for document in complete))
+        if len(rest):
+            yield tok.decode(rest.tolist())
 
 
 def clean(text: str) -> str:
@@ -191,13 +226,13 @@ def hub(source: str) -> Iterator[str | None]:
         raise UserError(f'--source {source}: {type(e).__name__} {first_line(e)}; expected rows with a "text"') from None
 
 
-def all_documents(sources: list[Source]) -> Iterator[tuple[int, str]]:
-    """(index of its source, text) of every document that is not blank, under one progress bar."""
+def all_documents(sources: list[Source], tok: Tokenizer | None = None) -> Iterator[tuple[int, str]]:
+    """(index of its source, text) of every document that is not blank, under one bar; `tok`: of token files."""
     print_left_out(sources)
     total = sum(f.stat().st_size for s in sources for f in s.files) if all(s.files for s in sources) else None
     with progress_bar("tokenizing", total) as bar:
         for i, source in enumerate(sources):
-            local = itertools.chain.from_iterable(documents(f, bar.update) for f in source.files)
+            local = itertools.chain.from_iterable(documents(f, bar.update, tok=tok) for f in source.files)
             for text in local if source.files else hub(source.name):
                 if text and not text.isspace():
                     yield i, text

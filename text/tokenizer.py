@@ -14,9 +14,8 @@ from typing import Any
 
 import tiktoken
 
-from runtime.errors import UserError, first_line
-from runtime.files import read_bytes, write_text
-from text.sources import all_documents, find_source, hashes, optional
+from runtime.errors import UserError, first_line, optional
+from runtime.files import read_bytes
 
 # cl100k's pattern as trainers accept it, without possessive quantifiers: contractions, words, 1 to 3 digits, ..
 PATTERN = (
@@ -104,9 +103,8 @@ class Tokenizer:
         for token in known.keys() & {end, *CHATML}:
             if known[token] in self.encode(f"{token} {token}a{token}\n{token}"):
                 raise UserError(f"{file}: encodes {token} in a text as the control token; expected other ids for it")
-        named = json_object(folder / "tokenizer_config.json")
-        if "added_tokens_decoder" not in named:  # an older folder, in which another file names the special tokens
-            named |= json_object(folder / "special_tokens_map.json")
+        # older folders name the special tokens in a file of their own
+        named = json_object(folder / "special_tokens_map.json") | json_object(folder / "tokenizer_config.json")
         eos, bos = (t.get("content") if isinstance(t, dict) else t for t in map(named.get, ("eos_token", "bos_token")))
         self.markers = {m: known[m] for m in CHATML if known.keys() >= set(CHATML)}
         self.eot = known[end]
@@ -189,23 +187,3 @@ def json_object(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{file}: got {str(found)[:40]!r}, expected a JSON object")
     return found
-
-
-def vocab(out: str, sources: list[str], size: int, increments: list[float], val: float) -> None:
-    """Train a rank file of `size` - 1 ranks (<|endoftext|> is the last id) on the first increment of the sources."""
-    file = Path(out)
-    if os.path.lexists(file):
-        raise UserError(f"{file}: is there already and is never overwritten; choose another --out")
-    if not 257 <= size <= 1 << 24:
-        raise UserError(f"--vocab_size: got {size}, expected 257 (256 bytes and <|endoftext|>) to {1 << 24}")
-    trainer = optional("rustbpe", "rustbpe", "data.py vocab").Tokenizer()
-    low, high = val * 2**64, (val + (1 - val) * increments[0] / sum(increments)) * 2**64
-    documents = (text for _, text in all_documents(list(map(find_source, sources))) if low <= hashes(text)[0] < high)
-    texts = itertools.chain.from_iterable(map(cut_runs, documents))
-    trainer.train_from_iterator(texts, size - 1, pattern=PATTERN)
-    ranks = sorted(trainer.get_mergeable_ranks(), key=lambda r: r[1])
-    if len(ranks) < size - 1:
-        raise UserError(f"--vocab_size: got {size}, expected at most {len(ranks) + 1} for the first increment's text")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, "".join(f"{base64.b64encode(bytes(token)).decode()} {rank}\n" for token, rank in ranks))
-    print(f"{out}: {len(ranks):,} ranks, a vocabulary of {size:,} with <|endoftext|>")

@@ -7,19 +7,16 @@ Under torchrun each rank answers its part of the questions with a whole copy of 
 """
 
 import contextlib
-import difflib
 import functools
 import json
 import logging
 import math
-import shlex
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -65,13 +62,11 @@ if not sys.stderr.isatty():
     datasets.disable_progress_bars()
 OURS = Path(__file__).parent.parent / "configs" / "tasks"
 NEW = 256  # tokens of an answer if the task does not say, as in the harness's adapters
-READERS = ("csv", "json", "parquet", "text")  # builders of `datasets` that read single files
 # The metric that stands for a task: the first of these that it has, else its first one. Of several filters the first,
 # but for GSM8K the one that takes the last number of the answer.
 HEADLINE = ("exact_match,flexible-extract", "exact_match", "acc", "acc_norm", "f1")
 Result = dict[str, Any]  # of a task: value, se (None if the harness gives none), metric, n (questions)
 Results = dict[str, Result]  # by task
-Versions = dict[str, dict[int, Path]]  # the finished versions of a run, by folder
 
 # ---- The model, as the harness asks it -------------------------------------------------------------------------------
 
@@ -79,8 +74,7 @@ Versions = dict[str, dict[int, Path]]  # the finished versions of a run, by fold
 class LM(HFLM):
     """The harness's own adapter for transformers, on our weights, but that it leaves no token of an answer out.
 
-    A token that spans the end of a question and the start of its answer is the answer's; an answer or a text without
-    a token is refused, with the task and the number of the question.
+    A token that spans the end of a question and the start of its answer is the answer's.
     """
 
     def __init__(self, net: llama.Transformer, tok: Tokenizer, batch: int, chat: bool = False) -> None:
@@ -100,20 +94,15 @@ class LM(HFLM):
         return self._loglikelihood_tokens([self.split(r) for r in requests], disable_tqdm)
 
     def split(self, r: Any) -> tuple[Any, list[int], list[int]]:
-        """((texts), ids of the question, ids of the answer). UserError if the answer has no token, or too many."""
+        """((texts), ids of the question, ids of the answer). ValueError if the answer has no token, or too many."""
         question, answer = r.args
         # the answer begins at the first token that the question alone, without spaces at its end, has not
         whole, alone = self.tok_encode(question + answer), self.tok_encode(question.rstrip())
         n = next((i for i, (a, b) in enumerate(zip(whole, alone, strict=False)) if a != b), len(alone))
         size = len(whole) - n if answer else 0
         if not 0 < size <= self.max_length:
-            raise problem(r, f"an answer {answer!r:.40} of {max(size, 0)} tokens, expected 1 to {self.max_length}")
+            raise ValueError(f"an answer {answer!r:.40} of {size} tokens, expected 1 to {self.max_length}")
         return r.args, whole[:n] or [self.prefix_token_id], whole[n:]
-
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        if empty := [r for r in requests if not self.tok_encode(r.args[0], add_special_tokens=False)]:
-            raise problem(empty[0], "its text has no token to score")
-        return super().loglikelihood_rolling(requests, disable_tqdm)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
@@ -123,59 +112,20 @@ class LM(HFLM):
     barrier = staticmethod(dist.barrier)
 
 
-def problem(r: Any, what: str) -> UserError:
-    return UserError(f"--tasks: {r.task_name}, question {r.doc_id} (from 0): {what}; correct it, or leave the task out")
-
-
 # ---- Tasks and their data --------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def local_copies(folder: str | None) -> Iterator[None]:
-    """Read datasets of the hub from `folder`/their name and single files from below `folder`. None: from the hub."""
-    original = datasets.load_dataset
-
-    def load(path: str, *args: Any, **kw: Any) -> Any:
-        if path in READERS:
-            if folder is None:
-                raise UserError(f"--data_dir: not given, but a task reads {kw.get('data_files')} below it; see {OURS}")
-            kw["data_files"] = find_below(Path(folder), kw.get("data_files"))
-        elif folder is not None:
-            if not (local := Path(folder) / path).is_dir():
-                get = f"hf download --repo-type dataset {path} --local-dir {shlex.quote(str(local))}"
-                raise UserError(f"--data_dir: there is no {local}; get it: {get}")
-            path = str(local)
-        try:
-            return original(path, *args, **kw)
-        except Exception as e:  # of the hub, the disk and the library, which have many types
-            why = f"{type(e).__name__}: {first_line(e)[:200]}"
-            raise UserError(f"--tasks: the dataset {path} cannot be read ({why}); local copies: --data_dir") from None
-
-    with mock.patch.object(datasets, "load_dataset", load):
-        yield
-
-
-def find_below(folder: Path, files: Any) -> Any:
-    """The same files (one, several, or by split) below a folder. UserError if one is not there."""
-    if isinstance(files, dict):
-        return {split: find_below(folder, f) for split, f in files.items()}
-    if isinstance(files, list):
-        return [find_below(folder, f) for f in files]
-    if not (folder / files).is_file():
-        raise UserError(f"--data_dir: there is no {folder / files}, which a task reads; see docs/tasks.md")
-    return str(folder / files)
-
-
-@contextlib.contextmanager
 def harness_errors(names: Iterable[str]) -> Iterator[None]:
-    """Make an error of the harness over a task one line. Errors of a device, a network or the disk pass."""
+    """Make an error of the harness over a task or its dataset one line. Errors of a device or the ranks pass."""
     try:
         yield
     except Exception as e:
-        if type(e) is RuntimeError or isinstance(e, (UserError, OSError, torch.OutOfMemoryError, dist.DistError)):
+        if type(e) is RuntimeError or isinstance(e, (UserError, torch.OutOfMemoryError, dist.DistError)):
             raise
         why = f"{type(e).__name__}: {first_line(e)[:200]}"
-        raise UserError(f"--tasks {','.join(names)}: the harness cannot run it ({why}); correct the task") from e
+        fix = "correct the task, or put its dataset below --data_dir"
+        raise UserError(f"--tasks {','.join(names)}: the harness cannot run it ({why}); {fix}") from e
 
 
 @functools.cache
@@ -188,44 +138,36 @@ def catalogue(folders: tuple[Path, ...], everything: bool) -> Any:
 def load(names: tuple[str, ...], data_dir: str | None, num_fewshot: int | None) -> dict[str, Any]:
     """{name: the harness's task or group}, questions read; a file has the name that is in it."""
     # num_fewshot is only part of the cache's key: the harness writes it into the tasks
-    files = {n: Path(n) for n in names if n.endswith(".yaml")}
+    found: dict[str, Any] = {}
     with harness_errors(names):
-        named = {n: load_yaml(files[n], resolve_func=False) if n in files else {"task": n} for n in names}
-        wanted = [y.get("group") or y["task"] for y in named.values()]
-        folders = (OURS, *dict.fromkeys(f.absolute().parent for f in files.values()))
+        files = {n: load_yaml(Path(n), resolve_func=False) for n in names if n.endswith(".yaml")}
+        wanted = [files[n].get("group") or files[n]["task"] if n in files else n for n in names]
+        folders = (OURS, *dict.fromkeys(Path(f).absolute().parent for f in files))
         known = catalogue(folders, False)
-        if not set(wanted) <= set(known.all_tasks):
+        if not {*wanted} <= {*known.all_tasks}:
             known = catalogue(folders, True)
         for n in wanted:
-            if n not in known.all_tasks:
-                near = ", ".join(difflib.get_close_matches(n, known.all_tasks, 3)) or "a name of lm_eval ls tasks"
-                raise UserError(f"--tasks: got {n}, which is unknown; did you mean {near}?")
-            if n in known.all_tags:
-                raise UserError(f"--tasks: got {n}, which is a tag of several tasks; name the ones that you want")
-        with local_copies(data_dir):
-            made = known.load(wanted)  # a file is a program: its !function, templates and includes run
-    found = {n: made["groups"].get(n) or made["tasks"][n] for n in wanted}
-    for n, t in found.items():
-        if isinstance(t, Group) and not t.has_aggregation:
-            raise UserError(f"--tasks: got {n}, a group without a score; name some of {', '.join(t.child_names[:5])}")
+            with contextlib.chdir(data_dir or "."):  # a dataset is read from the current folder, or else from the hub
+                made = known.load([n])  # a file is a program: its !function, templates and includes run
+            top, *others = [*made["groups"].values()] or [*made["tasks"].values()]
+            has_score = top.has_aggregation if isinstance(top, Group) else not others  # others: of a tag
+            if not has_score:
+                tasks = ", ".join([*made["tasks"]][:5])
+                raise UserError(f"--tasks: got {n}, which has no score of its own; name some of {tasks}")
+            found[n] = top
     return found
 
 
 def check(found: dict[str, Any], context: int, limit: int | None, ranks: int) -> None:
     """UserError if a task asks for something that the model or its generation cannot do, one line a task."""
     problems = []
-    served = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
     for t in leaves(found):
         name = f"--tasks: {t.task_name}"
         if (have := min(len(t.eval_docs), limit or sys.maxsize)) < ranks:
             problems.append(f"{name} has {have} questions for {ranks} ranks; take as many ranks at most")
-        if t.OUTPUT_TYPE != "generate_until":
-            continue
-        how = normalize_gen_kwargs(t.config.generation_kwargs or {}, NEW)
-        if (new := how["max_gen_toks"]) >= context:
+        new = normalize_gen_kwargs(t.config.generation_kwargs or {}, NEW)["max_gen_toks"]
+        if t.OUTPUT_TYPE == "generate_until" and new >= context:
             problems.append(f"{name} asks for {new} new tokens, and the model's context is {context}; leave it out")
-        if more := sorted(set(how) - set(served)):
-            problems.append(f"{name} has generation_kwargs {', '.join(more)}, expected {', '.join(served)}")
     refuse(problems)
 
 
@@ -290,7 +232,7 @@ def main() -> None:
     a = Parser(prog="python -m tools.harness", description=__doc__)
     a.add_checkpoints()
     a.add_argument("--tasks", metavar="NAME,..", required=True, help="of the harness, of configs/tasks, or YAML files")
-    a.add_argument("--data_dir", metavar="DIR", help="copies of datasets, each in DIR/its name on the hub [the hub]")
+    a.add_argument("--data_dir", metavar="DIR", help="copies of datasets, each in DIR/its name on the hub [.]")
     a.add_argument("--limit", type=int, help="the first questions of each task only, as a trial")
     a.add_argument("--num_fewshot", type=int, help="examples before each question [as the task says]")
     a.add_argument("--batch", type=int, default=16, help="rows side by side [16]")
@@ -307,35 +249,22 @@ def main() -> None:
         if not names:
             raise UserError("--tasks: got no name, expected some such as gsm8k,mmlu")
         load(tuple(names), o.data_dir, o.num_fewshot)
-        versions = evaluation.chosen(o.path)
+        versions = resume.finished(o.path[0]) if len(o.path) == 1 else {}  # nothing if it is a checkpoint
+        for p in () if versions else o.path:
+            checkpoint.read_meta(p)
     paths = list(dict.fromkeys(p for vs in versions.values() for p in vs.values()) if versions else o.path)
     known: dict[Path, Results] = {}
     for p in paths:
         known[p] = evaluate(p, names, world.device, o.data, o.data_dir, o.limit, o.num_fewshot, o.batch)
         if world.rank == 0:
-            se = {n: "" if r["se"] is None else f" (SE {r['se']:.2g})" for n, r in known[p].items()}
-            said = ", ".join(f"{n} {r['value']:.4g}{se[n]}" for n, r in known[p].items())
-            print(f"{len(known)} of {len(paths)}: {p}: {said}", file=sys.stderr, flush=True)
+            print(f"{len(known)} of {len(paths)}: {p}: {json.dumps(known[p])}", file=sys.stderr, flush=True)
     if world.ranks > 1:
         dist.destroy_process_group()
-    if world.rank == 0:
-        print_results(known, versions, o.path[0], o.json)
-
-
-def print_results(known: dict[Path, Results], versions: Versions | None, run: Path, as_json: bool) -> None:
-    """Results of checkpoints, or of a run's `versions` by version and folder: JSON, or a table."""
-    if as_json:
-        by_version = {n: {v: known[p] for v, p in vs.items()} for n, vs in (versions or {}).items()}
-        print(json.dumps(by_version or {str(p): r for p, r in known.items()}, indent=1))
-        return
-    title, labels = "Downstream tasks", ["checkpoint"]
-    rows = [([str(p)], r) for p, r in known.items()]
-    if versions:
-        title, labels = f"Downstream tasks: {run}", ["version", "paradigm"]
-        every = sorted({v for vs in versions.values() for v in vs})
-        rows = [([f"V{v}", name], known[vs[v]]) for v in every for name, vs in versions.items() if v in vs]
-    record = table(title, labels, rows)
-    print("\n\n".join([title, aligned([record["header"], *record["rows"]]), *record["notes"]]) + "\n")
+    if world.rank == 0 and o.json:
+        print(json.dumps({str(p): r for p, r in known.items()}, indent=1))
+    elif world.rank == 0:
+        made = table("Downstream tasks", ["checkpoint"], [([str(p)], r) for p, r in known.items()])
+        print("\n\n".join([aligned([made["header"], *made["rows"]]), *made["notes"]]))
 
 
 if __name__ == "__main__":

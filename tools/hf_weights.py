@@ -1,7 +1,6 @@
 """The weights of a Llama or Qwen2: Hugging Face's names and ours, and the reading of its files."""
 
 import functools
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,9 @@ from tqdm import tqdm
 import config
 import model as llama
 from runtime.errors import UserError
-from text.tokenizer import json_object
 from tools.hf_config import to_config
 
 DTYPES = ("F32", "BF16", "F16")
-INDEX = "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 Shape = tuple[int, ...]
 Headers = dict[str, tuple[Path, Shape]]  # {their name: (file, shape)}
@@ -64,31 +61,18 @@ def to_transformers(ours: llama.Transformer) -> Any:
     return net
 
 
-def find_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: one, or those that an index names."""
-    if (adapter := folder / "adapter_config.json").exists():
-        raise UserError(f"{adapter}: is an adapter; merge it first (peft: merge_and_unload) and save_pretrained")
-    if (whole := folder / "model.safetensors").is_file():
-        return [whole]
-    if not (index := folder / INDEX).is_file():
-        expected = "expected a folder that save_pretrained made; pickled weights are not read: convert them"
-        raise UserError(f"{folder}: has no {whole.name} and no {INDEX}; {expected}")
-    names: Any = json_object(index).get("weight_map")
-    for name in names.values() if isinstance(names, dict) else [names]:
-        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", name):
-            raise UserError(f"{index}: weight_map: got {str(name)[:60]!r}, expected a .safetensors file beside it")
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: is not there, but {INDEX} names it; fetch it")
-    return sorted({folder / name for name in names.values()})
-
-
 def read_headers(folder: Path) -> Headers:
     """Where the tensors of a folder are, and their shapes. UserError names a file that is not as it should be."""
+    if not (files := sorted(folder.glob("*.safetensors"))):
+        expected = "expected a folder that save_pretrained made; pickled weights are not read: convert them"
+        raise UserError(f"{folder}: has no .safetensors file; {expected}")
     found: Headers = {}
-    for file in find_files(folder):
+    for file in files:
         try:
             with safe_open(file, "pt") as f:  # checks sizes and offsets before anything is allocated
                 for name in f.keys():
+                    if name in found:
+                        raise UserError(f"{file}: {name} is in {found[name][0]} too; remove one of them")
                     part = f.get_slice(name)
                     if (dtype := part.get_dtype()) not in DTYPES:
                         raise UserError(f"{file}: {name}: got {dtype}, expected one of {', '.join(DTYPES)}")

@@ -6,10 +6,8 @@
 Weights are carried over bit for bit, in float32 (which holds bfloat16 and float16). Nothing that is read is executed.
 """
 
-import functools
 import json
 import shlex
-import sys
 from pathlib import Path
 
 import torch
@@ -28,7 +26,6 @@ from tools.hf_config import SERVED, from_config, to_config
 from tools.hf_tokenizer import check_tokenizer, write_tokenizer
 from tools.hf_weights import check_shapes, read_headers, read_weights, to_hf
 
-SHAPE = ("n_layer", "n_head", "hidden", "vocab_size")  # keys of model.toml in any case
 CONTEXT = 2048  # tokens of a sequence in model.toml, at most: longer ones take more memory
 
 
@@ -56,37 +53,20 @@ def import_model(source: str, out: str) -> Path:
         checkpoint.save(work / "import", 0, weights, {**made, **state, "data": data})
         write_text(work / "model.toml", model_toml(c, source))
     where = checkpoint.path(target / "import", 0)
-    print(f"{where}: {m.parameters:,} parameters, {len(headers)} tensors of {folder}")
-    file = shlex.quote(str(target / "model.toml"))
-    print(f"Go on with: python train.py --config {file} --mode main (its data: see that file)")
+    print(f"{where}: {m.parameters:,} parameters, {len(headers)} tensors of {folder}; a config for it: model.toml")
     return where
 
 
 def model_toml(c: config.Config, source: str) -> str:
-    """A config for train.py --config: the model, and the keys without a usable default."""
-    m, context = c.model, min(c.model.context, CONTEXT)
-    keys = {k: v for k, v in vars(m).items() if k in SHAPE or v != getattr(config.Model(), k)}
-    shape = "".join(f"{k} = {json.dumps(v)}\n" for k, v in keys.items() if k != "context")
-    batch = context * max(1, 65536 // context)
-    text = functools.partial(json.dumps, ensure_ascii=False)
+    """A config for train.py --config that goes on from the import `c`, which becomes it."""
+    about = f"huggingface import of {json.dumps(source)}, for sequences of at most {c.model.context} tokens; its data:"
     prepare = f"python data.py prepare --out .. --tokenizer {shlex.quote(c.data.path)} --source .."
-    return f"""# A released model, by huggingface import of {json.dumps(source)}
-out = {text(c.out)}
-
-[model]
-{shape}context = {context} # at most {m.context}; shorter sequences may be trained
-
-[data]
-path = {text(f"data/{Path(c.out).name}")} # {" ".join(prepare.splitlines())}
-
-[plan]
-max_lr = 1e-4 # of a model that has learned already; see also steps, warmup
-
-[train]
-base = {text(str(checkpoint.path(Path(c.out) / resume.IMPORT, 0)))} # in place of random weights
-batch_tokens = {batch} # {batch // context} x {context:,}
-micro_batch = 1
-"""
+    c.data.path = f"data/{Path(c.out).name}"
+    c.plan.max_lr = 1e-4  # of a model that has learned already
+    c.model.context = min(c.model.context, CONTEXT)
+    c.train.batch_tokens, c.train.micro_batch = c.model.context * max(1, 65536 // c.model.context), 1
+    c.train.base = str(checkpoint.path(Path(c.out) / resume.IMPORT, 0))  # in place of random weights
+    return f"# {about}\n# {' '.join(prepare.splitlines())}\n{config.to_toml(c)}"
 
 
 def export_model(source: str, out: str, data: str | None = None) -> Path:
@@ -98,10 +78,8 @@ def export_model(source: str, out: str, data: str | None = None) -> Path:
         net, _ = load_model(path, torch.device("cpu"))
         c = net.config
         checkpoint.check_space(target.parent, 4 * c.parameters)
-        if (chat := held_messages(meta["data"])) is None:
-            kept, chat = ("the template of its base", False) if tok.is_folder else ("a ChatML template", True)
-            print(f"huggingface: {path} does not say if it was trained on messages; written: {kept}", file=sys.stderr)
-        write_tokenizer(tok, work, chat)
+        chat = held_messages(meta["data"])
+        write_tokenizer(tok, work, not tok.is_folder if chat is None else chat)  # None: an older one does not say
         tensors = to_hf(c, {name: p.detach() for name, p in net.named_parameters()})
         try:
             save_file(tensors, work / "model.safetensors", {"format": "pt"})

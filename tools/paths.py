@@ -11,9 +11,8 @@ from typing import Any
 
 import config
 from runtime.command_line import Parser, aligned
-from runtime.errors import UserError, user_errors
+from runtime.errors import UserError, optional, user_errors
 from schedule import PARADIGMS, TITLES, Segment
-from text.sources import optional
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito: for the colour-blind
 LEGEND = {"fontsize": 8, "frameon": False}

@@ -22,7 +22,7 @@ import cost
 import eval as evaluation
 import schedule
 from paper import __main__ as paper
-from paper import beyond, downstream, figures, graph, measure, plans, report, scales, tables, workers
+from paper import beyond, downstream, figures, graph, measure, plans, report, scales, table, tables, workers
 from runtime import checkpoint, resume
 from runtime.errors import UserError, user_errors
 from text import prepare, token_files
@@ -171,7 +171,7 @@ def test_two_versions_with_a_longer_second_increment_are_the_base_runs_versions_
 )
 def test_costs_and_numbers_of_the_paper_stand_beside_ours(name, key):
     t = tables.TABLES[name](setup())
-    rows = [r for r in t.rows if r.name != tables.MEAN]
+    rows = [r for r in t.rows if r.name != table.MEAN]
     for row, printed in zip(rows, PRINTED[key], strict=True):
         assert row.paper == {v: printed[v] for v in ("V2", "V3", "V4")}
         assert round(next(iter(row.costs.values())), 2) == printed["cost"]
@@ -269,7 +269,7 @@ def score(ppl, documents=2):
 
 def verdict(ours, cpt):
     found = {("", "Ours", "V2"): [score(x) for x in ours], ("", "CPT", "V2"): [score(x) for x in cpt]}
-    claim = tables.below("ours is below CPT", [""], ["V2"], "Ours", "CPT")
+    claim = table.below("ours is below CPT", [""], ["V2"], "Ours", "CPT")
     return measure.judge(found, claim, len(ours), {("", "Ours", "V2"): 20.0, ("", "CPT", "V2"): 20.5})
 
 
@@ -329,7 +329,7 @@ def test_one_seed_and_one_document_judge_nothing():
         for n, ppl in (("PTFS", 20), ("CPT", 30), ("Ours", 10), ("Average", 10))
     }
     record = measure.measure(t, found, [1], ["V2"])
-    assert measure.combine(found, tables.minus("cosine", "Ours", "CPT", "V2")) == (pytest.approx(-20), None)
+    assert measure.combine(found, table.minus("cosine", "Ours", "CPT", "V2")) == (pytest.approx(-20), None)
     assert {d["se"]["V2"] for d in record["differences"]} == {None}
     assert [c["verdict"] for c in record["claims"]] == ["OPEN"] * 3 and "NaN" not in json.dumps(record)
     made = {"scale": "tiny", "segments": 1, "steps": 1, "seconds": 1, "date": ""}
@@ -661,7 +661,7 @@ def test_fig2_and_losses_of_any_schedules(tmp_path):
     rows = [
         {"group": n, "name": x, "costs": {"cost": 0.5}, "ppl": {"V2": 30.0}, "paper": {}}
         for n in s.schedules
-        for x in tables.NAMES.values()
+        for x in table.NAMES.values()
     ]
     figures.cost_and_quality({"rows": rows, "columns": ["V2"]}, str(tmp_path / "fig2.png"))
     figures.schedules(s, str(tmp_path / "fig3.png"))
@@ -715,7 +715,7 @@ def test_losses_of_any_folders(train_cli, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("args", [["--mfu", "0"], ["--price", "-1"], ["--plan.alpha", "3"], ["--convention", "x"]])
 def test_cost_refuses(args, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["cost.py", "--config", "1.2b", "--json", *args])
+    monkeypatch.setattr(sys, "argv", ["cost.py", "--config", "1.2b", *args])
     with pytest.raises(UserError, match=args[0].removeprefix("--")):
         cost.main()
 
@@ -729,8 +729,8 @@ def test_cost_refuses_an_impossible_plan():
 
 
 def test_the_papers_averages_are_of_its_nine_tasks():
-    assert len(tables.PAPER["table4_downstream"]) == 27
-    for r in tables.PAPER["table4_downstream"]:
+    assert len(table.PAPER["table4_downstream"]) == 27
+    for r in table.PAPER["table4_downstream"]:
         mean = sum(r[name] for name in downstream.NINE.values()) / 9
         assert r["AVG"] == pytest.approx(mean, abs=0.0051)  # printed to two digits
 
@@ -758,7 +758,7 @@ def test_table4_end_to_end(tmp_path, prepared, main, train_here, monkeypatch):
     record = json.loads((root / "results" / "table4.json").read_text())
     assert "1 seed(s)" in record["notes"][-1] and report.seeds(record) == "1 seed"
     assert record["header"][:3] == ["Ver.", "TP", "colours"] and (root / "results" / "table4.png").exists()
-    assert [row[:2] for row in record["rows"]] == [["V2", "PTFS"], ["V2", "CPT"], ["V2", "Ours"]]
+    assert [row[:2] for row in record["rows"]] == [["V2", name] for name in ("PTFS", "CPT", "Ours", "Average")]
     (tuned,) = root.glob("base-s1-sft-*/sft/ours-cosine/v2/step-*")
     assert checkpoint.read_meta(tuned)["parent"]["segment"] == "ours-cosine/v2"
     (found,) = harness.evaluate(tuned, [task], torch.device("cpu"), data_dir=str(folder)).values()
@@ -767,9 +767,9 @@ def test_table4_end_to_end(tmp_path, prepared, main, train_here, monkeypatch):
     # known scores are not asked again, and other examples are other fine-tunings
     before = {f: f.stat().st_mtime_ns for f in (root / "tasks").iterdir()}
     code, *_ = main(*words(root, prepared, *args, "--sft", sft, what=["table4"]))
-    assert code == 0 and {f: f.stat().st_mtime_ns for f in (root / "tasks").iterdir()} == before and len(before) == 6
+    assert code == 0 and {f: f.stat().st_mtime_ns for f in (root / "tasks").iterdir()} == before and len(before) == 8
     code, said, refused = main(*words(root, prepared, *args, "--sft", other, "--run", "no", what=["table4"]))
-    assert (code, refused) == (0, "") and "table4: 3 of 3 fine-tunings to do" in said and said.count("--mode sft") == 3
+    assert (code, refused) == (0, "") and "table4: 4 of 4 fine-tunings to do" in said and said.count("--mode sft") == 4
     assert said.splitlines()[-1].startswith("table4: the fine-tunings printed above are not trained yet")
 
 

@@ -422,11 +422,10 @@ def test_the_files_that_are_read_and_left_out(tmp_path, capsys):
     (tmp_path / "data" / "README").touch()
     folder = prepare_examples(str(tmp_path / "data"), BYTES, tmp_path)
     assert Examples(folder, 32, 1).meta["examples"] == 40
-    readme = tmp_path / "data" / "README"
-    assert capsys.readouterr().out == f"{str(readme.parent)!r}: left out 1 without ending ({str(readme)!r})\n"
-    (tmp_path / "data" / "notes.jsonl.txt").write_text("text")
-    with pytest.raises(UserError, match="notes.jsonl.txt: is no file of examples"):
-        prepare_examples(str(tmp_path / "data"), BYTES, tmp_path)
+    assert capsys.readouterr().out == f"{str(tmp_path / 'data')!r}: left out 1 without ending\n"
+    (tmp_path / "notes.jsonl.txt").write_text("text")
+    with pytest.raises(UserError, match="data.sft .*has nothing to read: 1 .txt; expected .jsonl, .ndjson, .json"):
+        prepare_examples(str(tmp_path / "notes.jsonl.txt"), BYTES, tmp_path)
 
 
 def test_what_is_refused(train_cli, parent, tmp_path, capsys, monkeypatch):
@@ -437,8 +436,11 @@ def test_what_is_refused(train_cli, parent, tmp_path, capsys, monkeypatch):
         (("--data.sft", file), "expects --parent CHECKPOINT"),
         (("--parent", str(tmp_path), "--data.sft", file), "is no checkpoint"),
         (("--parent", str(parent)), "and --data.sft FILE.jsonl"),
-        (("--parent", str(parent), "--data.sft", str(tmp_path / "nowhere.jsonl")), "nowhere.jsonl': does not exist"),
-        (("--parent", str(parent), "--data.sft", str(tmp_path / "a.txt")), "is no file of examples"),
+        (("--parent", str(parent), "--data.sft", str(tmp_path / "nowhere.jsonl")), "nowhere.jsonl': there is no file"),
+        (
+            ("--parent", str(parent), "--data.sft", str(tmp_path / "a.txt")),
+            "has nothing to read: 1 .txt; expected .jsonl",
+        ),
         (
             ("--parent", str(parent), "--data.sft", file, "--model.n_layer", "2"),
             "model.n_layer: got 2, but ",

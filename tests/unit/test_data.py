@@ -1,4 +1,4 @@
-"""prepare, add, verify, bins, vocab and batch: nothing lost, nothing twice, the same everywhere; refusals."""
+"""prepare, add, verify, vocab and batch: nothing lost, nothing twice, the same everywhere; refusals."""
 
 import glob
 import gzip
@@ -23,7 +23,7 @@ from helpers import cl100k_cache
 import data
 from runtime.errors import UserError
 from runtime.files import lock, write_json
-from text import bins, command_line, prepare, sources, token_files, tokenizer
+from text import command_line, prepare, sources, token_files
 from text.tokenizer import Tokenizer
 from tools import hf_tokenizer
 
@@ -241,6 +241,8 @@ def test_kinds_of_sources(tmp_path):
         ("notes.jsonl.txt", ("text", "")),
         ("a.Parquet", ("parquet", "")),
         ("a.parquet.gz", ("", "")),
+        ("a.Bin", ("tokens", "")),
+        ("a.bin.gz", ("", "")),
         ("a.jsonl.bz2", ("", "")),
         ("a.jsonl\n", ("", "")),
         ("gz", ("", "")),
@@ -281,8 +283,7 @@ def test_a_folder_is_read_through_links_and_what_is_left_out_is_listed(tree, tmp
         source = sources.find_source(name)
         found = [t for _, t in sources.all_documents([source])]
         assert sorted(set(found)) == texts and len(found) == 7 and len(source.files) == 6
-        counts = {what.split(" (")[0]: n for what, n in source.left_out.items()}
-        assert counts == {
+        assert source.left_out == {
             ".pdf": 2,
             ".docx": 1,
             "without ending": 1,
@@ -295,7 +296,7 @@ def test_a_folder_is_read_through_links_and_what_is_left_out_is_listed(tree, tmp
     capsys.readouterr()
     prepare.prepare(str(tmp_path / "d"), [str(tree), file, file], "bytes", [1], 0.2, jobs=1)
     first, *table = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"{str(tree)!r}: left out 2 .pdf ({str(tree / 'a.pdf')!r}), 1 ")
+    assert first.startswith(f"{str(tree)!r}: left out 2 .pdf, 1 ")
     rows = [line.rsplit(maxsplit=3) for line in table]
     tokens = sum(map(len, texts)) + 6, sum(len(f"more {i}") + 1 for i in range(40))
     meta = token_files.read_meta(tmp_path / "d")
@@ -328,7 +329,8 @@ def test_two_thousand_files_of_as_many_endings(tmp_path):
         (tmp_path / f"part.{i:04}").touch()
     (tmp_path / "a.txt").write_text("a")
     source = sources.find_source(str(tmp_path))
-    assert len(source.left_out) == 10 and source.left_out.total() == 2_000 and len(source.files) == 1
+    assert source.left_out.total() == 2_000 and len(source.files) == 1
+    assert source.listed().count(".") == 11 and source.listed().endswith(", ..")  # nine are named
 
 
 def test_any_number_of_increments_takes_two_open_files(tmp_path, monkeypatch):
@@ -440,7 +442,7 @@ def test_an_encoding_by_name(tmp_path, monkeypatch):
     assert tok.decode([9906, 100256, 9906]) == "Hello\ufffdHello"  # 100256 has no token
     np.array([1, 2], "<u2").tofile(tmp_path / "v1.bin")
     with pytest.raises(UserError, match="ids of 2 bytes, but the 100,277 of tokenizer cl100k_base need 4"):
-        bins.read_bin(tmp_path / "v1.bin", tok)
+        list(sources.token_texts(tmp_path / "v1.bin", lambda n: None, tok))
 
 
 def test_the_shipped_ranks_are_reproduced(tmp_path):
@@ -470,7 +472,7 @@ def test_permute_looks_random():
 
 
 def test_batches_read_every_sequence_of_an_increment_once(prepared):
-    t = data.Tokens(str(prepared), 32, 8, [20, 1000, 5, 5], seed=3, repeat=True)
+    t = data.Tokens(str(prepared), 32, 8, [20, 1000, 5, 5], seed=3)
     stream = np.asarray(t.tokens("v1")).astype(np.int64)
     n = (len(stream) - 1) // 32
     t = data.Tokens(str(prepared), 32, 8, [n // 8, 5, 5, 5], seed=3)
@@ -490,9 +492,10 @@ def test_batches_read_every_sequence_of_an_increment_once(prepared):
 
 def test_repeat_is_another_order_of_the_same(prepared):
     n = (token_files.read_meta(prepared)["increments"][0]["tokens"] - 1) // 32
-    t = data.Tokens(str(prepared), 32, n, [3, 1, 1, 1], seed=1, repeat=True)
+    t = data.Tokens(str(prepared), 32, n, [3, 1, 1, 1], seed=1)
     a, b = t.batch(0)[0], t.batch(1)[0]
     assert not np.array_equal(a, b) and sorted(map(bytes, a)) == sorted(map(bytes, b))
+    t.repeat = True
     assert t.problems(0, 3) == []
     t.repeat = False
     assert "and" in t.problems(0, 3)[0] and "are needed" in t.problems(0, 3)[0] and t.problems(0, 1) == []
@@ -548,7 +551,8 @@ def test_validation_covers_every_token_once_on_any_number_of_ranks(prepared):
 
 def test_a_part_of_an_increment_read_again_and_again(prepared):
     """data.unique: 3 steps' worth of v1, each sequence once an epoch, in another order each time."""
-    t = data.Tokens(str(prepared), 32, 4, [12], seed=1, unique=3)
+    t = data.Tokens(str(prepared), 32, 4, [12], seed=1)
+    t.unique = 3
     ids = np.asarray(t.tokens("v1"))[: 12 * 32].reshape(12, 32)  # the first 12 sequences
     epochs = [np.concatenate([t.batch(s)[0] for s in range(e, e + 3)]) for e in (0, 3, 6)]
     for rows in epochs:
@@ -556,6 +560,17 @@ def test_a_part_of_an_increment_read_again_and_again(prepared):
     assert not np.array_equal(epochs[0], epochs[1])
     assert t.needs(0, 12) == [("v1", 12 * 32 + 1, t.meta["increments"][0]["tokens"])] and t.problems(0, 12) == []
     assert t.problems(0, 13) == ["data.increments: 12 steps in all, expected at least the 13 trained"]
+
+
+def test_increments_that_are_missing_or_shorter_than_a_sequence(prepared):
+    t = data.Tokens(str(prepared), 32, 4, [1] * 6, seed=1)
+    t.meta["increments"][3]["tokens"] = 32
+    drop, *missing = t.problems(0, 6)
+    assert f"v4 has 32 tokens and 129 are needed; take it back: python data.py drop --last --out {prepared}" in drop
+    add = f"python data.py add --out {prepared} --source TEXT"
+    assert missing == [f"data.path {prepared}: has no increment {v}; append it: {add}" for v in ("v5", "v6")]
+    t.repeat = True
+    assert t.problems(0, 4) == [drop]
 
 
 # ---- token files of others
@@ -573,26 +588,26 @@ def streams(docs):
     return [i for d in docs for i in [*d.encode(), 256]], [i for d in docs for i in [256, *d.encode()]]
 
 
-def test_token_files_of_nanogpt_and_llmc(tmp_path, capsys):
+def test_token_files_of_nanogpt_and_llmc_are_a_source_like_their_text(tmp_path, capsys, monkeypatch):
+    """Bit for bit what their documents give as text, also where blocks end within documents."""
+    monkeypatch.setattr(sources, "IDS", 100)
     a, b, c, d = (some_documents(40, s) for s in (1, 2, 3, 4))
-    np.array(streams(a)[0], "<u2").tofile(tmp_path / "val.bin")
-    np.array(streams(b)[0], "<u2").tofile(tmp_path / "v1.bin")
-    llmc(tmp_path / "v2.bin", streams(c)[1])
-    llmc(tmp_path / "v3.bin", streams(d)[1][1:-1], 20240801, 7, "<u4")  # begins and ends within a document
-    np.array(list(b"one document"), "<u2").tofile(tmp_path / "v4.bin")  # no <|endoftext|>
-    np.array(streams([b[0], a[0], "new", "new", "newer"])[0] + [256, 256], "<u2").tofile(tmp_path / "v5.bin")
-    names = [str(tmp_path / f"v{i}.bin") for i in range(1, 6)]
-    command("bins", "--out", tmp_path / "d", "--tokenizer", "bytes", "--val", tmp_path / "val.bin", *names)
-    assert "3 duplicates" in capsys.readouterr().out
-    folder = tmp_path / "d"
-    in_order = [a, b, c, [*d[:-1], d[-1][:-1]], ["one document"], ["new", "newer"]]
-    assert [read(folder, p) for p in parts(folder)] == in_order and token_files.check_files(folder, quiet=True)
-    assert (folder / "v1.bin").read_bytes() == (tmp_path / "v1.bin").read_bytes()
-    # add knows their documents, since the hash is that of the text
-    prepare.add(str(folder), [write(tmp_path / "a.jsonl", a + b + some_documents(9, 9))], jobs=1)
-    meta = token_files.read_meta(folder)
-    assert meta["increments"][5]["documents"] == 9 and meta["sources"][0]["from"][1:] == names
-    assert data.Tokens(str(folder), 16, 2, [3], 1).batch(0)[0].shape == (2, 16)
+    (t := tmp_path / "tokens").mkdir()
+    np.array(streams(a)[0] + streams(a[:3])[0], "<u2").tofile(t / "a.bin")
+    llmc(t / "b.bin", streams(b)[1])
+    llmc(t / "c.BIN", streams(c)[1][1:-1], 20240801, 7, "<u4")  # begins and ends within a document
+    np.array(list(b"one document"), "<u2").tofile(t / "d.bin")  # no <|endoftext|>
+    texts = [*a, *b, *c[:-1], c[-1][:-1], "one document"]
+    made = make(tmp_path / "d", [str(t)])
+    assert f"{str(t)!r}: left out 3 duplicates" in capsys.readouterr().out
+    same = make(tmp_path / "same", [write(tmp_path / "a.jsonl", texts)])
+    assert (made["val"], made["increments"]) == (same["val"], same["increments"])
+    # `add` takes the folder's tokenizer, and knows texts and tokens again
+    np.array(streams([*a, *d])[0], "<u2").tofile(tmp_path / "new.bin")
+    prepare.add(str(tmp_path / "d"), [str(tmp_path / "new.bin")], jobs=1)
+    assert sorted(read(tmp_path / "d", "v5")) == sorted(d)
+    with pytest.raises(UserError, match="has no new document"):
+        prepare.add(str(tmp_path / "d"), [write(tmp_path / "b.jsonl", texts)], jobs=1)
 
 
 # ---- damage, refusals, kills
@@ -656,11 +671,11 @@ def material(tmp_path_factory, prepared):
     shutil.copytree(prepared, t / "d")
     shutil.copytree(prepared, t / "damaged")
     flip(t / "damaged" / "v1.ids", 3)
-    np.array(streams(some_documents(5, 1))[0], "<u2").tofile(t / "val.bin")
     (t / "empty.bin").write_bytes(b"")
     (t / "odd.bin").write_bytes(b"abc")
     np.array([5, 257, 6], "<u2").tofile(t / "large.bin")
     np.array([256, 256], "<u2").tofile(t / "ends.bin")
+    np.array([97, 98], "<u2").tofile(t / "good.bin")
     llmc(t / "short.bin", [1, 2, 3], count=4)
     llmc(t / "negative.bin", [1, 2, 3], count=-1)
     llmc(t / "version.bin", [1, 2, 3], version=2)
@@ -669,20 +684,9 @@ def material(tmp_path_factory, prepared):
     return t
 
 
-@pytest.mark.parametrize("count, increments", [(3, [1] * 4), (6, [1] * 4), (12, [1, 1, 2, 9]), (2, [1])])
-def test_the_split_that_an_error_names_works(tmp_path, count, increments):
-    file, out = write(tmp_path / "t.jsonl", some_documents(count)), str(tmp_path / "d")
-    with pytest.raises(UserError, match="documents fell into it") as refused:
-        prepare.prepare(out, [file], "bytes", increments, 0.001, jobs=1)
-    options = str(refused.value).rpartition(", or take ")[2]
-    words = f"prepare --jobs 1 --out {out} --source {file} --tokenizer bytes {options}".split()
-    command_line.run(command_line.arguments().parse_args(words))
-    assert len(token_files.read_meta(Path(out))["increments"]) <= len(increments)
-
-
 PREPARE = "prepare --jobs 1 --out {t}/new/deeper/d"
 ADD = "add --jobs 1 --source {t}/all.jsonl"
-BINS = "bins --out {t}/new/deeper/d --tokenizer bytes --val {t}/val.bin"
+BINS = f"{PREPARE} --tokenizer bytes --source"
 VOCAB = "vocab --vocab_size 300 --out {t}/new/deeper/r.tiktoken"
 
 
@@ -691,11 +695,11 @@ VOCAB = "vocab --vocab_size 300 --out {t}/new/deeper/r.tiktoken"
     [
         ("", "required: command"),
         ("prapare", "invalid choice: 'prapare'"),
-        (f"{PREPARE} --source {{t}}/nowhere.jsonl", "does not exist"),
-        (f"{PREPARE} --source {{t}}/pic.png", "has nothing to read: 1 .png ("),
-        (f"{PREPARE} --source {{t}}/pi*.png", "has nothing to read: 1 .png ("),
-        (f"{PREPARE} --source {{t}}/pipe.txt", "has nothing to read: 1 special file ("),
-        (f"{PREPARE} --source {{t}}/empty", "has no file in it"),
+        (f"{PREPARE} --source {{t}}/nowhere.jsonl", "there is no file"),
+        (f"{PREPARE} --source {{t}}/pic.png", "has nothing to read: 1 .png;"),
+        (f"{PREPARE} --source {{t}}/pi*.png", "has nothing to read: 1 .png;"),
+        (f"{PREPARE} --source {{t}}/pipe.txt", "has nothing to read: 1 special file;"),
+        (f"{PREPARE} --source {{t}}/empty", "there is no file"),
         (f"{PREPARE} --source {{t}}/blank.txt", "the text is empty"),
         (f"{PREPARE} --source {{t}}/bad.jsonl", "bad.jsonl:2: got '{\"tex"),
         (f"{PREPARE} --source {{t}}/key.jsonl", "key.jsonl:1: got '{\"body"),
@@ -707,7 +711,7 @@ VOCAB = "vocab --vocab_size 300 --out {t}/new/deeper/r.tiktoken"
         (f"{PREPARE} --source {{t}}/cut.parquet", "not a readable parquet file"),
         (f"{PREPARE} --source {{t}}/few.jsonl", "documents fell into it; a hash of a text decides its place"),
         (f"{PREPARE} --source {{t}}/few.jsonl --source {{t}}/blank.txt --weights 1,1", "so it can have no weight"),
-        (f"{PREPARE} --source=", "--source '': does not exist"),
+        (f"{PREPARE} --source=", "--source '': there is no file"),
         (f"{PREPARE} --tokenizer cl1000k", "tokenizer cl1000k: Unknown encoding cl1000k"),
         (f"{PREPARE} --tokenizer {{t}}/no.tiktoken", "No such file"),
         (f"{PREPARE} --tokenizer {{t}}/bad.tiktoken", "not a rank file"),
@@ -736,26 +740,22 @@ VOCAB = "vocab --vocab_size 300 --out {t}/new/deeper/r.tiktoken"
         (f"{ADD} --out {{t}}/nowhere", "no prepared data"),
         (f"{ADD} --out {{t}}/damaged", "v1.ids: SHA-256 is"),
         (f"{ADD} --out {{t}}/d --weights 1,2", "--weights: got 2 for 1 sources"),
-        (f"{ADD} --out {{t}}/d --source {{t}}/nowhere.jsonl", "does not exist"),
+        (f"{ADD} --out {{t}}/d --source {{t}}/nowhere.jsonl", "there is no file"),
         (f"{ADD} --out {{t}}/d --source {{t}}/bad.jsonl", "bad.jsonl:2: got"),
         ("add --jobs 1 --out {t}/d --source {t}/blank.txt", "has no new document"),
         ("verify {t}/damaged", "v1.ids: SHA-256 is"),
-        (f"{BINS} {{t}}/nowhere.bin", "nowhere.bin: No such file"),
-        (f"{BINS} {{t}}/empty.bin", "empty.bin: is empty"),
-        (f"{BINS} {{t}}/odd.bin", "odd.bin: got 3 bytes, expected an even number"),
+        (f"{BINS} {{t}}/nowhere.bin", "nowhere.bin': there is no file"),
+        (f"{BINS} {{t}}/empty.bin", "has nothing to read: 1 empty"),
+        (f"{BINS} {{t}}/odd.bin", "odd.bin: got 3 bytes, expected 2"),
         (f"{BINS} {{t}}/large.bin", "large.bin: token id 257, expected below the vocabulary's 257"),
-        (f"{BINS} {{t}}/ends.bin", "ends.bin: has no document of its own"),
-        (f"{BINS} {{t}}/val.bin", "val.bin: has no document of its own"),
-        (f"{BINS} {{t}}/short.bin", "short.bin: got 6 bytes after its header, expected 8"),
-        (f"{BINS} {{t}}/negative.bin", "negative.bin: got 6 bytes after its header, expected -2"),
-        (f"{BINS} {{t}}/version.bin", "version.bin: magic number 20240520, version 2; expected 20240520, version 1"),
-        (
-            f"{BINS} {{t}}/magic.bin",
-            "magic.bin: magic number 20240521, version 1; expected 20240520, version 1 or 20240801",
-        ),
-        (f"{BINS} {{t}}/head.bin", "head.bin: is empty"),
-        ("bins --out {t}/empty --tokenizer bytes --val {t}/val.bin {t}/val.bin", "is there already"),
-        (f"{VOCAB} --source {{t}}/nowhere.jsonl", "does not exist"),
+        (f"{BINS} {{t}}/ends.bin", "the text is empty"),
+        (f"{BINS} {{t}}/short.bin", "short.bin: got 1,030 bytes, expected 1,032"),
+        (f"{BINS} {{t}}/negative.bin", "negative.bin: got 1,030 bytes, expected 1,022"),
+        (f"{BINS} {{t}}/version.bin", "magic number and version (20240520, 2), expected (20240520, 1)"),
+        (f"{BINS} {{t}}/magic.bin", "magic.bin: got magic number and version (20240521, 1), expected"),
+        (f"{BINS} {{t}}/head.bin", "the text is empty"),
+        (f"{VOCAB} --source {{t}}/good.bin", "good.bin: holds token ids, expected text"),
+        (f"{VOCAB} --source {{t}}/nowhere.jsonl", "there is no file"),
         (f"{VOCAB} --source {{t}}/bad.jsonl", "bad.jsonl:2: got"),
         (f"{VOCAB} --source {{t}}/few.jsonl", "--vocab_size: got 300, expected at most"),
         ("vocab --vocab_size 9 --out {t}/new/r.tiktoken", "--vocab_size: got 9, expected 257"),
@@ -933,11 +933,11 @@ def test_a_document_that_a_library_fails_on_is_named(monkeypatch):
             return [1]
 
     monkeypatch.setattr(tok, "encoding", Library())
-    assert len(prepare._encode([(0, "a"), (1, "b")], ["x", "y"])) == 2
+    assert len(prepare._encode([(0, "a"), (1, "b")])) == 2
     with pytest.raises(UserError) as e:
-        prepare._encode([(0, "a"), (1, "bad\n" * 90)], ["x", "y.jsonl"])
+        prepare._encode([(0, "a"), (1, "bad\n" * 90)])
     message = str(e.value)
-    assert message.startswith(f"--source y.jsonl: {('bad' + chr(10)) * 15!r}: tokenizer {prepare.RANKS} cannot encode")
+    assert message.startswith(f"{('bad' + chr(10)) * 15!r}: tokenizer {prepare.RANKS} cannot encode")
     assert "called `unwrap()`" in message and len(message.splitlines()) == 1
 
 
@@ -961,33 +961,10 @@ def test_a_folder_that_is_called_as_an_encoding_is_not_taken_for_a_tokenizer(tmp
         Tokenizer("./bytes")
 
 
-def test_documents_of_token_files_that_are_decoded_alike_are_not_duplicates(tmp_path):
-    np.array([65, 256], "<u2").tofile(tmp_path / "val.bin")
-    np.array([70, 200, 256, 70, 201, 256, 70, 200, 256, 66, 256], "<u2").tofile(tmp_path / "v1.bin")
-    bins.bins(str(tmp_path / "out"), str(tmp_path / "val.bin"), [str(tmp_path / "v1.bin")], "bytes")
-    found = np.fromfile(tmp_path / "out" / "v1.bin", "<u2").tolist()
-    assert found == [70, 200, 256, 70, 201, 256, 66, 256]  # the third is the first again
-
-
-def test_token_files_of_a_tokenizer_that_changes_texts_are_refused(tmp_path):
-    """`add` would not know their documents again: it hashes the text, and these give it back with a space before it."""
-    model = tokenizers.models.BPE({c: i for i, c in enumerate([*tokenizers.pre_tokenizers.ByteLevel.alphabet()])}, [])
-    tok = tokenizers.Tokenizer(model)
-    tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tok.decoder = tokenizers.decoders.ByteLevel()
-    tok.add_special_tokens(["<|endoftext|>"])
-    (folder := tmp_path / "tok").mkdir()
-    tok.save(str(folder / "tokenizer.json"))
-    np.array([1, 2, 256], "<u2").tofile(tmp_path / "a.bin")
-    with pytest.raises(UserError, match="changes texts"):
-        bins.bins(str(tmp_path / "out"), str(tmp_path / "a.bin"), [str(tmp_path / "a.bin")], str(folder))
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_rank_file_does_not_replace_a_link(tmp_path):
     (tmp_path / "link.tiktoken").symlink_to(tmp_path / "nowhere" / "ranks.tiktoken")
     with pytest.raises(UserError, match="is there already"):
-        tokenizer.vocab(str(tmp_path / "link.tiktoken"), [], 257, [1.0], 0.1)
+        prepare.vocab(str(tmp_path / "link.tiktoken"), [], 257, [1.0], 0.1)
     assert (tmp_path / "link.tiktoken").is_symlink()
 
 
@@ -1013,12 +990,15 @@ def test_what_is_added_keeps_a_held_out_part(prepared, tmp_path):
         prepare.add(str(copy), [str(tmp_path / "a.jsonl")], jobs=1, val=0.25)
 
 
-def test_so_few_documents_that_all_would_be_held_out_are_all_trained_on(prepared, tmp_path):
-    copy = shutil.copytree(prepared, tmp_path / "data")
+def test_so_few_documents_that_all_would_be_held_out_are_refused(copy, tmp_path):
     low = next(text for text in some_documents(200, 8) if sources.hashes(text)[0] < 2**62)
-    prepare.add(str(copy), [write(tmp_path / "a.jsonl", [low])], jobs=1, val=0.25)
+    file = write(tmp_path / "a.jsonl", [low])
+    before = listing(tmp_path)
+    with pytest.raises(UserError, match="--val 0.25: all 1 new documents fell into it"):
+        prepare.add(str(copy), [file], jobs=1, val=0.25)
+    assert listing(tmp_path) == before
+    prepare.add(str(copy), [file], jobs=1)
     assert read(copy, "v5") == [low] and "val" not in token_files.read_meta(copy)["increments"][-1]
-    assert not list(copy.glob("val-v5*"))
 
 
 # ---- Replay ----------------------------------------------------------------------------------------------------------

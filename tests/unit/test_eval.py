@@ -68,9 +68,7 @@ def test_score_is_the_mean_over_every_token_and_by_document(trained, prepared):
 def test_shorter_windows_are_those_of_a_model_of_that_context(trained):
     net, _ = evaluation.load_model(trained, CPU)
     s = evaluation.score(trained, CPU, evaluation.Text(context=8))
-    stream = np.fromfile(evaluation.open_data(trained, checkpoint.read_meta(trained)).folder / "val.bin", "<u2").astype(
-        np.int64
-    )
+    stream = np.fromfile(evaluation.open_data(trained)[0].folder / "val.bin", "<u2").astype(np.int64)
     rows = torch.from_numpy(stream[: (len(stream) - 1) // 8 * 8]).view(-1, 8)
     targets = torch.from_numpy(stream[1 : rows.numel() + 1]).view(-1, 8)
     with torch.no_grad():
@@ -103,22 +101,19 @@ def test_appl_of_a_run_is_over_all_versions_of_the_table():
     known = {
         f"{n} {v}": evaluation.Score(math.log(x) * tokens, tokens) for n, row in ppl.items() for v, x in row.items()
     }
-    rows, lines = evaluation.of_run({n: {v: f"{n} {v}" for v in row} for n, row in ppl.items()}, known)
-    assert rows["ours"]["appl"] == pytest.approx((44.65 + 38.99 + 35.76) / 3)
-    assert rows["mixed"]["appl"] is rows["cpt"]["appl"] is None and rows["appl_versions"] == [2, 3, 4]
-    text = "\n".join(lines).splitlines()
-    assert text[0].endswith("APPL of V2, V3, V4")
-    assert [line.split()[-1] for line in text[1:4]] == ["39.80", "-", "-"]
-    assert "NaN" not in json.dumps(rows)
+    head, *rows = evaluation.run_table({n: {v: f"{n} {v}" for v in row} for n, row in ppl.items()}, known)
+    assert head[1:] == ["V1", "V2", "V3", "V4", "APPL of V2, V3, V4"]
+    appl = f"{(44.65 + 38.99 + 35.76) / 3:.2f}"
+    assert [(row[0], row[-1]) for row in rows] == [("ours", appl), ("mixed", "-"), ("cpt", "-")]
+    assert rows[1][1:4] == ["-"] * 3 and rows[1][4].startswith("36.43 (")
 
 
 def test_a_version_that_one_paradigm_alone_has_is_not_in_appl():
     tokens = np.array([100, 300])
     known = {v: evaluation.Score(math.log(50 - v) * tokens, tokens) for v in range(1, 6)}
     run = {"ptfs": [1, 2, 3, 4], "cpt": [1, 2, 3, 4], "ours": [1, 2, 3, 4, 5]}
-    rows, lines = evaluation.of_run({n: {v: v for v in versions} for n, versions in run.items()}, known)
-    assert rows["appl_versions"] == [2, 3, 4] and "V5" in lines[0].splitlines()[0]
-    assert [rows[n]["appl"] for n in run] == [pytest.approx(47)] * 3
+    head, *rows = evaluation.run_table({n: {v: v for v in versions} for n, versions in run.items()}, known)
+    assert head[5:] == ["V5", "APPL of V2, V3, V4"] and [row[-1] for row in rows] == ["47.00"] * 3
 
 
 def test_one_document_has_no_standard_error(trained, prepared, tmp_path, cli):
@@ -135,15 +130,12 @@ def test_one_document_has_no_standard_error(trained, prepared, tmp_path, cli):
     write_json(tmp_path / "d" / "meta.json", {**meta, "val": val})
     other = tmp_path / "other"
     shutil.copytree(trained, other)
-    said = cli(trained, other, "--data", tmp_path / "d")
-    assert "SE " not in said.replace("no SE", "") and said.count("(one document, no SE)") == 2
-    assert said.count("+0.000 against the first") == 1
+    _, *rows, last = cli(trained, other, "--data", tmp_path / "d").splitlines()
+    assert [row.split()[2] for row in rows] == ["-", "+0.000"] and "(" not in "".join(rows) and "1 documents" in last
     (row, _) = json.loads(cli(trained, other, "--data", tmp_path / "d", "--json")).values()
-    assert row["se"] is None and row["documents"] == 1
-    run = cli(tmp_path / "run", "--data", tmp_path / "d")
-    assert run.startswith("PPL  ") and "(" not in run and run.endswith("one document, so no SE\n")
-    (by_version, _) = json.loads(cli(tmp_path / "run", "--data", tmp_path / "d", "--json")).values()
-    assert by_version["se"] == {"1": None} and by_version["appl"] is None
+    assert row["se"] is None and row["ppl"] > 1
+    _, *rows, last = cli(tmp_path / "run", "--data", tmp_path / "d").splitlines()
+    assert [row.split() for row in rows] == [["ptfs-cosine", f"{row['ppl']:.2f}", "-"]] and "1 documents" in last
 
 
 def test_checkpoints_of_other_held_out_text_are_not_compared(trained, prepared, tmp_path, cli):
@@ -161,7 +153,7 @@ def test_checkpoints_of_other_held_out_text_are_not_compared(trained, prepared, 
     meta["config"]["data.path"] = str(tmp_path / "d")
     write_json(other / "meta.json", {k: v for k, v in meta.items() if k != "hash"})
     assert "have different validation sets" in cli(trained, other, code=2)
-    assert cli(trained, other, "--data", tmp_path / "d").count("PPL") == 2
+    assert cli(trained, other, "--data", tmp_path / "d").count("step-000010") == 1
 
 
 def test_a_score_is_measured_once_for_a_model_a_text_and_a_context(trained, tmp_path, monkeypatch):
@@ -229,17 +221,25 @@ def test_a_model_without_a_perplexity_is_refused(trained, monkeypatch):
 def test_a_table_of_a_run_and_single_checkpoints(trained, train_cli, tmp_path, cli):
     assert train_cli("--mode", "cpt", "--version", "2") == 0
     run = tmp_path / "run"
-    table = json.loads(cli(run, "--json"))
-    one = json.loads(cli(trained, tmp_path / "run" / "cpt-cosine" / "v2" / "step-000020", "--json"))
-    ppls = [v["ppl"] for v in one.values()]
-    assert table["ptfs-cosine"]["ppl"] == {"1": ppls[0]} and table["cpt-cosine"]["ppl"] == {"1": ppls[0], "2": ppls[1]}
-    assert table["appl_versions"] == [2] and table["cpt-cosine"]["appl"] == ppls[1]
-    assert table["ptfs-cosine"]["appl"] is None  # it has no version 2 here
+    found = json.loads(cli(trained, cpt := run / "cpt-cosine" / "v2" / "step-000020", "--json"))
+    assert list(found) == [str(trained), str(cpt)]
+    one, two = ({form: f"{s['ppl']:{form}} ({s['se']:{form}})" for form in (".2f", ".3f")} for s in found.values())
+    head, *rows, last = cli(run).splitlines()
+    assert rows[0].split() == ["cpt-cosine", *one[".2f"].split(), *two[".2f"].split(), f"{found[str(cpt)]['ppl']:.2f}"]
+    assert rows[1].split() == ["ptfs-cosine", *one[".2f"].split(), "-", "-"]  # it has no version 2 here
+    assert (
+        head.endswith("APPL of V2")
+        and last.startswith("val: ")
+        and last.endswith(" documents")
+        and "; SE over " in last
+    )
     assert train_cli("--mode", "ptfs", "--version", "2") == 0
-    assert json.loads(cli(run, "--json"))["cpt-cosine"]["appl"] == ppls[1]
-    text = cli(run)
-    assert f"{ppls[1]:.2f}" in text and "V2" in text and "documents" in text
-    assert f"{ppls[1] - ppls[0]:+.3f} (SE" in cli(trained, run / "cpt-cosine" / "v2" / "step-000020")
+    assert cli(run).splitlines()[1] == rows[0]
+    first, second = cli(trained, cpt).splitlines()[1:3]
+    difference = found[str(cpt)]["ppl"] - found[str(trained)]["ppl"]
+    assert first.split()[:-1] == [str(trained), *one[".3f"].split(), "-"]
+    assert second.split()[:4] == [str(cpt), *two[".3f"].split(), f"{difference:+.3f}"] and second.split()[4][0] == "("
+    assert second.split()[-1] == f"{found[str(cpt)]['loss']:.4f}"
 
 
 def test_versions_are_found_by_what_is_recorded(trained, tmp_path):
@@ -285,6 +285,22 @@ def test_a_sample_continues_its_prompt_and_repeats_with_its_seed(trained, cli):
     assert len(text) > 100
 
 
+@pytest.mark.parametrize("script, more", [(evaluation, ()), (sample, ("--prompt", "x"))])
+def test_an_empty_name_is_not_the_current_folder(trained, prepared, cli, monkeypatch, script, more):
+    for there, args in ((prepared, (trained, "--data", "")), (trained, ("",))):
+        monkeypatch.chdir(there)
+        said = cli(*args, *more, script=script, code=2)
+        assert "got '', expected a folder" in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "option", ["--length 0", "--temperature nan", "--temperature -1", "--top_p 0", "--top_p 1.5", "--seed -1"]
+)
+def test_options_of_a_sample_are_refused_by_name(trained, cli, option):
+    said = cli(trained, "--prompt", "x", *option.split(), script=sample, code=2)
+    assert said.startswith(f"x: error: {option.split()[0]}: got ") and "expected" in said
+
+
 def test_bad_input(trained, tmp_path, prepared, cli):
     (tmp_path / "empty").mkdir()
     for args, words in [
@@ -292,7 +308,7 @@ def test_bad_input(trained, tmp_path, prepared, cli):
         ([tmp_path / "empty"], "is no checkpoint; expected RUN"),
         ([trained, tmp_path / "empty"], "is no checkpoint"),
         ([trained, "--data", tmp_path / "empty"], "no prepared data"),
-        ([trained, "--data", ""], "no prepared data"),
+        ([trained, "--text", "val-v2"], f"--text: got val-v2, expected one of {prepared}: val, v1, v2, v3, v4"),
         ([trained, "--context", "x"], "invalid int value"),
         ([trained, "--context", "64"], "--context: got 64, expected 0 to 32"),
         ([trained, "--context", "-1"], "--context: got -1, expected 0 to 32"),
@@ -324,29 +340,20 @@ def test_models_are_those_of_their_configs(trained):
     assert sum(p.numel() for p in net.parameters()) == shape.parameters and meta["step"] == 10
 
 
-def test_several_texts_and_the_mean_over_those_seen(train_cli, prepared, tmp_path, cli):
-    """PPL on each held-out text is that of scoring it alone; an increment that is still to come is not in the mean."""
+def test_every_text_of_a_folder_can_be_scored(train_cli, prepared, tmp_path, cli):
+    """Also one that was held out later, of an increment that the checkpoint has not seen."""
     folder = shutil.copytree(prepared, tmp_path / "data")
     lines = [json.dumps({"text": f"{n} other words, {n * n} of them, " * 40}) for n in range(60)]
     (tmp_path / "new.jsonl").write_text("\n".join(lines))
     prepare.add(str(folder), [str(tmp_path / "new.jsonl")], jobs=1, val=0.3)
-    for version in ("4", "5"):
-        assert train_cli("--mode", "ptfs", "--version", version, "--plan.steps", "4", data=folder) == 0
-    run = tmp_path / "run"
-    old, new = run / "ptfs-cosine" / "v4" / "step-000016", run / "ptfs-cosine" / "v5" / "step-000020"
-    alone = {
-        (p, name): evaluation.score(p, CPU, evaluation.Text(name=name))
-        for p in (old, new)
-        for name in ("val", "val-v5")
-    }
-    found = json.loads(cli(old, new, "--json"))
-    for p, seen in ((old, ["val"]), (new, ["val", "val-v5"])):
-        row = found[str(p)]
-        assert {n: t["ppl"] for n, t in row["texts"].items()} == {n: alone[p, n].ppl for n in ("val", "val-v5")}
-        assert row["seen"] == len(seen) and row["mean_loss"] == pytest.approx(np.mean([alone[p, n].loss for n in seen]))
-    said = cli(run).splitlines()
-    assert said[0].split()[2:4] == ["val", "val-v5"] and [line.split()[1] for line in said[1:]] == ["V4", "V5"]
-    assert said[1].endswith("of 1") and said[2].endswith("of 2")
-    # folders by --data, each once
-    both = json.loads(cli(old, "--data", prepared, "--data", folder, "--json"))[str(old)]
-    assert list(both["texts"]) == [f"{prepared}/val", f"{folder}/val", f"{folder}/val-v5"] and both["seen"] == 2
+    assert train_cli("--mode", "ptfs", "--version", "1", data=folder) == 0
+    path = tmp_path / "run" / "ptfs-cosine" / "v1" / "step-000010"
+    found = {}
+    for name in ("val", "val-v5", "v5"):
+        s = evaluation.score(path, CPU, evaluation.Text(name=name))
+        assert s.tokens.sum() == len(np.fromfile(folder / f"{name}.bin", "<u2")) - 1
+        found[name] = json.loads(cli(path, "--text", name, "--json"))[str(path)]["ppl"]
+        assert found[name] == s.ppl and f"{s.ppl:.2f}" in cli(tmp_path / "run", "--text", name)
+    assert len(set(found.values())) == 3
+    there = evaluation.score(path, CPU, evaluation.Text(str(prepared)))
+    assert json.loads(cli(path, "--data", prepared, "--json"))[str(path)]["ppl"] == there.ppl

@@ -1,6 +1,5 @@
 """Means, spreads, differences, verdicts and costs against numbers written out by hand."""
 
-import json
 import math
 import sys
 
@@ -10,7 +9,8 @@ import pytest
 import config
 import cost
 import eval as evaluation
-from paper import measure, report, scales, tables
+from paper import measure, report, scales, table, tables
+from runtime.errors import UserError
 
 # PPL of three seeds. V2, V3 and V4 of CPT have the means 30, 40 and 50
 CPT = {"V2": [27.0, 30.0, 33.0], "V3": [38.0, 40.0, 42.0], "V4": [46.0, 51.0, 53.0]}
@@ -30,9 +30,9 @@ def score(ppl):
 def record(ours, cpt):
     """What measure makes of the PPLs {column: one a seed} of two rows: one claim a column."""
     columns = list(cpt)
-    rows = [tables.Row("", name, {"paradigm": name}, {}) for name in ("Ours", "CPT")]
-    claims = [tables.below(f"ours is below CPT in {c}", [""], [c], "Ours", "CPT") for c in columns]
-    t = tables.Table("t", "T", columns, rows, claims, [("Ours", "CPT")])
+    rows = [table.Row("", name, {"paradigm": name}, {}) for name in ("Ours", "CPT")]
+    claims = [table.below(f"ours is below CPT in {c}", [""], [c], "Ours", "CPT") for c in columns]
+    t = table.Table("t", "T", columns, rows, claims, [("Ours", "CPT")])
     found = {("", n, c): [score(x) for x in of[c]] for n, of in (("Ours", ours), ("CPT", cpt)) for c in columns}
     return measure.measure(t, found, [1, 2, 3][: len(cpt[columns[0]])], columns)
 
@@ -124,38 +124,40 @@ def test_costs_that_tables_print():
     assert s.cost(scales.Run("cpt"), "table2") == 40 / 90
 
 
-@pytest.fixture
-def cost_json(monkeypatch, capsys):
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["cost.py", "--config", "1.2b", "--json", *args])
-        cost.main()
-        return json.loads(capsys.readouterr().out)
-
-    return run
+def costs_of_1_2b(convention, **overrides):
+    rows = cost.table(config.load("1.2b", overrides), convention, mfu=0.5, peak=1e15, price=2)
+    return {r["paradigm"]: r for r in rows}
 
 
-def test_cost_in_days_and_of_the_next_version(monkeypatch, capsys):
-    """Eight versions of 3.1B on eight GPUs; the ninth alone takes 9T, T, (1 + alpha) T and T."""
-    words = "cost.py --config 3.1b --plan.versions 8 --gpus 8 --mfu 0.5 --peak 1e15 --price 2".split()
+def test_cost_as_it_is_printed(monkeypatch, capsys):
+    """Eight versions of 3.1B."""
+    words = "cost.py --config 3.1b --plan.versions 8 --mfu 0.5 --peak 1e15 --price 2".split()
     monkeypatch.setattr(sys, "argv", words)
     cost.main()
     head, *rows, last = capsys.readouterr().out.splitlines()[1:]
-    assert "days on 8 GPUs  days for the next (V9)" in head and "all segments of all versions" in last
+    assert head.split()[-2:] == ["GPU-hours", "price"] and "Counted as in section3.2" in last
     c = config.load("3.1b")
-    step = c.train.batch_tokens * c.model.flops_per_token() / 0.5e15 / 86400 / 8  # days
-    for row, steps, new in zip(rows, (360_000, 80_000, 122_000, 80_000), (90_000, 10_000, 16_000, 10_000), strict=True):
-        assert [float(v) for v in row.split()[-3:-1]] == pytest.approx([steps * step, new * step], rel=5e-3)
+    step = c.train.batch_tokens * c.model.flops_per_token() / 0.5e15 / 3600  # GPU-hours
+    for row, steps in zip(rows, (360_000, 80_000, 122_000, 80_000), strict=True):
+        _, count, _, relative, *_, hours, price = row.replace(",", "").split()
+        assert (int(count), relative) == (steps, f"{steps / 360_000:.2f}x")
+        assert [float(hours), float(price)] == pytest.approx([steps * step, 2 * steps * step], rel=5e-3)
 
 
-def test_cost_script_of_1_2b(cost_json):
-    made = cost_json("--mfu", "0.5", "--peak", "1e15", "--price", "2")
+def test_table2_counts_nothing_of_one_version(monkeypatch):
+    monkeypatch.setattr(sys, "argv", "cost.py --plan.versions 1 --convention table2".split())
+    with pytest.raises(UserError, match="--convention: table2 counts from version 2 on; give --plan.versions 2"):
+        cost.main()
+
+
+def test_costs_of_1_2b():
+    model = config.load("1.2b").model
     # 24 blocks of 4 x 1,536^2 + 3 x 1,536 x 6,144 = 37,748,736 weights and two norms, two embeddings of 100,277, a norm
-    assert made["parameters"] == 1_214_095_872
+    assert model.parameters == 1_214_095_872
     # 6 x (24 x 37,748,736 + 100,277 x 1,536), and 6 x 24 x 1,536 x 2,048 of attention
-    assert made["flops_per_token"] == 6_812_955_648
-    assert made["convention"] == "section3.2"
-    rows = {r.pop("paradigm"): r for r in made["rows"]}
-    assert rows.pop("average") == rows["cpt"]
+    assert model.flops_per_token() == 6_812_955_648
+    rows = costs_of_1_2b("section3.2")
+    assert rows.pop("average") | {"paradigm": "cpt"} == rows["cpt"]
     steps = {"ptfs": 100_000, "cpt": 40_000, "ours": 58_000}
     tokens = {"ptfs": 104_857_600_000, "cpt": 41_943_040_000, "ours": 60_817_408_000}  # 1,048,576 a step
     relative = {"ptfs": 1.0, "cpt": 0.4, "ours": 0.58}
@@ -170,8 +172,8 @@ def test_cost_script_of_1_2b(cost_json):
     assert {n: r["price"] for n, r in rows.items()} == pytest.approx({n: 2 * h for n, h in hours.items()}, rel=1e-4)
 
 
-def test_cost_script_counting_as_table2_does(cost_json):
-    rows = {r["paradigm"]: r for r in cost_json("--convention", "table2")["rows"]}
+def test_costs_counted_as_table2_does():
+    rows = costs_of_1_2b("table2")
     assert {n: r["steps"] for n, r in rows.items()} == {
         "ptfs": 90_000,
         "cpt": 40_000,
@@ -185,5 +187,5 @@ def test_cost_script_counting_as_table2_does(cost_json):
         "average": 40 / 90,
     }
     # Table 13: the branch stays 6,000 steps long
-    unequal = {r["paradigm"]: r["steps"] for r in cost_json("--plan.increments", "10000,30000")["rows"]}
+    unequal = {n: r["steps"] for n, r in costs_of_1_2b("section3.2", **{"plan.increments": "10000,30000"}).items()}
     assert unequal == {"ptfs": 50_000, "cpt": 40_000, "ours": 46_000, "average": 40_000}

@@ -234,7 +234,7 @@ def test_cycles_longer_than_the_run():
         ("--plan.cycle inf --plan.schedule knee", "cycle: goes with the cosine schedule"),
         ("--paradigm cpt --plan.cpt_variant up", "cpt_variant: got 'up'"),
         ("--plan.schedule inverse_sqrt --plan.warmup 0", "warmup: got 0"),
-        ("--alpha 0.4", "unknown argument --alpha; did you mean --plan.alpha?"),
+        ("--alpha 0.4", "unrecognized arguments: --alpha 0.4; did you mean --plan.alpha?"),
         ("--config nothing", "there is no"),
     ],
 )

@@ -1,0 +1,294 @@
+"""How long to decay: predicted from the log of a main path and of a few short probes, by two fitted laws (laws.py).
+
+    python train.py --config tiny --mode main --train.eval_every 20          the main path; it may still run
+    python train.py --config tiny --mode branch --version 1 --plan.schedule step_down --plan.decay_steps 40    a probe
+    python -m tools.alpha out/tiny                     the perplexity of every version by the length of its branch
+    python -m tools.alpha out/tiny main ours-step_down-d40/v1      fitted to these segments alone
+
+The length of a branch is the shortest within `--tolerance` percent of the best perplexity. Its interval is over both
+laws, and over fits to randomly weighted points; wider than 0.2 of an increment, the length is undetermined.
+"""
+
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import cost
+import schedule
+from runtime.command_line import Parser, aligned
+from runtime.errors import UserError, refuse, user_errors
+from runtime.files import read_log
+from schedule import Plan, Segment, round_half_up
+from text.sources import optional, progress_bar
+from tools.paths import COLOURS, canvas, finish
+
+FEWEST = 14  # validation losses: twice the parameters of the larger law
+WIDEST = 0.2  # interval of a length, in increments, that still determines it
+STEP = 0.05  # between the lengths that are tried, in increments
+LOW = 0.5  # of the maximal rate: a segment that ends below it is a probe
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The validation losses of a segment, and the rates of all updates that led to them."""
+
+    name: str
+    config: dict[str, Any]  # as the log records it
+    rates: list[float]  # parts of the maximal one
+    losses: dict[int, float]  # by step, after the warm-up
+    average: dict[int, float]  # of a main path's running mean
+    reached: int  # the last step in the log
+
+
+# ---- Logs and paths --------------------------------------------------------------------------------------------------
+
+
+def plan_of(recorded: dict[str, Any]) -> Plan:
+    """The plan in the config that a log records; a key that came later has its default."""
+    p = Plan(**{f.name: recorded.get(f"plan.{f.name}", getattr(Plan(), f.name)) for f in fields(Plan)})
+    return replace(p, decay_steps=[p.decay_steps]) if isinstance(p.decay_steps, int) else p
+
+
+def all_segments(p: Plan) -> dict[str, Segment]:
+    """The segments of all paradigms of a plan by name."""
+    paradigms = [x for x in schedule.PARADIGMS if x != "ours" or p.branches]
+    return {s.name: s for paradigm in paradigms for s in schedule.plan(paradigm, p)}
+
+
+def rates(segments: dict[str, Segment], name: str, end: int, max_lr: float) -> list[float]:
+    """The rates of updates 0 .. end - 1 on the path that leads through a segment, as parts of the maximal one."""
+    s = segments[name]
+    before = rates(segments, *s.parent, max_lr) if s.parent else []
+    return before + [s.lr(i) / max_lr for i in range(s.start, end)]
+
+
+def branch(p: Plan, end: int, d: int) -> list[float]:
+    """The rates of the main path and of a branch of d steps that ends at step `end`, as parts of the maximal one."""
+    on_main, decaying = schedule.path(p, 0, end - d, p.warmup, 0), schedule.path(p, end - d, end, 0, d)
+    return [(on_main(i) if i < end - d else decaying(i)) / p.max_lr for i in range(end)]
+
+
+def lengths(p: Plan, end: int) -> list[int]:
+    """Steps of the branches to try that end at a step: by STEP up to two increments, or to the warm-up."""
+    return [d for k in range(1, round(2 / STEP) + 1) if (d := round_half_up(k * STEP, p.T[0])) <= end - p.warmup]
+
+
+def read(run: Path, names: list[str]) -> list[Curve]:
+    """The curves of the segments `names`; none: of the main path and of all branches that leave it."""
+    found = []
+    for name in names or ["main", *sorted(f.parent.relative_to(run).as_posix() for f in run.glob("*/v*/log.jsonl"))]:
+        if not (run / name / "log.jsonl").is_file():
+            raise UserError(f"{run / name}: has no log.jsonl; expected a segment of a run, as main or ours-cosine/v1")
+        log = read_log(run / name)
+        recorded = [r["config"] for r in log if "config" in r][-1]
+        p = plan_of(recorded)
+        segments = all_segments(p)
+        s = segments.get(name)
+        if names and s is None:
+            raise UserError(f"{run / name}: is no segment of its plan; expected one of {', '.join(segments)}")
+        if s and (names or (s.paradigm in ("main", "branch") and not p.from_mean)):
+            own, average = ({r["step"]: r[k] for r in log if r.get(k)} for k in ("val_loss", "average_val_loss"))
+            losses = {step: loss for step, loss in own.items() if step > max(s.start, p.warmup)}
+            path = rates(segments, name, max([s.start, *losses]), p.max_lr)
+            reached = max([s.start, *(r["step"] for r in log if "step" in r)])
+            found.append(Curve(name, recorded, path, losses, average, reached))
+    return found
+
+
+def problems(curves: list[Curve], run: Path) -> list[str]:
+    """Why these curves cannot be fitted, one line each."""
+    first, found = curves[0], []
+    for c in curves:
+        for key in ("plan.max_lr", "train.eval_tokens", "train.batch_tokens"):
+            if (here := c.config[key]) != (there := first.config[key]):
+                found.append(
+                    f"{key}: got {here} in {c.name}, {there} in {first.name}; expected one, leave out the other"
+                )
+        for key in ("data.repeat", "data.unique", "data.replay"):
+            if c.config.get(key):
+                found.append(f"{key}: got {c.config[key]} in {c.name}; the laws are of text that is read once")
+    if (points := sum(len(c.losses) for c in curves)) < FEWEST:
+        found.append(
+            f"{run}: got {points} validation losses after the warm-up, expected {FEWEST}; lower train.eval_every"
+        )
+    if not any(c.losses and c.rates[-1] < LOW for c in curves):
+        probe = "train.py .. --mode branch --version 1 --plan.schedule step_down --plan.decay_steps STEPS"
+        found.append(f"{run}: got no loss at a low rate, expected a probe; train one: {probe}")
+    return found
+
+
+# ---- Predictions -----------------------------------------------------------------------------------------------------
+
+
+def fitted(curves: list[Curve], bar: Any = None) -> Any:
+    from tools.laws import Fit  # needs scipy
+
+    points = [(c.rates[:step], loss) for c in curves for step, loss in c.losses.items()]
+    return Fit([path for path, _ in points], [loss for _, loss in points], plan_of(curves[0].config).T[0], bar)
+
+
+def ppl(fit: Any, paths: list[list[float]]) -> np.ndarray:
+    """(3, paths): perplexities, the mean of both laws; their lowest and highest over laws and refits."""
+    nats = fit.losses(paths)
+    low, high = np.quantile(nats, (0.05, 0.95), axis=1)
+    return np.exp([nats[:, 0].mean(0), low.min(0), high.max(0)])
+
+
+def choose(fit: Any, p: Plan, tolerance: float) -> dict[str, tuple[int, int, int]]:
+    """(steps, the interval's ends) of each version's branch, and of one length for all versions from the second on."""
+    ends = {f"V{i}": [p.end(i)] for i in range(1, len(p.T) + 1)}
+    found = {}
+    for name, of in (ends | {"all": [p.end(i) for i in range(2, len(p.T) + 1)]}).items():
+        tried = lengths(p, p.end(1) if name == "all" else of[0])
+        mean = np.exp([fit.losses([branch(p, end, d) for d in tried]) for end in of]).mean(0)
+        short = (mean <= (1 + tolerance) * mean.min(-1, keepdims=True)).argmax(-1)  # (laws, fits)
+        best = short[:, 0].mean()
+        low, high = np.quantile(short, (0.05, 0.95), axis=1)
+        found[name] = (tried[round(best)], tried[int(min(low.min(), best))], tried[int(np.ceil(max(high.max(), best)))])
+    return found
+
+
+def held_out(curves: list[Curve], probes: list[Curve], bar: Any) -> list[str]:
+    """Each of several probes, predicted by a fit to all other curves."""
+    said = []
+    for probe in probes:
+        end = max(probe.losses)
+        ((x,), (low,), (high,)) = ppl(fitted([c for c in curves if c is not probe], bar), [probe.rates[:end]])
+        got = np.exp(probe.losses[end])
+        said.append(f"{probe.name}: {x:.2f} ({low:.2f}..{high:.2f}) predicted from the others, {got:.2f} measured")
+    return said
+
+
+def compare(fit: Any, p: Plan, decays: list[int], average: dict[int, float]) -> list[list[str]]:
+    """A row a paradigm: its cost and predicted PPL with their intervals; of averaging the measured ones."""
+    alphas = [d for part in (0.2, 0.4, 0.6, 0.8) if (d := round_half_up(part, p.T[0])) <= p.T[0] - p.warmup]
+    plans = {"ptfs": p, "cpt": p, **{f"ours, {d:,} steps": replace(p, alpha=None, decay_steps=[d]) for d in alphas}}
+    plans["ours, lengths as above"] = replace(p, alpha=None, decay_steps=decays)
+    rows, whole = [["", "cost", *(f"V{i}" for i in range(1, len(p.T) + 1))]], cost.steps("ptfs", p)
+    for name, q in plans.items():
+        paradigm, segments = name.split(",")[0], all_segments(q)
+        versions = [s for s in schedule.plan(paradigm, q) if s.paradigm != "main"]
+        found = ppl(fit, [rates(segments, s.name, s.end, p.max_lr) for s in versions])
+        cells = [f"{x:.2f} ({low:.2f}..{high:.2f})" for x, low, high in found.T]
+        rows.append([name, f"{cost.steps(paradigm, q) / whole:.2f}x", *cells])
+    if average:
+        ends = [p.end(i) for i in range(1, len(p.T) + 1)]
+        measured = [f"{np.exp(average[end]):.2f}" if end in average else "-" for end in ends]
+        rows.append(["running mean, measured", f"{cost.steps('average', p) / whole:.2f}x", *measured])
+    return rows
+
+
+def now(fit: Any, p: Plan, step: int) -> list[list[str]]:
+    """What a branch that leaves the main path at `step` would cost and reach, by its length."""
+    tried = [d for part in (0.1, 0.2, 0.4, 0.6, 0.8, 1) if (d := round_half_up(part, p.T[0]))]
+    found = ppl(fit, [branch(p, step + d, d) for d in tried]).T
+    rows = [
+        [f"{d:,} steps", f"{step + d:,}", f"{x:.2f} ({a:.2f}..{b:.2f})"]
+        for d, (x, a, b) in zip(tried, found, strict=True)
+    ]
+    return [["branch", "released at step", "PPL"], *rows]
+
+
+def warnings(curves: list[Curve], p: Plan, chosen: dict[str, tuple[int, int, int]]) -> list[str]:
+    """What must not be believed without a measurement."""
+    seen, lowest = max(len(c.rates) for c in curves), min(min(c.rates[p.warmup :]) for c in curves)
+    said = ["where increments differ in kind: the laws are of one mixture of text"]
+    if later := [f"V{i}" for i in range(1, len(p.T) + 1) if p.end(i) > seen]:
+        said.append(f"{', '.join(later)}: extrapolated from {seen:,} steps")
+    if (least := p.lowest_lr / p.max_lr) < 0.99 * lowest:
+        said.append(f"any length: rates down to {least:.3g} of the maximal one are predicted, {lowest:.3g} was seen")
+    if not any(b > a for c in curves for a, b in pairwise(c.rates[p.warmup :])):
+        said.append("CPT: no rate that rises again was seen")
+    said += [f"{name}: undetermined; another probe narrows its interval" for name in chosen if wide(chosen[name], p)]
+    return said
+
+
+def wide(found: tuple[int, int, int], p: Plan) -> bool:
+    return (found[2] - found[1]) / p.T[0] > WIDEST + 1e-9
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+def until(curves: list[Curve], step: int) -> list[Curve]:
+    """The curves as they were when the main path was at a step."""
+    return [
+        c for c in (replace(c, losses={s: x for s, x in c.losses.items() if s <= step}) for c in curves) if c.losses
+    ]
+
+
+def picture(chosen: dict[int, dict[str, tuple[int, int, int]]], fit: Any, p: Plan, file: str) -> None:
+    """Predicted PPL by length, with its interval, and the lengths by how much of the log was read."""
+    fig, (left, right) = canvas(["PPL by the length of the branch", "the length, as the log grew"], 5)
+    for i in range(1, len(p.T) + 1):
+        tried, colour = lengths(p, p.end(i)), COLOURS[(i - 1) % 6]
+        x, low, high = ppl(fit, [branch(p, p.end(i), d) for d in tried])
+        left.plot(tried, x, color=colour, label=f"V{i}")
+        left.fill_between(tried, low, high, color=colour, alpha=0.2)
+        best, low, high = np.array([of[f"V{i}"] for of in chosen.values()]).T
+        right.plot(list(chosen), best, color=colour, marker="o", markersize=3)
+        right.fill_between(list(chosen), low, high, color=colour, alpha=0.2)
+    left.set(xlabel="steps of the branch", ylabel="PPL on the validation tokens of training")
+    right.set(xlabel="steps that the log has", ylabel="steps of the branch")
+    finish(fig, file, [left])
+
+
+def main() -> None:
+    a = Parser(prog="tools.alpha", description=__doc__, usage="python -m tools.alpha RUN [SEGMENT ..] [--option ..]")
+    a.add_argument("run", type=Path, help="the folder of a run, as out/tiny")
+    a.add_argument("segment", nargs="*", help="fit to these alone [the main path and all branches]")
+    a.add_argument("--tolerance", type=float, default=0.5, help="percent of PPL above the best [0.5]")
+    a.add_argument("--versions", type=int, help="to predict [those of the plan]")
+    a.add_argument("--plot", metavar="FILE", help="draw PPL by length, and how the lengths settled as the log grew")
+    o = a.parse_args()
+    for name, value, low, high in (("tolerance", o.tolerance, 0.01, 10), ("versions", o.versions or 2, 2, 100)):
+        if not low <= value <= high:
+            raise UserError(f"--{name}: got {value}, expected {low} to {high}")
+    curves = read(o.run, list(dict.fromkeys(o.segment)))
+    refuse(problems(curves, o.run))
+    optional("scipy", "scipy", "fitting the laws")
+    from tools.laws import FITS
+
+    p, tolerance = plan_of(curves[0].config), o.tolerance / 100
+    if o.versions:
+        p = replace(p, increments=[*p.T, *[p.T[-1]] * o.versions][: o.versions])
+    steps = sorted({s for c in curves for s in c.losses})
+    early = [s for s in steps[:-1] if not problems(until(curves, s), o.run)]  # the log could be fitted there
+    shown = [*early[:: max(1, len(early) // 4)][:4], steps[-1]] if o.plot else steps[-1:]
+    probes = [c for c in curves if c.rates[-1] < LOW]
+    others = probes if len(probes) > 1 else []
+    with progress_bar("fitting", FITS * (len(shown) + len(others)), "fit") as bar:
+        fits = {step: fitted(until(curves, step), bar) for step in shown}
+        predicted = held_out(curves, others, bar)
+    fit = fits[steps[-1]]
+    chosen = {step: choose(of, p, tolerance) for step, of in fits.items()}
+    lasts = chosen[steps[-1]]
+
+    missed = ", ".join(f"{1e3 * nats:.1f} by {law}" for law, nats in zip(fit.parameters, abs(fit.residuals).mean(1)))
+    print(
+        f"{fit.residuals.shape[1]} validation losses of {', '.join(c.name for c in curves)}; milli-nats missed: {missed}"
+    )
+    print("\n".join(predicted))
+    print(f"\nThe shortest branch within {tolerance:.2%} of the best PPL (interval), as a part of an increment")
+    rows = [
+        [n, f"{d:,} steps", *(f"{x / p.T[0]:.2f}" for x in of), "undetermined" * wide(of, p)]
+        for n, of in lasts.items()
+        for d in of[:1]
+    ]
+    print(aligned([["", "", "alpha", "from", "to", ""], *rows]))
+    print("\nPredicted PPL (interval)")
+    print(aligned(compare(fit, p, [lasts[f"V{i}"][0] for i in range(1, len(p.T) + 1)], curves[0].average)))
+    print(f"\nA branch that leaves the main path now, at step {curves[0].reached:,}")
+    print(aligned(now(fit, p, curves[0].reached)))
+    print("\nNot safe to believe\n" + "\n".join(f"- {line}" for line in warnings(curves, p, lasts)))
+    if o.plot:
+        picture(chosen, fit, p, o.plot)
+        print(f"\n{o.plot}")
+
+
+if __name__ == "__main__":
+    with user_errors("tools.alpha"):
+        main()
