@@ -256,8 +256,7 @@ def check_model(where: Path, meta: dict[str, Any], c: Config, tokenizer: str) ->
     if c.model.context > model.context:
         raise UserError(f"model.context: got {c.model.context}, expected at most the {model.context} of {where}")
     if meta["data"].get("tokenizer") != tokenizer:
-        fix = "prepare the text with its own: data.py prepare --tokenizer .."
-        raise UserError(f"{where}: has another tokenizer than data.path {c.data.path}; {fix}")
+        raise UserError(f"{where}: has another tokenizer than data.path {c.data.path}; prepare the text with its own")
 
 
 def resume_step(folder: Path, required: list[int], points: Iterable[int] = ()) -> int | None:

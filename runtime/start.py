@@ -67,8 +67,7 @@ def open_data(run: Run, world: World, beat: Callable[[str], None], home: Path) -
 def check_vocabulary(c: config.Config, size: int) -> None:
     """UserError unless the model has as many ids as the data."""
     if size != c.model.vocab_size:
-        expected = f"expected {size}, the vocabulary of data.path {c.data.path}"
-        raise UserError(f"model.vocab_size: got {c.model.vocab_size}, {expected}")
+        raise UserError(f"model.vocab_size: got {c.model.vocab_size}, expected {size} as in data.path {c.data.path}")
 
 
 def check_shipped(run: Run) -> None:
@@ -115,16 +114,15 @@ def find_start(run: Run, tokens: Tokens | SFTData) -> Start:
     if there and given and (given / "meta.json").exists():
         begun = checkpoint.read_meta(checkpoint.path(folder, there[0])).get("parent") or {}
         if begun.get("hash") != checkpoint.read_meta(given)["hash"]:
-            fix = "leave it out, or choose another --out"
-            raise UserError(f"--parent {origin}: {folder} was begun from another; {fix}")
+            raise UserError(f"--parent {origin}: {folder} was begun from another; choose another --out")
     for step in done:
         checkpoint.verify(checkpoint.path(folder, step), checksums=False)
     for step in there:  # all of them: one folder never holds two runs
         if step <= s.end or s.paradigm == "sft":
             resume.check_lineage(checkpoint.path(folder, step), c, s, tokens)
         elif s.paradigm != "main":  # which may be longer
-            fix = "go back to its config, or choose another --out"
-            raise UserError(f"{checkpoint.path(folder, step)}: is past step {s.end}, where {s.name} ends here; {fix}")
+            where = checkpoint.path(folder, step)
+            raise UserError(f"{where}: is past step {s.end}, where {s.name} ends here; choose another --out")
     for step in checkpoint.steps(folder / checkpoint.POINTS):
         if step <= s.end:
             resume.check_lineage(checkpoint.path(folder / checkpoint.POINTS, step), c, s, tokens)

@@ -267,7 +267,7 @@ def test_a_shorter_version_does_not_share_a_folder_with_a_longer_one(train_cli, 
     assert train_cli("--mode", "ptfs", "--version", "2") == 0
     before = sorted((tmp_path / "run").rglob("*"))
     assert train_cli("--mode", "ptfs", "--version", "2", "--plan.increments", "10,8") == 2
-    assert "step-000020: is past step 18, where ptfs-cosine/v2 ends here; go back" in capsys.readouterr().err
+    assert "step-000020: is past step 18, where ptfs-cosine/v2 ends here; choose" in capsys.readouterr().err
     assert sorted((tmp_path / "run").rglob("*")) == before
 
 
