@@ -2,7 +2,9 @@
 
     python eval.py out/tiny                             a run: versions x paradigms, APPL, standard errors
     python eval.py out/tiny/main/step-000080 OTHER ..   any checkpoints, and their differences from the first one
-    python eval.py out/tiny --text val-v5               another text of the same folder, or of another by --data
+    python eval.py out/tiny --data data/books --data data/code      PPL by text, and the mean over those seen
+
+A folder to which text was added has a held-out text for each addition (`val-v5`), and all are scored.
 
 PPL = exp(mean negative log-likelihood of a token). Standard errors are over documents: tokens of one document are not
 independent, so a document is the unit, and two checkpoints are compared document by document.
@@ -38,7 +40,7 @@ class Text(NamedTuple):
     """What to score on: a text of a prepared folder, in sequences of `context` tokens."""
 
     folder: str | None = None  # None: the checkpoint's own data
-    name: str = "val"  # or "val-v5", held out of an increment that was added, or "v5"
+    name: str = "val"  # or "val-v5", held out of an increment that was added
     context: int = 0  # 0: as long as the model's
 
 
@@ -108,10 +110,7 @@ def open_data(path: Path, text: Text = OWN) -> tuple[data.Tokens, str]:
     tokens = data.Tokens(folder, text.context or c.context, 1, [1], 0)
     if (tokens.meta["tokenizer_sha256"], tokens.meta["vocab_size"]) != (meta["data"]["tokenizer"], c.vocab_size):
         raise UserError(f"--data {tokens.folder}: its tokenizer is not that of {path}; choose the data of its training")
-    hashes = {part["name"]: part["sha256"]["bin"] for part in token_files.parts(tokens.meta)}
-    if text.name not in hashes:
-        raise UserError(f"--text: got {text.name}, expected one of {tokens.folder}: {', '.join(hashes)}")
-    return tokens, hashes[text.name]
+    return tokens, next(p["sha256"]["bin"] for p in token_files.parts(tokens.meta) if p["name"] == text.name)
 
 
 @torch.no_grad()
@@ -193,21 +192,51 @@ def checkpoint_table(known: dict[Path, Score]) -> list[list[str]]:
     return table
 
 
+def held_out(path: Path, folder: str | None) -> dict[str, str | None]:
+    """{held-out text of a folder: SHA-256 of the increment that it was added with; None: the first ones}."""
+    meta = open_data(path, Text(folder))[0].meta
+    return {"val": None, **{p["val"]["name"]: p["sha256"]["bin"] for p in meta["increments"] if "val" in p}}
+
+
+def text_table(
+    rows: dict[str, Path], known: dict[str, dict[Path, Score]], increments: dict[str, str | None]
+) -> list[list[str]]:
+    """A row a checkpoint: PPL (SE) by text, and the mean nats over those whose increment it has seen."""
+    table = [["PPL (SE)", *known, "mean nats of those seen"]]
+    for label, path in rows.items():
+        seen = [None, *checkpoint.read_meta(path)["data"]["increments"]]
+        losses = [of[path].loss for name, of in known.items() if increments[name] in seen]
+        cells = [with_se(of[path].ppl, of[path].se, ".2f") for of in known.values()]
+        table.append([label, *cells, f"{np.mean(losses):.4f} of {len(losses)}"])
+    return table
+
+
 def main() -> None:
     a = Parser(prog="eval.py", description=__doc__)
-    a.add_checkpoints()
-    a.add_argument("--text", default="val", help="val-v5, held out of an increment that was added, or v5 [val]")
+    a.add_checkpoints(several=True)
     a.add_argument("--context", type=int, default=0, help="tokens of a sequence, to compare models [the model's]")
     o = a.parse_args()
     run = resume.finished(o.path[0]) if len(o.path) == 1 else {}  # nothing if it is a checkpoint
     paths = sorted({p for versions in run.values() for p in versions.values()}) or o.path
-    known = scores(paths, pick_device(o.device, 0), Text(o.data, o.text, o.context))
+    device, known, increments = pick_device(o.device, 0), dict[str, dict[Path, Score]](), dict[str, str | None]()
+    for folder in o.data or [None]:
+        for name, increment in held_out(paths[0], folder).items():
+            label = f"{folder}/{name}" if len(o.data or ()) > 1 else name
+            known[label], increments[label] = scores(paths, device, Text(folder, name, o.context)), increment
+    first, *others = known.values()
     if o.json:
-        print(json.dumps({str(p): {"ppl": s.ppl, "se": s.se, "loss": s.loss} for p, s in known.items()}, indent=1))
-        return
-    print(aligned(run_table(run, known) if run else checkpoint_table(known)))
-    tokens = known[paths[0]].tokens
-    print(f"{o.text}: {tokens.sum():,} tokens; SE over {len(tokens)} documents")
+        rows = {
+            name: {str(p): {"ppl": s.ppl, "se": s.se, "loss": s.loss} for p, s in of.items()}
+            for name, of in known.items()
+        }
+        print(json.dumps(rows, indent=1))
+    elif others:
+        labels = {f"{name} V{v}": p for name, versions in run.items() for v, p in versions.items()}
+        print(aligned(text_table(labels or {str(p): p for p in paths}, known, increments)))
+    else:
+        print(aligned(run_table(run, first) if run else checkpoint_table(first)))
+        tokens = first[paths[0]].tokens
+        print(f"{next(iter(known))}: {tokens.sum():,} tokens; SE over {len(tokens)} documents")
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ class Parser(argparse.ArgumentParser):
             message += f"; {suggest(option, list(self._option_string_actions))}"
         raise UserError(message)
 
-    def add_checkpoints(self, paths: str = "checkpoints, or one run's folder") -> None:
-        """The arguments of every command that reads checkpoints."""
+    def add_checkpoints(self, paths: str = "checkpoints, or one run's folder", several: bool = False) -> None:
+        """The arguments of every command that reads checkpoints; `several`: --data again and again."""
         self.add_argument("path", nargs="+", type=lambda name: Path(folder(name)), help=paths)
-        self.add_argument("--data", type=folder, help="a prepared folder [the one that the checkpoint was trained on]")
+        says = "a prepared folder [the one that the checkpoint was trained on]" + "; again for more" * several
+        self.add_argument("--data", type=folder, action="append" if several else "store", help=says)
         self.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
         self.add_argument("--json", action="store_true")
 

@@ -132,7 +132,7 @@ def test_one_document_has_no_standard_error(trained, prepared, tmp_path, cli):
     shutil.copytree(trained, other)
     _, *rows, last = cli(trained, other, "--data", tmp_path / "d").splitlines()
     assert [row.split()[2] for row in rows] == ["-", "+0.000"] and "(" not in "".join(rows) and "1 documents" in last
-    (row, _) = json.loads(cli(trained, other, "--data", tmp_path / "d", "--json")).values()
+    (row, _) = json.loads(cli(trained, other, "--data", tmp_path / "d", "--json"))["val"].values()
     assert row["se"] is None and row["ppl"] > 1
     _, *rows, last = cli(tmp_path / "run", "--data", tmp_path / "d").splitlines()
     assert [row.split() for row in rows] == [["ptfs-cosine", f"{row['ppl']:.2f}", "-"]] and "1 documents" in last
@@ -221,7 +221,7 @@ def test_a_model_without_a_perplexity_is_refused(trained, monkeypatch):
 def test_a_table_of_a_run_and_single_checkpoints(trained, train_cli, tmp_path, cli):
     assert train_cli("--mode", "cpt", "--version", "2") == 0
     run = tmp_path / "run"
-    found = json.loads(cli(trained, cpt := run / "cpt-cosine" / "v2" / "step-000020", "--json"))
+    found = json.loads(cli(trained, cpt := run / "cpt-cosine" / "v2" / "step-000020", "--json"))["val"]
     assert list(found) == [str(trained), str(cpt)]
     one, two = ({form: f"{s['ppl']:{form}} ({s['se']:{form}})" for form in (".2f", ".3f")} for s in found.values())
     head, *rows, last = cli(run).splitlines()
@@ -308,7 +308,6 @@ def test_bad_input(trained, tmp_path, prepared, cli):
         ([tmp_path / "empty"], "is no checkpoint; expected RUN"),
         ([trained, tmp_path / "empty"], "is no checkpoint"),
         ([trained, "--data", tmp_path / "empty"], "no prepared data"),
-        ([trained, "--text", "val-v2"], f"--text: got val-v2, expected one of {prepared}: val, v1, v2, v3, v4"),
         ([trained, "--context", "x"], "invalid int value"),
         ([trained, "--context", "64"], "--context: got 64, expected 0 to 32"),
         ([trained, "--context", "-1"], "--context: got -1, expected 0 to 32"),
@@ -340,20 +339,29 @@ def test_models_are_those_of_their_configs(trained):
     assert sum(p.numel() for p in net.parameters()) == shape.parameters and meta["step"] == 10
 
 
-def test_every_text_of_a_folder_can_be_scored(train_cli, prepared, tmp_path, cli):
-    """Also one that was held out later, of an increment that the checkpoint has not seen."""
+def test_several_texts_and_the_mean_over_those_seen(train_cli, prepared, tmp_path, cli):
+    """PPL on each held-out text is that of scoring it alone; an increment that is still to come is not in the mean."""
     folder = shutil.copytree(prepared, tmp_path / "data")
     lines = [json.dumps({"text": f"{n} other words, {n * n} of them, " * 40}) for n in range(60)]
     (tmp_path / "new.jsonl").write_text("\n".join(lines))
     prepare.add(str(folder), [str(tmp_path / "new.jsonl")], jobs=1, val=0.3)
-    assert train_cli("--mode", "ptfs", "--version", "1", data=folder) == 0
-    path = tmp_path / "run" / "ptfs-cosine" / "v1" / "step-000010"
-    found = {}
-    for name in ("val", "val-v5", "v5"):
-        s = evaluation.score(path, CPU, evaluation.Text(name=name))
-        assert s.tokens.sum() == len(np.fromfile(folder / f"{name}.bin", "<u2")) - 1
-        found[name] = json.loads(cli(path, "--text", name, "--json"))[str(path)]["ppl"]
-        assert found[name] == s.ppl and f"{s.ppl:.2f}" in cli(tmp_path / "run", "--text", name)
-    assert len(set(found.values())) == 3
-    there = evaluation.score(path, CPU, evaluation.Text(str(prepared)))
-    assert json.loads(cli(path, "--data", prepared, "--json"))[str(path)]["ppl"] == there.ppl
+    for version in ("4", "5"):
+        assert train_cli("--mode", "ptfs", "--version", version, "--plan.steps", "4", data=folder) == 0
+    run = tmp_path / "run"
+    old, new = run / "ptfs-cosine" / "v4" / "step-000016", run / "ptfs-cosine" / "v5" / "step-000020"
+    alone = {
+        (p, name): evaluation.score(p, CPU, evaluation.Text(name=name))
+        for p in (old, new)
+        for name in ("val", "val-v5")
+    }
+    found = json.loads(cli(old, new, "--json"))
+    assert {(p, n): s["ppl"] for n, of in found.items() for p, s in of.items()} == {
+        (str(p), n): s.ppl for (p, n), s in alone.items()
+    }
+    said = cli(run).splitlines()
+    assert said[0].split()[2:4] == ["val", "val-v5"] and [line.split()[1] for line in said[1:]] == ["V4", "V5"]
+    mean = np.mean([alone[new, n].loss for n in ("val", "val-v5")])
+    assert said[1].endswith(f"{alone[old, 'val'].loss:.4f} of 1") and said[2].endswith(f"{mean:.4f} of 2")
+    # folders by --data, each once
+    both = cli(old, "--data", prepared, "--data", folder).splitlines()
+    assert both[0].split()[2:5] == [f"{prepared}/val", f"{folder}/val", f"{folder}/val-v5"] and "of 2" in both[1]

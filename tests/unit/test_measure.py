@@ -1,5 +1,6 @@
 """Means, spreads, differences, verdicts and costs against numbers written out by hand."""
 
+import json
 import math
 import sys
 
@@ -130,18 +131,23 @@ def costs_of_1_2b(convention, **overrides):
 
 
 def test_cost_as_it_is_printed(monkeypatch, capsys):
-    """Eight versions of 3.1B."""
-    words = "cost.py --config 3.1b --plan.versions 8 --mfu 0.5 --peak 1e15 --price 2".split()
+    """Eight versions of 3.1B on eight GPUs, as a table and as JSON."""
+    words = "cost.py --config 3.1b --plan.versions 8 --gpus 8 --mfu 0.5 --peak 1e15 --price 2".split()
     monkeypatch.setattr(sys, "argv", words)
     cost.main()
     head, *rows, last = capsys.readouterr().out.splitlines()[1:]
-    assert head.split()[-2:] == ["GPU-hours", "price"] and "Counted as in section3.2" in last
+    assert head.endswith("GPU-hours  days on 8 GPUs  price") and "Counted as in section3.2" in last
     c = config.load("3.1b")
     step = c.train.batch_tokens * c.model.flops_per_token() / 0.5e15 / 3600  # GPU-hours
     for row, steps in zip(rows, (360_000, 80_000, 122_000, 80_000), strict=True):
-        _, count, _, relative, *_, hours, price = row.replace(",", "").split()
+        _, count, _, relative, *_, hours, days, price = row.replace(",", "").split()
         assert (int(count), relative) == (steps, f"{steps / 360_000:.2f}x")
-        assert [float(hours), float(price)] == pytest.approx([steps * step, 2 * steps * step], rel=5e-3)
+        found, gpu_hours = map(float, (hours, days, price)), steps * step
+        assert [*found] == pytest.approx([gpu_hours, gpu_hours / 24 / 8, 2 * gpu_hours], rel=5e-3)
+    monkeypatch.setattr(sys, "argv", [*words, "--json"])
+    cost.main()
+    (ptfs, *_) = json.loads(capsys.readouterr().out)["rows"]
+    assert (ptfs["steps"], ptfs["gpu_hours"]) == (360_000, pytest.approx(360_000 * step))
 
 
 def test_table2_counts_nothing_of_one_version(monkeypatch):
