@@ -43,39 +43,30 @@ from runtime.start import Start, agree_on_start, claim, open_data, preview
 # ---- The segment: wrong input is refused here, before a device or the disk is touched --------------------------------
 
 
-def parse(world: World) -> tuple[Namespace, Config]:
-    """The command line and the config; without --config, small where its data is there for a GPU, else tiny."""
+def parse() -> tuple[Namespace, Config]:
+    """The command line and the config."""
     a = Parser(prog="train.py", description=__doc__, usage="train.py [--config NAME] [--mode MODE] [--version I] ..")
     a.add_argument("--mode", default="main", choices=(*resume.MODES, "sft"))
     a.add_argument("--version", type=int, help="version to train; main: save its fork point and stop [all of the plan]")
     a.add_argument("--parent", help="the checkpoint to start from, for branch, cpt and sft [the planned one]")
-    a.add_argument("--from", dest="given", help="average: the checkpoints A,B,.. in place of the plan's")
     a.add_argument("--dry_run", action="store_true", help="say what would be done, touch nothing")
     a.add_config()
-    default = "small" if torch.cuda.is_available() and Path(config.load("small").data.path).exists() else "tiny"
-    o, c = a.parse_config(default=default)
-    if not o.config and o.mode != "sft" and world.rank == 0:
-        print(f"no --config given: {default}")
-    return o, c
+    return a.parse_config()
 
 
 def pick(o: Namespace, c: Config, world: World) -> Run:
     """The segment to train. UserError lists the problems of the config on this machine."""
-    cuda = torch.cuda.is_available() and c.train.device in ("auto", "cuda")
-    sft, meta = o.mode == "sft", dict[str, Any]()
-    if sft:
-        c, meta = resume.sft_config(c, o.parent, given(o).keys())
-    if o.given and o.mode != "average":
-        raise UserError(f"--from: got {o.given}, which only --mode average reads; leave it out")
-    found = distributed.problems(c, world.ranks) + kernels.problems(c.train.kernels, cuda, c.model)
-    if o.version is not None and (sft or not 0 < o.version < 10_000):
+    if o.version is not None and (o.mode == "sft" or not 0 < o.version < 10_000):
         raise UserError(f"--version: got {o.version}, expected 1 to 9999, and none with --mode sft")
+    if o.mode == "sft":
+        run = resume.sft_run(*resume.sft_config(c, o.parent, given(o).keys()), o.parent)
+    else:
+        run = resume.pick(c, o.mode, o.version, o.parent)
+    c = run.config
+    cuda = torch.cuda.is_available() and c.train.device in ("auto", "cuda")
+    found = distributed.problems(c, world.ranks) + kernels.problems(c.train.kernels, cuda, c.model)
     if c.train.compile == "on" and not cuda and not cpp_compiler():
         found.append("train.compile: got on, which on a CPU needs a C++ compiler; install g++, or take off")
-    try:
-        run = resume.sft_run(c, meta, o.parent) if sft else resume.pick(c, o.mode, o.version, o.parent)
-    except UserError as e:
-        found += str(e).splitlines()
     refuse(found)
     return run
 
@@ -119,6 +110,10 @@ def validate(net: Transformer, c: Config, data: Any, guard: Guard, last: bool, w
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
+def due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
 def train(run: Run, data: Any, start: Start, file: BinaryIO | None, watchdog: Watchdog, kind: str, world: World) -> int:
     """Updates `start.step` .. `segment.end - 1`; returns the signal that stopped it, or 0.
 
@@ -129,15 +124,10 @@ def train(run: Run, data: Any, start: Start, file: BinaryIO | None, watchdog: Wa
     required, points = ([step for step in steps if step >= start.step] for steps in (run.required, run.points))
     net, model, optimizer = build(c, start, kind, world)
     mean = average.RunningMean(run, start.origin, net)
-    shards = (t.shard_ranks or world.ranks) if kind == "fsdp" else 1
     accumulation = t.batch_tokens // (t.micro_batch * c.model.context * world.ranks)
-    saver = checkpoint.Saver(run.folder, t.keep, required, t.timeout)
+    saver = checkpoint.Saver(run.folder, t.keep, run.required, t.timeout)
     log = Log(run, start, file, world, net.dtype)
-    guard = Guard(data, log, saver, watchdog)
-
-    def due(every: int, step: int) -> bool:
-        return every > 0 and step % every == 0
-
+    guard = Guard(log, saver, watchdog)
     with guard, log:
         log.header(net.use, kind, compiles(c, world.device))
         for step in range(start.step, segment.end + 1):
@@ -149,14 +139,14 @@ def train(run: Run, data: Any, start: Start, file: BinaryIO | None, watchdog: Wa
             if evaluate or save or stop or point:
                 guard.synchronize()  # wait for the device
                 with log.untimed():
-                    guard.check_weights(net, shards, step)  # finite; replicas equal
+                    guard.check_weights(net, step)  # finite; replicas equal
                     if evaluate:
                         log.validation(step, mean.validation(partial(validate, net, c, data, guard, last, world)))
                         stop = guard.poll(step)  # a signal may have cut the validation short
                     if save or point or (stop and step > start.step):
                         guard.finish_save(step)
                         alone = not (save or stop)  # a point: the weights
-                        tensors = checkpoint.state(net, None if alone else optimizer) | ({} if alone else mean.mean)
+                        tensors = checkpoint.state(net) if alone else checkpoint.state(net, optimizer) | mean.mean
                         saver.save(step, tensors, resume.record(run, start.parent, data, step), alone)
             if last or stop:
                 break
@@ -178,16 +168,12 @@ def train(run: Run, data: Any, start: Start, file: BinaryIO | None, watchdog: Wa
             mean.update(step + 1)
 
             if due(t.log_every, step + 1) or step + 1 == segment.end:
-                loss_value, norm_value = guard.synchronize()
-                log.step(step, lr, loss_value, norm_value)
-                guard.check_spike(step, loss_value)
+                log.step(step, lr, *guard.synchronize())
         guard.finish_save(step)
 
     if last:
         guard.check_saved(required + points)
-    if world.rank == 0:
-        how = "finished" if last else "stopped, and goes on when called again,"
-        print(f"{run.folder}: {how} at step {step}; {log.summary(step)}")
+    log.end(step)
     return 0 if last else stop
 
 
@@ -195,25 +181,25 @@ def main() -> None:
     with user_errors("train.py"):
         world = distributed.world_from_environment()
     with user_errors("train.py", show=world.rank == 0):
-        o, c = parse(world)
+        o, c = parse()
         run = pick(o, c, world)
         c = run.config
         world = replace(world, device=pick_device(c.train.device, world.local_rank))
         if o.mode == "average":
             if world.rank == 0:
-                average.make(run, o.given, o.dry_run)
+                average.make(run, o.dry_run)
             return
-        kind, why = distributed.choose(c.train.parallel, c.model.parameters, world)
         if o.dry_run:
             if world.rank == 0:
-                preview(run, kind, why, world.ranks)
+                preview(run)
             return
+        kind = distributed.choose(c.train.parallel, c.model.parameters, world)
     say = print if world.rank == 0 else lambda *a: None
     errors = user_errors("train.py", at_once=world.ranks > 1)
     watchdog = Watchdog(c.train.timeout, world.rank, run.folder)
     with errors, distributed.lost_rank_errors(world), watchdog:
         if kind != "none":
-            say(f"{world.ranks} rank{'s' * (world.ranks > 1)}, {kind}: {why}")
+            say(f"{world.ranks} ranks, {kind}")
             watchdog.beat("meeting the other ranks")
             distributed.join(world, c.train.timeout)
         asked = {"mode": o.mode, "version": o.version, "torch": torch.__version__, "ranks": world.ranks}

@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -33,7 +33,6 @@ from runtime.errors import UserError
 from runtime.files import begin_folder, commit_folder, fsync, partial_folder, read_json, write_json
 
 STEP = re.compile(r"step-(\d{6,})")
-UNHASHED = ("pinned",)  # keys of meta.json that its hash leaves out: a checkpoint may be pinned later
 SHARD = "shard-{:05d}-model-00001-of-00001.safetensors"  # of rank + 1, as torch.distributed.checkpoint names it
 POINTS = "points"  # folder in a main path's: checkpoints of weights alone, to be averaged
 BYTES = 12  # per parameter: a float32 weight and its two moments
@@ -109,29 +108,21 @@ def assign(tensors: dict[str, Tensor], rank: int, ranks: int) -> set[str]:
     # under hybrid sharding the first replica writes, which is the mesh's first row of ranks
     mine = {name for name, t in tensors.items() if isinstance(t, DTensor) and rank < t.device_mesh.size(-1)}
     whole = {name: t.nbytes for name, t in tensors.items() if not isinstance(t, DTensor)}
-    load = [0] * ranks  # bytes
-    for name in sorted(whole, key=lambda name: (-whole[name], name)):  # the largest first, to the least loaded rank
-        writer = load.index(min(load))
-        load[writer] += whole[name]
-        if writer == rank:
-            mine.add(name)
-    return mine
+    largest_first = sorted(whole, key=lambda name: (-whole[name], name))
+    return mine | set(largest_first[rank::ranks])
 
 
 def write_shard(file: Path, content: Iterable[Tensor]) -> dict[str, Any]:
     """Write bytes to the disk, one tensor of them after another; returns size and checksum."""
     try:
-        with open(file, "wb") as f, ThreadPoolExecutor(1) as disk:
+        with open(file, "wb") as f:
             for part in content:
                 for piece in part.split(1 << 20):  # Linux takes up to three times as long over larger ones
                     f.write(piece.numpy().data)
-            f.flush()
-            flushed = disk.submit(fsync, file)
-            digest = files.chunked_sha256(file)  # reads from memory while the disk is busy
-            flushed.result()
-            return {"bytes": f.tell(), "chunked_sha256": digest}
+        fsync(file)
     except OSError as e:  # that of a write names no file
         raise OSError(e.errno, e.strerror, str(file)) from None
+    return {"bytes": file.stat().st_size, "chunked_sha256": files.chunked_sha256(file)}
 
 
 class Saver:
@@ -150,14 +141,12 @@ class Saver:
         self.running: Future[None] | None = None  # the save in progress
 
     def save(
-        self,
-        step: int,
-        tensors: dict[str, Tensor],
-        record: dict[str, Any],
-        point: bool = False,  # weights alone, to be averaged: in a folder of their own, where nothing is pruned
-        value: Callable[[str], Tensor] | None = None,  # of a tensor of these shapes, made when it is written
+        self, step: int, tensors: dict[str, Tensor], record: dict[str, Any], point: bool = False, value: Any = None
     ) -> None:
-        """Start to write `record` and a copy of `tensors`, or of each `value` in turn."""
+        """Start to write `record` and a copy of `tensors`, or of each `value(name)` in turn, made when it is written.
+
+        point: weights alone, to be averaged: in a folder of their own, where nothing is pruned.
+        """
         self.wait()
         need = sum(t.numel() * t.element_size() for t in tensors.values())
         names, header = self._lay_out(tensors)
@@ -243,7 +232,7 @@ class Saver:
                 for name, shard in files.items():
                     if not (file := partial / name).is_file() or file.stat().st_size != shard["bytes"]:
                         raise UserError(f"{file}: rank 0 does not see it; put --out on a disk that all machines share")
-                write_json(partial / "meta.json", {**meta, "files": files}, UNHASHED)
+                write_json(partial / "meta.json", {**meta, "files": files})
                 commit_folder(final)
 
 
@@ -264,15 +253,14 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     """meta.json of a checkpoint. UserError if it is missing, damaged, of another format or of another step."""
     file = checkpoint / "meta.json"
     try:
-        meta = read_json(file, UNHASHED)
+        meta = read_json(file)
     except (FileNotFoundError, NotADirectoryError):
         meta = {}
     except ValueError as e:
         raise UserError(f"{file}: damaged ({e}); {REPAIR}") from None
     if "files" not in meta:  # prepared data has a meta.json, too
-        inside = sorted(m.parent for depth in ("*", "*/*", "*/*/*") for m in checkpoint.glob(f"{depth}/meta.json"))
-        near = f"such as {inside[-1]}" if inside else "RUN/SEGMENT/step-NUMBER"
-        raise UserError(f"{checkpoint}: is {'no checkpoint' * checkpoint.exists() or 'not there'}; expected {near}")
+        state = "is no checkpoint" if checkpoint.exists() else "is not there"
+        raise UserError(f"{checkpoint}: {state}; expected RUN/SEGMENT/step-NUMBER")
     if meta["format"] != 1:
         raise UserError(f"{file}: format {meta['format']}, expected 1: another version of this program made it")
     match = STEP.fullmatch(checkpoint.name)
@@ -303,23 +291,19 @@ def fits(checkpoint: Path, tensors: dict[str, Tensor]) -> set[str]:
     want = {name: tuple(t.shape) for name, t in tensors.items() if not name.startswith("rng.")}  # a CPU has no rng.cuda
     kinds = {name.partition(".")[0] for name in want}
     there = {name: tuple(t.size) for name, t in metadata.items() if name.partition(".")[0] in kinds}
-    if "exp_avg" in kinds and not any(name.startswith("exp_avg.") for name in there):
-        raise UserError(f"{checkpoint}: it holds weights alone, but AdamW's moments are to be kept")
     for name in want | there:
         got, expected = there.get(name, "none"), want.get(name, "none")
         if got != expected:
-            raise UserError(f"{checkpoint}: {name}: got shape {got}, expected {expected}: a model of another shape")
+            what = "another model, or weights alone where AdamW's moments are to be kept"
+            raise UserError(f"{checkpoint}: {name}: got shape {got}, expected {expected}: {what}")
     return set(metadata)
 
 
 def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill this rank's part of `tensors` from a verified checkpoint. UserError if shapes differ or it is not finite."""
+    """Fill this rank's part of `tensors` from a verified checkpoint. UserError if shapes differ."""
     there = fits(checkpoint, tensors)
     tensors = {name: t for name, t in tensors.items() if name in there}
     dcp.load(dict(tensors), storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
-    for name, t in tensors.items():
-        if t.is_floating_point() and not local_part(t).isfinite().all():
-            raise UserError(f"{checkpoint}: {name} holds values that are not finite; {REPAIR}")
     for name, set_state in (("rng.cpu", torch.set_rng_state), ("rng.cuda", torch.cuda.set_rng_state)):
         if name in tensors:
             set_state(tensors[name])
@@ -328,21 +312,14 @@ def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
 # ---- Keeping and deleting --------------------------------------------------------------------------------------------
 
 
-def pin(checkpoint: Path) -> None:
-    """Exempt a checkpoint from `prune`."""
-    meta = read_meta(checkpoint)
-    if not meta["pinned"]:
-        write_json(checkpoint / "meta.json", {**meta, "pinned": True}, UNHASHED)
-
-
 def prune(segment: Path, keep: int, step: int, required: Sequence[int] = ()) -> None:
-    """Delete unpinned checkpoints up to `step`, but the last `keep` and those that lead to a missing `required` one."""
+    """Delete checkpoints up to `step` but the last `keep`, pinned or `required` ones, and one before each missing."""
     there = steps(segment)
     needed = {max((s for s in there if s < r), default=0) for r in required if r <= step and r not in there}
     loose = []
     for s in there:
         with contextlib.suppress(UserError):  # damaged, which the user may want to see
-            if s <= step and not read_meta(path(segment, s))["pinned"]:
+            if s <= step and s not in required and not read_meta(path(segment, s))["pinned"]:
                 loose.append(s)
     for s in set(loose[:-keep]) - needed:
         partial = partial_folder(path(segment, s))

@@ -2,14 +2,12 @@
 
 import argparse
 import json
-import shlex
 import typing
 from pathlib import Path
 from typing import Any
 
 from config import Config, flatten, load, suggest
 from runtime.errors import UserError
-from runtime.files import type_name
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,11 +17,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kw)
 
     def error(self, message: str) -> typing.NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: --")
-        if unknown != message:
-            commands = [p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values()]
-            options = [k for parser in (self, *commands) for k in parser._option_string_actions]
-            message += f"; {suggest('--' + unknown.split()[0].partition('=')[0], options)}"
+        if message.startswith("unrecognized arguments: --"):
+            option = message.split()[2].partition("=")[0]
+            message += f"; {suggest(option, list(self._option_string_actions))}"
         raise UserError(message)
 
     def add_checkpoints(self, paths: str = "checkpoints, or one run's folder", several: bool = False) -> None:
@@ -37,15 +33,12 @@ class Parser(argparse.ArgumentParser):
     def add_config(self, name: bool = True) -> None:
         """--config (if `name`) and a flag for every key of the config."""
         if name:
-            self.add_argument(
-                "--config", help="a name in configs/ or a .toml file [tiny, unless the script says otherwise]"
-            )
+            self.add_argument("--config", help="a name in configs/ or a .toml file [tiny, but for benchmarks]")
         group = self.add_argument_group("keys of the config, each also a flag")
         for k, (f, v) in flatten(Config()).items():
-            kind = type_name(f.type).removesuffix(" or none").split()[-1].upper().replace("FALSE", "BOOL")
             choices = f" ({', '.join(f.metadata['choices'])})" if "choices" in f.metadata else ""
             shown = "none" if v is None else v if isinstance(v, str) else json.dumps(v)
-            group.add_argument(f"--{k}", metavar=kind, help=f"{f.metadata['help']}{choices} [{shown}]")
+            group.add_argument(f"--{k}", metavar="VALUE", help=f"{f.metadata['help']}{choices} [{shown}]")
 
     def parse_config(self, argv: list[str] | None = None, default: str = "tiny") -> tuple[argparse.Namespace, Config]:
         """The script's own options, and the config with its overrides. --mode sft has a default config of its own."""
@@ -64,17 +57,6 @@ def folder(name: str) -> str:
 def given(args: argparse.Namespace) -> dict[str, str]:
     """{key: text} of the config's keys that the command line names."""
     return {k: text for k in flatten(Config()) if (text := getattr(args, k)) is not None}
-
-
-def this_command(**changes: object) -> str:
-    """The train.py command line of this process with some options changed: for errors that suggest a command."""
-    left_out = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    left_out.add_argument("--dry_run", action="store_true")
-    for k in changes:
-        left_out.add_argument(f"--{k}")
-    kept = left_out.parse_known_args()[1]
-    options = [word for k, v in changes.items() for word in (f"--{k}", str(v))]
-    return shlex.join(["python", "train.py", *kept, *options])
 
 
 def aligned(rows: list[list[str]]) -> str:

@@ -65,10 +65,9 @@ def problems(c: Config, ranks: int) -> list[str]:
     wanted, shard_ranks, found = c.train.parallel, c.train.shard_ranks, batch_problems(c, ranks)
     if wanted == "none" and ranks > 1:
         found.append(f"train.parallel: got none on {ranks} ranks; take auto, ddp or fsdp, or one process")
-    if shard_ranks and wanted != "fsdp":
-        found.append(f"train.shard_ranks: got {shard_ranks} with train.parallel {wanted}, expected fsdp; leave one out")
-    elif shard_ranks and ranks % shard_ranks:
-        found.append(f"train.shard_ranks: got {shard_ranks}, expected a divisor of the {ranks} ranks")
+    if shard_ranks and (wanted != "fsdp" or ranks % shard_ranks):
+        expected = f"train.parallel fsdp and a divisor of the {ranks} ranks"
+        found.append(f"train.shard_ranks: got {shard_ranks} with train.parallel {wanted}, expected {expected}")
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # https://github.com/pytorch/pytorch/issues/135712
@@ -81,36 +80,28 @@ def batch_problems(c: Config, ranks: int) -> list[str]:
     """The global batch must be whole micro-batches on every rank, or 1 and 8 GPUs would not run the same updates."""
     batch, micro, context = c.train.batch_tokens, c.train.micro_batch, c.model.context
     unit = micro * context * ranks
-    if batch % unit == 0:
-        B, d = c.batch_sequences, c.data
-        parts = {"decay_mix": d.decay_mix, "replay": d.replay, "replay_branch": d.replay_branch}
-        wrong = {k: part for k, part in parts.items() if part and not 0 < int(part * B + 0.5) < B}
-        expected = f"of {B} sequences, expected {1 / B:.3g} to {1 - 1 / B:.3g}"
-        return [f"data.{k}: got {part:g} {expected}" for k, part in wrong.items()]
-    micros = (m for m in range(min(micro, 1 << 16), 0, -1) if batch % (m * context * ranks) == 0)
-    fewer = (n for n in range(min(ranks - 1, 1 << 16), 0, -1) if batch % (micro * context * n) == 0)
-    advice = [f"lower train.micro_batch to {m}, which changes no result; or " for m in micros][:1]
-    advice += [f"run it on {n} ranks; or " for n in fewer][:1]
-    return [
-        f"train.batch_tokens: got {batch}, expected a multiple of micro_batch {micro} x context {context} x {ranks} "
-        f"ranks = {unit}; {''.join(advice)}start another run with the nearest, {max(1, round(batch / unit)) * unit}"
-    ]
+    if batch % unit:
+        expected = f"a multiple of micro_batch {micro} x context {context} x {ranks} ranks = {unit}"
+        fix = "lower train.micro_batch, which changes no result, or take fewer ranks"
+        return [f"train.batch_tokens: got {batch}, expected {expected}; {fix}"]
+    B, d = c.batch_sequences, c.data
+    parts = {"decay_mix": d.decay_mix, "replay": d.replay, "replay_branch": d.replay_branch}
+    wrong = {k: part for k, part in parts.items() if part and not 0 < int(part * B + 0.5) < B}
+    expected = f"of {B} sequences, expected {1 / B:.3g} to {1 - 1 / B:.3g}"
+    return [f"data.{k}: got {part:g} {expected}" for k, part in wrong.items()]
 
 
-def choose(wanted: str, parameters: int, world: World) -> tuple[str, str]:
-    """("none", "ddp" or "fsdp", the reason)."""
-    state = 18 * parameters  # bytes: weights, a copy in bfloat16, gradients and moments; the rest is for activations
+def choose(wanted: str, parameters: int, world: World) -> str:
+    """none, ddp or fsdp; "auto" is fsdp on GPUs from 2B parameters, or where DDP takes over a third of their memory."""
     if world.ranks == 1:
-        return ("fsdp" if wanted == "fsdp" else "none"), "one rank"
+        return "fsdp" if wanted == "fsdp" else "none"
     if wanted != "auto":
-        return wanted, "as asked"
+        return wanted
     if world.device.type != "cuda":
-        return "ddp", "always on a CPU; GPUs take fsdp where it is needed, see --train.parallel fsdp"
+        return "ddp"
+    state = 18 * parameters  # bytes: weights, a copy in bfloat16, gradients and moments; the rest is for activations
     memory = torch.cuda.get_device_properties(world.device).total_memory
-    if parameters >= 2e9:
-        return "fsdp", "2B parameters or more"
-    kind, fit = ("ddp", "fit") if 3 * state <= memory else ("fsdp", "do not fit")
-    return kind, f"with bfloat16 copies {state / 1e9:.3g} GB, which {fit} a third of {memory / 1e9:.3g} GB"
+    return "fsdp" if parameters >= 2e9 or 3 * state > memory else "ddp"
 
 
 # ---- Joining and agreeing --------------------------------------------------------------------------------------------
@@ -192,8 +183,10 @@ def check_same(here: dict[str, Any], world: World, remedy: str) -> None:
             raise UserError(f"rank {world.rank} differs from rank 0 ({', '.join(different)}); {remedy}")
 
 
-def check_replicas(net: torch.nn.Module, shards: int, world: World, step: int) -> None:
-    """UserError on all ranks unless every copy of the weights, held by `shards` ranks together, has the same bits."""
+def check_replicas(net: torch.nn.Module, world: World, step: int) -> None:
+    """UserError on all ranks unless every copy of the weights, on one rank or sharded over some, has the same bits."""
+    weight = next(net.parameters())
+    shards = weight.device_mesh.size(-1) if isinstance(weight, DTensor) else 1  # ranks that hold one copy
     if world.ranks == shards:
         return
     mine = torch.tensor(fingerprint(net), dtype=torch.int64)

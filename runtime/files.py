@@ -1,10 +1,8 @@
 """Files that survive a crash: flushed to the disk, replaced in one step, made by one process at a time; values."""
 
-import ast
 import fcntl
 import hashlib
 import json
-import math
 import os
 import secrets
 import shutil
@@ -23,7 +21,6 @@ from runtime.errors import Taken, UserError
 
 LIMIT = 1 << 26  # bytes of a JSON or rank file; Llama 3's tokenizer.json has 17 MB
 CHUNK = 1 << 24  # bytes that a thread hashes at a time
-STALE = 3600  # seconds after which a partial file is one that a killed process left
 
 
 def fsync(path: Path) -> None:
@@ -38,10 +35,6 @@ def fsync(path: Path) -> None:
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
     """Yield a new path that replaces `file` in one step when the block ends. Of several processes the last one wins."""
-    for left in file.parent.glob(f".{file.name}.*partial"):
-        with suppress(OSError):  # another process has removed it, or it is another user's
-            if left.stat().st_mtime < time.time() - STALE:
-                left.unlink()
     partial = file.with_name(f".{file.name}.{secrets.token_hex(8)}.partial")
     try:
         yield partial
@@ -57,17 +50,17 @@ def write_text(file: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_json(file: Path, content: dict[str, Any], unhashed: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Write `content` and its "hash" as JSON; returns what was written. The keys in `unhashed` may change later."""
-    content = {**content, "hash": content_hash(content, unhashed)}
+def write_json(file: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Write `content` and its "hash" as JSON; returns what was written."""
+    content = {**content, "hash": content_hash(content)}
     write_text(file, json.dumps(content, indent=1))
     return content
 
 
-def read_json(file: Path, unhashed: tuple[str, ...] = ()) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     """Read what `write_json` wrote. ValueError if its hash does not hold; FileNotFoundError if it does not exist."""
     content = json.loads(read_bytes(file))
-    if not isinstance(content, dict) or content.get("hash") != content_hash(content, unhashed):
+    if not isinstance(content, dict) or content.get("hash") != content_hash(content):
         raise ValueError("its hash does not fit its content")
     return content
 
@@ -109,19 +102,18 @@ def typed(kind: Any, value: Any) -> Any:
 
 def parse(kind: Any, text: str) -> Any:
     """A word of the command line as `kind`: a number, a text, true, none, inf or 700,500,900. ValueError if not."""
-    if kind is str:
-        return typed(str, text)
-    words = {"none": None, "true": True, "false": False, "inf": math.inf, "nan": math.nan}
-    try:
-        value = words[text] if text in words else ast.literal_eval(text)
-    except (SyntaxError, MemoryError, RecursionError):
-        raise ValueError from None
-    return typed(kind, value)
+    if isinstance(kind, types.UnionType):
+        return None if text == "none" else parse(typing.get_args(kind)[0], text)
+    if typing.get_origin(kind) is list:
+        return typed(kind, [int(word) for word in text.split(",")])
+    if kind is bool:
+        return typed(bool, {"true": True, "false": False}.get(text))
+    return typed(kind, kind(text))
 
 
-def content_hash(content: dict[str, Any], unhashed: tuple[str, ...] = ()) -> str:
-    """SHA-256 over all of `content` but "hash" itself and the keys in `unhashed`."""
-    return digest({k: v for k, v in content.items() if k != "hash" and k not in unhashed})
+def content_hash(content: dict[str, Any]) -> str:
+    """SHA-256 over all of `content` but "hash" itself and "pinned", which earlier versions changed."""
+    return digest({k: v for k, v in content.items() if k not in ("hash", "pinned")})
 
 
 def digest(content: Any) -> str:

@@ -1,13 +1,11 @@
-"""Guards of a long run: ranks that hang, signals, steps that are not finite, replicas that differ, loss spikes."""
+"""Guards of a long run: ranks that hang, signals, steps that are not finite, replicas that differ."""
 
 import gc
 import os
 import signal
-import statistics
 import sys
 import threading
 import time
-from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,14 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data import Tokens
 from runtime import checkpoint, distributed
 from runtime.checkpoint import Saver
 from runtime.distributed import RankLost, mean_over_ranks, raise_on_all_ranks, rank0_error
 from runtime.errors import UserError, describe
-from runtime.files import read_log
 from runtime.logger import Log, warn
-from text.examples import SFTData
 
 
 class Watchdog(threading.Thread):
@@ -61,9 +56,9 @@ class Watchdog(threading.Thread):
 class Guard:
     """Ends training, on all ranks at the same step, when it cannot go on; every error names the last checkpoint."""
 
-    def __init__(self, tokens: Tokens | SFTData, log: Log, saver: Saver, watchdog: Watchdog) -> None:
+    def __init__(self, log: Log, saver: Saver, watchdog: Watchdog) -> None:
         run, world = log.run, log.world
-        self.run, self.world, self.tokens = run, world, tokens
+        self.run, self.world = run, world
         self.log, self.saver, self.watchdog = log, saver, watchdog
         self.signal, self.signal_time = 0, 0.0
         # The host notices a step that is not finite where it waits for the device anyway; until then the device skips
@@ -72,9 +67,6 @@ class Guard:
         self.bad = torch.full((), self.never, dtype=torch.int64, device=world.device)  # the first such step
         # loss and gradient norm: of the last step, and of the first bad one
         self.numbers = self.bad_numbers = torch.zeros(2, device=world.device)
-        log_before = read_log(run.folder) if run.config.train.spike is not None and world.rank == 0 else []
-        losses = [r["loss"] for r in log_before if "loss" in r and r["step"] < log.start.step]
-        self.recent: deque[float] = deque(distributed.broadcast(losses[-20:], world.ranks), maxlen=20)
 
     def __enter__(self) -> "Guard":
         self.handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
@@ -105,7 +97,7 @@ class Guard:
             dist.all_reduce(news, dist.ReduceOp.MAX)
         stop, saving, failed = news.tolist()
         if failed:
-            raise UserError(f"{self.log.error}. {self.last_good()}" if self.log.error else "")
+            raise self.stopped(f"{self.log.error}.")
         if not saving:
             self.finish_save(step)
         return stop
@@ -115,9 +107,9 @@ class Guard:
         try:
             self.saver.wait()
         except (UserError, OSError) as e:  # the same on all ranks
-            message = f"step {step}: a checkpoint could not be saved: {describe(e)}. {checkpoint.last(self.run.folder)}"
+            message = f"step {step}: a checkpoint could not be saved: {describe(e)}."
             if self.run.config.train.on_save_error == "stop":
-                raise rank0_error(message, self.world) from None
+                raise self.stopped(message) from None
             if self.world.rank == 0:
                 warn(message)
 
@@ -150,31 +142,15 @@ class Guard:
         """Wait for the device: the last step's loss and gradient norm. UserError if a step was not finite."""
         if (wrong := int(self.bad.item())) < self.never:
             loss, norm = self.bad_numbers.tolist()
-            what = f"loss {loss:.6g}, gradient norm {norm:.6g}: stopped before the update. {self.place(wrong)}"
-            raise self.stopped(f"step {wrong}: {what}; lower plan.max_lr or look at that text.")
+            what = f"loss {loss:.6g}, gradient norm {norm:.6g}: stopped before the update"
+            raise self.stopped(f"step {wrong}: {what}; lower plan.max_lr or look at the text of this step.")
         loss, norm = self.numbers.tolist()
         return loss, norm
 
-    def check_spike(self, step: int, loss: float) -> None:
-        """UserError if the loss is train.spike above the median of the last 20 logged losses; it needs at least 5."""
-        spike = self.run.config.train.spike
-        if spike is not None and len(self.recent) >= 5 and loss > (usual := statistics.median(self.recent)) + spike:
-            what = f"more than train.spike = {spike:g} above {usual:.4g}, the median before it. {self.place(step)}"
-            raise self.stopped(f"step {step}: loss {loss:.4g}, {what}.")
-        self.recent.append(loss)
-
-    def check_weights(self, net: torch.nn.Module, shards: int, step: int) -> None:
-        """UserError unless all copies of the weights are equal, and finite. `shards`: ranks that hold one copy."""
+    def check_weights(self, net: torch.nn.Module, step: int) -> None:
+        """UserError unless all copies of the weights are equal, and finite."""
         gc.collect()
-        distributed.check_replicas(net, shards, self.world, step)
+        distributed.check_replicas(net, self.world, step)
         finite = torch.stack([distributed.local_part(w).isfinite().all() for w in net.parameters()]).all().float()
         if mean_over_ranks(finite, self.world) < 1:  # a finite gradient, and a step too large
             raise self.stopped(f"step {step}: weights that are not finite; not saved. Lower plan.max_lr.")
-
-    def place(self, step: int) -> str:
-        """The batch of a step, in words."""
-        if self.tokens.mixed:
-            return f"It is batch {step} of increments that are mixed"
-        increment, k = self.tokens.place(step)
-        where = self.tokens.folder if self.run.segment.paradigm == "sft" else f"increment v{increment + 1}"
-        return f"It is batch {k} of {where}"

@@ -94,10 +94,13 @@ class Log:
         """The part of the devices' peak FLOP/s that so many tokens a second take."""
         return speed * self.flops / (self.peak * self.world.ranks)
 
-    def summary(self, step: int) -> str:
-        """Speed since the start, in words."""
-        speed = (step - self.start.step) * self.tokens / max(self.total_seconds + self.seconds, 1e-9)
-        return f"{speed:,.0f} tokens/s, {self.mfu(speed):.0%} of {self.peak / 1e9:,.0f} GFLOP/s ({self.peak_source})"
+    def end(self, step: int) -> None:
+        """Print where training ended, and its speed."""
+        if self.world.rank == 0:
+            how = "finished" if step == self.run.segment.end else "stopped, and goes on when called again,"
+            speed = (step - self.start.step) * self.tokens / max(self.total_seconds + self.seconds, 1e-9)
+            peak = f"{self.mfu(speed):.0%} of {self.peak / 1e9:,.0f} GFLOP/s ({self.peak_source})"
+            print(f"{self.run.folder}: {how} at step {step}; {speed:,.0f} tokens/s, {peak}")
 
 
 def warn(message: str) -> None:
@@ -107,8 +110,5 @@ def warn(message: str) -> None:
 
 def git_commit() -> str:
     """The commit of this tree, with a + if its files have changed since; an empty text where there is none."""
-    command = "git describe --always --abbrev=40 --exclude=* --dirty=+".split()
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
+    command = "git describe --always --abbrev=40 --exclude='*' --dirty=+"
+    return subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()

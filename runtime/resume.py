@@ -27,6 +27,12 @@ from text.tokenizer import Tokenizer
 
 IMPORT = "import"  # the segment of a model that was made elsewhere
 MODES = {"main": "ours", "branch": "ours", "ptfs": "ptfs", "cpt": "cpt", "average": "average"}  # mode: paradigm
+READERS: dict[str, tuple[str, ...]] = {  # keys that the results of some paradigms alone depend on
+    "data.repeat": (),  # only allows what is refused without it
+    "data.replay": ("main", "branch", "cpt", "average"),
+    "data.replay_branch": ("branch",),
+    "train.reset_moments": ("branch", "cpt"),
+}
 VERSIONS = {"python": platform.python_version(), "torch": torch.__version__}
 
 
@@ -40,7 +46,7 @@ class Run:
     segment: Segment
     parent: str | None = None  # --parent: a checkpoint in place of the planned one
     meta: dict[str, Any] = field(default_factory=dict)  # sft: meta.json of the parent
-    optional: set[int] = field(default_factory=set)  # main --version: steps before its own, saved if on the way
+    needed: set[int] | None = None  # main --version: steps that it goes back for; None: all to be saved
 
     @property
     def folder(self) -> Path:
@@ -75,7 +81,8 @@ class Run:
     @property
     def last(self) -> int | None:
         """The step of its own checkpoint that it goes on from; None: begin."""
-        required, points = ([s for s in steps if s not in self.optional] for steps in (self.required, self.points))
+        needed = self.needed or {*self.required, *self.points}
+        required, points = ([s for s in steps if s in needed] for steps in (self.required, self.points))
         return resume_step(self.folder, required, points)
 
     @property
@@ -92,16 +99,13 @@ def pick(c: Config, mode: str, version: int | None, parent: str | None = None) -
     p = c.plan
     if c.data.order != "sequential" and mode != "ptfs":
         raise UserError(f"data.order: got {c.data.order}, expected sequential with --mode {mode}; only ptfs reads it")
-    if mode == "branch" and c.data.decay_mix and (c.data.replay or c.data.replay_branch):
-        raise UserError("data.replay: does not go with data.decay_mix; leave one out")
-    if mode == "branch" and c.data.decay_mix and not c.data.sft:
-        raise UserError("data.decay_mix: needs examples to mix in; name their file with --data.sft")
+    if mode == "branch" and c.data.decay_mix and (c.data.replay or c.data.replay_branch or not c.data.sft):
+        raise UserError("data.decay_mix: needs examples, --data.sft FILE, and does not go with data.replay")
     if c.data.sft and not c.data.decay_mix:
         only = "which only --mode sft reads, and a branch with data.decay_mix above 0"
         raise UserError(f"data.sft: got {c.data.sft}, {only}; leave it out or give data.decay_mix")
     if version and p.increments and version > len(p.increments):
-        more = f"--plan.increments {','.join(map(str, p.increments))},STEPS"
-        raise UserError(f"--version: got {version}, but plan.increments has {len(p.increments)}; add its steps: {more}")
+        raise UserError(f"--version: got {version}, but plan.increments has {len(p.increments)}; add the steps of more")
     # the main path ends at the fork point of `version`; past the plan, it goes on with increments of the same length
     if version and (mode == "main" or version > len(p.T)):
         p = replace(p, versions=version, increments=p.increments[:version])
@@ -115,14 +119,14 @@ def pick(c: Config, mode: str, version: int | None, parent: str | None = None) -
     if mode == "branch" and c.data.decay_mix:
         segment = replace(segment, name=segment.name.replace("/", f"-mix{c.data.decay_mix:g}/"))
     if parent and (not segment.parent or mode == "average"):
-        fix = "--from names checkpoints to average" if segment.parent else f"an imported model is --train.base {parent}"
-        raise UserError(f"--parent: {segment.name} has none; {fix}")
+        raise UserError(f"--parent: {segment.name} has none; an imported model is --train.base {parent}")
     if mode in ("main", "average") and not p.average_points and not c.train.average_half_life:
         raise UserError("plan.average_points: got 0, the running mean, but train.average_half_life is none; give it")
-    children = [b for b in segments if mode == "main" and version and b.parent and b.parent[0] == segment.name]
-    steps = {b.version: {b.start, *b.points} for b in children}
-    optional = {step for v, of in steps.items() if v != version for step in of}.difference(c.train.save_at)
-    return Run(c, p, segments, segment, parent, optional=optional.difference(steps.get(version or 0, ())))
+    needed = None
+    if mode == "main" and version:
+        own = [b for b in segments if b.version == version and b.parent]
+        needed = {segment.end, *c.train.save_at, *(step for b in own for step in (b.start, *b.points))}
+    return Run(c, p, segments, segment, parent, needed=needed)
 
 
 def paradigm(mode: str, p: Plan) -> str:
@@ -134,10 +138,8 @@ def paradigm(mode: str, p: Plan) -> str:
 
 def sft_config(c: Config, parent: str | None, given: Collection[str]) -> tuple[Config, dict[str, Any]]:
     """The config of `--mode sft`, with the parent's model, and the parent's meta. `given`: keys of the command line."""
-    if not parent:
-        raise UserError("--parent: not given; --mode sft expects a checkpoint, such as RUN/ours-cosine/v4/step-000800")
-    if not c.data.sft:
-        raise UserError("--data.sft: not given; --mode sft expects a .jsonl file of examples")
+    if not parent or not c.data.sft:
+        raise UserError("--mode sft: expects --parent CHECKPOINT and --data.sft FILE.jsonl")
     meta = checkpoint.read_meta(Path(parent))
     model, default = config.model_of(meta["config"]), config.Model()
     for k, there in vars(model).items():
@@ -149,10 +151,9 @@ def sft_config(c: Config, parent: str | None, given: Collection[str]) -> tuple[C
         raise UserError(f"model.context: got {context}, expected at most the {model.context} of {parent}")
     path = c.data.path if "data.path" in given else str(meta["config"].get("data.path"))
     # beside the parent's segment, if it lies in a run's folder
-    where, depth = Path(parent).absolute(), len(Path(meta["segment"]).parts)
-    inside = where.parents[depth] / meta["segment"] == where.parent
-    home = Path(parent).parents[depth] if len(Path(parent).parts) > depth + 1 else where.parents[depth]
-    out = str(home) if inside and "out" not in given else c.out
+    segment = str(Path(parent).absolute().parent)
+    home = segment.removesuffix(f"/{meta['segment']}")
+    out = home if home != segment and "out" not in given else c.out
     return replace(c, model=replace(model, context=context), data=replace(c.data, path=path), out=out), meta
 
 
@@ -219,40 +220,31 @@ def record(run: Run, parent: dict[str, Any] | None, tokens: data.Tokens | SFTDat
 
 
 def check_lineage(where: Path, c: Config, s: Segment, tokens: data.Tokens | SFTData) -> None:
-    """UserError unless this config would make this checkpoint of segment `s`; it names keys or files that differ."""
+    """UserError unless this config would make this checkpoint of segment `s`; it names the keys that differ."""
     meta = checkpoint.read_meta(where)
     if meta["segment"] != s.name:
         raise UserError(f"{where}: is a checkpoint of {meta['segment']!r}, expected one of {s.name!r}; move it back")
-    seen, own = meta["data"], tokens.identity(meta["step"])
-    if seen.get("examples") != own.get("examples"):
-        fix = "go back to those, or choose another --out"
-        raise UserError(f"{where}: was trained on other examples than data.sft {c.data.sft or '(none)'}; {fix}")
-    data_keys = {"epochs": "data.epochs", "mix": "data.decay_mix"}
-    different = [(k, seen.get(e), own.get(e)) for e, k in data_keys.items() if seen.get(e) != own.get(e)]
-
-    then = config.values(Config()) | meta["config"]  # a key that came later had its default
-    idle = ["data.repeat"]  # only allows what is refused without it: which batches were read follows from the rest
-    if s.paradigm not in ("branch", "cpt"):
-        idle.append("train.reset_moments")  # these have no parent's moments
-    if s.paradigm in ("ptfs", "sft"):
-        idle.append("data.replay")
-    if s.paradigm != "branch":
-        idle.append("data.replay_branch")
-    changed = [(k, then[k], v, f) for k, (f, v) in config.flatten(c).items() if then[k] != v and k not in idle]
-    # of the running mean a version may be made
-    fixed = {"train.average_half_life"} if s.paradigm == "main" and not c.plan.average_points else set()
-    changed = [change for change in changed if change[0] in fixed or not change[3].metadata.get("free")]
-    different += [(k, a, b) for k, a, b, _ in changed if not k.startswith("plan.")]
+    then, now = config.values(Config()) | meta["config"], config.values(c)  # a key that came later had its default
+    changed = [(k, then[k], now[k]) for k in now if then[k] != now[k] and matters(k, c, s)]
+    different = [change for change in changed if not change[0].startswith("plan.")]
     if meta["path"] != fingerprint(s, tokens, meta["step"]):
-        plan = [(k, a, b) for k, a, b, _ in changed if k.startswith("plan.")]
+        plan = [change for change in changed if change[0].startswith("plan.")]
         different += plan or [("lengths or learning rates", "others", "these")]
+    seen, own = meta["data"], tokens.identity(meta["step"])
+    for k in ("examples", "epochs", "mix", "tokenizer", "increments"):
+        if seen.get(k) != own.get(k):
+            different.append((f"{k} of the data", seen.get(k), own.get(k)))
     if different:
         was = ", ".join(f"{k}: {str(a)[:60]} there, {str(b)[:60]} here" for k, a, b in different)
         raise UserError(f"{where}: was made with another config ({was}); go back to it, or choose another --out")
-    for key, other in (("tokenizer", "with another tokenizer"), ("increments", "on other increments")):
-        if seen.get(key) != own[key]:
-            fix = "choose the data it was trained on"
-            raise UserError(f"{where}: was trained {other} than those of data.path {tokens.folder}; {fix}")
+
+
+def matters(k: str, c: Config, s: Segment) -> bool:
+    """Do the results of a segment depend on this key of the config?"""
+    if k == "train.average_half_life":
+        return s.paradigm == "main" and not c.plan.average_points  # its running mean is then a version
+    free = config.flatten(c)[k][0].metadata.get("free")
+    return not free and s.paradigm in READERS.get(k, (s.paradigm,))
 
 
 def check_model(where: Path, meta: dict[str, Any], c: Config, tokenizer: str) -> None:
@@ -264,8 +256,7 @@ def check_model(where: Path, meta: dict[str, Any], c: Config, tokenizer: str) ->
     if c.model.context > model.context:
         raise UserError(f"model.context: got {c.model.context}, expected at most the {model.context} of {where}")
     if meta["data"].get("tokenizer") != tokenizer:
-        fix = "prepare the text with its own: data.py prepare --tokenizer .."
-        raise UserError(f"{where}: has another tokenizer than data.path {c.data.path}; {fix}")
+        raise UserError(f"{where}: has another tokenizer than data.path {c.data.path}; prepare the text with its own")
 
 
 def resume_step(folder: Path, required: list[int], points: Iterable[int] = ()) -> int | None:

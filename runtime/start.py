@@ -3,30 +3,25 @@
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 import config
-import schedule
 from data import Tokens
 from kernels import check
 from model import Transformer
 from runtime import checkpoint, resume
-from runtime.command_line import this_command
 from runtime.device import activations
 from runtime.distributed import World, broadcast, check_same, raise_on_all_ranks
 from runtime.errors import UserError, refuse
-from runtime.files import is_locked, lock, open_log, read_log, write_text
+from runtime.files import lock, open_log, write_text
 from runtime.resume import Run
 from text import prepare, token_files
 from text.examples import Examples, MixedData, SFTData, prepare_examples
 from text.tokenizer import Tokenizer
-
-BUSY = "{}: another process is training here; wait for it or choose another --out"
 
 
 def open_data(run: Run, world: World, beat: Callable[[str], None], home: Path) -> tuple[Run, Tokens | SFTData]:
@@ -43,7 +38,7 @@ def open_data(run: Run, world: World, beat: Callable[[str], None], home: Path) -
         with raise_on_all_ranks(world):
             tokens = resume.open_tokens(c, run.plan, segment, MixedData if run.reads_examples else Tokens)
             check_vocabulary(c, tokens.meta["vocab_size"])
-            check_text(run, tokens)
+            refuse(tokens.problems(segment.start, segment.end))
             for name, _, _ in tokens.needs(segment.start, segment.end):
                 tokens.tokens(name)  # opened now: `data.py drop` and `add` may put another file in its place
     if run.reads_examples:
@@ -72,27 +67,7 @@ def open_data(run: Run, world: World, beat: Callable[[str], None], home: Path) -
 def check_vocabulary(c: config.Config, size: int) -> None:
     """UserError unless the model has as many ids as the data."""
     if size != c.model.vocab_size:
-        expected = f"expected {size}, the vocabulary of data.path {c.data.path}"
-        raise UserError(f"model.vocab_size: got {c.model.vocab_size}, {expected}")
-
-
-def check_text(run: Run, tokens: Tokens) -> None:
-    """UserError if an increment is missing or too short, with the commands that train on what there is of it."""
-    c, p, s = run.config, run.plan, run.segment
-    found = tokens.problems(s.start, s.end)
-    lengths = [(there - 1) // c.train.batch_tokens for _, _, there in tokens.needs(0, s.end)]
-    steps = [*map(min, p.T, lengths), *p.T[len(lengths) :]]
-    possible = found and steps != p.T and not (c.data.increments or c.data.unique)
-    for warmup in (p.warmup, steps[0] // 10) if possible else ():
-        if schedule.problems(replace(p, increments=steps, warmup=warmup), resume.paradigm(s.paradigm, p)):
-            continue  # a first increment so short needs a shorter warm-up
-        changes: dict[str, Any] = {"version": s.version, "plan.increments": ",".join(map(str, steps))}
-        changes |= {"plan.warmup": warmup} if warmup != p.warmup else {}
-        version = "branch" if resume.paradigm("main", p) == "ours" else "average"
-        modes = ("main", version) if s.paradigm in ("main", "branch") else (s.paradigm,)
-        found[-1] += f": {' && '.join(this_command(mode=mode, **changes) for mode in modes)}"
-        break
-    refuse(found)
+        raise UserError(f"model.vocab_size: got {c.model.vocab_size}, expected {size} as in data.path {c.data.path}")
 
 
 def check_shipped(run: Run) -> None:
@@ -113,30 +88,16 @@ class Start:
 
 
 def check_origin(run: Run) -> None:
-    """UserError, with the command that makes it, if the checkpoint that a new segment starts from is missing."""
+    """UserError if the checkpoint that a new segment starts from is missing."""
     s, origin = run.segment, run.origin
     if run.last is not None or not origin or (origin / "meta.json").exists():
         return
     fix = "expected the folder of a checkpoint"
     if s.parent and not run.parent:
         maker = next(g for g in run.segments if g.name == s.parent[0])
-        mode = "cpt" if s.paradigm == "cpt" else maker.paradigm
         version = s.version if maker.name == "main" else maker.version
-        fix = f"make it ({effort(run)}): {this_command(mode=mode, version=version)}"
+        fix = f"the same command with --mode {maker.paradigm} --version {version} makes it"
     raise UserError(f"{origin}: is not there, and {s.name} starts from it; {fix}")
-
-
-def effort(run: Run) -> str:
-    """The steps that make the checkpoint that a segment starts from, and their time if its log has a speed."""
-    parent = next(g for g in run.segments if run.segment.parent and g.name == run.segment.parent[0])
-    folder, end = Path(run.config.out) / parent.name, run.segment.start
-    begin = max((step for step in checkpoint.steps(folder) if step <= end), default=parent.start)
-    text = f"{end - begin:,} steps from step {begin:,}"
-    log = read_log(folder) if (folder / "log.jsonl").is_file() else []
-    if speeds := [r["tokens_per_second"] for r in log if r.get("tokens_per_second")]:
-        seconds = (end - begin) * run.config.train.batch_tokens / speeds[-1]
-        text += f", about {timedelta(seconds=round(seconds))} at its last speed"
-    return text
 
 
 def find_start(run: Run, tokens: Tokens | SFTData) -> Start:
@@ -153,16 +114,15 @@ def find_start(run: Run, tokens: Tokens | SFTData) -> Start:
     if there and given and (given / "meta.json").exists():
         begun = checkpoint.read_meta(checkpoint.path(folder, there[0])).get("parent") or {}
         if begun.get("hash") != checkpoint.read_meta(given)["hash"]:
-            fix = "leave it out, or choose another --out"
-            raise UserError(f"--parent {origin}: {folder} was begun from another; {fix}")
+            raise UserError(f"--parent {origin}: {folder} was begun from another; choose another --out")
     for step in done:
         checkpoint.verify(checkpoint.path(folder, step), checksums=False)
     for step in there:  # all of them: one folder never holds two runs
         if step <= s.end or s.paradigm == "sft":
             resume.check_lineage(checkpoint.path(folder, step), c, s, tokens)
         elif s.paradigm != "main":  # which may be longer
-            fix = "go back to its config, or choose another --out"
-            raise UserError(f"{checkpoint.path(folder, step)}: is past step {s.end}, where {s.name} ends here; {fix}")
+            where = checkpoint.path(folder, step)
+            raise UserError(f"{where}: is past step {s.end}, where {s.name} ends here; choose another --out")
     for step in checkpoint.steps(folder / checkpoint.POINTS):
         if step <= s.end:
             resume.check_lineage(checkpoint.path(folder / checkpoint.POINTS, step), c, s, tokens)
@@ -200,8 +160,6 @@ def check_start(run: Run, tokens: Tokens | SFTData, start: Start, checksums: boo
             optimizer = None if start.weights_only else torch.optim.AdamW(net.parameters())
             checkpoint.fits(Path(start.origin), checkpoint.state(net, optimizer))
     checkpoint.check_space(run.folder, (checkpoint.BYTES + 4 * bool(run.running_mean)) * c.model.parameters)
-    if is_locked(run.folder / ".lock"):
-        raise UserError(BUSY.format(run.folder))
 
 
 def agree_on_start(run: Run, tokens: Tokens | SFTData, world: World) -> Start:
@@ -212,11 +170,6 @@ def agree_on_start(run: Run, tokens: Tokens | SFTData, world: World) -> Start:
             start = find_start(run, tokens)
             if (there := [s for s in checkpoint.steps(run.folder) if s <= run.segment.end]) and start.step < there[-1]:
                 print(f"{run.folder}: goes back to step {start.step}: a step or point to be saved after it is missing")
-            passed = {step for step in run.optional if step < start.step}.difference(start.done)
-            if forks := ", ".join(f"V{g.version} (step {g.start:,})" for g in run.segments if g.start in passed):
-                print(f"{run.folder}: not there and not made now, without --version they are: fork points of {forks}")
-            for step in start.done if start.step == run.segment.end else []:  # nothing left to do: no `claim` pins them
-                checkpoint.pin(checkpoint.path(run.folder, step))
     return broadcast(start, world.ranks)
 
 
@@ -234,65 +187,26 @@ def claim(run: Run, tokens: Tokens | SFTData, start: Start, world: World) -> Ite
         check_same(use, world, "a kernel fails on some GPUs; take --train.kernels torch, or start without them")
         with raise_on_all_ranks(world):
             if world.rank == 0:
-                held.enter_context(lock(folder / ".lock", BUSY.format(folder)))
+                busy = f"{folder}: another process is training here; wait for it or choose another --out"
+                held.enter_context(lock(folder / ".lock", busy))
                 if start != find_start(run, tokens):
                     raise UserError(f"{folder}: another process has just trained here; call this again")
                 log = held.enter_context(open_log(folder / "log.jsonl"))
                 if not (Path(c.out) / "config.toml").exists():
                     write_text(Path(c.out) / "config.toml", config.to_toml(c))
                 checkpoint.tidy(folder)
-                for step in start.done:
-                    checkpoint.pin(checkpoint.path(folder, step))
         yield log
 
 
-def preview(run: Run, kind: str, why: str, ranks: int) -> None:
-    """For --dry_run, print the segment, its LR, sizes, batch and tokens; nothing is written, no device is touched.
-
-    UserError at the end where the run would refuse.
-    """
-    sft, problem = run.segment.paradigm == "sft", None
-    try:
-        if not sft and prepare.ships(run.config.data.path):
-            check_shipped(run)
-        else:
-            with tempfile.TemporaryDirectory() as scratch:  # a fine-tuning has its number of steps only now
-                run, data = open_data(run, World(), lambda doing: None, Path(scratch))
-                check_start(run, data, find_start(run, data), checksums=False)
-    except UserError as e:
-        if sft:  # without examples there is nothing to say
-            raise
-        problem = e
-    c, t, m = run.config, run.config.train, run.config.model
-    s, p, own = run.segment, run.plan, run.last
-    required = [step for step in run.required if step >= (own or s.start)]
-    tokens, flops = (s.end - s.start) * t.batch_tokens, m.flops_per_token()
-    begin = f"from {run.origin or 'random weights'}"
-    if own is not None:
-        begin = "finished" if own == s.end else f"goes on from {run.folder} at step {own:,}"
-    print(f"segment      {s.name}: steps {s.start:,} .. {s.end:,} ({s.end - s.start:,}), {begin}")
-    milestones = {s.start, s.start + p.warmup - 1, *(p.end(i + 1) - 1 for i in range(len(p.T))), *required, s.end - 1}
-    rates = [f"update {i:>9,}: {s.lr(i):.6g}" for i in sorted(milestones) if s.start <= i < s.end]
-    print("LR           " + "\n             ".join(rates))
-    regular = f" (and the last {t.keep} of every {t.checkpoint_every:,} steps)" if t.checkpoint_every else ""
-    print(f"saves        {', '.join(f'{step:,}' for step in required)}{regular}, in {run.folder}")
-    print(f"parameters   {m.parameters:,}")
-    print(f"FLOPs        {flops / 1e9:,.4g} GFLOP a token, {flops * tokens:.4g} in all")
-    shards = (t.shard_ranks or ranks) if kind == "fsdp" else 1
-    # float32 weights, gradients, two moments, the running mean
-    held = f"{(16 + 4 * bool(run.running_mean)) * m.parameters / shards / 1e9:.3g} GB a rank"
-    held += ", and all weights and gradients while a step computes" * (kind == "fsdp")
-    what = "weights, gradients, moments" + " and running mean" * bool(run.running_mean)
-    print(f"parallel     {kind} ({why}): {what} take {held}")
-    accumulation = t.batch_tokens // (t.micro_batch * m.context * ranks)
-    pieces = f"micro-batch {t.micro_batch} x context {m.context} x accumulation {accumulation} x {ranks} rank"
-    print(f"batch        {t.batch_tokens:,} tokens = {pieces}{'s' * (ranks > 1)}")
-    if not sft and prepare.ships(c.data.path):
-        print(f"data         {c.data.path}: not there yet, the text that ships with the project will be prepared")
-    elif not sft and (Path(c.data.path) / "meta.json").exists():
-        for name, need, there in resume.open_tokens(c, p, s).needs(s.start, s.end):
-            print(f"data         {Path(c.data.path) / name}.bin: {need:,} tokens needed, {there:,} there")
-    if rows := resume.replayed(c, s):
-        print(f"replay       {rows} of {c.batch_sequences} rows a batch are of earlier increments")
-    if problem:
-        raise problem
+def preview(run: Run) -> None:
+    """For --dry_run, refuse what the run would refuse, or print what it would do. Nothing is written."""
+    if run.segment.paradigm != "sft" and prepare.ships(run.config.data.path):
+        check_shipped(run)
+    else:
+        with tempfile.TemporaryDirectory() as scratch:  # a fine-tuning has its number of steps only now
+            run, data = open_data(run, World(), lambda doing: None, Path(scratch))
+            check_start(run, data, find_start(run, data), checksums=False)
+    s, last = run.segment, run.last
+    origin = run.origin or "random weights" if last is None else checkpoint.path(run.folder, last)
+    print(f"{s.name}: steps {s.start:,} .. {s.end:,}, from {origin}")
+    print(f"saves at steps {', '.join(f'{step:,}' for step in run.required)}, in {run.folder}")

@@ -7,7 +7,6 @@ import shutil
 from safetensors.torch import load_file, save_file
 
 import config
-from runtime import checkpoint
 from runtime.files import sha256, write_json
 
 
@@ -34,4 +33,4 @@ def forged(folder, change, name="shard-00001-model-00001-of-00001.safetensors"):
     save_file(tensors, file, {"DCP_SHARDING_INFO": json.dumps(offsets), "format": "pt"})
     meta = json.loads((folder / "meta.json").read_text())
     meta["files"] = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in folder.glob("*.safetensors")}
-    write_json(folder / "meta.json", {k: v for k, v in meta.items() if k != "hash"}, checkpoint.UNHASHED)
+    write_json(folder / "meta.json", {k: v for k, v in meta.items() if k != "hash"})

@@ -216,9 +216,6 @@ class SFTData:
         self.ends, self.mixed = [self.steps], 0
         self.meta = {"hash": examples.meta["hash"], "tokenizer_sha256": examples.meta["tokenizer"]}
 
-    def place(self, step: int) -> tuple[int, int]:
-        return 0, step
-
     def identity(self, step: int) -> dict[str, Any]:
         known = held_messages(self.parent), self.examples.meta.get("chat")
         own = {"epochs": self.epochs, "chat": True in known or (None if None in known else False)}

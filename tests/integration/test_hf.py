@@ -582,7 +582,7 @@ def test_messages_in_training_are_recorded_and_older_checkpoints_go_on(imported,
     # As made before: the key is nowhere
     for p, meta in zip(ends, metas, strict=True):
         old = {k: v for k, v in meta["data"].items() if k != "chat"}
-        write_json(p / "meta.json", {**meta, "data": old}, ("pinned",))
+        write_json(p / "meta.json", {**meta, "data": old})
     (folder,) = (tmp_path / "sft").glob("examples-*")
     write_json(folder / "meta.json", {k: v for k, v in read_json(folder / "meta.json").items() if k != "chat"})
     capsys.readouterr()

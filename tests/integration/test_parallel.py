@@ -262,14 +262,14 @@ def test_auto_is_ddp_while_it_fits(monkeypatch, memory, kind):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: type("P", (), {"total_memory": memory}))
     names = ["203m", "406m", "608m", "1.2b", "2.1b", "3.1b"]
     eight = World(ranks=8, device=torch.device("cuda"))
-    assert [distributed.choose("auto", config.load(n).model.parameters, eight)[0] for n in names] == kind
-    assert distributed.choose("auto", 10**12, World(device=torch.device("cuda")))[0] == "none"
-    assert distributed.choose("auto", 10**12, World(ranks=8))[0] == "ddp"
+    assert [distributed.choose("auto", config.load(n).model.parameters, eight) for n in names] == kind
+    assert distributed.choose("auto", 10**12, World(device=torch.device("cuda"))) == "none"
+    assert distributed.choose("auto", 10**12, World(ranks=8)) == "ddp"
 
 
 def test_gradients_under_ddp_stay_views_of_its_buckets(train_cli, monkeypatch):
     """Set to none, each would be allocated again beside its bucket: 4 bytes a parameter more."""
-    monkeypatch.setattr(distributed, "choose", lambda *_: ("ddp", "as the test has it"))
+    monkeypatch.setattr(distributed, "choose", lambda *_: "ddp")
     seen, original = [], torch.optim.AdamW.zero_grad
 
     def zero_grad(self, set_to_none):
@@ -389,9 +389,9 @@ def refuse(work):
             data.token_files.read_meta = lambda folder: original(Path(work) / "nowhere")
 
     assert "nowhere: no prepared data" in tried(argv, 2, blind)
-    assert "run it on 2 ranks; or" in tried(argv, 3)
+    assert "x 3 ranks = 384; lower train.micro_batch" in tried(argv, 3)
     assert "train.parallel: got none on 2 ranks" in tried([*argv, "--train.parallel", "none"], 2)
-    assert "expected a divisor of the 4 ranks" in tried(
+    assert "expected train.parallel fsdp and a divisor of the 4 ranks" in tried(
         [*argv, "--train.micro_batch", "1", "--train.parallel", "fsdp", "--train.shard_ranks", "3"], 4
     )
     assert "train.shard_ranks: got 2 with train.parallel auto" in tried([*argv, "--train.shard_ranks", "2"], 2)
@@ -463,40 +463,6 @@ def test_an_environment_that_contradicts_itself(train_cli, tmp_path, monkeypatch
     assert words in err and len(err.splitlines()) == 1 and not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_jumps_stops_if_asked_to(train_cli, tmp_path, monkeypatch, capsys):
-    args = (
-        "--mode",
-        "ptfs",
-        "--version",
-        "2",
-        "--train.log_every",
-        "1",
-        "--train.checkpoint_every",
-        "4",
-        "--train.spike",
-        "1.0",
-    )
-    original, calls = train.Transformer.forward, []
-
-    def forward(self, *a, **kw):
-        out = original(self, *a, **kw)
-        calls.append(1)
-        return out * 3 if len(calls) in (2 * 9 + 1, 2 * 9 + 2) else out  # both micro-batches of update 9
-
-    monkeypatch.setattr(train.Transformer, "forward", forward)
-    assert train_cli(*args) == 2
-    err = capsys.readouterr().err
-    assert (
-        "step 9: loss" in err
-        and "more than train.spike = 1 above" in err
-        and "batch 9 of increment v1" in err
-        and "step-000008" in err
-    )
-    assert checkpoint.steps(tmp_path / "run" / "ptfs-cosine" / "v2") == [4, 8]
-    monkeypatch.undo()
-    assert train_cli(*args) == 0
-
-
 def test_a_save_that_fails_may_be_told_and_passed_over(train_cli, tmp_path, second_save_fails, capsys):
     args = ("--mode", "ptfs", "--version", "1", "--train.checkpoint_every", "3", "--train.on_save_error", "continue")
     assert train_cli(*args) == 0
@@ -513,9 +479,7 @@ def test_a_save_that_fails_may_be_told_and_passed_over(train_cli, tmp_path, seco
     assert "step-000014: could not be saved" in capsys.readouterr().err
     assert checkpoint.steps(tmp_path / "main" / "main") == [4, 24]
     assert train_cli("--mode", "main", "--version", "3", out="main") == 0
-    assert (
-        "not there and not made now, without --version they are: fork points of V2 (step 14)" in capsys.readouterr().out
-    )
+    assert checkpoint.steps(tmp_path / "main" / "main") == [4, 24]
     assert train_cli("--mode", "main", "--plan.versions", "3", out="main") == 0
     assert checkpoint.steps(tmp_path / "main" / "main") == [4, 14, 24]
 

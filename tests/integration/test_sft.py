@@ -268,10 +268,10 @@ def test_a_fine_tuning_is_a_segment(train_cli, parent, tmp_path, capsys):
     # what changes the examples, or starts from elsewhere, is another fine-tuning
     other = jsonl(tmp_path / "b.jsonl", sums(200, 1))
     for changed, words in (
-        ((*TUNE, "--parent", str(parent), "--data.sft", other), "was trained on other examples"),
+        ((*TUNE, "--parent", str(parent), "--data.sft", other), "examples of the data: "),
         (
             (*TUNE, "--parent", str(parent), "--data.sft", file, "--data.epochs", "4"),
-            "data.epochs: 3 there, 4 here",
+            "epochs of the data: 3 there, 4 here",
         ),
         (
             (*TUNE[:-1], "512", "--parent", str(parent), "--data.sft", file),
@@ -355,7 +355,7 @@ def test_examples_in_the_decay_of_a_branch(train_cli, tmp_path, capsys):
         ((*mix[:6], "--data.decay_mix", "1"), "expected 0 or more and below 1"),
         (
             (*mix[:4], "--data.sft", jsonl(tmp_path / "b.jsonl", sums(100, 2)), *mix[6:]),
-            "was trained on other examples",
+            "examples of the data: ",
         ),
     ):
         assert train_cli(*args) == 2
@@ -433,9 +433,9 @@ def test_what_is_refused(train_cli, parent, tmp_path, capsys, monkeypatch):
     (tmp_path / "a.txt").write_text("text")
     capsys.readouterr()
     for args, words in [
-        (("--data.sft", file), "--parent: not given"),
+        (("--data.sft", file), "expects --parent CHECKPOINT"),
         (("--parent", str(tmp_path), "--data.sft", file), "is no checkpoint"),
-        (("--parent", str(parent)), "--data.sft: not given"),
+        (("--parent", str(parent)), "and --data.sft FILE.jsonl"),
         (("--parent", str(parent), "--data.sft", str(tmp_path / "nowhere.jsonl")), "nowhere.jsonl': there is no file"),
         (
             ("--parent", str(parent), "--data.sft", str(tmp_path / "a.txt")),

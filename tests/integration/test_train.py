@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -24,7 +22,6 @@ import model
 import train
 from kernels import check
 from runtime import checkpoint, resume, start
-from runtime.command_line import this_command
 from runtime.distributed import World
 from runtime.errors import UserError
 from runtime.files import lock, open_log, write_json
@@ -194,11 +191,6 @@ def test_another_alpha_adds_its_fork_points_to_the_same_main_path(train_cli, tmp
         assert equal(tmp_path / "a" / "main" / f"step-{step:06d}", tmp_path / "b" / "main" / f"step-{step:06d}")
 
 
-def commands(printed):
-    """The train.py commands that an error names, as arguments."""
-    return [shlex.split(c)[2:] for c in re.search(r"python train\.py .*", printed)[0].split(" && ")]
-
-
 def test_a_shorter_decay_from_the_main_path_there_is(train_cli, tmp_path, capsys):
     """Forks at 18 and 28 in place of 14 and 24: made from the nearest checkpoint before them, and nothing else."""
     shorter = ("--plan.decay_steps", "2")
@@ -206,16 +198,15 @@ def test_a_shorter_decay_from_the_main_path_there_is(train_cli, tmp_path, capsys
     assert train_cli("--mode", "main", "--plan.versions", "3", *shorter, out="whole") == 0
     assert checkpoint.steps(tmp_path / "whole" / "main") == [8, 18, 28]
     run = tmp_path / "run" / "main"
-    for version, begin, fork, passed in (("3", 24, 28, "V1 (step 8), V2 (step 18)"), ("2", 14, 18, "V1 (step 8)")):
+    for version, begin, fork in (("3", 24, 28), ("2", 14, 18)):
         branch = ("--mode", "branch", "--version", version, *shorter)
         capsys.readouterr()
         assert train_cli(*branch) == 2
         refused = capsys.readouterr().err
-        assert f"make it (4 steps from step {begin}, about 0:00:0" in refused and len(refused.splitlines()) == 1
-        (words,) = commands(refused)
+        assert f"--mode main --version {version} makes it" in refused and len(refused.splitlines()) == 1
+        words = ("--mode", "main", "--version", version, *shorter)
         assert train_cli(*words) == 0
-        said = capsys.readouterr().out
-        assert f"fork points of {passed}\n" in said and f"from step {begin} to {fork}," in said
+        assert f"from step {begin} to {fork}," in capsys.readouterr().out
         assert equal(run / f"step-0000{fork}", tmp_path / "whole" / "main" / f"step-0000{fork}")
         assert train_cli(*words) == 0 and "nothing to do" in capsys.readouterr().out
         assert train_cli(*branch) == 0 and train_cli(*branch, out="whole") == 0
@@ -228,22 +219,17 @@ def test_a_shorter_decay_from_the_main_path_there_is(train_cli, tmp_path, capsys
 
 
 def test_an_increment_shorter_than_planned(train_cli, tmp_path, prepared, capsys):
-    """The commands that the refusal names go on from the main path there is, in the bits of a plan of these lengths."""
+    """A plan of the steps that there are goes on from the main path, in the bits of one made so from the start."""
     copy = shutil.copytree(prepared, tmp_path / "data")
     assert train_cli("--mode", "main", data=copy) == 0
     (tmp_path / "new.txt").write_text("some new prose, " * 64)
     prepare.add(str(copy), [str(tmp_path / "new.txt")], jobs=1)  # 1,025 tokens: 4 steps of 256
-    for mode in ("main", "branch"):
-        capsys.readouterr()
-        long = ("--plan.alpha", "0.3") if mode == "main" else ()  # forks at 47, seven steps into increment 5
-        assert train_cli("--mode", mode, "--version", "5", *long, data=copy) == 2
-        refused = capsys.readouterr().err
-        assert len(refused.splitlines()) == 1 and "plan at most 4 steps of it: python train.py" in refused
-    words = commands(refused)
-    assert [w[w.index("--mode") + 1] for w in words] == ["main", "branch"]
-    assert all(w[-2:] == ["--plan.increments", "10,10,10,10,4"] for w in words)
-    assert train_cli(*words[0]) == 0 and "from step 34 to 38," in capsys.readouterr().out
-    assert train_cli(*words[1]) == 0
+    capsys.readouterr()
+    assert train_cli("--mode", "branch", "--version", "5", data=copy) == 2
+    assert "or plan at most 4 steps of it" in (err := capsys.readouterr().err) and len(err.splitlines()) == 1
+    shorter = ("--version", "5", "--plan.increments", "10,10,10,10,4")
+    assert train_cli("--mode", "main", *shorter, data=copy) == 0 and "from step 34 to 38," in capsys.readouterr().out
+    assert train_cli("--mode", "branch", *shorter, data=copy) == 0
     for mode in (("main",), ("branch", "--version", "5")):
         plan = ("--plan.increments", "10,10,10,10,4", "--mode", *mode)
         assert train_cli(*plan, out="whole", data=copy) == 0
@@ -258,17 +244,6 @@ def test_an_increment_shorter_than_planned(train_cli, tmp_path, prepared, capsys
         assert train_cli("--mode", "main", "--version", "5", "--data.repeat", "true", data=copy, out=out) == 0
         assert train_cli("--mode", "main", data=copy, out=out) == 0  # and without the key where it is not needed
     assert equal(tmp_path / "run" / "main" / "step-000044", tmp_path / "again" / "main" / "step-000044")
-
-
-def test_a_text_too_short_for_the_warm_up_names_commands_that_work(train_cli, tmp_path, capsys):
-    (tmp_path / "own.jsonl").write_text("".join(f'{{"text": "{n} prose of mine"}}\n' for n in range(300)))
-    prepare.prepare(str(tmp_path / "own"), [str(tmp_path / "own.jsonl")], "bytes", (1.0,), 0.3, jobs=1)
-    keys = ("--plan.versions", "1", "--plan.steps", "60", "--plan.warmup", "20")
-    assert train_cli("--mode", "main", *keys, data=tmp_path / "own") == 2
-    words = commands(capsys.readouterr().err)
-    assert [w[w.index("--mode") + 1] for w in words] == ["main", "branch"]
-    assert all(0 <= int(w[w.index("--plan.warmup", w.index("--plan.increments")) + 1]) < 2 for w in words)
-    assert [train_cli(*w) for w in words] == [0, 0]
 
 
 def test_replay_is_recorded_and_its_own_in_branches(train_cli, tmp_path, capsys):
@@ -292,7 +267,7 @@ def test_a_shorter_version_does_not_share_a_folder_with_a_longer_one(train_cli, 
     assert train_cli("--mode", "ptfs", "--version", "2") == 0
     before = sorted((tmp_path / "run").rglob("*"))
     assert train_cli("--mode", "ptfs", "--version", "2", "--plan.increments", "10,8") == 2
-    assert "step-000020: is past step 18, where ptfs-cosine/v2 ends here; go back" in capsys.readouterr().err
+    assert "step-000020: is past step 18, where ptfs-cosine/v2 ends here; choose" in capsys.readouterr().err
     assert sorted((tmp_path / "run").rglob("*")) == before
 
 
@@ -521,12 +496,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(train_cli, tmp_path, 
     monkeypatch.setattr(model.Transformer, "forward", forward)
     assert train_cli("--mode", "ptfs", "--version", "2", "--train.checkpoint_every", "5") == 2
     error = capsys.readouterr().err
-    assert (
-        "step 12: loss nan" in error
-        and "batch 2 of increment v2" in error
-        and error.rstrip().endswith(
-            "The last checkpoint is " + str(tmp_path / "run" / "ptfs-cosine" / "v2" / "step-000010")
-        )
+    assert "step 12: loss nan" in error and error.rstrip().endswith(
+        "The last checkpoint is " + str(tmp_path / "run" / "ptfs-cosine" / "v2" / "step-000010")
     )
     assert checkpoint.steps(tmp_path / "run" / "ptfs-cosine" / "v2") == [5, 10]
     # the host noticed after update 14, at the checkpoint; the weights are still those before update 12
@@ -590,7 +561,6 @@ def snapshot(folder):
             ["--mode", "average", "--version", "2"],
             ["/step-000016", "--mode main --version 2 --plan.alpha 0"],
         ),
-        (["--mode", "average", "--version", "2", "--from", "x,y"], ["x: not there, as are 2 of 2", "expected --from"]),
         (["--plan.alpha", "0.9"], ["inside the warm-up of 2"]),
         (
             ["--plan.alpha", "0.5", "--plan.decay_steps", "3"],
@@ -599,7 +569,10 @@ def snapshot(folder):
         (["--plan.max_lr", "0"], ["plan.max_lr: got 0.0"]),
         (["--plan.min_lr", "1"], ["plan.min_lr: got 1.0"]),
         (["--plan.warmup", "10"], ["plan.warmup: got 10"]),
-        (["--train.batch_tokens", "300"], ["train.batch_tokens: got 300", "with the nearest, 256"]),
+        (
+            ["--train.batch_tokens", "300"],
+            ["train.batch_tokens: got 300", "x 1 ranks = 128; lower train.micro_batch"],
+        ),
         (["--model.n_head", "5"], ["model.n_head: got 5"]),
         (["--plan.alpah", "0.5"], ["unrecognized arguments: --plan.alpah 0.5; did you mean --plan.alpha?"]),
         (["--plan.steps", "many"], ["plan.steps: got 'many', expected a whole number"]),
@@ -649,8 +622,8 @@ def test_kernels_without_a_gpu_are_an_error_not_a_fallback(train_cli, tmp_path, 
 
 
 def test_several_problems_at_once(train_cli, capsys):
-    assert train_cli("--plan.alpha", "2", "--plan.max_lr", "-1", "--train.batch_tokens", "100") == 2
-    assert len(capsys.readouterr().err.splitlines()) == 3
+    assert train_cli("--plan.alpha", "2", "--plan.max_lr", "-1") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 def test_resume_with_another_config_names_the_keys(train_cli, tmp_path, capsys, monkeypatch):
@@ -683,11 +656,11 @@ def test_a_parent_of_another_shape_tokenizer_or_text_is_refused(train_cli, tmp_p
     meta = json.loads((other / "meta.json").read_text())
     write_json(other / "meta.json", {**meta, "tokenizer_sha256": "0" * 64})
     assert train_cli("--mode", "branch", "--version", "1", data=other) == 2
-    assert "was trained with another tokenizer" in capsys.readouterr().err
+    assert "tokenizer of the data: " in capsys.readouterr().err
     meta["increments"][0]["sha256"]["bin"] = "0" * 64
     write_json(other / "meta.json", meta)
     assert train_cli("--mode", "branch", "--version", "1", data=other) == 2
-    assert "was trained on other increments" in capsys.readouterr().err
+    assert "increments of the data: " in capsys.readouterr().err
 
 
 def test_damaged_data_and_checkpoints_are_found_before_training(train_cli, tmp_path, capsys, prepared, monkeypatch):
@@ -743,7 +716,7 @@ def test_a_segment_keeps_one_config_even_where_nothing_could_be_resumed(train_cl
     assert "it is that of step 14" in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_becomes_a_fork_point_is_pinned(train_cli, tmp_path):
+def test_a_checkpoint_that_becomes_a_fork_point_is_kept(train_cli, tmp_path):
     every = ("--train.checkpoint_every", "2", "--plan.steps", "20", "--train.keep", "2")
     assert train_cli("--mode", "main", "--version", "1", "--plan.alpha", "0.5", *every) == 0  # to 10; 6 and 8 are loose
     assert checkpoint.steps(tmp_path / "run" / "main") == [6, 8, 10]
@@ -864,20 +837,17 @@ def test_a_parent_that_will_not_do(train_cli, tmp_path, capsys):
     refused("it is that of step 10")
     shutil.copytree(decayed, parent, dirs_exist_ok=True)
     meta = json.loads((parent / "meta.json").read_text())
-    write_json(parent / "meta.json", {**meta, "step": 14}, checkpoint.UNHASHED)
+    write_json(parent / "meta.json", {**meta, "step": 14})
     refused("is a checkpoint of 'ours-cosine/v1', expected one of 'main'")
     meta = json.loads((parent / "meta.json").read_text())
-    write_json(parent / "meta.json", {**meta, "format": 2}, checkpoint.UNHASHED)
+    write_json(parent / "meta.json", {**meta, "format": 2})
     refused("format 2, expected 1: another version of this program made it")
     forged(parent, lambda t, o: [t.pop(k) for k in [*t] if k.startswith("exp_avg")])
-    refused("it holds weights alone, but AdamW's moments are to be kept")
+    refused("got shape none, expected (257, 16): another model, or weights alone")
     forged(parent, lambda t, o: t.pop("model.head.weight"))
     refused("model.head.weight: got shape none")
     (parent / next(parent.glob("*.safetensors")).name).write_bytes(b"")
     refused("got 0 bytes")
-    forged(parent, lambda t, o: t["model.embed.weight"][3:4].fill_(torch.nan))  # found when it is read
-    assert train_cli("--mode", "branch", "--version", "2") == 2
-    assert "model.embed.weight holds values that are not finite" in capsys.readouterr().err
     shutil.rmtree(parent)
     shutil.copytree(aside, parent)
     assert train_cli("--mode", "branch", "--version", "2") == 0
@@ -984,25 +954,17 @@ def test_dry_run_of_every_config_touches_nothing(name, ranks, monkeypatch, capsy
             train.main()
         out, err = capsys.readouterr()
         c = config.load(name)
-        assert f"{c.model.parameters:,}" in out and f"x {ranks} rank" in out
-        assert (
-            "not there yet" in out
-            if ready
-            else any(s in err for s in ("is not there", "no prepared data", "expected 1024"))
-        )
+        if ready:
+            assert f"in {c.out}/" in out
+        else:
+            assert any(s in err for s in ("is not there", "no prepared data", "expected 1024"))
     assert list(tmp_path.iterdir()) == []
-    assert (
-        f"{c.train.batch_tokens:,} tokens = micro-batch {c.train.micro_batch} x context {c.model.context} x "
-        "accumulation" in out
-    )
 
 
-def test_dry_run_says_tokens_needed_and_there(train_cli, capsys, tmp_path):
+def test_a_dry_run_says_what_the_run_would_do(train_cli, capsys, tmp_path):
     assert train_cli("--mode", "ptfs", "--version", "2", "--dry_run") == 0
     out = capsys.readouterr().out
-    assert (
-        "v2.bin: 2,561 tokens needed" in out and "update         1: 0.004" in out and "update        19: 0.0004" in out
-    )
+    assert "ptfs-cosine/v2: steps 0 .. 20, from random weights\nsaves at steps 20, in " in out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -1107,25 +1069,17 @@ def test_a_segment_goes_on_where_its_parent_is_damaged(train_cli, monkeypatch, t
     assert train_cli("--mode", "branch", "--version", "1") == 0
 
 
-def test_the_command_that_makes_a_parent_is_only_named_where_it_would(train_cli, monkeypatch, capsys, tmp_path):
+def test_the_options_that_make_a_parent_are_only_named_where_they_would(train_cli, capsys, tmp_path):
     for words in (("--mode", "branch", "--version", "2", "--parent"), ("--mode", "main", "--train.base")):
         assert train_cli(*words, str(tmp_path / "nowhere")) == 2
-        assert "nowhere: is not there" in (err := capsys.readouterr().err) and "make it" not in err
-    monkeypatch.setattr(sys, "argv", ["train.py", "--out", "version", "--version=2", "--mode", "branch", "--dry_run"])
-    assert this_command(mode="main", version=2) == "python train.py --out version --mode main --version 2"
+        assert "nowhere: is not there" in (err := capsys.readouterr().err) and "makes it" not in err
 
 
-def test_a_dry_run_refuses_a_folder_that_is_taken(train_cli, capsys, tmp_path):
-    with lock(tmp_path / "run" / "main" / ".lock", ""):
-        for dry in ((), ("--dry_run",)):
-            assert train_cli("--mode", "main", *dry) == 2 and "another process is training" in capsys.readouterr().err
-
-
-def test_without_arguments_it_says_what_it_takes(monkeypatch, capsys, tmp_path):
+def test_without_arguments_it_takes_the_config_tiny(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", "--dry_run"])
     train.main()
-    assert capsys.readouterr().out.startswith("no --config given: ")
+    assert "in out/tiny/main" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------

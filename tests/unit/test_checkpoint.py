@@ -68,11 +68,10 @@ def test_a_checkpoint_that_is_there_is_never_written_again(tmp_path):
     assert save(tmp_path, 7, seed=1) == first
 
 
-def test_prune_keeps_the_last_and_the_pinned(tmp_path):
+def test_prune_keeps_the_last_the_pinned_and_the_required(tmp_path):
     for step in range(1, 8):
         save(tmp_path, step, pinned=step in (2, 4))
-    checkpoint.pin(tmp_path / "step-000003")
-    checkpoint.prune(tmp_path, 2, 7)
+    checkpoint.prune(tmp_path, 2, 7, required=[3])
     assert checkpoint.steps(tmp_path) == [2, 3, 4, 6, 7]
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{s:06d}" for s in (2, 3, 4, 6, 7)]
 
@@ -213,22 +212,17 @@ def test_nothing_unpickles():
 OTHER = {
     "missing": (
         lambda t, o: t.pop("model.a"),
-        "model.a: got shape none, expected (5, 7): a model of another shape",
+        "model.a: got shape none, expected (5, 7): another model",
     ),
     "no moments": (
         lambda t, o: [t.pop(k) for k in ("exp_avg.a", "updates.a")],
-        "it holds weights alone, but AdamW's moments are to be kept",
+        "exp_avg.a: got shape none, expected (5, 7): another model, or weights alone",
     ),
     "extra": (
         lambda t, o: t.update({"model.z": torch.zeros(2)}) or o.update({"model.z": {"saved_offsets": [0]}}),
         "model.z: got shape (2,), expected none",
     ),
     "another shape": (lambda t, o: t.update({"model.a": torch.zeros(5, 6)}), "got shape (5, 6), expected (5, 7)"),
-    "nan": (lambda t, o: t["model.a"].view(-1)[3:4].fill_(torch.nan), "model.a holds values that are not finite"),
-    "inf in a moment": (
-        lambda t, o: t["exp_avg.a"].view(-1)[3:4].fill_(torch.inf),
-        "exp_avg.a holds values that are not finite",
-    ),
 }
 
 
@@ -242,8 +236,6 @@ def test_what_does_not_fit_is_named(tmp_path, what):
     with pytest.raises(UserError) as e:
         checkpoint.load(tmp_path / "step-000001", want)
     assert words in str(e.value) and len(str(e.value).splitlines()) == 1
-    if "finite" not in words:  # found before anything was filled in
-        assert all(torch.equal(want[k], v) for k, v in tensors().items())
 
 
 def test_weights_alone_and_rng_of_another_device(tmp_path):
@@ -265,7 +257,7 @@ def test_metadata_of_another_format_step_or_kind(tmp_path):
         ({**meta, "step": 2}, "it is that of step 2"),
         (rest, "step-000001: is no checkpoint"),
     ):
-        write_json(file, other, checkpoint.UNHASHED)
+        write_json(file, other)
         with pytest.raises(UserError) as e:
             checkpoint.verify(tmp_path / "step-000001")
         assert words in str(e.value)

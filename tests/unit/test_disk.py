@@ -1,8 +1,6 @@
 """Files that several processes replace at the same time, and what killed ones leave."""
 
 import multiprocessing
-import os
-import time
 from pathlib import Path
 
 from runtime import files
@@ -38,23 +36,6 @@ def test_two_processes_that_write_one_file_do_not_disturb_each_other(tmp_path):
         p.join()
     assert [said.get(timeout=10) for _ in writers] == ["", ""]
     assert seen <= {"a" * 5000, "b" * 5000} and [f.name for f in tmp_path.iterdir()] == ["config.toml"]
-
-
-def test_what_killed_writes_left_is_removed_and_what_is_being_written_is_not(tmp_path):
-    file, ours, theirs = tmp_path / "meta.json", tmp_path / ".meta.json.partial", tmp_path / ".other.json.0a.partial"
-    left, new, folder = (
-        tmp_path / ".meta.json.0a.partial",
-        tmp_path / ".meta.json.0b.partial",
-        tmp_path / ".meta.json.d.partial",
-    )
-    for f in (ours, theirs, left, new):
-        f.write_text("half")
-    folder.mkdir()
-    for f in (ours, theirs, left, folder):
-        os.utime(f, (time.time() - 2 * files.STALE,) * 2)
-    write_text(file, "whole")
-    assert file.read_text() == "whole"
-    assert set(tmp_path.iterdir()) == {file, theirs, new, folder}
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):

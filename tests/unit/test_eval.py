@@ -151,7 +151,7 @@ def test_checkpoints_of_other_held_out_text_are_not_compared(trained, prepared, 
     shutil.copytree(trained, other)
     meta = checkpoint.read_meta(other)
     meta["config"]["data.path"] = str(tmp_path / "d")
-    write_json(other / "meta.json", {k: v for k, v in meta.items() if k != "hash"}, checkpoint.UNHASHED)
+    write_json(other / "meta.json", {k: v for k, v in meta.items() if k != "hash"})
     assert "have different validation sets" in cli(trained, other, code=2)
     assert cli(trained, other, "--data", tmp_path / "d").count("step-000010") == 1
 
@@ -252,7 +252,7 @@ def test_versions_are_found_by_what_is_recorded(trained, tmp_path):
         own = {"segment": segment, "version": version, "parent": parent and {"segment": parent, "step": 10}}
         path = {**meta["path"], "parent": (path_parent or parent) and [path_parent or parent, 10]}
         made = {**meta, **own, "path": path, "data": {**meta["data"], **data}}
-        write_json(folder / "meta.json", made, checkpoint.UNHASHED)
+        write_json(folder / "meta.json", made)
         return folder
 
     a1, b2 = record("a/v1", 1), record("b/v2", 2, "a/v1")
