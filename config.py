@@ -97,6 +97,7 @@ class Train:
     )
     save_at: list[int] = key([], "more steps to save and keep, such as fork points of another alpha", low=0, free=True)
     on_save_error: str = key("stop", "if a checkpoint cannot be saved", choices=("stop", "continue"), free=True)
+    spike: float | None = key(None, "stop at a loss so far above the median of 20; none: never", low=0, free=True)
     timeout: float = key(1800.0, "seconds until a hanging step or save is given up (exit code 124)", low=1, free=True)
 
 

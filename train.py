@@ -168,7 +168,9 @@ def train(run: Run, data: Any, start: Start, file: BinaryIO | None, watchdog: Wa
             mean.update(step + 1)
 
             if due(t.log_every, step + 1) or step + 1 == segment.end:
-                log.step(step, lr, *guard.synchronize())
+                loss_value, norm_value = guard.synchronize()
+                log.step(step, lr, loss_value, norm_value)
+                guard.check_spike(step, loss_value)
         guard.finish_save(step)
 
     if last:

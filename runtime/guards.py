@@ -1,11 +1,13 @@
-"""Guards of a long run: ranks that hang, signals, steps that are not finite, replicas that differ."""
+"""Guards of a long run: ranks that hang, signals, steps that are not finite, replicas that differ, loss spikes."""
 
 import gc
 import os
 import signal
+import statistics
 import sys
 import threading
 import time
+from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from runtime import checkpoint, distributed
 from runtime.checkpoint import Saver
 from runtime.distributed import RankLost, mean_over_ranks, raise_on_all_ranks, rank0_error
 from runtime.errors import UserError, describe
+from runtime.files import read_log
 from runtime.logger import Log, warn
 
 
@@ -67,6 +70,9 @@ class Guard:
         self.bad = torch.full((), self.never, dtype=torch.int64, device=world.device)  # the first such step
         # loss and gradient norm: of the last step, and of the first bad one
         self.numbers = self.bad_numbers = torch.zeros(2, device=world.device)
+        log_before = read_log(run.folder) if run.config.train.spike is not None and world.rank == 0 else []
+        losses = [r["loss"] for r in log_before if "loss" in r and r["step"] < log.start.step]
+        self.recent: deque[float] = deque(distributed.broadcast(losses[-20:], world.ranks), maxlen=20)
 
     def __enter__(self) -> "Guard":
         self.handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
@@ -146,6 +152,14 @@ class Guard:
             raise self.stopped(f"step {wrong}: {what}; lower plan.max_lr or look at the text of this step.")
         loss, norm = self.numbers.tolist()
         return loss, norm
+
+    def check_spike(self, step: int, loss: float) -> None:
+        """UserError if the loss is train.spike above the median of the last 20 logged losses; it needs at least 5."""
+        spike = self.run.config.train.spike
+        if spike is not None and len(self.recent) >= 5 and loss > (usual := statistics.median(self.recent)) + spike:
+            what = f"more than train.spike = {spike:g} above {usual:.4g}, the median before it"
+            raise self.stopped(f"step {step}: loss {loss:.4g}, {what}.")
+        self.recent.append(loss)
 
     def check_weights(self, net: torch.nn.Module, step: int) -> None:
         """UserError unless all copies of the weights are equal, and finite."""

@@ -115,6 +115,7 @@ def test_free_keys_change_nothing(trained):
         "train.keep": "1",
         "train.save_at": "3",
         "train.recompute": "true",
+        "train.spike": "100",
         "train.timeout": "900",
         "train.on_save_error": "continue",
         "data.verify": "false",

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import statistics
 
 import numpy as np
@@ -11,6 +12,7 @@ from runs import SHAPE, rate, records, run, run_on_ranks, weights, written_out
 
 import config
 import model
+import train
 
 T, STEPS = 32, 10
 EVAL = 363  # 11 sequences of 32 tokens in batches of 4, 4 and 3 rows, and 11 tokens more
@@ -123,4 +125,25 @@ def test_a_fine_tuning_validates_on_what_it_held_out(prepared, tmp_path):
     assert record["val_loss"] == pytest.approx(mean(held), rel=2e-6)  # as above
     assert (
         abs(mean(trained) / mean(held) - 1) > 1e-4 and abs(mean(examples) / mean(held) - 1) > 1e-4
+    )  # else it shows nothing
+
+
+def test_the_spike_guard_knows_only_the_losses_before(prepared, tmp_path, monkeypatch, capsys):
+    """A run that reached its end goes back to a checkpoint: the median is that of what was logged before it."""
+    args = ("--mode", "ptfs", "--version", "2", "--train.log_every", "1", "--train.save_at", "8,12")
+    folder = tmp_path / "ptfs-cosine" / "v2"
+    assert run(prepared, tmp_path, *args) == 0
+    losses = [records(folder, "loss")[s]["loss"] for s in range(20)]
+    for step in (12, 20):
+        shutil.rmtree(folder / f"step-{step:06d}")
+    original = train.Transformer.forward
+    monkeypatch.setattr(train.Transformer, "forward", lambda self, *a, **kw: original(self, *a, **kw) * 3)
+    capsys.readouterr()
+    assert run(prepared, tmp_path, *args, "--train.spike", "1.0") == 2
+    said = capsys.readouterr().err
+    usual = statistics.median(losses[:8])
+    assert f"step 8: loss {3 * losses[8]:.4g}, more than train.spike = 1 above {usual:.4g}, the median" in said
+    assert f"{usual:.4g}" not in (
+        f"{statistics.median(losses):.4g}",
+        f"{statistics.median(losses[:9]):.4g}",
     )  # else it shows nothing

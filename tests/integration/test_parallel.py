@@ -463,6 +463,35 @@ def test_an_environment_that_contradicts_itself(train_cli, tmp_path, monkeypatch
     assert words in err and len(err.splitlines()) == 1 and not (tmp_path / "run").exists()
 
 
+def test_a_loss_that_jumps_stops_if_asked_to(train_cli, tmp_path, monkeypatch, capsys):
+    args = (
+        "--mode",
+        "ptfs",
+        "--version",
+        "2",
+        "--train.log_every",
+        "1",
+        "--train.checkpoint_every",
+        "4",
+        "--train.spike",
+        "1.0",
+    )
+    original, calls = train.Transformer.forward, []
+
+    def forward(self, *a, **kw):
+        out = original(self, *a, **kw)
+        calls.append(1)
+        return out * 3 if len(calls) in (2 * 9 + 1, 2 * 9 + 2) else out  # both micro-batches of update 9
+
+    monkeypatch.setattr(train.Transformer, "forward", forward)
+    assert train_cli(*args) == 2
+    err = capsys.readouterr().err
+    assert "step 9: loss" in err and "more than train.spike = 1 above" in err and "step-000008" in err
+    assert checkpoint.steps(tmp_path / "run" / "ptfs-cosine" / "v2") == [4, 8]
+    monkeypatch.undo()
+    assert train_cli(*args) == 0
+
+
 def test_a_save_that_fails_may_be_told_and_passed_over(train_cli, tmp_path, second_save_fails, capsys):
     args = ("--mode", "ptfs", "--version", "1", "--train.checkpoint_every", "3", "--train.on_save_error", "continue")
     assert train_cli(*args) == 0
