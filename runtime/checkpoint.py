@@ -312,14 +312,21 @@ def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
 # ---- Keeping and deleting --------------------------------------------------------------------------------------------
 
 
+def pin(checkpoint: Path) -> None:
+    """Exempt a checkpoint from `prune`: also one that was saved before a plan required it."""
+    meta = read_meta(checkpoint)
+    if not meta["pinned"]:
+        write_json(checkpoint / "meta.json", {**meta, "pinned": True})
+
+
 def prune(segment: Path, keep: int, step: int, required: Sequence[int] = ()) -> None:
-    """Delete checkpoints up to `step` but the last `keep`, pinned or `required` ones, and one before each missing."""
+    """Delete checkpoints up to `step` but the last `keep`, pinned ones, and one before each missing `required`."""
     there = steps(segment)
     needed = {max((s for s in there if s < r), default=0) for r in required if r <= step and r not in there}
     loose = []
     for s in there:
         with contextlib.suppress(UserError):  # damaged, which the user may want to see
-            if s <= step and s not in required and not read_meta(path(segment, s))["pinned"]:
+            if s <= step and not read_meta(path(segment, s))["pinned"]:
                 loose.append(s)
     for s in set(loose[:-keep]) - needed:
         partial = partial_folder(path(segment, s))

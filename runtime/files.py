@@ -112,7 +112,7 @@ def parse(kind: Any, text: str) -> Any:
 
 
 def content_hash(content: dict[str, Any]) -> str:
-    """SHA-256 over all of `content` but "hash" itself and "pinned", which earlier versions changed."""
+    """SHA-256 over all of `content` but "hash" itself and "pinned", which is set later."""
     return digest({k: v for k, v in content.items() if k not in ("hash", "pinned")})
 
 

@@ -170,6 +170,8 @@ def agree_on_start(run: Run, tokens: Tokens | SFTData, world: World) -> Start:
             start = find_start(run, tokens)
             if (there := [s for s in checkpoint.steps(run.folder) if s <= run.segment.end]) and start.step < there[-1]:
                 print(f"{run.folder}: goes back to step {start.step}: a step or point to be saved after it is missing")
+            for step in start.done if start.step == run.segment.end else []:  # nothing left to do: no `claim` pins them
+                checkpoint.pin(checkpoint.path(run.folder, step))
     return broadcast(start, world.ranks)
 
 
@@ -195,6 +197,8 @@ def claim(run: Run, tokens: Tokens | SFTData, start: Start, world: World) -> Ite
                 if not (Path(c.out) / "config.toml").exists():
                     write_text(Path(c.out) / "config.toml", config.to_toml(c))
                 checkpoint.tidy(folder)
+                for step in start.done:
+                    checkpoint.pin(checkpoint.path(folder, step))
         yield log
 
 
