@@ -49,6 +49,7 @@ def parse() -> tuple[Namespace, Config]:
     a.add_argument("--mode", default="main", choices=(*resume.MODES, "sft"))
     a.add_argument("--version", type=int, help="version to train; main: save its fork point and stop [all of the plan]")
     a.add_argument("--parent", help="the checkpoint to start from, for branch, cpt and sft [the planned one]")
+    a.add_argument("--from", dest="given", help="average: the checkpoints A,B,.. in place of the plan's")
     a.add_argument("--dry_run", action="store_true", help="say what would be done, touch nothing")
     a.add_config()
     return a.parse_config()
@@ -56,6 +57,8 @@ def parse() -> tuple[Namespace, Config]:
 
 def pick(o: Namespace, c: Config, world: World) -> Run:
     """The segment to train. UserError lists the problems of the config on this machine."""
+    if o.given and o.mode != "average":
+        raise UserError(f"--from: got {o.given}, which only --mode average reads; leave it out")
     if o.version is not None and (o.mode == "sft" or not 0 < o.version < 10_000):
         raise UserError(f"--version: got {o.version}, expected 1 to 9999, and none with --mode sft")
     if o.mode == "sft":
@@ -189,7 +192,7 @@ def main() -> None:
         world = replace(world, device=pick_device(c.train.device, world.local_rank))
         if o.mode == "average":
             if world.rank == 0:
-                average.make(run, o.dry_run)
+                average.make(run, o.given, o.dry_run)
             return
         if o.dry_run:
             if world.rank == 0:

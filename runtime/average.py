@@ -5,6 +5,7 @@ The mean of checkpoints of a constant rate does afterwards what a decay does, an
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -15,7 +16,7 @@ import model as llama
 from runtime import checkpoint, resume
 from runtime.distributed import local_part
 from runtime.errors import UserError
-from runtime.files import lock
+from runtime.files import digest, lock
 from runtime.resume import Run
 
 
@@ -62,29 +63,33 @@ class RunningMean:
             self.net.cast_weights()
 
 
-def make(run: Run, dry_run: bool = False) -> None:
-    """Write the mean of a version's points, or the running mean, as a checkpoint of weights alone.
+def make(run: Run, given: str | None, dry_run: bool = False) -> None:
+    """Write the mean of a version's points, or of `given` checkpoints (A,B,..), as a checkpoint of weights alone.
 
-    Tensor by tensor, in float32, in memory of the largest two. UserError names a missing point, and how to make it.
+    Tensor by tensor, in float32, in memory of the largest two. UserError names missing points, and their command.
     """
-    running = not run.segment.points
-    paths = sources_of(run)
-    metas = [checkpoint.read_meta(p) for p in paths]
+    paths, metas, record, running = sources_of(run, given)
     sources = [{k: meta[k] for k in ("segment", "step", "hash")} for meta in metas]
+    end = max(source["step"] for source in sources)
+    folder = Path(run.config.out) / record["segment"]
     with torch.device("meta"):  # shapes alone
         tensors = checkpoint.state(llama.Transformer(config.model_of(metas[0]["config"])))
-    for p in paths:
+    for p, meta in zip(paths, metas, strict=True):
         names = checkpoint.fits(p, tensors)
         if running and not any(name.startswith("average.") for name in names):
             raise UserError(f"{p}: holds no running mean; train it again with train.average_half_life")
-    checkpoint.check_whole(run.folder)
-    target = checkpoint.path(run.folder, run.segment.end)
+        if meta["data"]["tokenizer"] != record["data"]["tokenizer"]:
+            raise UserError(f"--from {p}: has another tokenizer than the others; leave it out")
+    checkpoint.check_whole(folder)
+    target = checkpoint.path(folder, end)
+    what = f"the running mean of {paths[0]}"
+    if not running:
+        what = f"the mean of {len(paths)} checkpoints, from {paths[0]} to {paths[-1]}"
     if done := (target / "meta.json").exists():
         if checkpoint.read_meta(target)["mean_of"] != sources:
             raise UserError(f"{target}: is a mean of other weights; move it away")
         checkpoint.verify(target)
-    what = "the running mean of" if running else f"the mean of {len(paths)} checkpoints up to"
-    print(f"{target}: {what} {paths[-1]}{', made already' * done}")
+    print(f"{target}: {what}{', made already' * done}")
     if dry_run or done:
         return
     for p in paths:
@@ -97,25 +102,42 @@ def make(run: Run, dry_run: bool = False) -> None:
         for p in paths:
             dcp.load({name: part}, storage_reader=dcp.HuggingFaceStorageReader(str(p)), no_dist=True)
             total += part
+        if not total.isfinite().all():
+            raise UserError(f"{target}: the mean of {name} is not finite; leave out the checkpoint that diverged")
         return total.div_(len(paths))
 
-    tokens = resume.open_tokens(run.config, run.plan, run.segment)
-    record = resume.record(run, sources[-1], tokens, run.segment.end)
-    with lock(run.folder / ".lock", f"{run.folder}: another process makes it; wait for it"):
-        checkpoint.save(run.folder, run.segment.end, tensors, {**record, "mean_of": sources}, mean)
+    with lock(folder / ".lock", f"{folder}: another process makes it; wait for it"):
+        checkpoint.save(folder, end, tensors, {**record, "mean_of": sources}, mean)
 
 
-def sources_of(run: Run) -> list[Path]:
-    """The checkpoints to average: those of a version's points, or the main path's end, which holds the running mean."""
+def sources_of(run: Run, given: str | None) -> tuple[list[Path], list[dict[str, Any]], dict[str, Any], bool]:
+    """(checkpoints to average, their metas, the record of the mean, is it the running mean of one?)."""
     c, s = run.config, run.segment
-    main = next(g for g in run.segments if s.parent and g.name == s.parent[0])
-    home = Path(c.out) / main.name
-    paths = [checkpoint.weights(home, step) for step in s.points] or [checkpoint.path(home, s.end)]
-    tokens = resume.open_tokens(c, run.plan, s)
-    for p in paths:
-        if not (p / "meta.json").exists():
+    path = next(g for g in run.segments if s.parent and g.name == s.parent[0])  # the main path
+    home = Path(c.out) / path.name
+    if given is not None:
+        paths = [Path(p) for p in given.split(",") if p]
+    else:
+        paths = [checkpoint.weights(home, step) for step in s.points] or [checkpoint.path(home, s.end)]
+    missing = [p for p in paths if not (p / "meta.json").exists()]
+    if missing or not paths:
+        fix = "expected --from CHECKPOINT,CHECKPOINT,.."
+        if given is None:
             alpha = "" if c.plan.from_mean else " --plan.alpha 0"
-            fix = f"the same command with --mode main --version {s.version}{alpha} makes it"
-            raise UserError(f"{p}: is not there, and the version averages it; {fix}")
-        resume.check_lineage(p, c, main, tokens)
-    return paths
+            fix = f"the same command with --mode main --version {s.version}{alpha} makes them"
+        raise UserError(f"{missing[0] if missing else '--from'}: no checkpoint to average; {fix}")
+    metas = [checkpoint.read_meta(p) for p in paths]
+    if given is None:
+        tokens = resume.open_tokens(c, run.plan, s)
+        for p in paths:
+            resume.check_lineage(p, c, path, tokens)
+        parent = {k: metas[-1][k] for k in ("segment", "step", "hash")}
+        return paths, metas, resume.record(run, parent, tokens, s.end), not s.points
+    if len(hashes := sorted({meta["hash"] for meta in metas})) < len(metas):
+        raise UserError(f"--from: got {given}, one of them twice; expected different checkpoints")
+    # the last of them says what the mean was trained on, whatever this config
+    last = max(metas, key=lambda meta: meta["step"])
+    known = {k: last[k] for k in ("config", "config_sha256", "data", "tokens", "versions")}
+    own = {"segment": f"average-{digest(hashes)[:8]}/v{s.version}", "version": s.version, "path": {}}
+    own |= {"finished": True, "pinned": True, "parent": {k: last[k] for k in ("segment", "step", "hash")}}
+    return paths, metas, {**known, **own}, False

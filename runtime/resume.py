@@ -119,7 +119,8 @@ def pick(c: Config, mode: str, version: int | None, parent: str | None = None) -
     if mode == "branch" and c.data.decay_mix:
         segment = replace(segment, name=segment.name.replace("/", f"-mix{c.data.decay_mix:g}/"))
     if parent and (not segment.parent or mode == "average"):
-        raise UserError(f"--parent: {segment.name} has none; an imported model is --train.base {parent}")
+        fix = "--from names checkpoints to average" if segment.parent else f"an imported model is --train.base {parent}"
+        raise UserError(f"--parent: {segment.name} has none; {fix}")
     if mode in ("main", "average") and not p.average_points and not c.train.average_half_life:
         raise UserError("plan.average_points: got 0, the running mean, but train.average_half_life is none; give it")
     needed = None

@@ -14,6 +14,7 @@ import model
 from config import model_of
 from runtime import checkpoint, resume
 from schedule import Plan, plan
+from text import prepare
 from tools import huggingface
 
 CPU = torch.device("cpu")
@@ -60,7 +61,19 @@ def test_a_version_is_the_mean_of_the_main_path(train_cli, tmp_path, capsys):
     before = (mean / "meta.json").stat().st_mtime_ns
     assert train_cli("--mode", "average", "--version", "2", *LONG) == 0  # again: it stays
     assert (mean / "meta.json").stat().st_mtime_ns == before
+
+    # any checkpoints, in a folder of their own; other weights are another mean
+    given = ",".join(str(checkpoint.weights(main, step)) for step in (17, 20, 40))
+    assert train_cli("--mode", "average", "--version", "2", "--from", given, *LONG) == 0
+    (other,) = (tmp_path / "run").glob("average-*/v2/step-000040")
+    three = [tensors(checkpoint.weights(main, step)) for step in (17, 20, 40)]
+    torch.testing.assert_close(tensors(other)["model.head.weight"], sum(t["model.head.weight"] for t in three) / 3)
     capsys.readouterr()
+    wrong = ("--mode", "average", "--version", "2", "--from", f"{given},{tmp_path}/run/main/step-000099")
+    assert (
+        train_cli(*wrong, *LONG) == 2
+        and "step-000099: no checkpoint to average; expected --from" in capsys.readouterr().err
+    )
     assert train_cli("--mode", "average", "--version", "2", "--plan.max_lr", "1e-3", *LONG) == 2
     assert "was made with another config (plan.max_lr: 0.004 there, 0.001 here)" in capsys.readouterr().err
 
@@ -243,10 +256,26 @@ def test_a_mean_that_is_there_is_compared_with_its_sources(train_cli, tmp_path, 
     assert "points/step-000016: was made with another config (train.seed: 2 there, 1 here)" in capsys.readouterr().err
 
 
-def test_an_average_has_no_given_parent(train_cli, tmp_path, capsys):
-    parent = str(tmp_path / "run" / "main" / "step-000020")
-    assert train_cli("--mode", "average", "--version", "1", "--parent", parent, *LONG) == 2
-    assert "--parent: average/v1 has none" in capsys.readouterr().err
+def test_given_checkpoints_record_their_own_data_in_any_order(train_cli, tmp_path, prepared, capsys):
+    assert train_cli("--mode", "main", *LONG) == 0
+    main = tmp_path / "run" / "main"
+    copy = shutil.copytree(prepared, tmp_path / "data")
+    (tmp_path / "new.txt").write_text("other words " * 900)
+    prepare.add(str(copy), [str(tmp_path / "new.txt")], jobs=1)
+    a, b = (str(main / f"step-{step:06d}") for step in (20, 40))
+    assert train_cli("--mode", "average", "--version", "1", "--from", f"{a},{b}", *LONG, data=copy) == 0
+    (mean,) = (tmp_path / "run").glob("average-*/v1/step-000040")
+    meta = checkpoint.read_meta(mean)
+    assert meta["data"] == checkpoint.read_meta(main / "step-000040")["data"]
+    assert meta["config"]["data.path"] == str(prepared)
+    capsys.readouterr()
+    for wrong, said in ((f"{a},{a}", "one of them twice"), (",", "--from: no checkpoint to average; expected --from")):
+        assert train_cli("--mode", "average", "--version", "1", "--from", wrong, *LONG) == 2
+        assert said in capsys.readouterr().err
+    assert train_cli("--mode", "main", "--from", a, *LONG) == 2
+    assert "which only --mode average reads" in capsys.readouterr().err
+    assert train_cli("--mode", "average", "--version", "1", "--parent", a, *LONG) == 2
+    assert "--from names checkpoints to average" in capsys.readouterr().err
 
 
 def test_parts_of_the_main_path_and_origins_of_branches_are_no_versions(train_cli, tmp_path):

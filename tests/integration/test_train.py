@@ -561,6 +561,7 @@ def snapshot(folder):
             ["--mode", "average", "--version", "2"],
             ["/step-000016", "--mode main --version 2 --plan.alpha 0"],
         ),
+        (["--mode", "average", "--version", "2", "--from", "x,y"], ["x: no checkpoint to average; expected --from"]),
         (["--plan.alpha", "0.9"], ["inside the warm-up of 2"]),
         (
             ["--plan.alpha", "0.5", "--plan.decay_steps", "3"],
