@@ -130,7 +130,7 @@ def train(run: Run, data: Any, start: Start, file: BinaryIO | None, watchdog: Wa
     accumulation = t.batch_tokens // (t.micro_batch * c.model.context * world.ranks)
     saver = checkpoint.Saver(run.folder, t.keep, run.required, t.timeout)
     log = Log(run, start, file, world, net.dtype)
-    guard = Guard(log, saver, watchdog)
+    guard = Guard(data, log, saver, watchdog)
     with guard, log:
         log.header(net.use, kind, compiles(c, world.device))
         for step in range(start.step, segment.end + 1):

@@ -115,14 +115,17 @@ def assign(tensors: dict[str, Tensor], rank: int, ranks: int) -> set[str]:
 def write_shard(file: Path, content: Iterable[Tensor]) -> dict[str, Any]:
     """Write bytes to the disk, one tensor of them after another; returns size and checksum."""
     try:
-        with open(file, "wb") as f:
+        with open(file, "wb") as f, ThreadPoolExecutor(1) as disk:
             for part in content:
                 for piece in part.split(1 << 20):  # Linux takes up to three times as long over larger ones
                     f.write(piece.numpy().data)
-        fsync(file)
+            f.flush()
+            flushed = disk.submit(fsync, file)
+            digest = files.chunked_sha256(file)  # reads from memory while the disk is busy
+            flushed.result()
+            return {"bytes": f.tell(), "chunked_sha256": digest}
     except OSError as e:  # that of a write names no file
         raise OSError(e.errno, e.strerror, str(file)) from None
-    return {"bytes": file.stat().st_size, "chunked_sha256": files.chunked_sha256(file)}
 
 
 class Saver:

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,9 +60,9 @@ class Watchdog(threading.Thread):
 class Guard:
     """Ends training, on all ranks at the same step, when it cannot go on; every error names the last checkpoint."""
 
-    def __init__(self, log: Log, saver: Saver, watchdog: Watchdog) -> None:
+    def __init__(self, data: Any, log: Log, saver: Saver, watchdog: Watchdog) -> None:
         run, world = log.run, log.world
-        self.run, self.world = run, world
+        self.run, self.world, self.data = run, world, data
         self.log, self.saver, self.watchdog = log, saver, watchdog
         self.signal, self.signal_time = 0, 0.0
         # The host notices a step that is not finite where it waits for the device anyway; until then the device skips
@@ -149,7 +150,7 @@ class Guard:
         if (wrong := int(self.bad.item())) < self.never:
             loss, norm = self.bad_numbers.tolist()
             what = f"loss {loss:.6g}, gradient norm {norm:.6g}: stopped before the update"
-            raise self.stopped(f"step {wrong}: {what}; lower plan.max_lr or look at the text of this step.")
+            raise self.stopped(f"step {wrong}, {self.place(wrong)}: {what}; lower plan.max_lr or look at that text.")
         loss, norm = self.numbers.tolist()
         return loss, norm
 
@@ -158,7 +159,7 @@ class Guard:
         spike = self.run.config.train.spike
         if spike is not None and len(self.recent) >= 5 and loss > (usual := statistics.median(self.recent)) + spike:
             what = f"more than train.spike = {spike:g} above {usual:.4g}, the median before it"
-            raise self.stopped(f"step {step}: loss {loss:.4g}, {what}.")
+            raise self.stopped(f"step {step}, {self.place(step)}: loss {loss:.4g}, {what}.")
         self.recent.append(loss)
 
     def check_weights(self, net: torch.nn.Module, step: int) -> None:
@@ -168,3 +169,10 @@ class Guard:
         finite = torch.stack([distributed.local_part(w).isfinite().all() for w in net.parameters()]).all().float()
         if mean_over_ranks(finite, self.world) < 1:  # a finite gradient, and a step too large
             raise self.stopped(f"step {step}: weights that are not finite; not saved. Lower plan.max_lr.")
+
+    def place(self, step: int) -> str:
+        """The batch of a step, in words."""
+        if self.run.segment.paradigm == "sft" or self.data.mixed:
+            return f"batch {step} of the mixed data"
+        increment, k = self.data.place(step)
+        return f"batch {k} of increment v{increment + 1}"
