@@ -149,16 +149,17 @@ class Buckets:
         names, written = list(parts), []
         # ordered by h, so one file at a time is open
         for part, documents in itertools.groupby(self.documents(remove=True), lambda d: bisect.bisect(limits, d[0])):
-            writer = token_files.Writer(out, names[part], self.dtype)
-            for h, draw, i, ids in documents:
-                source = self.sources[i]
-                if draw < shares[i] * 2**64:
-                    writer.write(h, ids)
-                    source.documents += 1
-                    source.tokens += len(ids) // self.dtype.itemsize
-                else:
-                    source.left_out["documents by --weights"] += 1
-            written.append(writer.close())
+            with open(out / f"{names[part]}.bin", "wb") as f, open(out / f"{names[part]}.ids", "wb") as hash_file:
+                for h, draw, i, ids in documents:
+                    source = self.sources[i]
+                    if draw < shares[i] * 2**64:
+                        f.write(ids)
+                        hash_file.write(struct.pack("<Q", h))
+                        source.documents += 1
+                        source.tokens += len(ids) // self.dtype.itemsize
+                    else:
+                        source.left_out["documents by --weights"] += 1
+            written.append(token_files.record(out, names[part], self.dtype.itemsize))
         self.folder.rmdir()
         return [p for p in written if p["documents"]]
 
