@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import UserError
+from runtime.errors import UserError, optional
 from runtime.files import write_text
 from text.examples import END
 from text.tokenizer import Tokenizer, copy_tokenizer, json_object
@@ -32,7 +32,7 @@ def plain_pattern(pattern: str) -> str:
 
 def to_tokenizer_json(tok: Tokenizer) -> dict[str, Any]:
     """tokenizer.json of `bytes`, an encoding or a rank file: byte-level BPE."""
-    plain = tok.name == "bytes"
+    library = optional("tokenizers", "tokenizers", "tokenizer.json")
     ranks = dict(sorted(tok.encoding._mergeable_ranks.items(), key=lambda item: item[1]))
     # GPT-2's printable character for each byte: the byte's own if it has one, else the next from U+0100 on
     printable, others = [*range(33, 127), *range(161, 173), *range(174, 256)], iter(range(256, 512))
@@ -41,23 +41,21 @@ def to_tokenizer_json(tok: Tokenizer) -> dict[str, Any]:
     merges = []  # BPE ranks pairs, tiktoken the merged tokens: all pairs that make a token stand together, at its rank
     for token in ranks:
         cuts = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
-        merges += [[spelled[a], spelled[b]] for a, b in sorted(cuts, key=lambda cut: (ranks[cut[0]], ranks[cut[1]]))]
-    level: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    before = [level]
-    if not plain:
-        regex = {"Regex": plain_pattern(tok.encoding._pat_str)}
-        before = [{"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}, level]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = sorted(tok.encoding._special_tokens.items(), key=lambda item: item[1])
-    bpe = dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
-    # a token that is a whole word is taken at once (ignore_merges), as tiktoken does
-    bpe |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": not plain}
+        merges += [(spelled[a], spelled[b]) for a, b in sorted(cuts, key=lambda cut: (ranks[cut[0]], ranks[cut[1]]))]
     # special tokens too, so that ids stay if there are gaps; text never becomes one, as the pattern cuts it
-    vocab = {spelled[token]: rank for token, rank in ranks.items()} | dict(added)
-    tokens = [{"id": i, "content": text, **flags} for text, i in added]
-    first = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": tokens, "normalizer": None}
-    last = {"decoder": level, "model": {"type": "BPE", **bpe, "vocab": vocab, "merges": merges}}
-    return {**first, "pre_tokenizer": {"type": "Sequence", "pretokenizers": before}, "post_processor": None, **last}
+    added = dict(sorted(tok.encoding._special_tokens.items(), key=lambda item: item[1]))
+    vocab = {spelled[token]: rank for token, rank in ranks.items()} | added
+    plain = tok.name == "bytes"
+    # a token that is a whole word is taken at once (ignore_merges), as tiktoken does
+    made = library.Tokenizer(library.models.BPE(vocab, merges, ignore_merges=not plain))
+    before = [library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    if not plain:
+        regex = library.Regex(plain_pattern(tok.encoding._pat_str))
+        before.insert(0, library.pre_tokenizers.Split(regex, "isolated"))
+    made.pre_tokenizer = library.pre_tokenizers.Sequence(before)
+    made.decoder = library.decoders.ByteLevel()
+    made.add_special_tokens([library.AddedToken(text, normalized=False) for text in added])
+    return json.loads(made.to_str())
 
 
 def end_ids(tok: Tokenizer, chat: bool) -> list[int]:
