@@ -5,7 +5,6 @@ data/<name>/  meta.json  v1.bin .. vN.bin  val.bin      token ids, uint16 or uin
               val-v5.bin ..  val-v5.ids ..              held out of an increment that was added
 """
 
-import hashlib
 import shlex
 import shutil
 from pathlib import Path
