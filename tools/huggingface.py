@@ -22,9 +22,8 @@ from runtime.errors import UserError, user_errors
 from runtime.files import make_folder, sha256, write_text
 from text.examples import held_messages
 from text.tokenizer import Tokenizer, copy_tokenizer
-from tools.hf_config import SERVED, from_config, to_config
+from tools.hf_model import SERVED, find_tensors, from_config, read_weights, to_config, to_hf
 from tools.hf_tokenizer import check_tokenizer, write_tokenizer
-from tools.hf_weights import check_shapes, read_headers, read_weights, to_hf
 
 CONTEXT = 2048  # tokens of a sequence in model.toml, at most: longer ones take more memory
 
@@ -34,8 +33,7 @@ def import_model(source: str, out: str) -> Path:
     folder, target = Path(source), Path(out)
     with make_folder(target) as work:
         m = from_config(folder / "config.json")
-        headers = read_headers(folder)
-        check_shapes(folder, m, headers)
+        files = find_tensors(folder, m)
         tok = Tokenizer(source)
         if tok.vocab_size > m.vocab_size:
             got = f"has ids to {tok.vocab_size - 1}, expected below the {m.vocab_size} rows of the model"
@@ -45,7 +43,7 @@ def import_model(source: str, out: str) -> Path:
         c.data.path = str(target / "tokenizer")
         copy_tokenizer(folder, work / "tokenizer")
         (work / "import").mkdir()
-        weights = {f"model.{name}": t for name, t in read_weights(m, headers).items()}
+        weights = {f"model.{name}": t for name, t in read_weights(m, files).items()}
         # a finished version 1, trained on no data of ours
         state = {"version": 1, "path": {}, "finished": True, "pinned": True, "parent": None, "tokens": 0}
         made = {"config": config.values(c), "versions": {"torch": torch.__version__}, "segment": resume.IMPORT}
@@ -53,7 +51,7 @@ def import_model(source: str, out: str) -> Path:
         checkpoint.save(work / "import", 0, weights, {**made, **state, "data": data})
         write_text(work / "model.toml", model_toml(c, source))
     where = checkpoint.path(target / "import", 0)
-    print(f"{where}: {m.parameters:,} parameters, {len(headers)} tensors of {folder}; a config for it: model.toml")
+    print(f"{where}: {m.parameters:,} parameters, {len(files)} tensors of {folder}; a config for it: model.toml")
     return where
 
 

@@ -753,7 +753,7 @@ NORM, DOWN = "model__norm__weight", "model.layers.1.mlp.down_proj.weight"
             "rope_parameters.original_max_position_embeddings: got None",
         ),
         (pickled, "pickled weights are not read"),
-        (lambda f: os.remove(f / "model.safetensors"), "has no .safetensors file; expected a folder"),
+        (lambda f: os.remove(f / "model.safetensors"), "has no .safetensors file"),
         (lambda f: os.truncate(f / "model.safetensors", 999), "model.safetensors: is no safetensors file"),
         (weights(**{DOWN: None}), f"{DOWN} is missing; expected the 21 tensors"),
         (weights(lm_head__weight=None), "lm_head.weight is missing"),
