@@ -55,8 +55,7 @@ def problems(text: str, cuda: bool, c: config.Model) -> list[str]:
     elif asked and not cuda and not INTERPRETED:
         found.append(f"train.kernels: got {text!r}, but the device is no CUDA GPU; take --train.kernels torch or auto")
     elif "attention" in asked and D not in HEAD_DIMS:
-        served, got = ", ".join(map(str, HEAD_DIMS)), f"got model.hidden / model.n_head = {D}"
-        found.append(f"train.kernels: attention serves the head dims {served}, {got}; take {text},attention=torch")
+        found.append(f"train.kernels: attention serves head dims {HEAD_DIMS}, got {D}; take {text},attention=torch")
     return found
 
 

@@ -171,8 +171,7 @@ class Examples:
         self.train = [train[row] for row in pack(lengths[train], context)]
         self.val = [held_out[row] for row in pack(lengths[held_out], context)]
         if not self.train:  # the folder stays, because it serves any context
-            problem = f"none of its {self.meta['examples']} examples fits model.context = {context} tokens"
-            raise UserError(f"data.sft {self.meta['source']}: {problem}")
+            raise UserError(f"data.sft {self.meta['source']}: no example in it fits model.context = {context}")
         self.targets = np.array([targets[row].sum() for row in self.train])
         self.filled = sum(int(lengths[row].sum()) for row in self.train) / (len(self.train) * context)
 
@@ -258,11 +257,9 @@ class MixedData(data.Tokens):
 
     def batch(self, step: int, rows: slice = slice(None)) -> tuple[np.ndarray, ...]:
         """(inputs, targets, documents), each int64 (rows, context): rows of text first, whose documents are 0."""
-        places = np.arange(self.B)[rows]
-        texts = self.B - self.m
-        numbers = self._row_numbers(step)[places[places >= texts] - texts]
-        n = len(places) - len(numbers)
+        places = np.arange(self.B)[rows] - (self.B - self.m)  # from 0: of the examples
         x, y = super().batch(step, rows)
-        text = x[:n], y[:n], np.zeros((n, self.context), np.int64)
+        text = x[places < 0], y[places < 0], np.zeros_like(x[places < 0])
+        numbers = self._row_numbers(step)[places[places >= 0]]
         examples = self.examples.rows([self.examples.train[i] for i in numbers])
         return tuple(map(np.concatenate, zip(text, examples, strict=True)))

@@ -300,8 +300,7 @@ def proportions(text: str) -> list[float]:
     except ValueError:
         found = []
     if not 2 <= len(found) <= 10_000 or not all(1e-9 <= v <= 1e9 for v in found):
-        expected = "how many, or proportions from 1e-9 to 1e9 such as 1,1,2"
-        raise argparse.ArgumentTypeError(f"got {text[:60]!r}, expected {expected}")
+        raise argparse.ArgumentTypeError(f"got {text[:60]!r}, expected how many, or proportions such as 1,1,2")
     return found
 
 

@@ -750,7 +750,7 @@ VOCAB = "vocab --vocab_size 300 --out {t}/new/deeper/r.tiktoken"
         (f"{BINS} {{t}}/ends.bin", "the text is empty"),
         (f"{BINS} {{t}}/short.bin", "short.bin: got 1,030 bytes, expected 1,032"),
         (f"{BINS} {{t}}/negative.bin", "negative.bin: got 1,030 bytes, expected 1,022"),
-        (f"{BINS} {{t}}/version.bin", "magic number and version (20240520, 2), expected (20240520, 1)"),
+        (f"{BINS} {{t}}/version.bin", "magic number and version (20240520, 2), expected one of [(20240520, 1)"),
         (f"{BINS} {{t}}/magic.bin", "magic.bin: got magic number and version (20240521, 1), expected"),
         (f"{BINS} {{t}}/head.bin", "the text is empty"),
         (f"{VOCAB} --source {{t}}/good.bin", "good.bin: holds token ids, expected text"),
