@@ -17,7 +17,7 @@ import struct
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from glob import glob
 from multiprocessing import get_context, parent_process
@@ -75,14 +75,12 @@ def encode_all(sources: list[Source], tok: Tokenizer, jobs: int) -> Iterator[tup
     """(bucket, record) of every document, in order; at most 3 batches a process are in progress."""
     documents = all_documents(sources, tok)
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (tok.name,))
-    in_progress: collections.deque[Future] = collections.deque()
+    batches = iter(lambda: list(itertools.islice(documents, BATCH)), [])
     try:
-        while batch := list(itertools.islice(documents, BATCH)):
-            in_progress.append(pool.submit(_encode, batch))
-            if len(in_progress) == 3 * jobs:
-                yield from in_progress.popleft().result()
+        in_progress = collections.deque(pool.submit(_encode, b) for b in itertools.islice(batches, 3 * jobs))
         while in_progress:
             yield from in_progress.popleft().result()
+            in_progress.extend(pool.submit(_encode, b) for b in itertools.islice(batches, 1))
     except BrokenProcessPool:
         raise UserError("a tokenizing process was killed, perhaps for its memory; try fewer with --jobs") from None
     finally:
