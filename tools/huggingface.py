@@ -94,19 +94,17 @@ def export_model(source: str, out: str, data: str | None = None) -> Path:
 
 def main() -> None:
     a = Parser(prog="huggingface", description=__doc__)
-    verbs = a.add_subparsers(dest="verb", required=True, parser_class=Parser)
-    p = verbs.add_parser("import", help=f"a folder of {' or '.join(SERVED)} -> a checkpoint")
-    p.add_argument("path", metavar="FOLDER", help="config.json, *.safetensors and tokenizer.json, of save_pretrained")
-    q = verbs.add_parser("export", help="a checkpoint -> a folder for transformers and other readers of its format")
-    q.add_argument("path", metavar="CHECKPOINT", help="such as out/tiny/main/step-000080")
-    q.add_argument("--data", help="a prepared folder with its tokenizer [the one that the checkpoint was trained on]")
-    for verb in (p, q):
-        verb.add_argument("--out", required=True, help="a new folder")
+    a.add_argument("verb", choices=("import", "export"))
+    a.add_argument("path", help=f"import: a folder of {' or '.join(SERVED)} by save_pretrained; export: a checkpoint")
+    a.add_argument("--out", required=True, help="a new folder")
+    a.add_argument("--data", help="export: a prepared folder with its tokenizer [the one that it was trained on]")
     o = a.parse_args()
-    if o.verb == "import":
-        import_model(o.path, o.out)
-    else:
+    if o.verb == "export":
         export_model(o.path, o.out, o.data)
+    elif o.data:
+        raise UserError(f"--data: got {o.data}, which only export reads; leave it out")
+    else:
+        import_model(o.path, o.out)
 
 
 if __name__ == "__main__":
