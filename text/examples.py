@@ -32,12 +32,8 @@ FILES = {"ids": "<u4", "loss": "u1", "ends": "<i8", "held": "u1"}  # the first t
 BATCH = 4096  # examples tokenized at once
 
 
-class Marker(str):
-    """A ChatML marker: one token if the tokenizer has it, else text. In a message the same characters are text."""
-
-
-START, END = map(Marker, CHATML)
-Piece = tuple[str, bool]  # a text or a marker; is it part of a response?
+START, END = CHATML
+Piece = tuple[str, bool, bool]  # a text; is it part of a response? is it a marker that the tokenizer has as one token?
 
 
 def parse(record: Any, markers: bool) -> list[Piece]:
@@ -46,7 +42,7 @@ def parse(record: Any, markers: bool) -> list[Piece]:
         case {"messages": messages}:
             return parse_messages(messages, markers)
         case {"prompt": str(prompt), "response": str(response)} if response:
-            return [(clean(prompt), False), (clean(response), True)]
+            return [(clean(prompt), False, False), (clean(response), True, False)]
     raise ValueError('expected {"prompt": text, "response": text} or {"messages": [message, ..]}')
 
 
@@ -57,14 +53,15 @@ def parse_messages(messages: Any, markers: bool) -> list[Piece]:
         role, content = (m.get("role"), m.get("content")) if isinstance(m, dict) else (None, None)
         if role not in ROLES or not isinstance(content, str):
             raise ValueError(f"role {role!r:.20} and content {content!r:.40}; roles are {', '.join(ROLES)}")
+        if not markers and any(marker in content for marker in CHATML):
+            raise ValueError(f"{' or '.join(CHATML)} in a message, which this tokenizer cannot tell from a marker")
         learned = role == "assistant"
-        pieces += [(START, False), (f"{role}\n", False), (clean(content), learned), (END, learned), ("\n", False)]
+        pieces += [(START, False, markers), (f"{role}\n", False, False), (clean(content), learned, False)]
+        pieces += [(END, learned, markers), ("\n", False, False)]
     while pieces and not pieces[-1][1]:
         pieces.pop()
     if not pieces:
         raise ValueError("no message of the assistant, so nothing to learn")
-    if not markers and any(m in text for text, _ in pieces for m in CHATML if not isinstance(text, Marker)):
-        raise ValueError(f"{' or '.join(CHATML)} in a message, which this tokenizer cannot tell from a marker")
     return pieces
 
 
@@ -105,8 +102,8 @@ def write_examples(files: list[Path], tok: Tokenizer, folder: Path) -> dict[str,
                 counts["examples"] += 1
                 counts["tokens"] += len(ids)
                 counts["targets"] += sum(loss)
-                counts["chat"] |= any(isinstance(text, Marker) for text, _ in pieces)
-                h, _ = hashes("".join(text for text, _ in pieces))
+                counts["chat"] |= len(pieces) > 2  # messages, with their markers
+                h, _ = hashes("".join(text for text, _, _ in pieces))
                 row = {"ids": ids, "loss": loss, "ends": [counts["tokens"]], "held": [h < HELD_OUT * 2**64]}
                 for name, values in row.items():
                     out[name].write(np.array(values, FILES[name]).tobytes())
@@ -117,10 +114,9 @@ def write_examples(files: list[Path], tok: Tokenizer, folder: Path) -> dict[str,
 
 def encode(batch: list[list[Piece]], tok: Tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
     """(token ids, is each part of a response?) of each example."""
-    token: Any = Marker if tok.markers else ()  # else markers are text, too
     # texts side by side are encoded together, as the template gives them: a token may span both
-    runs = [itertools.groupby(e, lambda p: (p[1], isinstance(p[0], token))) for e in batch]
-    joined = [[("".join(t for t, _ in run), learned, marker) for (learned, marker), run in e] for e in runs]
+    runs = [itertools.groupby(e, lambda piece: piece[1:]) for e in batch]
+    joined = [[("".join(text for text, _, _ in run), *kind) for kind, run in e] for e in runs]
     encoded = iter(tok.encode_many([text for pieces in joined for text, _, marker in pieces if not marker]))
     for pieces in joined:
         ids, loss = list[int](), list[bool]()
