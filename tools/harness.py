@@ -61,7 +61,6 @@ lm_eval.api.task.tqdm = lm_eval.models.huggingface.tqdm = bar
 if not sys.stderr.isatty():
     datasets.disable_progress_bars()
 OURS = Path(__file__).parent.parent / "configs" / "tasks"
-NEW = 256  # tokens of an answer if the task does not say, as in the harness's adapters
 # The metric that stands for a task: the first of these that it has, else its first one. Of several filters the first,
 # but for GSM8K the one that takes the last number of the answer.
 HEADLINE = ("exact_match,flexible-extract", "exact_match", "acc", "acc_norm", "f1")
@@ -161,7 +160,7 @@ def check(found: dict[str, Any], context: int, limit: int | None, ranks: int) ->
         name = f"--tasks: {t.task_name}"
         if (have := min(len(t.eval_docs), limit or sys.maxsize)) < ranks:
             problems.append(f"{name} has {have} questions for {ranks} ranks; take as many ranks at most")
-        new = normalize_gen_kwargs(t.config.generation_kwargs or {}, NEW)["max_gen_toks"]
+        new = normalize_gen_kwargs(t.config.generation_kwargs or {})["max_gen_toks"]
         if t.OUTPUT_TYPE == "generate_until" and new >= context:
             problems.append(f"{name} asks for {new} new tokens, and the model's context is {context}; leave it out")
     refuse(problems)

@@ -51,10 +51,8 @@ Part = tuple[str, tuple[int, ...]]  # their tensor: name, shape
 
 def to_config(c: config.Model) -> dict[str, Any]:
     """config.json of a model, with rope_scaling, the older spelling, which new readers know as well."""
-    scaling: dict[str, Any] | None = None
-    if c.rope_scaling != "none":
-        keys = ROPE[c.rope_scaling]
-        scaling = {"rope_type": c.rope_scaling, **{theirs: getattr(c, ours) for ours, theirs in keys.items()}}
+    keys = ROPE.get(c.rope_scaling, {})  # "none" has none
+    scaling = {"rope_type": c.rope_scaling, **{theirs: getattr(c, ours) for ours, theirs in keys.items()}}
     kind = "Qwen2ForCausalLM" if c.qkv_bias else "LlamaForCausalLM"
     own: dict[str, Any] = {"attention_bias": False, "mlp_bias": False, "head_dim": c.hidden // c.n_head}
     if c.qkv_bias:
@@ -62,7 +60,7 @@ def to_config(c: config.Model) -> dict[str, Any]:
     widths = {"hidden_size": c.hidden, "intermediate_size": c.ffn or 4 * c.hidden, "vocab_size": c.vocab_size}
     heads = {"num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head or c.n_head}
     depth = {"num_hidden_layers": c.n_layer, "max_position_embeddings": c.context, "tie_word_embeddings": c.tied}
-    rope = {"rope_theta": c.rope_theta, "rope_scaling": scaling}
+    rope = {"rope_theta": c.rope_theta, "rope_scaling": scaling if keys else None}
     fixed = {"hidden_act": "silu", "attention_dropout": 0.0, "initializer_range": 0.02, "rms_norm_eps": c.norm_eps}
     return {"architectures": [kind], "model_type": SERVED[kind], **own, **widths, **heads, **depth, **rope, **fixed}
 
