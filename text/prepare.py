@@ -332,30 +332,27 @@ def arguments() -> Parser:
     return parser
 
 
-def run(o: argparse.Namespace) -> None:
-    sources = vars(o).get("source") or [str(TEXT)]
-    if "val" in o and not (0 if o.command == "add" else 1e-9) <= o.val <= 1 - 1e-9:
-        raise UserError(f"--val: got {o.val}, expected a part between 0 and 1, such as 0.05")
-    if o.command in ("prepare", "add"):
-        if o.weights and len(o.weights) != len(sources):
-            raise UserError(f"--weights: got {len(o.weights)} for {len(sources)} sources, expected one each")
-        if not 0 <= o.jobs <= 1024:
-            raise UserError(f"--jobs: got {o.jobs}, expected 1 to 1024, or 0 for one a core")
-    if o.command == "verify":
-        size = token_files.check_files(Path(o.out))
-        token_files.tokenizer_of(Path(o.out))
-        print(f"{o.out}: {size:,} bytes as they were written")
-    elif o.command == "vocab":
-        vocab(o.out, sources, o.vocab_size, o.increments, o.val)
-    elif o.command == "drop":
-        drop(o.out)
-    elif o.command == "add":
-        add(o.out, sources, o.weights, o.jobs, o.val)
-    else:
-        prepare(o.out, sources, o.tokenizer, o.increments, o.val, o.weights, o.jobs)
-
-
 def main(argv: list[str] | None = None) -> None:
     with user_errors("data.py"):
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # clean up, as after Ctrl-C
-        run(arguments().parse_args(argv))
+        o = arguments().parse_args(argv)
+        sources = vars(o).get("source") or [str(TEXT)]
+        if "val" in o and not (0 if o.command == "add" else 1e-9) <= o.val <= 1 - 1e-9:
+            raise UserError(f"--val: got {o.val}, expected a part between 0 and 1, such as 0.05")
+        if o.command in ("prepare", "add"):
+            if o.weights and len(o.weights) != len(sources):
+                raise UserError(f"--weights: got {len(o.weights)} for {len(sources)} sources, expected one each")
+            if not 0 <= o.jobs <= 1024:
+                raise UserError(f"--jobs: got {o.jobs}, expected 1 to 1024, or 0 for one a core")
+        if o.command == "verify":
+            size = token_files.check_files(Path(o.out))
+            token_files.tokenizer_of(Path(o.out))
+            print(f"{o.out}: {size:,} bytes as they were written")
+        elif o.command == "vocab":
+            vocab(o.out, sources, o.vocab_size, o.increments, o.val)
+        elif o.command == "drop":
+            drop(o.out)
+        elif o.command == "add":
+            add(o.out, sources, o.weights, o.jobs, o.val)
+        else:
+            prepare(o.out, sources, o.tokenizer, o.increments, o.val, o.weights, o.jobs)
