@@ -34,7 +34,7 @@ from runtime.errors import UserError, first_line, refuse, user_errors
 from text.examples import held_messages
 from text.tokenizer import Tokenizer
 from tools.hf_model import to_transformers
-from tools.hf_tokenizer import end_ids, write_tokenizer
+from tools.huggingface import end_ids, write_tokenizer
 
 try:
     import datasets

@@ -25,7 +25,7 @@ from runtime.errors import UserError
 from runtime.files import lock, write_json
 from text import prepare, sources, token_files
 from text.tokenizer import Tokenizer
-from tools import hf_tokenizer
+from tools import huggingface
 
 
 def some_documents(n, seed=0):
@@ -832,7 +832,7 @@ def test_a_killed_prepare_leaves_nothing_that_looks_finished(tmp_path):
 
 def hf_folder(folder, added=(), pattern=None):
     """A folder with the tokenizer.json of the rank file, with tokens added and none flagged special."""
-    made = hf_tokenizer.to_tokenizer_json(Tokenizer(str(prepare.RANKS)))
+    made = huggingface.to_tokenizer_json(Tokenizer(str(prepare.RANKS)))
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
     made["added_tokens"][0]["special"] = False
     made["added_tokens"] += [{"id": 1024 + i, "content": text, **flags} for i, text in enumerate(added)]
