@@ -39,17 +39,14 @@ Piece = tuple[str, bool, bool]  # a text; is it part of a response? is it a mark
 def parse(record: Any, markers: bool) -> list[Piece]:
     """The pieces of an example. ValueError if it is not an example. markers: has the tokenizer those of ChatML?"""
     match record:
-        case {"messages": messages}:
-            return parse_messages(messages, markers)
+        case {"messages": [*messages]}:
+            pass
         case {"prompt": str(prompt), "response": str(response)} if response:
             return [(clean(prompt), False, False), (clean(response), True, False)]
-    raise ValueError('expected {"prompt": text, "response": text} or {"messages": [message, ..]}')
-
-
-def parse_messages(messages: Any, markers: bool) -> list[Piece]:
-    """The pieces of a conversation up to its last response: nothing is learned from what follows."""
+        case _:
+            raise ValueError('expected {"prompt": text, "response": text} or {"messages": [message, ..]}')
     pieces: list[Piece] = []
-    for m in messages if isinstance(messages, list) else []:
+    for m in messages:
         role, content = (m.get("role"), m.get("content")) if isinstance(m, dict) else (None, None)
         if role not in ROLES or not isinstance(content, str):
             raise ValueError(f"role {role!r:.20} and content {content!r:.40}; roles are {', '.join(ROLES)}")
@@ -58,7 +55,7 @@ def parse_messages(messages: Any, markers: bool) -> list[Piece]:
         learned = role == "assistant"
         pieces += [(START, False, markers), (f"{role}\n", False, False), (clean(content), learned, False)]
         pieces += [(END, learned, markers), ("\n", False, False)]
-    while pieces and not pieces[-1][1]:
+    while pieces and not pieces[-1][1]:  # nothing is learned from what follows the last response
         pieces.pop()
     if not pieces:
         raise ValueError("no message of the assistant, so nothing to learn")
