@@ -179,8 +179,7 @@ def prepare(
     tok = Tokenizer(tokenizer)
     parts = {"val": val, **{f"v{i}": (1 - val) * w / sum(increments) for i, w in enumerate(increments, 1)}}
     with make_folder(folder) as partial:
-        buckets = Buckets(partial / "buckets", found, tok, [], jobs)
-        written = buckets.gather(partial, parts, weights)
+        written = Buckets(partial / "buckets", found, tok, [], jobs).gather(partial, parts, weights)
         if not written:
             raise UserError(f"--source {', '.join(sources)}: the text is empty")
         if empty := sorted(parts.keys() - {p["name"] for p in written}):
@@ -218,8 +217,8 @@ def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: 
             token_files.check_files(folder)  # a damaged .ids would let documents in again
             names, name = [p["name"] for p in token_files.parts(meta)], f"v{len(meta['increments']) + 1}"
             held: list[np.ndarray] = [np.memmap(folder / f"{name}.ids", "<u8", "r") for name in names]
-            buckets = Buckets(work / "buckets", found, tok, held, jobs)
-            written = buckets.gather(work, {f"val-{name}": val, name: 1 - val}, weights)
+            parts = {f"val-{name}": val, name: 1 - val}
+            written = Buckets(work / "buckets", found, tok, held, jobs).gather(work, parts, weights)
             if not written:
                 known = sum(s.left_out["duplicates"] for s in found)
                 raise UserError(f"--source {', '.join(sources)}: has no new document, {known:,} known ones")
