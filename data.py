@@ -94,15 +94,18 @@ class Tokens:
         found, where, out = [], f"data.path {self.folder}", f"--out {shlex.quote(str(self.folder))}"
         if self.ends[-1] < end:
             found.append(f"data.increments: {self.ends[-1]:,} steps in all, expected at least the {end:,} trained")
+        lengths = [stop - first for first, stop in itertools.pairwise([0, *self.ends])]
         for name, need, there in self.needs(start, end):
             size = f"{name} has {there:,} tokens and {need:,} are needed"
             steps = (there - 1) // (self.B * self.context)
             if there == 0:
                 found.append(f"{where}: has no increment {name}; append it: python data.py add {out} --source TEXT")
-            elif there <= self.context:
+            elif there <= self.context or (there < need and not self.repeat and not steps):
                 found.append(f"{where}: {size}; take it back: python data.py drop --last {out}")
             elif there < need and not self.repeat:
-                found.append(f"{where}: {size}; --data.repeat true reads it again, or plan at most {steps} steps of it")
+                lengths[int(name[1:]) - 1] = steps
+                shorter = f"--plan.increments {','.join(map(str, lengths))}"
+                found.append(f"{where}: {size}; {shorter} reads what is there, --data.repeat true reads it again")
         return found
 
     def identity(self, step: int) -> dict[str, Any]:

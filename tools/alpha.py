@@ -38,7 +38,7 @@ class Curve:
     name: str
     config: dict[str, Any]  # as the log records it
     rates: list[float]  # parts of the maximal one
-    losses: dict[int, float]  # by step, after the warm-up
+    losses: dict[int, float]  # by step, from the middle of the first increment on
     average: dict[int, float]  # of a main path's running mean
     reached: int  # the last step in the log
 
@@ -91,7 +91,8 @@ def read(run: Path, names: list[str]) -> list[Curve]:
             raise UserError(f"{run / name}: is no segment of its plan; expected one of {', '.join(segments)}")
         if s and (names or (s.paradigm in ("main", "branch") and not p.from_mean)):
             own, average = ({r["step"]: r[k] for r in log if r.get(k)} for k in ("val_loss", "average_val_loss"))
-            losses = {step: loss for step, loss in own.items() if step > max(s.start, p.warmup)}
+            first = max(s.start, p.warmup, p.T[0] // 2)  # the laws are of what follows the steep beginning
+            losses = {step: loss for step, loss in own.items() if step > first}
             path = rates(segments, name, max([s.start, *losses]), p.max_lr)
             reached = max([s.start, *(r["step"] for r in log if "step" in r)])
             found.append(Curve(name, recorded, path, losses, average, reached))
@@ -104,16 +105,14 @@ def problems(curves: list[Curve], run: Path) -> list[str]:
     for c in curves:
         for key in ("plan.max_lr", "train.eval_tokens", "train.batch_tokens"):
             if (here := c.config[key]) != (there := first.config[key]):
-                found.append(
-                    f"{key}: got {here} in {c.name}, {there} in {first.name}; expected one, leave out the other"
-                )
+                found.append(f"{key}: got {here} in {c.name}, {there} in {first.name}; leave out the segments of one")
         for key in ("data.repeat", "data.unique", "data.replay"):
             if c.config.get(key):
                 found.append(f"{key}: got {c.config[key]} in {c.name}; the laws are of text that is read once")
-    if (points := sum(len(c.losses) for c in curves)) < FEWEST:
-        found.append(
-            f"{run}: got {points} validation losses after the warm-up, expected {FEWEST}; lower train.eval_every"
-        )
+    points, begin = sum(len(c.losses) for c in curves), plan_of(first.config).T[0] // 2
+    if points < FEWEST:
+        got = f"{points} validation losses after step {begin:,}"
+        found.append(f"{run}: got {got}, expected {FEWEST}; lower train.eval_every")
     if not any(c.losses and c.rates[-1] < LOW for c in curves):
         probe = "train.py .. --mode branch --version 1 --plan.schedule step_down --plan.decay_steps STEPS"
         found.append(f"{run}: got no loss at a low rate, expected a probe; train one: {probe}")
@@ -174,11 +173,10 @@ def compare(fit: Any, p: Plan, decays: list[int], average: dict[int, float]) -> 
         found = ppl(fit, [rates(segments, s.name, s.end, p.max_lr) for s in versions])
         cells = [f"{x:.2f} ({low:.2f}..{high:.2f})" for x, low, high in found.T]
         rows.append([name, f"{cost.steps(paradigm, q) / whole:.2f}x", *cells])
-    if average:
-        ends = [p.end(i) for i in range(1, len(p.T) + 1)]
-        measured = [f"{np.exp(average[end]):.2f}" if end in average else "-" for end in ends]
-        rows.append(["running mean, measured", f"{cost.steps('average', p) / whole:.2f}x", *measured])
-    return rows
+    measured = [float(np.exp(average.get(p.end(i), np.nan))) for i in range(1, len(p.T) + 1)]
+    needless = [" (no branch needed)" * bool(x <= branch) for x, branch in zip(measured, found[0], strict=True)]
+    cells = [f"{x:.2f}{why}" for x, why in zip(measured, needless, strict=True)]
+    return [*rows, ["running mean, measured", f"{cost.steps('average', p) / whole:.2f}x", *cells]]
 
 
 def now(fit: Any, p: Plan, step: int) -> list[list[str]]:
@@ -231,7 +229,7 @@ def picture(chosen: dict[int, dict[str, tuple[int, int, int]]], fit: Any, p: Pla
         best, low, high = np.array([of[f"V{i}"] for of in chosen.values()]).T
         right.plot(list(chosen), best, color=colour, marker="o", markersize=3)
         right.fill_between(list(chosen), low, high, color=colour, alpha=0.2)
-    left.set(xlabel="steps of the branch", ylabel="PPL on the validation tokens of training")
+    left.set(xlabel="steps of the branch", ylabel="PPL")
     right.set(xlabel="steps that the log has", ylabel="steps of the branch")
     finish(fig, file, [left])
 
@@ -267,20 +265,17 @@ def main() -> None:
     chosen = {step: choose(of, p, tolerance) for step, of in fits.items()}
     lasts = chosen[steps[-1]]
 
-    missed = ", ".join(f"{1e3 * nats:.1f} by {law}" for law, nats in zip(fit.parameters, abs(fit.residuals).mean(1)))
-    print(
-        f"{fit.residuals.shape[1]} validation losses of {', '.join(c.name for c in curves)}; milli-nats missed: {missed}"
-    )
+    T, ends = p.T[0], [lasts[f"V{i}"][0] for i in range(1, len(p.T) + 1)]
+    names, (fsl, mpl) = ", ".join(c.name for c in curves), 1e3 * abs(fit.residuals).mean(1)
+    print(f"{fit.residuals.shape[1]} losses of {names}; FSL misses them by {fsl:.1f} milli-nats, MPL by {mpl:.1f}")
     print("\n".join(predicted))
-    print(f"\nThe shortest branch within {tolerance:.2%} of the best PPL (interval), as a part of an increment")
-    rows = [
-        [n, f"{d:,} steps", *(f"{x / p.T[0]:.2f}" for x in of), "undetermined" * wide(of, p)]
-        for n, of in lasts.items()
-        for d in of[:1]
-    ]
-    print(aligned([["", "", "alpha", "from", "to", ""], *rows]))
-    print("\nPredicted PPL (interval)")
-    print(aligned(compare(fit, p, [lasts[f"V{i}"][0] for i in range(1, len(p.T) + 1)], curves[0].average)))
+    print(f"\nThe shortest branch within {tolerance:.2%} of the best PPL, and its interval")
+    rows = [["", "steps", "alpha", "interval", ""]]
+    for name, found in lasts.items():
+        d, low, high = found
+        rows.append([name, f"{d:,}", f"{d / T:.2f}", f"{low / T:.2f}..{high / T:.2f}", "undetermined" * wide(found, p)])
+    print(aligned(rows))
+    print("\nPredicted PPL (interval)\n" + aligned(compare(fit, p, ends, curves[0].average)))
     print(f"\nA branch that leaves the main path now, at step {curves[0].reached:,}")
     print(aligned(now(fit, p, curves[0].reached)))
     print("\nNot safe to believe\n" + "\n".join(f"- {line}" for line in warnings(curves, p, lasts)))

@@ -25,16 +25,22 @@ class Paths:
     def __init__(self, paths: list[list[float]], T: float, pieces: int = 160) -> None:
         """paths: rates from the first update on, as parts of the maximal one. T: updates that make one unit of S."""
         self.S = np.array([sum(path) / T for path in paths])
-        self.drop, self.fade, self.eta, self.R = found = np.zeros((4, len(paths), pieces))
-        self.eta += 1  # of pieces that a short path does not have
-        for i, path in enumerate(paths):
+        found = []
+        for path in paths:
             eta = np.array(path)
-            edges = len(eta) + 1 - np.unique(np.round(np.geomspace(1, len(eta) + 1, pieces)).astype(int))[::-1]
+            edges = len(eta) + 1 - np.round(np.geomspace(1, len(eta) + 1, pieces)).astype(int)
+            jumps = np.flatnonzero(abs(np.diff(eta)) > 0.05) + 1  # updates at another rate: pieces of their own
+            edges = np.unique(np.concatenate((edges, jumps, jumps + 1)))
             u, fade = (np.concatenate(([0.0], np.cumsum(x / T))) for x in (eta, eta**2))
             before = np.concatenate((eta[:1], eta))  # the rate of the update before
             left = u[-1] - (u[edges[1:]] + u[edges[:-1]]) / 2  # from the middle of a piece to the end
             mean = np.diff(u[edges]) * T / np.diff(edges)
-            found[:, i, : len(edges) - 1] = -np.diff(before[edges]), np.diff(fade[edges]), mean, left
+            found.append(np.array([-np.diff(before[edges]), np.diff(fade[edges]), mean, left]))
+        self.drop, self.fade, self.eta, self.R = np.zeros((4, len(paths), max(x.shape[1] for x in found)))
+        self.eta += 1  # of pieces that other paths have, and which count for nothing
+        for i, of in enumerate(found):
+            n = of.shape[1]
+            self.drop[i, :n], self.fade[i, :n], self.eta[i, :n], self.R[i, :n] = of
 
 
 def fsl(p: Array, x: Paths) -> Array:

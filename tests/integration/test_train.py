@@ -226,7 +226,10 @@ def test_an_increment_shorter_than_planned(train_cli, tmp_path, prepared, capsys
     prepare.add(str(copy), [str(tmp_path / "new.txt")], jobs=1)  # 1,025 tokens: 4 steps of 256
     capsys.readouterr()
     assert train_cli("--mode", "branch", "--version", "5", data=copy) == 2
-    assert "or plan at most 4 steps of it" in (err := capsys.readouterr().err) and len(err.splitlines()) == 1
+    assert (
+        "--plan.increments 10,10,10,10,4 reads what is there" in (err := capsys.readouterr().err)
+        and len(err.splitlines()) == 1
+    )
     shorter = ("--version", "5", "--plan.increments", "10,10,10,10,4")
     assert train_cli("--mode", "main", *shorter, data=copy) == 0 and "from step 34 to 38," in capsys.readouterr().out
     assert train_cli("--mode", "branch", *shorter, data=copy) == 0

@@ -165,7 +165,7 @@ def test_curves_that_do_not_go_together_are_refused(run, monkeypatch, capsys, ch
 def test_too_little_is_refused_with_what_to_do(tmp_path, run, monkeypatch, capsys):
     assert "has no log.jsonl; expected a segment" in command(monkeypatch, capsys, tmp_path / "nowhere")
     assert "got no loss at a low rate, expected a probe" in command(monkeypatch, capsys, run, "main")
-    assert "got 6 validation losses after the warm-up, expected 14" in command(
+    assert "got 6 validation losses after step 100, expected 14" in command(
         monkeypatch, capsys, run, "ours-cosine-d80/v2", "ours-step_down-d40/v1"
     )
     assert "--tolerance: got 0.0" in command(monkeypatch, capsys, run, "--tolerance", "0")
