@@ -19,10 +19,10 @@ import numpy as np
 import cost
 import schedule
 from runtime.command_line import Parser, aligned
-from runtime.errors import UserError, refuse, user_errors
+from runtime.errors import UserError, optional, refuse, user_errors
 from runtime.files import read_log
 from schedule import Plan, Segment, round_half_up
-from text.sources import optional, progress_bar
+from text.sources import progress_bar
 from tools.paths import COLOURS, canvas, finish
 
 FEWEST = 14  # validation losses: twice the parameters of the larger law
