@@ -146,13 +146,19 @@ def read_rope(top: Section, m: config.Model) -> None:
         raise rope.error("partial_rotary_factor", values["partial_rotary_factor"], "1: another is not served")
     if kind == "default":
         return
-    served = sorted(ROPE[kind].values())
+    served = {*ROPE[kind].values(), *(("attention_factor", "truncate") if kind == "yarn" else ())}
     for key, value in values.items():
-        if value is not None and key not in (*served, *ROPE_OTHERS):
-            raise rope.error(key, value, f"it not to be there: {kind} is served with {', '.join(served)}")
+        if value is not None and key not in served | ROPE_OTHERS:
+            raise rope.error(key, value, f"it not to be there: {kind} is served with {', '.join(sorted(served))}")
     m.rope_scaling = kind
     for ours, theirs in ROPE[kind].items():
         setattr(m, ours, rope.get(theirs, type(getattr(m, ours)), ROPE_DEFAULTS.get(theirs)))
+    if kind == "yarn":
+        usual = 0.1 * math.log(max(m.rope_factor, 1.0)) + 1
+        if not math.isclose(rope.get("attention_factor", float, usual), usual, rel_tol=1e-6):
+            raise rope.error("attention_factor", values["attention_factor"], f"0.1 ln(factor) + 1 = {usual:.6g}")
+        if not rope.get("truncate", bool, True):
+            raise rope.error("truncate", values["truncate"], "true: another is not served")
 
 
 # ---- The weights -----------------------------------------------------------------------------------------------------

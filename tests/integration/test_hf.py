@@ -744,10 +744,10 @@ NORM, DOWN = "model__norm__weight", "model.layers.1.mlp.down_proj.weight"
         (keys(rope_parameters={**YARN, "rope_theta": 1.0}), "model.rope_theta: got 1.0, expected above 1 for yarn"),
         (
             keys(rope_parameters={**YARN, "attention_factor": 1.5}),
-            "rope_parameters.attention_factor: got 1.5, expected it not to be there",
+            "rope_parameters.attention_factor: got 1.5, expected 0.1 ln(factor) + 1 = 1.13863",
         ),
         (keys(rope_parameters={**YARN, "mscale": 1.0}), "rope_parameters.mscale: got 1.0"),
-        (keys(rope_parameters={**YARN, "truncate": False}), "rope_parameters.truncate: got False, expected it not"),
+        (keys(rope_parameters={**YARN, "truncate": False}), "rope_parameters.truncate: got False, expected true"),
         (
             keys(rope_parameters={k: v for k, v in YARN.items() if "orig" not in k}),
             "rope_parameters.original_max_position_embeddings: got None",
