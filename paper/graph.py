@@ -7,8 +7,6 @@ A node can start once the checkpoint that it starts from is there. For a branch 
 """
 
 import itertools
-import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -77,14 +75,8 @@ class Node:
         return read_log(self.folder) if (self.folder / "log.jsonl").is_file() else []
 
     def logged(self) -> int:
-        """Steps that the log has recorded, read from its last line alone."""
-        s = self.segment
-        try:
-            with open(self.folder / "log.jsonl", "rb") as f:
-                f.seek(max(0, f.seek(0, os.SEEK_END) - 4096))
-                last = json.loads(f.read().splitlines()[-1])
-        except (OSError, ValueError, IndexError):  # no log yet, or no complete line
-            return 0
+        """Steps that the log has recorded."""
+        s, last = self.segment, (self.log() or [{}])[-1]
         return max(s.start, min(s.end, last.get("step", last.get("start", s.start) - 1) + 1)) - s.start
 
     def reached(self) -> int:

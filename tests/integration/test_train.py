@@ -279,7 +279,7 @@ def test_a_run_keeps_the_increments_that_it_began_with(prepared, tmp_path):
     copy = shutil.copytree(prepared, tmp_path / "data")
     keys = {"data.path": str(copy), "model.vocab_size": "257", "model.context": "32", "train.batch_tokens": "256"}
     c = config.load("tiny", {**keys, "plan.steps": "10", "plan.warmup": "2", "out": str(tmp_path / "out")})
-    _, tokens = start.open_data(resume.pick(c, "ptfs", 4), World(), lambda doing: None, tmp_path)
+    _, tokens = start.open_data(resume.pick(c, "ptfs", 4), World(), tmp_path)
     expected = data.Tokens(str(copy), 32, 8, [10] * 4, 1).batch(35)
     for name in ("v3", "v4"):
         (copy / f"{name}.bin").unlink()
