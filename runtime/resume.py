@@ -156,8 +156,7 @@ def sft_config(c: Config, parent: str | None, given: Collection[str]) -> tuple[C
 
 def sft_run(c: Config, meta: dict[str, Any], parent: str, steps: int | None = None) -> Run:
     """Fine-tuning of `steps` updates: the rates of a version 1 from scratch, at most a tenth of them warm-up."""
-    if steps is None:  # until the examples are counted: so many that the warm-up fits
-        steps = 10 * max(c.plan.warmup, 1)
+    steps = steps or 10 * max(c.plan.warmup, 1)  # until the examples are counted: so many that the warm-up fits
     p = replace(c.plan, increments=[steps], warmup=min(c.plan.warmup, steps // 10))
     first = config.segments("ptfs", p)[0]
     name, start = f"sft/{meta['segment']}", (meta["segment"], meta["step"])
