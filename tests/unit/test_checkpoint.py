@@ -68,10 +68,11 @@ def test_a_checkpoint_that_is_there_is_never_written_again(tmp_path):
     assert save(tmp_path, 7, seed=1) == first
 
 
-def test_prune_keeps_the_last_the_pinned_and_the_required(tmp_path):
+def test_prune_keeps_the_last_and_the_pinned(tmp_path):
     for step in range(1, 8):
         save(tmp_path, step, pinned=step in (2, 4))
-    checkpoint.prune(tmp_path, 2, 7, required=[3])
+    checkpoint.pin(tmp_path / "step-000003")
+    checkpoint.prune(tmp_path, 2, 7)
     assert checkpoint.steps(tmp_path) == [2, 3, 4, 6, 7]
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-{s:06d}" for s in (2, 3, 4, 6, 7)]
 
