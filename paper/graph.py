@@ -67,7 +67,6 @@ class Node:
         return all(map(self.saved, self.required)) and self.has_weights(self.points)
 
     def at_work(self) -> bool:
-        """Does a process train this node now?"""
         return is_locked(self.folder / ".lock")
 
     def log(self) -> list[dict[str, Any]]:

@@ -58,7 +58,6 @@ class Workers:
         return done + sum(self.nodes[name].logged() for name in self.running)
 
     def start(self) -> None:
-        """Start as many waiting nodes as there are free slots."""
         self.waiting = [n for n in self.waiting if not self.nodes[n].done()]  # another process may have made it
         for name in list(self.waiting):
             if self.free and self.ready(name) and not self.nodes[name].at_work():

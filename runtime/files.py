@@ -183,7 +183,6 @@ def lock(file: Path, busy: str, remove: bool = False) -> Iterator[None]:
 
 
 def is_locked(file: Path) -> bool:
-    """Does another process hold this lock?"""
     try:
         with suppress(FileNotFoundError, NotADirectoryError), open(file, "rb") as f:
             fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)

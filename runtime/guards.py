@@ -168,7 +168,6 @@ class Guard:
             raise self.stopped(f"step {step}: weights that are not finite; not saved. Lower plan.max_lr.")
 
     def place(self, step: int) -> str:
-        """The batch of a step, in words."""
         if self.run.segment.paradigm == "sft" or self.data.mixed:
             return f"batch {step} of the mixed data"
         increment, k = self.data.place(step)
