@@ -499,7 +499,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(train_cli, tmp_path, 
     monkeypatch.setattr(model.Transformer, "forward", forward)
     assert train_cli("--mode", "ptfs", "--version", "2", "--train.checkpoint_every", "5") == 2
     error = capsys.readouterr().err
-    assert "step 12: loss nan" in error and error.rstrip().endswith(
+    assert "step 12, batch 2 of increment v2: loss nan" in error and error.rstrip().endswith(
         "The last checkpoint is " + str(tmp_path / "run" / "ptfs-cosine" / "v2" / "step-000010")
     )
     assert checkpoint.steps(tmp_path / "run" / "ptfs-cosine" / "v2") == [5, 10]
