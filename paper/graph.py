@@ -73,19 +73,15 @@ class Node:
         """The records of its log, none if there is no log yet."""
         return read_log(self.folder) if (self.folder / "log.jsonl").is_file() else []
 
-    def logged(self) -> int:
-        """Steps that the log has recorded."""
-        s, last = self.segment, (self.log() or [{}])[-1]
-        return max(s.start, min(s.end, last.get("step", last.get("start", s.start) - 1) + 1)) - s.start
-
     def reached(self) -> int:
-        """Steps that need not be trained again."""
+        """Steps that need not be trained again; those in the log of a node that is trained now."""
+        s = self.segment
         if self.done():
             return self.steps
         if self.at_work():
-            return self.logged()
-        start = self.segment.start
-        return (resume.resume_step(self.folder, sorted(self.required), self.points) or start) - start
+            last = (self.log() or [{}])[-1]
+            return max(s.start, min(s.end, last.get("step", last.get("start", s.start) - 1) + 1)) - s.start
+        return (resume.resume_step(self.folder, sorted(self.required), self.points) or s.start) - s.start
 
 
 Graph = dict[str, Node]  # by name, parents first
