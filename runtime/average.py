@@ -36,8 +36,7 @@ class RunningMean:
 
     def pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """This rank's parts of the means, and of the weights."""
-        weights = self.net.parameters() if self.mean else ()
-        return list(map(local_part, self.mean.values())), [local_part(w.detach()) for w in weights]
+        return list(map(local_part, self.mean.values())), [local_part(w.detach()) for w in self.net.parameters()]
 
     def update(self, step: int) -> None:
         """Take in the weights after `step` updates."""

@@ -53,7 +53,8 @@ def world_from_environment() -> World:
         if local_rank <= rank < ranks and (ranks == 1 or {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()):
             return World(rank, local_rank, ranks)
     got = " ".join(f"{k}={value}" for k, value in given.items())
-    raise UserError(f"got {got}, expected what torchrun sets; start processes with torchrun, or unset these variables")
+    expected = "LOCAL_RANK <= RANK < WORLD_SIZE with MASTER_ADDR and MASTER_PORT"
+    raise UserError(f"got {got}, expected {expected}; start several processes with torchrun, or unset these variables")
 
 
 # ---- Which way to share the work -------------------------------------------------------------------------------------
