@@ -19,10 +19,10 @@ import numpy as np
 import cost
 import schedule
 from runtime.command_line import Parser, aligned
-from runtime.errors import UserError, refuse, user_errors
+from runtime.errors import UserError, optional, refuse, user_errors
 from runtime.files import read_log
 from schedule import Plan, Segment, round_half_up
-from text.sources import optional, progress_bar
+from text.sources import progress_bar
 from tools.paths import COLOURS, canvas, finish
 
 FEWEST = 14  # validation losses: twice the parameters of the larger law
@@ -173,11 +173,10 @@ def compare(fit: Any, p: Plan, decays: list[int], average: dict[int, float]) -> 
         found = ppl(fit, [rates(segments, s.name, s.end, p.max_lr) for s in versions])
         cells = [f"{x:.2f} ({low:.2f}..{high:.2f})" for x, low, high in found.T]
         rows.append([name, f"{cost.steps(paradigm, q) / whole:.2f}x", *cells])
-    if average:
-        ends = [p.end(i) for i in range(1, len(p.T) + 1)]
-        measured = [f"{np.exp(average[end]):.2f}" if end in average else "-" for end in ends]
-        rows.append(["running mean, measured", f"{cost.steps('average', p) / whole:.2f}x", *measured])
-    return rows
+    measured = [float(np.exp(average.get(p.end(i), np.nan))) for i in range(1, len(p.T) + 1)]
+    needless = [" (no branch needed)" * bool(x <= branch) for x, branch in zip(measured, found[0], strict=True)]
+    cells = [f"{x:.2f}{why}" for x, why in zip(measured, needless, strict=True)]
+    return [*rows, ["running mean, measured", f"{cost.steps('average', p) / whole:.2f}x", *cells]]
 
 
 def now(fit: Any, p: Plan, step: int) -> list[list[str]]:
@@ -230,7 +229,7 @@ def picture(chosen: dict[int, dict[str, tuple[int, int, int]]], fit: Any, p: Pla
         best, low, high = np.array([of[f"V{i}"] for of in chosen.values()]).T
         right.plot(list(chosen), best, color=colour, marker="o", markersize=3)
         right.fill_between(list(chosen), low, high, color=colour, alpha=0.2)
-    left.set(xlabel="steps of the branch", ylabel="PPL on the validation tokens of training")
+    left.set(xlabel="steps of the branch", ylabel="PPL")
     right.set(xlabel="steps that the log has", ylabel="steps of the branch")
     finish(fig, file, [left])
 
