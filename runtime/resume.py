@@ -102,8 +102,7 @@ def pick(c: Config, mode: str, version: int | None, parent: str | None = None) -
     if mode == "branch" and c.data.decay_mix and (c.data.replay or c.data.replay_branch or not c.data.sft):
         raise UserError("data.decay_mix: needs examples, --data.sft FILE, and does not go with data.replay")
     if c.data.sft and not c.data.decay_mix:
-        only = "which only --mode sft reads, and a branch with data.decay_mix above 0"
-        raise UserError(f"data.sft: got {c.data.sft}, {only}; leave it out or give data.decay_mix")
+        raise UserError(f"data.sft: got {c.data.sft}, which only --mode sft reads, or data.decay_mix; leave it out")
     if version and p.increments and version > len(p.increments):
         raise UserError(f"--version: got {version}, but plan.increments has {len(p.increments)}; add the steps of more")
     # the main path ends at the fork point of `version`; past the plan, it goes on with increments of the same length
