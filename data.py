@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from runtime.errors import UserError
-from text import command_line, token_files
+from text import prepare, token_files
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
@@ -170,4 +170,4 @@ class Tokens:
 
 
 if __name__ == "__main__":
-    command_line.main()
+    prepare.main()

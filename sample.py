@@ -24,9 +24,6 @@ class Sampling:  # how the next id is drawn
     seed: int = 1
 
 
-GREEDY = Sampling()
-
-
 def draw(logits: Tensor, how: Sampling, chance: list[np.random.Generator]) -> list[int]:
     """An id for each row of logits (B, V), drawn with the row's own random generator: other rows do not matter."""
     if how.temperature == 0:
@@ -42,7 +39,7 @@ def draw(logits: Tensor, how: Sampling, chance: list[np.random.Generator]) -> li
 
 @torch.no_grad()
 def generate(
-    net: Transformer, prompts: list[list[int]], length: int, ends: set[int], how: Sampling = GREEDY
+    net: Transformer, prompts: list[list[int]], length: int, ends: set[int], how: Sampling = Sampling()
 ) -> list[list[int]]:
     """Up to `length` ids after each prompt of one id or more; a row ends before an id of `ends`."""
     out: list[list[int]] = [[] for _ in prompts]

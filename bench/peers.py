@@ -11,7 +11,7 @@ from torch import Tensor
 import config
 import model as llama
 from runtime.device import cpp_compiler
-from tools.hf_weights import to_transformers
+from tools.hf_model import to_transformers
 
 PEERS = ("hf", "hf-compile", "hf-liger", "nanogpt")
 

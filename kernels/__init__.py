@@ -28,15 +28,8 @@ except ImportError:  # macOS, Windows: the files below can be imported, and "tor
     tl: Any = SimpleNamespace(constexpr=None)  # type: ignore[no-redef]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, as in the tests
-# The choices of "auto" on a CUDA GPU of sm_80 or later, each with its reason, measured on an H200: docs/performance.md
-AUTO = {
-    "rms_norm": "triton",  # one pass with the addition, and dw in it
-    "rope": "triton",  # one pass that also splits q, k and v: half the time of torch.compile
-    "attention": "triton",  # the same bits in every run, unlike SDPA's dq; SDPA is 2.4 % of a step faster at 1.2B
-    "swiglu": "triton",  # one pass, both gradients side by side: three quarters of torch.compile's time
-    "cross_entropy": "triton",  # 3 passes over the logits in bf16, compiled PyTorch 11: 8 % of a step at 203M
-}
-NAMES = tuple(AUTO)
+# "auto" takes Triton's of each on a CUDA GPU of sm_80 or later, as measured on an H200: docs/performance.md
+NAMES = ("rms_norm", "rope", "attention", "swiglu", "cross_entropy")
 HEAD_DIMS = (16, 32, 64, 96, 128)  # what attention.py serves
 MOST_ANGLES = 1 << 27  # context x head size: cosines and sines in memory; a million tokens at the usual 128
 
@@ -62,8 +55,7 @@ def problems(text: str, cuda: bool, c: config.Model) -> list[str]:
     elif asked and not cuda and not INTERPRETED:
         found.append(f"train.kernels: got {text!r}, but the device is no CUDA GPU; take --train.kernels torch or auto")
     elif "attention" in asked and D not in HEAD_DIMS:
-        served, got = ", ".join(map(str, HEAD_DIMS)), f"got model.hidden / model.n_head = {D}"
-        found.append(f"train.kernels: attention serves the head dims {served}, {got}; take {text},attention=torch")
+        found.append(f"train.kernels: attention serves head dims {HEAD_DIMS}, got {D}; take {text},attention=torch")
     return found
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import config
-from kernels import AUTO, HAVE_TRITON, NAMES, parse
+from kernels import HAVE_TRITON, NAMES, parse
 from kernels.attention import attention
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
 from kernels.rms_norm import add_rms_norm, rms_norm
@@ -27,19 +27,15 @@ B, T = 2, 144  # sequences and tokens: more than a block of attention, more rows
 
 
 def choose(text: str, c: config.Model, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
-    """ "torch" or "triton" for every operation; `text` is train.kernels. UserError if one that it names is not right.
-
-    "auto" is AUTO on GPUs of compute capability 8.0 and later, else PyTorch's own.
-    """
+    """ "torch" or "triton" for each operation; `text` is train.kernels. UserError if one that it names is not right."""
     wishes, gpu = parse(text), device.type == "cuda"
     new = gpu and HAVE_TRITON and torch.cuda.get_device_capability(device) >= (8, 0)
-    auto = AUTO if new else dict.fromkeys(NAMES, "torch")
-    chosen = {name: auto[name] if wish == "auto" else wish for name, wish in wishes.items()}
+    auto = "triton" if new else "torch"
+    chosen = {name: auto if wish == "auto" else wish for name, wish in wishes.items()}
     for name in [n for n in NAMES if gpu and chosen[n] == "triton"]:
         if fault := find_fault(name, astuple(c), dtype, device):
             if wishes[name] == "triton":
-                advice = f"take --train.kernels {text},{name}=torch"
-                raise UserError(f"train.kernels: got {text!r}, but Triton's {name} fails here: {fault}; {advice}")
+                raise UserError(f"train.kernels: Triton's {name} fails here: {fault}; take {text},{name}=torch")
             say(f"Triton's {name} fails here: {fault}; PyTorch's is used")
             chosen[name] = "torch"
     return chosen

@@ -32,39 +32,33 @@ FILES = {"ids": "<u4", "loss": "u1", "ends": "<i8", "held": "u1"}  # the first t
 BATCH = 4096  # examples tokenized at once
 
 
-class Marker(str):
-    """A ChatML marker: one token if the tokenizer has it, else text. In a message the same characters are text."""
-
-
-START, END = map(Marker, CHATML)
-Piece = tuple[str, bool]  # a text or a marker; is it part of a response?
+START, END = CHATML
+Piece = tuple[str, bool, bool]  # a text; is it part of a response? is it a marker that the tokenizer has as one token?
 
 
 def parse(record: Any, markers: bool) -> list[Piece]:
     """The pieces of an example. ValueError if it is not an example. markers: has the tokenizer those of ChatML?"""
     match record:
-        case {"messages": messages}:
-            return parse_messages(messages, markers)
+        case {"messages": [*messages]}:
+            pass
         case {"prompt": str(prompt), "response": str(response)} if response:
-            return [(clean(prompt), False), (clean(response), True)]
-    raise ValueError('expected {"prompt": text, "response": text} or {"messages": [message, ..]}')
-
-
-def parse_messages(messages: Any, markers: bool) -> list[Piece]:
-    """The pieces of a conversation up to its last response: nothing is learned from what follows."""
+            return [(clean(prompt), False, False), (clean(response), True, False)]
+        case _:
+            raise ValueError('expected {"prompt": text, "response": text} or {"messages": [message, ..]}')
     pieces: list[Piece] = []
-    for m in messages if isinstance(messages, list) else []:
+    for m in messages:
         role, content = (m.get("role"), m.get("content")) if isinstance(m, dict) else (None, None)
         if role not in ROLES or not isinstance(content, str):
             raise ValueError(f"role {role!r:.20} and content {content!r:.40}; roles are {', '.join(ROLES)}")
+        if not markers and any(marker in content for marker in CHATML):
+            raise ValueError(f"{' or '.join(CHATML)} in a message, which this tokenizer cannot tell from a marker")
         learned = role == "assistant"
-        pieces += [(START, False), (f"{role}\n", False), (clean(content), learned), (END, learned), ("\n", False)]
-    while pieces and not pieces[-1][1]:
+        pieces += [(START, False, markers), (f"{role}\n", False, False), (clean(content), learned, False)]
+        pieces += [(END, learned, markers), ("\n", False, False)]
+    while pieces and not pieces[-1][1]:  # nothing is learned from what follows the last response
         pieces.pop()
     if not pieces:
         raise ValueError("no message of the assistant, so nothing to learn")
-    if not markers and any(m in text for text, _ in pieces for m in CHATML if not isinstance(text, Marker)):
-        raise ValueError(f"{' or '.join(CHATML)} in a message, which this tokenizer cannot tell from a marker")
     return pieces
 
 
@@ -105,8 +99,8 @@ def write_examples(files: list[Path], tok: Tokenizer, folder: Path) -> dict[str,
                 counts["examples"] += 1
                 counts["tokens"] += len(ids)
                 counts["targets"] += sum(loss)
-                counts["chat"] |= any(isinstance(text, Marker) for text, _ in pieces)
-                h, _ = hashes("".join(text for text, _ in pieces))
+                counts["chat"] |= len(pieces) > 2  # messages, with their markers
+                h, _ = hashes("".join(text for text, _, _ in pieces))
                 row = {"ids": ids, "loss": loss, "ends": [counts["tokens"]], "held": [h < HELD_OUT * 2**64]}
                 for name, values in row.items():
                     out[name].write(np.array(values, FILES[name]).tobytes())
@@ -117,10 +111,9 @@ def write_examples(files: list[Path], tok: Tokenizer, folder: Path) -> dict[str,
 
 def encode(batch: list[list[Piece]], tok: Tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
     """(token ids, is each part of a response?) of each example."""
-    token: Any = Marker if tok.markers else ()  # else markers are text, too
     # texts side by side are encoded together, as the template gives them: a token may span both
-    runs = [itertools.groupby(e, lambda p: (p[1], isinstance(p[0], token))) for e in batch]
-    joined = [[("".join(t for t, _ in run), learned, marker) for (learned, marker), run in e] for e in runs]
+    runs = [itertools.groupby(e, lambda piece: piece[1:]) for e in batch]
+    joined = [[("".join(text for text, _, _ in run), *kind) for kind, run in e] for e in runs]
     encoded = iter(tok.encode_many([text for pieces in joined for text, _, marker in pieces if not marker]))
     for pieces in joined:
         ids, loss = list[int](), list[bool]()
@@ -171,8 +164,7 @@ class Examples:
         self.train = [train[row] for row in pack(lengths[train], context)]
         self.val = [held_out[row] for row in pack(lengths[held_out], context)]
         if not self.train:  # the folder stays, because it serves any context
-            problem = f"none of its {self.meta['examples']} examples fits model.context = {context} tokens"
-            raise UserError(f"data.sft {self.meta['source']}: {problem}")
+            raise UserError(f"data.sft {self.meta['source']}: no example in it fits model.context = {context}")
         self.targets = np.array([targets[row].sum() for row in self.train])
         self.filled = sum(int(lengths[row].sum()) for row in self.train) / (len(self.train) * context)
 
@@ -258,11 +250,9 @@ class MixedData(data.Tokens):
 
     def batch(self, step: int, rows: slice = slice(None)) -> tuple[np.ndarray, ...]:
         """(inputs, targets, documents), each int64 (rows, context): rows of text first, whose documents are 0."""
-        places = np.arange(self.B)[rows]
-        texts = self.B - self.m
-        numbers = self._row_numbers(step)[places[places >= texts] - texts]
-        n = len(places) - len(numbers)
+        places = np.arange(self.B)[rows] - (self.B - self.m)  # from 0: of the examples
         x, y = super().batch(step, rows)
-        text = x[:n], y[:n], np.zeros((n, self.context), np.int64)
+        text = x[places < 0], y[places < 0], np.zeros_like(x[places < 0])
+        numbers = self._row_numbers(step)[places[places >= 0]]
         examples = self.examples.rows([self.examples.train[i] for i in numbers])
         return tuple(map(np.concatenate, zip(text, examples, strict=True)))

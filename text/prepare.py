@@ -5,6 +5,7 @@ validation or an increment (ranges of h) and orders it there. So the split is wi
 memory, is the same on any number of machines and in any order of the input, and equal documents meet.
 """
 
+import argparse
 import base64
 import bisect
 import collections
@@ -13,9 +14,10 @@ import os
 import shutil
 import signal
 import struct
+import sys
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from glob import glob
 from multiprocessing import get_context, parent_process
@@ -25,11 +27,11 @@ from typing import Any
 import numpy as np
 
 import config
-from runtime.command_line import aligned
-from runtime.errors import UserError, optional
+from runtime.command_line import Parser, aligned
+from runtime.errors import UserError, optional, user_errors
 from runtime.files import begin_folder, fsync, lock, make_folder, wait_if_taken, write_json, write_text
 from text import token_files
-from text.sources import Source, all_documents, find_source, hashes, print_left_out
+from text.sources import KINDS, Source, all_documents, find_source, hashes, print_left_out
 from text.tokenizer import PATTERN, Tokenizer, cut_runs
 
 ROOT = Path(__file__).parent.parent
@@ -73,14 +75,12 @@ def encode_all(sources: list[Source], tok: Tokenizer, jobs: int) -> Iterator[tup
     """(bucket, record) of every document, in order; at most 3 batches a process are in progress."""
     documents = all_documents(sources, tok)
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (tok.name,))
-    in_progress: collections.deque[Future] = collections.deque()
+    batches = iter(lambda: list(itertools.islice(documents, BATCH)), [])
     try:
-        while batch := list(itertools.islice(documents, BATCH)):
-            in_progress.append(pool.submit(_encode, batch))
-            if len(in_progress) == 3 * jobs:
-                yield from in_progress.popleft().result()
+        in_progress = collections.deque(pool.submit(_encode, b) for b in itertools.islice(batches, 3 * jobs))
         while in_progress:
             yield from in_progress.popleft().result()
+            in_progress.extend(pool.submit(_encode, b) for b in itertools.islice(batches, 1))
     except BrokenProcessPool:
         raise UserError("a tokenizing process was killed, perhaps for its memory; try fewer with --jobs") from None
     finally:
@@ -149,16 +149,17 @@ class Buckets:
         names, written = list(parts), []
         # ordered by h, so one file at a time is open
         for part, documents in itertools.groupby(self.documents(remove=True), lambda d: bisect.bisect(limits, d[0])):
-            writer = token_files.Writer(out, names[part], self.dtype)
-            for h, draw, i, ids in documents:
-                source = self.sources[i]
-                if draw < shares[i] * 2**64:
-                    writer.write(h, ids)
-                    source.documents += 1
-                    source.tokens += len(ids) // self.dtype.itemsize
-                else:
-                    source.left_out["documents by --weights"] += 1
-            written.append(writer.close())
+            with open(out / f"{names[part]}.bin", "wb") as f, open(out / f"{names[part]}.ids", "wb") as hash_file:
+                for h, draw, i, ids in documents:
+                    source = self.sources[i]
+                    if draw < shares[i] * 2**64:
+                        f.write(ids)
+                        hash_file.write(struct.pack("<Q", h))
+                        source.documents += 1
+                        source.tokens += len(ids) // self.dtype.itemsize
+                    else:
+                        source.left_out["documents by --weights"] += 1
+            written.append(token_files.record(out, names[part], self.dtype.itemsize))
         self.folder.rmdir()
         return [p for p in written if p["documents"]]
 
@@ -178,14 +179,12 @@ def prepare(
     tok = Tokenizer(tokenizer)
     parts = {"val": val, **{f"v{i}": (1 - val) * w / sum(increments) for i, w in enumerate(increments, 1)}}
     with make_folder(folder) as partial:
-        buckets = Buckets(partial / "buckets", found, tok, [], jobs)
-        written = buckets.gather(partial, parts, weights)
+        written = Buckets(partial / "buckets", found, tok, [], jobs).gather(partial, parts, weights)
         if not written:
             raise UserError(f"--source {', '.join(sources)}: the text is empty")
         if empty := sorted(parts.keys() - {p["name"] for p in written}):
-            n = sum(p["documents"] for p in written)
-            none = f"{empty[0]}: none of {n} documents fell into it; a hash of a text decides its place"
-            raise UserError(f"{none}; give more (see docs/data.md), or take fewer --increments or a larger --val")
+            fix = "give more text, or take fewer --increments or a larger --val"
+            raise UserError(f"{empty[0]}: no documents fell into it; {fix} (docs/data.md)")
         source = {"increments": len(increments), "from": sources, "weights": weights}
         meta = token_files.write_meta(partial, tok, source, written)
     print_summary(folder, written, found)
@@ -218,15 +217,14 @@ def add(out: str, sources: list[str], weights: list[float] | None = None, jobs: 
             token_files.check_files(folder)  # a damaged .ids would let documents in again
             names, name = [p["name"] for p in token_files.parts(meta)], f"v{len(meta['increments']) + 1}"
             held: list[np.ndarray] = [np.memmap(folder / f"{name}.ids", "<u8", "r") for name in names]
-            buckets = Buckets(work / "buckets", found, tok, held, jobs)
-            written = buckets.gather(work, {f"val-{name}": val, name: 1 - val}, weights)
+            parts = {f"val-{name}": val, name: 1 - val}
+            written = Buckets(work / "buckets", found, tok, held, jobs).gather(work, parts, weights)
             if not written:
                 known = sum(s.left_out["duplicates"] for s in found)
                 raise UserError(f"--source {', '.join(sources)}: has no new document, {known:,} known ones")
             *held_out, increment = written
             if increment["name"] != name:
-                all_of = f"all {increment['documents']} new documents fell into it"
-                raise UserError(f"--val {val:g}: {all_of}; give more, or take a smaller --val")
+                raise UserError(f"--val {val:g}: all new documents fell into it; give more, or take a smaller --val")
             for file in work.glob("v*"):
                 fsync(file)
                 os.rename(file, folder / file.name)
@@ -249,8 +247,7 @@ def drop(out: str) -> None:
         last, _ = meta["increments"].pop(), meta["sources"].pop()
         for file in map(Path, glob("out/**/step-*/meta.json", recursive=True)):  # through links, too
             if last["sha256"]["bin"] in file.read_text("utf-8", errors="replace"):
-                fix = "move it out of out/ first, or add more text as another increment"
-                raise UserError(f"{folder}: {file.parent} was trained on {last['name']}; {fix}")
+                raise UserError(f"{folder}: {file.parent} was trained on {last['name']}; move it out of out/ first")
         write_json(folder / "meta.json", meta)  # first: files that it does not name are nothing; `add` replaces them
         for file in (*folder.glob(f"{last['name']}.*"), *folder.glob(f"val-{last['name']}.*")):
             file.unlink()
@@ -286,3 +283,75 @@ def print_summary(folder: Path, written: list[dict], sources: list[Source]) -> N
         rows.append([f"{folder / p['name']}.bin", "", f"{p['documents']:,}", f"{p['tokens']:,}"])
     print(aligned(rows))
     print_left_out(sources)
+
+
+# ---- The commands of data.py -----------------------------------------------------------------------------------------
+
+
+def proportions(text: str) -> list[float]:
+    """1,1,2 as positive numbers, 4 as four equal ones."""
+    if text.isdecimal() and 0 < int(text) <= 10_000:
+        return [1.0] * int(text)
+    try:
+        found = [float(v) for v in text.split(",")]
+    except ValueError:
+        found = []
+    if not 2 <= len(found) <= 10_000 or not all(1e-9 <= v <= 1e9 for v in found):
+        raise argparse.ArgumentTypeError(f"got {text[:60]!r}, expected how many, or proportions such as 1,1,2")
+    return found
+
+
+def arguments() -> Parser:
+    sources = f"{', '.join(KINDS)}, a folder or glob of them, or hf:NAME[:SUBSET] (its train split, streamed)"
+    tokenizer = "bytes, a tiktoken encoding (cl100k_base), a rank file, or a folder with tokenizer.json"
+    parser = Parser(prog="data.py", description="Text to token files by increment.", epilog=f"sources: {sources}")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    make = commands.add_parser("prepare", help="make a folder of increments and a validation set")
+    extend = commands.add_parser("add", help="append an increment to a folder")
+    undo = commands.add_parser("drop", help="undo the last add, unless a checkpoint below out/ was trained on it")
+    verify = commands.add_parser("verify", help="check a folder's sizes and SHA-256")
+    train = commands.add_parser("vocab", help="train a rank file on the first increment (needs rustbpe)")
+    make.add_argument("--out", default="data/demo", help="a path that does not exist [data/demo]")
+    make.add_argument("--tokenizer", default=str(RANKS), help=f"{tokenizer} [corpus/{RANKS.name}]")
+    extend.add_argument("--out", required=True, help="the folder")
+    undo.add_argument("--out", required=True, help="the folder")
+    undo.add_argument("--last", action="store_true", required=True, help="the only one that can be taken out")
+    verify.add_argument("out", metavar="FOLDER")
+    train.add_argument("--out", required=True, help="a path that does not exist")
+    train.add_argument("--vocab_size", type=int, required=True, help="ranks and <|endoftext|>")
+    extend.add_argument("--source", action="append", required=True, help="text; again for more")
+    for p in (make, extend):
+        p.add_argument("--weights", type=proportions, help="ratio of the sources' tokens, such as 3,1 [all there is]")
+        p.add_argument("--jobs", type=int, default=0, help="processes [one a core]")
+    for p in (make, train):
+        p.add_argument("--source", action="append", help=f"text; again for more [corpus/{TEXT.name}]")
+        p.add_argument("--increments", type=proportions, default="4", help="how many, or proportions as 1,1,2 [4]")
+    for p in (make, train, extend):
+        p.add_argument("--val", type=float, default=0.05, help="share of the documents for validation [0.05]")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    with user_errors("data.py"):
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # clean up, as after Ctrl-C
+        o = arguments().parse_args(argv)
+        sources = vars(o).get("source") or [str(TEXT)]
+        if "val" in o and not (0 if o.command == "add" else 1e-9) <= o.val <= 1 - 1e-9:
+            raise UserError(f"--val: got {o.val}, expected a part between 0 and 1, such as 0.05")
+        if o.command in ("prepare", "add"):
+            if o.weights and len(o.weights) != len(sources):
+                raise UserError(f"--weights: got {len(o.weights)} for {len(sources)} sources, expected one each")
+            if not 0 <= o.jobs <= 1024:
+                raise UserError(f"--jobs: got {o.jobs}, expected 1 to 1024, or 0 for one a core")
+        if o.command == "verify":
+            size = token_files.check_files(Path(o.out))
+            token_files.tokenizer_of(Path(o.out))
+            print(f"{o.out}: {size:,} bytes as they were written")
+        elif o.command == "vocab":
+            vocab(o.out, sources, o.vocab_size, o.increments, o.val)
+        elif o.command == "drop":
+            drop(o.out)
+        elif o.command == "add":
+            add(o.out, sources, o.weights, o.jobs, o.val)
+        else:
+            prepare(o.out, sources, o.tokenizer, o.increments, o.val, o.weights, o.jobs)

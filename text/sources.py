@@ -38,7 +38,6 @@ PIECE = 8000  # characters of a document cut from a .txt or .md file
 BLOCK = 1 << 16  # characters of a text line read at once
 IDS = 1 << 20  # ids of a token file read at once
 Progress = Callable[[int], Any]  # gets the bytes read since its last call
-Parse = Callable[[Any], Any]
 
 
 @dataclass
@@ -134,7 +133,7 @@ def json_text(record: Any) -> str:
     raise ValueError('expected a JSON object with a text under "text"')
 
 
-def documents(file: Path, progress: Progress, parse: Parse = json_text, tok: Tokenizer | None = None) -> Iterator[Any]:
+def documents(file: Path, progress: Progress, parse: Any = json_text, tok: Tokenizer | None = None) -> Iterator[Any]:
     """The documents of one file, streamed: `parse` makes them of lines of JSON, `tok` decodes those of token files."""
     kind, _ = kind_of(file)
     if kind == "parquet":
@@ -187,8 +186,7 @@ def token_texts(file: Path, progress: Progress, tok: Tokenizer) -> Iterator[str]
         if len(head) == 256 and not head[3:].any():
             magic, version, count = head[:3].tolist()
             if (magic, version) not in LLMC:
-                expected = " or ".join(map(str, LLMC))
-                raise UserError(f"{file}: got magic number and version {magic, version}, expected {expected} (llm.c)")
+                raise UserError(f"{file}: got magic number and version {magic, version}, expected one of {[*LLMC]}")
             start, dtype = head.nbytes, np.dtype(LLMC[magic, version])
         if size != (need := start + count * dtype.itemsize):
             raise UserError(f"{file}: got {size:,} bytes, expected {need:,}; fetch it again")

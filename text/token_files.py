@@ -5,10 +5,8 @@ data/<name>/  meta.json  v1.bin .. vN.bin  val.bin      token ids, uint16 or uin
               val-v5.bin ..  val-v5.ids ..              held out of an increment that was added
 """
 
-import hashlib
 import shlex
 import shutil
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +24,11 @@ def id_dtype(vocab_size: int) -> str:
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
-class Writer:
-    """Writes one token file and its document hashes, and computes their checksums."""
-
-    def __init__(self, folder: Path, name: str, dtype: np.dtype) -> None:
-        self.name, self.itemsize = name, dtype.itemsize
-        self.files = {kind: open(folder / f"{name}.{kind}", "wb") for kind in ("bin", "ids")}
-        self.sha = {kind: hashlib.sha256() for kind in self.files}
-        self.documents = self.tokens = 0
-
-    def write(self, h: int, ids: bytes | memoryview) -> None:
-        """Append the token ids of a document, and a document's hash to the .ids, which must come in ascending order."""
-        for kind, content in (("bin", ids), ("ids", struct.pack("<Q", h))):
-            self.files[kind].write(content)
-            self.sha[kind].update(content)
-        self.documents += 1
-        self.tokens += len(ids) // self.itemsize
-
-    def close(self) -> dict[str, Any]:
-        """The record of the files for meta.json."""
-        for f in self.files.values():
-            f.close()
-        sums = {kind: sha.hexdigest() for kind, sha in self.sha.items()}
-        return {"name": self.name, "documents": self.documents, "tokens": self.tokens, "sha256": sums}
+def record(folder: Path, name: str, itemsize: int) -> dict[str, Any]:
+    """The record for meta.json of a part's two files, which are complete."""
+    ids, hashes = folder / f"{name}.bin", folder / f"{name}.ids"
+    sizes = {"documents": hashes.stat().st_size // 8, "tokens": ids.stat().st_size // itemsize}
+    return {"name": name, **sizes, "sha256": {"bin": sha256(ids), "ids": sha256(hashes)}}
 
 
 def write_meta(folder: Path, tok: Tokenizer, source: dict[str, Any], parts: list[dict[str, Any]]) -> dict[str, Any]:

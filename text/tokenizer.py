@@ -48,7 +48,17 @@ class Tokenizer:
 
     def _load_encoding(self) -> tiktoken.Encoding:
         if self.is_file:
-            pattern, ranks = PATTERN, self._read_ranks()
+            pattern = PATTERN
+            try:
+                content = read_bytes(Path(self.name))
+                lines = [line.split() for line in content.splitlines() if line]
+                ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+                complete = all(bytes([b]) in ranks for b in range(256))
+                if not complete or sorted(ranks.values()) != list(range(len(lines))):
+                    raise ValueError("ranks must be 0, 1, 2, .., each token there once, all 256 bytes among them")
+            except (OSError, ValueError) as e:
+                raise UserError(f"tokenizer {self.name}: not a rank file as tiktoken reads it: {e}") from None
+            self.sha256 = hashlib.sha256(content).hexdigest()
         elif self.name == "bytes":
             pattern, ranks = r"[\s\S]", {bytes([b]): b for b in range(256)}
         else:
@@ -59,19 +69,6 @@ class Tokenizer:
                 raise UserError(f"tokenizer {self.name}: {first_line(e)[:120]}; expected {expected}") from None
         special = {"<|endoftext|>": len(ranks)}
         return tiktoken.Encoding("ranks", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-
-    def _read_ranks(self) -> dict[bytes, int]:
-        try:
-            content = read_bytes(Path(self.name))
-            lines = [line.split() for line in content.splitlines() if line]
-            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-            complete = all(bytes([b]) in ranks for b in range(256))
-            if not complete or sorted(ranks.values()) != list(range(len(lines))):
-                raise ValueError("ranks must be 0, 1, 2, .., each token there once, all 256 bytes among them")
-        except (OSError, ValueError) as e:
-            raise UserError(f"tokenizer {self.name}: not a rank file as tiktoken reads it: {e}") from None
-        self.sha256 = hashlib.sha256(content).hexdigest()
-        return ranks
 
     def _load_folder(self, folder: Path) -> None:
         file = folder / "tokenizer.json"

@@ -33,8 +33,8 @@ from runtime.distributed import World
 from runtime.errors import UserError, first_line, refuse, user_errors
 from text.examples import held_messages
 from text.tokenizer import Tokenizer
-from tools.hf_tokenizer import end_ids, write_tokenizer
-from tools.hf_weights import to_transformers
+from tools.hf_model import to_transformers
+from tools.huggingface import end_ids, write_tokenizer
 
 try:
     import datasets
@@ -61,7 +61,6 @@ lm_eval.api.task.tqdm = lm_eval.models.huggingface.tqdm = bar
 if not sys.stderr.isatty():
     datasets.disable_progress_bars()
 OURS = Path(__file__).parent.parent / "configs" / "tasks"
-NEW = 256  # tokens of an answer if the task does not say, as in the harness's adapters
 # The metric that stands for a task: the first of these that it has, else its first one. Of several filters the first,
 # but for GSM8K the one that takes the last number of the answer.
 HEADLINE = ("exact_match,flexible-extract", "exact_match", "acc", "acc_norm", "f1")
@@ -72,10 +71,7 @@ Results = dict[str, Result]  # by task
 
 
 class LM(HFLM):
-    """The harness's own adapter for transformers, on our weights, but that it leaves no token of an answer out.
-
-    A token that spans the end of a question and the start of its answer is the answer's.
-    """
+    """The harness's adapter for transformers, on our weights; a token that begins in the question is the answer's."""
 
     def __init__(self, net: llama.Transformer, tok: Tokenizer, batch: int, chat: bool = False) -> None:
         device, dtype = net.embed.weight.device, net.dtype
@@ -91,18 +87,17 @@ class LM(HFLM):
             self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        return self._loglikelihood_tokens([self.split(r) for r in requests], disable_tqdm)
-
-    def split(self, r: Any) -> tuple[Any, list[int], list[int]]:
-        """((texts), ids of the question, ids of the answer). ValueError if the answer has no token, or too many."""
-        question, answer = r.args
-        # the answer begins at the first token that the question alone, without spaces at its end, has not
-        whole, alone = self.tok_encode(question + answer), self.tok_encode(question.rstrip())
-        n = next((i for i, (a, b) in enumerate(zip(whole, alone, strict=False)) if a != b), len(alone))
-        size = len(whole) - n if answer else 0
-        if not 0 < size <= self.max_length:
-            raise ValueError(f"an answer {answer!r:.40} of {size} tokens, expected 1 to {self.max_length}")
-        return r.args, whole[:n] or [self.prefix_token_id], whole[n:]
+        """(log-likelihood, is it the likeliest?) of each answer. ValueError if one has no token, or too many."""
+        split = []
+        for question, answer in (r.args for r in requests):
+            # the answer begins at the first token that the question alone, without spaces at its end, has not
+            whole, alone = self.tok_encode(question + answer), self.tok_encode(question.rstrip())
+            n = next((i for i, (a, b) in enumerate(zip(whole, alone, strict=False)) if a != b), len(alone))
+            size = len(whole) - n if answer else 0
+            if not 0 < size <= self.max_length:
+                raise ValueError(f"an answer {answer!r:.40} of {size} tokens, expected 1 to {self.max_length}")
+            split.append(((question, answer), whole[:n] or [self.prefix_token_id], whole[n:]))
+        return self._loglikelihood_tokens(split, disable_tqdm)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
@@ -165,7 +160,7 @@ def check(found: dict[str, Any], context: int, limit: int | None, ranks: int) ->
         name = f"--tasks: {t.task_name}"
         if (have := min(len(t.eval_docs), limit or sys.maxsize)) < ranks:
             problems.append(f"{name} has {have} questions for {ranks} ranks; take as many ranks at most")
-        new = normalize_gen_kwargs(t.config.generation_kwargs or {}, NEW)["max_gen_toks"]
+        new = normalize_gen_kwargs(t.config.generation_kwargs or {})["max_gen_toks"]
         if t.OUTPUT_TYPE == "generate_until" and new >= context:
             problems.append(f"{name} asks for {new} new tokens, and the model's context is {context}; leave it out")
     refuse(problems)
@@ -250,9 +245,9 @@ def main() -> None:
             raise UserError("--tasks: got no name, expected some such as gsm8k,mmlu")
         load(tuple(names), o.data_dir, o.num_fewshot)
         versions = resume.finished(o.path[0]) if len(o.path) == 1 else {}  # nothing if it is a checkpoint
-        for p in () if versions else o.path:
+        paths = list(dict.fromkeys([p for vs in versions.values() for p in vs.values()] or o.path))
+        for p in paths:
             checkpoint.read_meta(p)
-    paths = list(dict.fromkeys(p for vs in versions.values() for p in vs.values()) if versions else o.path)
     known: dict[Path, Results] = {}
     for p in paths:
         known[p] = evaluate(p, names, world.device, o.data, o.data_dir, o.limit, o.num_fewshot, o.batch)

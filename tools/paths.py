@@ -50,17 +50,15 @@ def draw(plans: dict[str, list[Segment]], file: str) -> None:
     fig, axes = canvas([f"{TITLES.get(name, name)}: {n:,} steps" for name, n in steps.items()], 5, sharey=True)
     for ax, segments in zip(axes, plans.values(), strict=True):
         # the longest first, so that the shorter runs of PTFS, equal to it in the warm-up, stay visible
-        for g in sorted((g for g in segments if g.end > g.start), key=lambda g: g.start - g.end):
-            x = [*range(g.start, g.end, max(1, (g.end - g.start) // 2000)), g.end - 1]
+        for g in sorted(segments, key=lambda g: g.start - g.end):
             label, colour, width = f"V{g.version}", COLOURS[(g.version - 1) % len(COLOURS)], 1.8
             if g.paradigm == "main":
                 label, colour, width = "main path", "#333333", 2.6
-            ax.plot(x, [g.lr(s) for s in x], color=colour, linewidth=width, label=label)
-        for g in segments:
-            if g.paradigm == "average" and g.points:  # a band over the weights that are averaged
-                ax.axvspan(
-                    g.points[0], g.end, color=COLOURS[(g.version - 1) % len(COLOURS)], alpha=0.4, label=f"V{g.version}"
-                )
+            if g.end > g.start:
+                x = [*range(g.start, g.end, max(1, (g.end - g.start) // 2000)), g.end - 1]
+                ax.plot(x, [g.lr(s) for s in x], color=colour, linewidth=width, label=label)
+            elif g.points:  # a band over the weights that are averaged
+                ax.axvspan(g.points[0], g.end, color=colour, alpha=0.4, label=label)
         ax.set(xlabel="step", ylim=(0, None))
         ax.locator_params(axis="x", nbins=5)
     axes[0].set_ylabel("learning rate")

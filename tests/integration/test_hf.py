@@ -32,7 +32,7 @@ from runtime.files import read_json, write_json
 from text import prepare, token_files
 from text.examples import Examples, SFTData, prepare_examples
 from text.tokenizer import Tokenizer
-from tools import hf_tokenizer, huggingface
+from tools import huggingface
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -67,7 +67,7 @@ def released(folder, kind="Llama", dtype=torch.float32, shard=None, rows=301, **
         for p in net.parameters():
             p.add_(0.1 * torch.randn_like(p))  # so that norms, biases and depth all matter
     net.to(dtype).save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
-    (folder / "tokenizer.json").write_text(json.dumps(hf_tokenizer.to_tokenizer_json(Tokenizer("bytes"))))
+    (folder / "tokenizer.json").write_text(json.dumps(huggingface.to_tokenizer_json(Tokenizer("bytes"))))
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32
     )  # a net that was cast has angles that were cast
@@ -274,7 +274,7 @@ def test_the_patterns_of_other_encodings(name, monkeypatch):
     tok.encoding = tiktoken.Encoding(
         name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}
     )
-    made = tokenizers.Tokenizer.from_str(json.dumps(hf_tokenizer.to_tokenizer_json(tok)))
+    made = tokenizers.Tokenizer.from_str(json.dumps(huggingface.to_tokenizer_json(tok)))
     made.encode_special_tokens = True
     texts = hard_texts()
     assert [e.ids for e in made.encode_batch(texts)] == tok.encode_many(texts)
@@ -341,7 +341,7 @@ def test_greedy_equals_transformers_on_the_exported_folder(kw, tmp_path, data_of
 
 def test_a_pattern_that_cannot_be_exported_is_found(tmp_path, monkeypatch, data_of):
     made, _, _ = checkpoint_of(tmp_path, str(prepare.RANKS), data_of(str(prepare.RANKS)))
-    monkeypatch.setattr(hf_tokenizer, "plain_pattern", lambda p: p.replace(r"\p{N}{1,3}", r"\p{N}"))
+    monkeypatch.setattr(huggingface, "plain_pattern", lambda p: p.replace(r"\p{N}{1,3}", r"\p{N}"))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match="gives other ids for 'The whale, 1234567"):
         huggingface.export_model(str(made), str(tmp_path / "hf"))
@@ -426,7 +426,7 @@ def test_a_template_that_was_not_trained_is_not_exported(name, seen, tmp_path, d
         settings = json.loads((tmp_path / "tok" / "tokenizer_config.json").read_text(encoding="utf-8-sig"))
         assert json.loads((out / "tokenizer_config.json").read_text()) == settings
     else:
-        assert theirs.chat_template == (hf_tokenizer.CHATML if older else None)
+        assert theirs.chat_template == (huggingface.CHATML if older else None)
         assert generation["eos_token_id"] in (tok.eot, [tok.eot])
 
 
@@ -577,7 +577,7 @@ def test_messages_in_training_are_recorded_and_older_checkpoints_go_on(imported,
     metas = [checkpoint.read_meta(p) for p in ends]
     assert [m["data"]["chat"] for m in metas] == [True] * len(ends)
     out = huggingface.export_model(str(ends[-1]), str(tmp_path / "hf"))
-    assert transformers.AutoTokenizer.from_pretrained(out).chat_template == hf_tokenizer.CHATML
+    assert transformers.AutoTokenizer.from_pretrained(out).chat_template == huggingface.CHATML
 
     # As made before: the key is nowhere
     for p, meta in zip(ends, metas, strict=True):
@@ -753,7 +753,7 @@ NORM, DOWN = "model__norm__weight", "model.layers.1.mlp.down_proj.weight"
             "rope_parameters.original_max_position_embeddings: got None",
         ),
         (pickled, "pickled weights are not read"),
-        (lambda f: os.remove(f / "model.safetensors"), "has no .safetensors file; expected a folder"),
+        (lambda f: os.remove(f / "model.safetensors"), "has no .safetensors file"),
         (lambda f: os.truncate(f / "model.safetensors", 999), "model.safetensors: is no safetensors file"),
         (weights(**{DOWN: None}), f"{DOWN} is missing; expected the 21 tensors"),
         (weights(lm_head__weight=None), "lm_head.weight is missing"),

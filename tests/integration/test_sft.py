@@ -411,7 +411,7 @@ def test_odd_examples(tmp_path):
     numbers = (i for i in range(999) if prepare.hashes(f"{i}x")[0] < 2**64 / 50)
     e = packed({"prompt": str(next(numbers)), "response": "x"})
     assert np.fromfile(e.folder / "held.bin", "u1").tolist() == [1] and len(e.train) == 1 and not e.val
-    with pytest.raises(UserError, match="none of its 1 examples fits model.context = 32"):
+    with pytest.raises(UserError, match="no example in it fits model.context = 32"):
         packed({"prompt": "2" * 40, "response": "x"})
 
 

@@ -23,9 +23,9 @@ from helpers import cl100k_cache
 import data
 from runtime.errors import UserError
 from runtime.files import lock, write_json
-from text import command_line, prepare, sources, token_files
+from text import prepare, sources, token_files
 from text.tokenizer import Tokenizer
-from tools import hf_tokenizer
+from tools import huggingface
 
 
 def some_documents(n, seed=0):
@@ -59,7 +59,7 @@ def make(folder, sources, tokenizer="bytes", **kw):
 
 def command(*args):
     """data.py with these arguments, in this process."""
-    command_line.main([str(a) for a in args])
+    prepare.main([str(a) for a in args])
 
 
 def listing(folder):
@@ -136,11 +136,11 @@ def test_drop_undoes_the_last_add_and_nothing_else(copy, monkeypatch, capsys):
     one = {f.name: f.read_bytes() for f in copy.iterdir() if f.is_file()}
     prepare.add(str(copy), [second], jobs=1)
     for expected in (one, content):
-        command_line.main(["drop", "--last", "--out", str(copy)])
+        prepare.main(["drop", "--last", "--out", str(copy)])
         assert {f.name: f.read_bytes() for f in copy.iterdir() if f.is_file()} == expected
     for args in (["--last"], []):  # those of `prepare` stay, and which one is meant must be said
         with pytest.raises(SystemExit):
-            command_line.main(["drop", *args, "--out", str(copy)])
+            prepare.main(["drop", *args, "--out", str(copy)])
     assert "nothing was added to it" in (said := capsys.readouterr().err) and "required: --last" in said
     prepare.add(str(copy), [first], jobs=1)
     assert {f.name: f.read_bytes() for f in copy.iterdir() if f.is_file()} == one  # bit for bit
@@ -337,16 +337,15 @@ def test_any_number_of_increments_takes_two_open_files(tmp_path, monkeypatch):
     """A process may often open 1,024 at most."""
     made = []
 
-    class Writer(token_files.Writer):
-        def __init__(self, *args):
-            assert all(f.closed for w in made for f in w.files.values())
-            made.append(self)
-            super().__init__(*args)
+    def opened(file, *args):
+        made.append(open(file, *args))
+        assert sum(not f.closed for f in made) <= 2
+        return made[-1]
 
-    monkeypatch.setattr(token_files, "Writer", Writer)
+    monkeypatch.setattr(prepare, "open", opened, raising=False)
     docs = some_documents(500)
     make(tmp_path / "d", [write(tmp_path / "a.jsonl", docs)], increments=[1.0] * 20)
-    assert len(made) == 21 and sorted(
+    assert len(made) >= 42 and sorted(
         d for part in parts(tmp_path / "d") for d in read(tmp_path / "d", part)
     ) == sorted(docs)
 
@@ -709,7 +708,7 @@ VOCAB = "vocab --vocab_size 300 --out {t}/new/deeper/r.tiktoken"
         (f"{PREPARE} --source {{t}}/cut.jsonl.zst", "cannot be read after line"),
         (f"{PREPARE} --source {{t}}/int.parquet", "has columns {'text': 'int64'}; expected"),
         (f"{PREPARE} --source {{t}}/cut.parquet", "not a readable parquet file"),
-        (f"{PREPARE} --source {{t}}/few.jsonl", "documents fell into it; a hash of a text decides its place"),
+        (f"{PREPARE} --source {{t}}/few.jsonl", "no documents fell into it; give more text"),
         (f"{PREPARE} --source {{t}}/few.jsonl --source {{t}}/blank.txt --weights 1,1", "so it can have no weight"),
         (f"{PREPARE} --source=", "--source '': there is no file"),
         (f"{PREPARE} --tokenizer cl1000k", "tokenizer cl1000k: Unknown encoding cl1000k"),
@@ -751,7 +750,7 @@ VOCAB = "vocab --vocab_size 300 --out {t}/new/deeper/r.tiktoken"
         (f"{BINS} {{t}}/ends.bin", "the text is empty"),
         (f"{BINS} {{t}}/short.bin", "short.bin: got 1,030 bytes, expected 1,032"),
         (f"{BINS} {{t}}/negative.bin", "negative.bin: got 1,030 bytes, expected 1,022"),
-        (f"{BINS} {{t}}/version.bin", "magic number and version (20240520, 2), expected (20240520, 1)"),
+        (f"{BINS} {{t}}/version.bin", "magic number and version (20240520, 2), expected one of [(20240520, 1)"),
         (f"{BINS} {{t}}/magic.bin", "magic.bin: got magic number and version (20240521, 1), expected"),
         (f"{BINS} {{t}}/head.bin", "the text is empty"),
         (f"{VOCAB} --source {{t}}/good.bin", "good.bin: holds token ids, expected text"),
@@ -787,7 +786,7 @@ def test_no_network_for_an_encoding_is_one_line(tmp_path, capsys, monkeypatch):
 
 STOPPED = """
 import sys, time
-from text import command_line, prepare
+from text import prepare
 
 real = prepare.all_documents
 
@@ -833,7 +832,7 @@ def test_a_killed_prepare_leaves_nothing_that_looks_finished(tmp_path):
 
 def hf_folder(folder, added=(), pattern=None):
     """A folder with the tokenizer.json of the rank file, with tokens added and none flagged special."""
-    made = hf_tokenizer.to_tokenizer_json(Tokenizer(str(prepare.RANKS)))
+    made = huggingface.to_tokenizer_json(Tokenizer(str(prepare.RANKS)))
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
     made["added_tokens"][0]["special"] = False
     made["added_tokens"] += [{"id": 1024 + i, "content": text, **flags} for i, text in enumerate(added)]
@@ -994,7 +993,7 @@ def test_so_few_documents_that_all_would_be_held_out_are_refused(copy, tmp_path)
     low = next(text for text in some_documents(200, 8) if sources.hashes(text)[0] < 2**62)
     file = write(tmp_path / "a.jsonl", [low])
     before = listing(tmp_path)
-    with pytest.raises(UserError, match="--val 0.25: all 1 new documents fell into it"):
+    with pytest.raises(UserError, match="--val 0.25: all new documents fell into it"):
         prepare.add(str(copy), [file], jobs=1, val=0.25)
     assert listing(tmp_path) == before
     prepare.add(str(copy), [file], jobs=1)

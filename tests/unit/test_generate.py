@@ -129,7 +129,7 @@ def continued(monkeypatch):
         monkeypatch.setattr(sample, "load_model", lambda *a: (None, {}))
         monkeypatch.setattr(sample.resume, "open_tokenizer", lambda *a: tok)
         monkeypatch.setattr(sample, "generate", lambda net, ids, *a: asked.extend(ids) or [new] * len(ids))
-        return sample.continuations(None, torch.device("cpu"), prompts, 9, sample.GREEDY), asked
+        return sample.continuations(None, torch.device("cpu"), prompts, 9, sample.Sampling()), asked
 
     return call
 

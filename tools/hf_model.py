@@ -1,13 +1,23 @@
-"""config.json of a Llama or Qwen2 <-> config.Model. Keys that ask for other computations than ours are refused."""
+"""A Llama or Qwen2 of Hugging Face <-> ours: config.json and config.Model, names of weights, the reading of its files.
 
+Keys that ask for other computations than ours are refused.
+"""
+
+import functools
 import math
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
 import config
 import kernels
+import model as llama
 from runtime.errors import UserError, refuse
 from runtime.files import type_name, typed
 from text.tokenizer import json_object
@@ -32,14 +42,17 @@ ROPE: dict[str, dict[str, str]] = {
 }
 ROPE_DEFAULTS = {"beta_slow": 1.0, "beta_fast": 32.0}  # YaRN; other keys must be given
 ROPE_OTHERS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
+DTYPES = ("F32", "BF16", "F16")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+Part = tuple[str, tuple[int, ...]]  # their tensor: name, shape
+
+# ---- config.json -----------------------------------------------------------------------------------------------------
 
 
 def to_config(c: config.Model) -> dict[str, Any]:
     """config.json of a model, with rope_scaling, the older spelling, which new readers know as well."""
-    scaling: dict[str, Any] | None = None
-    if c.rope_scaling != "none":
-        keys = ROPE[c.rope_scaling]
-        scaling = {"rope_type": c.rope_scaling, **{theirs: getattr(c, ours) for ours, theirs in keys.items()}}
+    keys = ROPE.get(c.rope_scaling, {})  # "none" has none
+    scaling = {"rope_type": c.rope_scaling, **{theirs: getattr(c, ours) for ours, theirs in keys.items()}}
     kind = "Qwen2ForCausalLM" if c.qkv_bias else "LlamaForCausalLM"
     own: dict[str, Any] = {"attention_bias": False, "mlp_bias": False, "head_dim": c.hidden // c.n_head}
     if c.qkv_bias:
@@ -47,7 +60,7 @@ def to_config(c: config.Model) -> dict[str, Any]:
     widths = {"hidden_size": c.hidden, "intermediate_size": c.ffn or 4 * c.hidden, "vocab_size": c.vocab_size}
     heads = {"num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head or c.n_head}
     depth = {"num_hidden_layers": c.n_layer, "max_position_embeddings": c.context, "tie_word_embeddings": c.tied}
-    rope = {"rope_theta": c.rope_theta, "rope_scaling": scaling}
+    rope = {"rope_theta": c.rope_theta, "rope_scaling": scaling if keys else None}
     fixed = {"hidden_act": "silu", "attention_dropout": 0.0, "initializer_range": 0.02, "rms_norm_eps": c.norm_eps}
     return {"architectures": [kind], "model_type": SERVED[kind], **own, **widths, **heads, **depth, **rope, **fixed}
 
@@ -146,3 +159,99 @@ def read_rope(top: Section, m: config.Model) -> None:
             raise rope.error("attention_factor", values["attention_factor"], f"0.1 ln(factor) + 1 = {usual:.6g}")
         if not rope.get("truncate", bool, True):
             raise rope.error("truncate", values["truncate"], "true: another is not served")
+
+
+# ---- The weights -----------------------------------------------------------------------------------------------------
+
+
+def parts(c: config.Model) -> dict[str, list[Part]]:
+    """{our tensor: [(their name, shape), ..]}: q, k and v are the rows of one matrix of ours, as are gate and up."""
+    h, f, kv = c.hidden, c.ffn or 4 * c.hidden, (c.n_kv_head or c.n_head) * (c.hidden // c.n_head)
+    found: dict[str, list[Part]] = {"embed.weight": [(EMBEDDING, (c.vocab_size, h))]}
+    found["norm.weight"] = [("model.norm.weight", (h,))]
+    if not c.tied:
+        found["head.weight"] = [(HEAD, (c.vocab_size, h))]
+    for i in range(c.n_layer):
+        a, b = f"blocks.{i}.", f"model.layers.{i}."
+        heads = [(f"{b}self_attn.{n}_proj", rows) for n, rows in (("q", h), ("k", kv), ("v", kv))]
+        found[f"{a}qkv.weight"] = [(f"{name}.weight", (rows, h)) for name, rows in heads]
+        if c.qkv_bias:
+            found[f"{a}qkv.bias"] = [(f"{name}.bias", (rows,)) for name, rows in heads]
+        found[f"{a}gate_up.weight"] = [(f"{b}mlp.{n}_proj.weight", (f, h)) for n in ("gate", "up")]
+        found[f"{a}attn_out.weight"] = [(f"{b}self_attn.o_proj.weight", (h, h))]
+        found[f"{a}ffn_out.weight"] = [(f"{b}mlp.down_proj.weight", (h, f))]
+        found[f"{a}attn_norm.weight"] = [(f"{b}input_layernorm.weight", (h,))]
+        found[f"{a}ffn_norm.weight"] = [(f"{b}post_attention_layernorm.weight", (h,))]
+    return found
+
+
+def to_hf(c: config.Model, ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Views of our tensors under their names."""
+    out: dict[str, Tensor] = {}
+    for name, own in parts(c).items():
+        out |= zip((n for n, _ in own), ours[name].split([shape[0] for _, shape in own]), strict=True)
+    return out
+
+
+def to_transformers(ours: llama.Transformer) -> Any:
+    """transformers' LlamaForCausalLM (with biases on q, k and v: Qwen2ForCausalLM) with our weights."""
+    import transformers
+
+    settings = to_config(ours.config) | {"use_cache": False, "attn_implementation": "sdpa"}
+    (kind,) = settings["architectures"]
+    net = getattr(transformers, kind)(getattr(transformers, kind.replace("ForCausalLM", "Config"))(**settings))
+    weights = to_hf(ours.config, dict(ours.named_parameters()))
+    net.load_state_dict({HEAD: ours.head.weight, **weights})  # a tied head has its name there too
+    return net
+
+
+def find_tensors(folder: Path, c: config.Model) -> dict[str, Path]:
+    """The file of each tensor. UserError unless the files hold those of the model and no others; none is read here."""
+    if not (files := sorted(folder.glob("*.safetensors"))):
+        raise UserError(f"{folder}: has no .safetensors file; pickled weights are not read: convert them")
+    found: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as f:  # checks sizes and offsets before anything is allocated
+                for name in f.keys():
+                    if name in found:
+                        raise UserError(f"{file}: {name} is in {found[name]} too; remove one of them")
+                    part = f.get_slice(name)
+                    if (dtype := part.get_dtype()) not in DTYPES:
+                        raise UserError(f"{file}: {name}: got {dtype}, expected one of {', '.join(DTYPES)}")
+                    found[name], shapes[name] = file, tuple(part.get_shape())
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"{file}: is no safetensors file ({e}); fetch it again") from None
+    if c.n_layer > len(found):  # `parts` of so many might not fit into memory
+        few = f"got {c.n_layer:,}, but the files hold {len(found):,} tensors"
+        raise UserError(f"{folder / 'config.json'}: num_hidden_layers: {few}")
+    expected = {name: shape for own in parts(c).values() for name, shape in own}
+    for name, shape in expected.items():
+        if name not in found:
+            raise UserError(f"{folder}: {name} is missing; expected the {len(expected)} tensors of config.json")
+        if shapes[name] != shape:
+            raise UserError(f"{found[name]}: {name} has shape {shapes[name]}, expected {shape}, as config.json says")
+    # a tied head may be there as well (read_weights compares it), and old releases hold the rotary angles
+    served = {*expected, *([HEAD] if c.tied else [])}
+    if extra := [name for name in sorted(found) if name not in served and not name.endswith("rotary_emb.inv_freq")]:
+        raise UserError(f"{found[extra[0]]}: {extra[0]:.80} is no part of a model that is served")
+    return found
+
+
+def read_weights(c: config.Model, found: dict[str, Path]) -> dict[str, Tensor]:
+    """Our tensors, float32, read one by one. UserError if a value is not finite, or a tied head is another matrix."""
+    open_file = functools.cache(lambda file: safe_open(file, "pt"))
+    out = {}
+    for ours, own in tqdm(parts(c).items(), "reading", unit="tensor", disable=None, delay=2):
+        rows = [shape[0] for _, shape in own]
+        out[ours] = torch.empty(sum(rows), *own[0][1][1:])
+        for (name, _), target in zip(own, out[ours].split(rows), strict=True):
+            target.copy_(open_file(found[name]).get_tensor(name))
+            if not target.isfinite().all():
+                raise UserError(f"{found[name]}: {name} holds values that are not finite; fetch it again")
+    if c.tied and HEAD in found:
+        head = open_file(found[HEAD]).get_tensor(HEAD).float()
+        if not torch.equal(head, out["embed.weight"]):
+            raise UserError(f"{found[HEAD]}: {HEAD} is not {EMBEDDING}, expected the same, as tie_word_embeddings says")
+    return out
