@@ -209,7 +209,8 @@ def main() -> None:
             distributed.join(world, c.train.timeout)
         asked = {"mode": o.mode, "version": o.version, "torch": torch.__version__, "ranks": world.ranks}
         distributed.check_same(asked | config.values(c), world, "start all with the same command, files and packages")
-        run, data = open_data(run, world, watchdog.beat, Path(c.out))
+        watchdog.beat("opening data")
+        run, data = open_data(run, world, Path(c.out))
         start = agree_on_start(run, data, world)
         if start.done and start.step == run.segment.end:
             say(f"{run.folder}: finished at step {run.segment.end}; nothing to do")

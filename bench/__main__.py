@@ -20,18 +20,16 @@ from typing import Any
 import torch
 
 import config
-import kernels
-from bench import disk, peers, step
-from bench import kernels as kernel_rows
+from bench import disk, kernels, peers, step
 from bench.measure import environment, table
+from kernels import problems
 from runtime import logger
 from runtime.command_line import Parser
 from runtime.device import activations, pick_device
 from runtime.errors import UserError, refuse, user_errors
 from runtime.files import write_text
 
-VERBS: Any = {"step": step.run, "kernels": kernel_rows.run}
-VERBS |= {"data": disk.run_data, "checkpoint": disk.run_checkpoint}
+VERBS: Any = {"step": step.run, "kernels": kernels.run, "data": disk.run_data, "checkpoint": disk.run_checkpoint}
 PEERS = f"some of {' '.join(peers.PEERS)}, and ours-K with a value K of train.kernels, such as ours-torch; none: ours"
 LOWEST = {"micro": 1, "rounds": 1, "megabytes": 0.1, "minutes": 0, "updates": 0}
 
@@ -67,10 +65,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
         raise UserError(f"--json: got {o.json}, expected a file in a folder that exists")
     if c.train.device == "mps":
         raise UserError("train.device: got mps, expected auto, cuda or cpu")
-    found = kernels.problems(c.train.kernels, cuda, c.model)
+    found = problems(c.train.kernels, cuda, c.model)
     for peer in getattr(o, "peers", None) or []:
         if peer.startswith("ours-"):
-            found += kernels.problems(peer.removeprefix("ours-"), cuda, c.model)
+            found += problems(peer.removeprefix("ours-"), cuda, c.model)
         elif peer not in peers.PEERS:
             found.append(f"--peers: got {peer}, expected {PEERS}")
     refuse(found)

@@ -109,16 +109,14 @@ def checkpoint_seconds(state: dict[str, Tensor], folder: Path, rounds: int) -> d
                 f.write(t.reshape(-1).numpy().data)
         fsync(plain)
 
-    def save_and_remove() -> None:
-        saver.wait()
-        shutil.rmtree(saved)  # a save leaves an existing checkpoint as it is
-
     saver.save(0, state, record)  # allocates
     for _ in tqdm(range(rounds), desc="checkpoint", disable=None):
-        save_and_remove()
+        saver.wait()
+        shutil.rmtree(saved)  # a save leaves an existing checkpoint as it is
         clock("copy to the host", copy)
         clock("stall", lambda: saver.save(0, state, record))
-        save_and_remove()
+        saver.wait()
+        shutil.rmtree(saved)
         plain.unlink(missing_ok=True)  # freeing its pages is no part of a write
         clock("plain write and fsync", write)
         clock("save", lambda: checkpoint.save(segment, 0, state, record))

@@ -79,8 +79,7 @@ def total_memory(device: torch.device) -> int:
 def check_memory(needed: float, device: torch.device) -> None:
     """UserError if a device has fewer bytes."""
     if needed > (have := total_memory(device)):
-        sizes = f"needs at least {needed / 1e9:,.1f} GB of memory ({device.type}), and {have / 1e9:,.1f} GB are there"
-        raise UserError(f"--size: {sizes}; take a smaller one")
+        raise UserError(f"--size: needs at least {needed / 1e9:,.1f} GB, got {have / 1e9:,.1f} GB; take a smaller one")
 
 
 def table(rows: list[Row]) -> None:

@@ -71,13 +71,6 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return total
 
-    def last_loss(self, micro: int, updates: int) -> float:
-        """The last loss of some updates under a warm-up."""
-        for i in range(updates):
-            x, y = self.ids(16 // micro * micro or micro, i)
-            loss = self.step(x, y, micro, self.c.plan.max_lr * (i + 1) / updates)
-        return loss.item()
-
 
 def run(o: Any, c: Config, device: torch.device, dtype: torch.dtype) -> Row:
     cuda = device.type == "cuda"
@@ -141,7 +134,10 @@ def row(o: Any, c: Config, device: torch.device, dtype: torch.dtype) -> Row:
     cuda, (micro,) = device.type == "cuda", o.micro
     try:
         trainer = Trainer(o.row, c, device, dtype)
-        found = Row(micro=micro) | ({"loss": trainer.last_loss(micro, o.updates)} if o.updates else {})
+        found = Row(micro=micro)
+        for i in range(o.updates):  # under a warm-up
+            x, y = trainer.ids(16 // micro * micro or micro, i)
+            found["loss"] = trainer.step(x, y, micro, c.plan.max_lr * (i + 1) / o.updates).item()
         # an update is on a GPU four micro-batches, on a CPU the batch of the config
         x, y = trainer.ids(4 * micro if cuda else c.batch_sequences // micro * micro or micro, 0)
         for _ in range(2):  # the first compiles and has no moments yet

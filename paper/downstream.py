@@ -128,8 +128,7 @@ def make(request: Request, name: str, tasks: Tasks, machine: workers.Machine, pr
         found, results = tunings(s, {p: settings[p.parent] for p in paths}, tasks.sft, machine.ranks)
         todo = graph.left(found)[0]
         if todo and print_only:
-            plans.print_commands(found, todo, machine.ranks)
-            print(f"{name}: {len(todo)} of {len(found)} fine-tunings are {plans.NOT_TRAINED}")
+            plans.print_commands(name, found, machine.ranks)
             return {}
         if todo:
             workers.run(found, s.root, machine)

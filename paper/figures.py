@@ -34,7 +34,6 @@ def schedules(s: Setup, file: str) -> None:
 
 
 def rates(ax: Any, paths: dict[str, list[float]]) -> None:
-    """Learning rates over steps, a line a name."""
     for i, (name, lr) in enumerate(paths.items()):
         look = {"color": COLOURS[i % 6], "linestyle": ("-", "--", "-.", ":")[i % 4], "linewidth": 1.6}
         ax.plot(range(len(lr)), lr, label=name, **look)

@@ -4,12 +4,11 @@ import shlex
 
 import cost
 from paper import graph, tables
-from paper.graph import Graph, Node, Request
+from paper.graph import Graph, Request
 from paper.workers import Machine
 from runtime import checkpoint
 
 SPEED = 0.4 * cost.PEAK  # FLOP/s of training on an H100
-NOT_TRAINED = "not trained yet; when they are, this command makes the tables, or it trains them with --run yes"
 
 
 def duration(seconds: float) -> str:
@@ -44,15 +43,16 @@ def print_status(request: Request, machine: Machine) -> None:
 def print_plan(request: Request, names: list[str], machine: Machine) -> None:
     """What the tables asked for need, and the commands that train their segments."""
     print_status(request, machine)
-    nodes, missing = request.nodes, graph.left(request.nodes)[0]
-    disk = sum(len(n.required) * checkpoint.BYTES * n.config.model.parameters for n in nodes.values())
+    disk = sum(len(n.required) * checkpoint.BYTES * n.config.model.parameters for n in request.nodes.values())
     print(f"Checkpoints that are kept: {disk / 1e9:,.3g} GB. Any line can be given again, and goes on.")
-    print_commands(nodes, missing, machine.ranks)
-    print(f"{', '.join(names)}: {len(missing)} of {len(nodes)} segments are {NOT_TRAINED}")
+    print_commands(", ".join(names), request.nodes, machine.ranks)
 
 
-def print_commands(nodes: Graph, todo: list[Node], ranks: int) -> None:
-    """The commands that train these nodes one after another, parents first."""
+def print_commands(names: str, nodes: Graph, ranks: int) -> None:
+    """The commands that train the missing nodes of these tables one after another, parents first."""
     start = f"torchrun --nproc_per_node {ranks} train.py" if ranks > 1 else "python train.py"
+    todo = graph.left(nodes)[0]
     for node in todo:
         print(start, shlex.join(graph.command(nodes, node)))
+    how = "when they are, this command makes the tables, or it trains them with --run yes"
+    print(f"{names}: {len(todo)} of {len(nodes)} segments are not trained yet; {how}")

@@ -51,14 +51,7 @@ class Workers:
         """Where a child prints."""
         return self.output / f"{name.replace('/', '-')}.txt"
 
-    def steps(self) -> int:
-        """Steps done, those of running nodes as far as they are logged."""
-        undone = {*self.waiting, *self.running, *self.failed}
-        done = sum(node.steps for name, node in self.nodes.items() if name not in undone)
-        return done + sum(self.nodes[name].logged() for name in self.running)
-
     def start(self) -> None:
-        """Start as many waiting nodes as there are free slots."""
         self.waiting = [n for n in self.waiting if not self.nodes[n].done()]  # another process may have made it
         for name in list(self.waiting):
             if self.free and self.ready(name) and not self.nodes[name].at_work():
@@ -108,7 +101,8 @@ class Workers:
 def run(nodes: graph.Graph, root: Path, machine: Machine) -> None:
     """Train what is missing. UserError at the end if a segment failed. SIGTERM and Ctrl-C stop all, which save."""
     workers = Workers(nodes, root, machine)
-    total, done, every = sum(n.steps for n in nodes.values()), workers.steps(), 0.5 if sys.stderr.isatty() else 30
+    total, every = sum(n.steps for n in nodes.values()), 0.5 if sys.stderr.isatty() else 30
+    done = total - graph.left(nodes)[1]
     bar = tqdm(total=total, initial=done, unit="step", desc=f"{len(nodes)} segments", mininterval=every)
     caught: list[int] = []
     handlers = {n: signal.signal(n, lambda n, frame: caught.append(n)) for n in (signal.SIGTERM, signal.SIGINT)}
@@ -121,7 +115,7 @@ def run(nodes: graph.Graph, root: Path, machine: Machine) -> None:
                 break  # all that wait start from one that failed
             names = [*workers.running, *(f"{n} (another process)" for n in elsewhere)]
             bar.set_postfix_str(", ".join(names), refresh=False)
-            bar.update(max(0, workers.steps() - bar.n))
+            bar.update(max(0, total - graph.left(nodes)[1] - bar.n))
             time.sleep(0.2)
     finally:
         workers.stop(caught)

@@ -36,8 +36,7 @@ class RunningMean:
 
     def pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """This rank's parts of the means, and of the weights."""
-        weights = self.net.parameters() if self.mean else ()
-        return list(map(local_part, self.mean.values())), [local_part(w.detach()) for w in weights]
+        return list(map(local_part, self.mean.values())), [local_part(w.detach()) for w in self.net.parameters()]
 
     def update(self, step: int) -> None:
         """Take in the weights after `step` updates."""
@@ -82,9 +81,7 @@ def make(run: Run, given: str | None, dry_run: bool = False) -> None:
             raise UserError(f"--from {p}: has another tokenizer than the others; leave it out")
     checkpoint.check_whole(folder)
     target = checkpoint.path(folder, end)
-    what = f"the running mean of {paths[0]}"
-    if not running:
-        what = f"the mean of {len(paths)} checkpoints, from {paths[0]} to {paths[-1]}"
+    what = f"the running mean of {paths[0]}" if running else f"the mean of {len(paths)}, {paths[0]} .. {paths[-1]}"
     if done := (target / "meta.json").exists():
         if checkpoint.read_meta(target)["mean_of"] != sources:
             raise UserError(f"{target}: is a mean of other weights; move it away")

@@ -38,6 +38,7 @@ POINTS = "points"  # folder in a main path's: checkpoints of weights alone, to b
 BYTES = 12  # per parameter: a float32 weight and its two moments
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8"}  # names in safetensors
 REPAIR = "restore it, or move the checkpoint away to go on from the one before, if any"
+Tensors = dict[str, Tensor]  # by name
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
@@ -70,7 +71,7 @@ def last(segment: Path) -> str:
     return f"The last checkpoint is {path(segment, there[-1])}" if there else f"There is no checkpoint in {segment} yet"
 
 
-def state(model: torch.nn.Module, optimizer: torch.optim.AdamW | None = None) -> dict[str, Tensor]:
+def state(model: torch.nn.Module, optimizer: torch.optim.AdamW | None = None) -> Tensors:
     """Tensors by name, for `load` to fill: model.*, and with an optimizer exp_avg.*, exp_avg_sq.*, updates.*, rng.*."""
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     if optimizer is None:
@@ -103,7 +104,7 @@ def check_space(folder: Path, need: int) -> None:
         raise UserError(f"{folder}: {sizes}; make room or choose another --out")
 
 
-def assign(tensors: dict[str, Tensor], rank: int, ranks: int) -> set[str]:
+def assign(tensors: Tensors, rank: int, ranks: int) -> set[str]:
     """Names of the tensors that a rank writes: its rows of sharded tensors and a share of those that all ranks hold."""
     # under hybrid sharding the first replica writes, which is the mesh's first row of ranks
     mine = {name for name, t in tensors.items() if isinstance(t, DTensor) and rank < t.device_mesh.size(-1)}
@@ -143,9 +144,7 @@ class Saver:
         self.writer = ThreadPoolExecutor(1)
         self.running: Future[None] | None = None  # the save in progress
 
-    def save(
-        self, step: int, tensors: dict[str, Tensor], record: dict[str, Any], point: bool = False, value: Any = None
-    ) -> None:
+    def save(self, step: int, tensors: Tensors, record: dict[str, Any], point: bool = False, value: Any = None) -> None:
         """Start to write `record` and a copy of `tensors`, or of each `value(name)` in turn, made when it is written.
 
         point: weights alone, to be averaged: in a folder of their own, where nothing is pruned.
@@ -167,7 +166,7 @@ class Saver:
         if running:
             running.result()
 
-    def _lay_out(self, tensors: dict[str, Tensor]) -> tuple[list[str], Tensor]:
+    def _lay_out(self, tensors: Tensors) -> tuple[list[str], Tensor]:
         """(names of the tensors in this rank's file, its header): huggingface.co/docs/safetensors/index#format"""
         mine = assign(tensors, self.world.rank, self.world.ranks)
         parts = {name: part for name in mine if (part := local_part(tensors[name])).numel()}  # a rank may hold no row
@@ -211,8 +210,7 @@ class Saver:
             try:
                 prune(self.segment, self.keep, step, self.required)
             except OSError as e:  # the new checkpoint is complete, so the save has not failed
-                warning = f"{e.filename}: an old checkpoint could not be deleted: {e.strerror}"
-                print(warning, file=sys.stderr, flush=True)
+                print(f"{e.filename}: an old checkpoint could not be deleted: {e.strerror}", file=sys.stderr)
 
     def _write(self, final: Path, meta: dict[str, Any], need: int, content: Iterable[Tensor]) -> None:
         """Make the folder, write shards, then metadata; each starts when the one before has succeeded on all ranks."""
@@ -239,9 +237,7 @@ class Saver:
                 commit_folder(final)
 
 
-def save(
-    segment: Path, step: int, tensors: dict[str, Tensor], record: dict[str, Any], value: Any = None
-) -> dict[str, Any]:
+def save(segment: Path, step: int, tensors: Tensors, record: dict[str, Any], value: Any = None) -> dict[str, Any]:
     """Write a checkpoint, in memory of the largest tensor alone, and wait for it; returns its meta."""
     saver = Saver(segment)
     saver.save(step, tensors, record, value=value or tensors.__getitem__)
@@ -288,7 +284,7 @@ def verify(checkpoint: Path, checksums: bool = True) -> None:
             raise UserError(f"{file}: its bytes have changed (SHA-256); {REPAIR}")
 
 
-def fits(checkpoint: Path, tensors: dict[str, Tensor]) -> set[str]:
+def fits(checkpoint: Path, tensors: Tensors) -> set[str]:
     """The names in a checkpoint. UserError names the first tensor that is not there or has another shape."""
     metadata: dict[str, Any] = dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     want = {name: tuple(t.shape) for name, t in tensors.items() if not name.startswith("rng.")}  # a CPU has no rng.cuda
@@ -302,7 +298,7 @@ def fits(checkpoint: Path, tensors: dict[str, Tensor]) -> set[str]:
     return set(metadata)
 
 
-def load(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
+def load(checkpoint: Path, tensors: Tensors) -> None:
     """Fill this rank's part of `tensors` from a verified checkpoint. UserError if shapes differ."""
     there = fits(checkpoint, tensors)
     tensors = {name: t for name, t in tensors.items() if name in there}

@@ -41,9 +41,8 @@ def device_name(device: torch.device) -> str:
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """FLOP/s that a step could reach at best, and its source: a data sheet, or a matrix product timed here."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
     for gpu, flops in PEAK.items():
-        if gpu in name and dtype == torch.bfloat16:
+        if gpu in device_name(device) and dtype == torch.bfloat16:
             return flops, "data sheet"
     n = 1024 if device.type == "cpu" else 4096
     own = torch.Generator(device).manual_seed(0)  # the run's own random numbers stay as they are

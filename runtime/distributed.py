@@ -78,17 +78,14 @@ def problems(c: Config, ranks: int) -> list[str]:
 
 def batch_problems(c: Config, ranks: int) -> list[str]:
     """The global batch must be whole micro-batches on every rank, or 1 and 8 GPUs would not run the same updates."""
-    batch, micro, context = c.train.batch_tokens, c.train.micro_batch, c.model.context
-    unit = micro * context * ranks
+    batch, unit = c.train.batch_tokens, c.train.micro_batch * c.model.context * ranks
     if batch % unit:
-        expected = f"a multiple of micro_batch {micro} x context {context} x {ranks} ranks = {unit}"
-        fix = "lower train.micro_batch, which changes no result, or take fewer ranks"
-        return [f"train.batch_tokens: got {batch}, expected {expected}; {fix}"]
+        expected = f"a multiple of micro_batch x context x {ranks} ranks = {unit}"
+        return [f"train.batch_tokens: got {batch}, expected {expected}; lower train.micro_batch or take fewer ranks"]
     B, d = c.batch_sequences, c.data
     parts = {"decay_mix": d.decay_mix, "replay": d.replay, "replay_branch": d.replay_branch}
-    wrong = {k: part for k, part in parts.items() if part and not 0 < int(part * B + 0.5) < B}
     expected = f"of {B} sequences, expected {1 / B:.3g} to {1 - 1 / B:.3g}"
-    return [f"data.{k}: got {part:g} {expected}" for k, part in wrong.items()]
+    return [f"data.{k}: got {p:g} {expected}" for k, p in parts.items() if p and not 0 < int(p * B + 0.5) < B]
 
 
 def choose(wanted: str, parameters: int, world: World) -> str:
@@ -119,11 +116,6 @@ def join(world: World, timeout: float) -> None:
     except (RuntimeError, ValueError) as e:  # the address is taken, or no rank answers
         why = f"{first_line(e)}; MASTER_ADDR and MASTER_PORT must be rank 0's"
         raise RankLost(f"rank {world.rank} could not meet the other {world.ranks - 1}: {why}") from None
-
-
-def rank0_error(message: str, world: World) -> UserError:
-    """An error that all ranks raise at the same step: only rank 0 prints it."""
-    return UserError(message if world.rank == 0 else "")
 
 
 @contextmanager
@@ -196,8 +188,8 @@ def check_replicas(net: torch.nn.Module, world: World, step: int) -> None:
     odd = (copies != copies.mode(0).values).flatten().nonzero().flatten().tolist()  # against the majority
     if odd:
         fix = "stopped, nothing saved. A device may be at fault: start again without it"
-        ranks = ", ".join(map(str, odd))
-        raise rank0_error(f"step {step}: the weights of rank {ranks} differ from the other copies'; {fix}", world)
+        error = f"step {step}: the weights of rank {', '.join(map(str, odd))} differ from the other copies'; {fix}"
+        raise UserError(error if world.rank == 0 else "")
 
 
 def fingerprint(net: torch.nn.Module) -> int:

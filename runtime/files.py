@@ -183,7 +183,6 @@ def lock(file: Path, busy: str, remove: bool = False) -> Iterator[None]:
 
 
 def is_locked(file: Path) -> bool:
-    """Does another process hold this lock?"""
     try:
         with suppress(FileNotFoundError, NotADirectoryError), open(file, "rb") as f:
             fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -214,14 +213,12 @@ def commit_folder(target: Path) -> None:
 @contextmanager
 def make_folder(target: Path) -> Iterator[Path]:
     """Yield a hidden folder that becomes `target` unless the block raises. Taken if that exists or is being made."""
-    if os.path.lexists(target):
-        raise Taken(f"{target}: is there already and is never overwritten; choose another --out")
     missing = [p for p in target.parents if not p.exists()]
     busy = f"{target}: another process is making it; wait for it or choose another --out"
     try:
         with lock(target.with_name(f".{target.name}.lock"), busy, remove=True):
             if os.path.lexists(target):
-                raise Taken(f"{target}: another process has just made it; choose another --out")
+                raise Taken(f"{target}: is there already and is never overwritten; choose another --out")
             partial = begin_folder(target)
             try:
                 yield partial

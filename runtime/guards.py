@@ -18,7 +18,7 @@ from torch import Tensor
 
 from runtime import checkpoint, distributed
 from runtime.checkpoint import Saver
-from runtime.distributed import RankLost, mean_over_ranks, raise_on_all_ranks, rank0_error
+from runtime.distributed import RankLost, mean_over_ranks, raise_on_all_ranks
 from runtime.errors import UserError, describe
 from runtime.files import read_log
 from runtime.logger import Log, warn
@@ -44,10 +44,9 @@ class Watchdog(threading.Thread):
         self.what = (what,)  # a new object for each beat
 
     def run(self) -> None:
-        interval, now, seen, waited = min(1.0, self.seconds / 10), time.monotonic(), None, 0.0
+        interval, seen, waited = min(1.0, self.seconds / 10), None, 0.0
         while not self.done.wait(interval):
-            last, now = now, time.monotonic()
-            waited += min(now - last, 2 * interval)  # while the process itself is stopped (Ctrl-Z), no time counts
+            waited += interval  # not by a clock: while the process itself is stopped (Ctrl-Z), no time counts
             if seen is not self.what:
                 seen, waited = self.what, 0.0
             if waited > self.seconds:
@@ -83,7 +82,8 @@ class Guard:
 
     def __exit__(self, kind: object, e: object, traceback: object) -> None:
         if isinstance(e, UserError):
-            self.last_good()  # a save in progress is of an earlier step, and good
+            with suppress(Exception):
+                self.saver.wait()  # a save in progress is of an earlier step, and good
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         gc.unfreeze()
@@ -128,15 +128,11 @@ class Guard:
                 fix = "make room and call this again, --mode main without --version"
                 raise UserError(f"{missing[0]}: could not be saved; {fix}")
 
-    def last_good(self) -> str:
-        """The last checkpoint in words, after the running save."""
+    def stopped(self, message: str) -> UserError:
+        """An error of all ranks that rank 0 prints, with the last checkpoint after the running save."""
         with suppress(Exception):
             self.saver.wait()
-        return checkpoint.last(self.run.folder)
-
-    def stopped(self, message: str) -> UserError:
-        """An error of all ranks, with the last checkpoint."""
-        return rank0_error(f"{message} {self.last_good()}", self.world)
+        return UserError(f"{message} {checkpoint.last(self.run.folder)}" if self.world.rank == 0 else "")
 
     def skip_bad_step(self, step: int, loss: Tensor, norm: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """Let the device skip this update if loss or norm is not finite, or an earlier one was not."""
@@ -171,7 +167,6 @@ class Guard:
             raise self.stopped(f"step {step}: weights that are not finite; not saved. Lower plan.max_lr.")
 
     def place(self, step: int) -> str:
-        """The batch of a step, in words."""
         if self.run.segment.paradigm == "sft" or self.data.mixed:
             return f"batch {step} of the mixed data"
         increment, k = self.data.place(step)

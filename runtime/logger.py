@@ -95,7 +95,6 @@ class Log:
         return speed * self.flops / (self.peak * self.world.ranks)
 
     def end(self, step: int) -> None:
-        """Print where training ended, and its speed."""
         if self.world.rank == 0:
             how = "finished" if step == self.run.segment.end else "stopped, and goes on when called again,"
             speed = (step - self.start.step) * self.tokens / max(self.total_seconds + self.seconds, 1e-9)

@@ -102,14 +102,16 @@ def pick(c: Config, mode: str, version: int | None, parent: str | None = None) -
     if mode == "branch" and c.data.decay_mix and (c.data.replay or c.data.replay_branch or not c.data.sft):
         raise UserError("data.decay_mix: needs examples, --data.sft FILE, and does not go with data.replay")
     if c.data.sft and not c.data.decay_mix:
-        only = "which only --mode sft reads, and a branch with data.decay_mix above 0"
-        raise UserError(f"data.sft: got {c.data.sft}, {only}; leave it out or give data.decay_mix")
+        raise UserError(f"data.sft: got {c.data.sft}, which only --mode sft reads, or data.decay_mix; leave it out")
     if version and p.increments and version > len(p.increments):
         raise UserError(f"--version: got {version}, but plan.increments has {len(p.increments)}; add the steps of more")
     # the main path ends at the fork point of `version`; past the plan, it goes on with increments of the same length
     if version and (mode == "main" or version > len(p.T)):
         p = replace(p, versions=version, increments=p.increments[:version])
-    segments = config.segments(paradigm(mode, p), p)
+    paradigm = MODES[mode]
+    if mode == "main" or (mode == "average" and p.from_mean):  # without branches, the main path is that of averaging
+        paradigm = "ours" if p.branches else "average"
+    segments = config.segments(paradigm, p)
     if version is None and mode != "main":
         raise UserError(f"--version: not given; --mode {mode} expects one of 1..{len(p.T)}")
     # the main path is one, but where each increment of it starts from a mean
@@ -128,13 +130,6 @@ def pick(c: Config, mode: str, version: int | None, parent: str | None = None) -
         own = [b for b in segments if b.version == version and b.parent]
         needed = {segment.end, *c.train.save_at, *(step for b in own for step in (b.start, *b.points))}
     return Run(c, p, segments, segment, parent, needed=needed)
-
-
-def paradigm(mode: str, p: Plan) -> str:
-    """The paradigm whose plan a mode takes: without branches, the main path is that of averaging."""
-    if mode == "main" or (mode == "average" and p.from_mean):
-        return "ours" if p.branches else "average"
-    return MODES[mode]
 
 
 def sft_config(c: Config, parent: str | None, given: Collection[str]) -> tuple[Config, dict[str, Any]]:
@@ -160,8 +155,7 @@ def sft_config(c: Config, parent: str | None, given: Collection[str]) -> tuple[C
 
 def sft_run(c: Config, meta: dict[str, Any], parent: str, steps: int | None = None) -> Run:
     """Fine-tuning of `steps` updates: the rates of a version 1 from scratch, at most a tenth of them warm-up."""
-    if steps is None:  # until the examples are counted: so many that the warm-up fits
-        steps = 10 * max(c.plan.warmup, 1)
+    steps = steps or 10 * max(c.plan.warmup, 1)  # until the examples are counted: so many that the warm-up fits
     p = replace(c.plan, increments=[steps], warmup=min(c.plan.warmup, steps // 10))
     first = config.segments("ptfs", p)[0]
     name, start = f"sft/{meta['segment']}", (meta["segment"], meta["step"])
@@ -177,15 +171,12 @@ def open_tokens(c: Config, p: Plan, s: Segment, kind: type[data.Tokens] = data.T
     d, T = c.data, c.data.increments or p.T
     tokens = kind(d.path, c.model.context, c.batch_sequences, T, c.train.seed)
     tokens.repeat, tokens.unique, tokens.mixed = d.repeat, d.unique, s.end if d.order == "shuffled" else 0
-    tokens.replayed, tokens.fork = replayed(c, s), (s.start, round_half_up(d.replay, c.batch_sequences))
+    replay = d.replay if s.paradigm in ("main", "branch", "cpt") else 0.0
+    if s.paradigm == "branch" and d.replay_branch is not None:
+        replay = d.replay_branch
+    tokens.replayed = round_half_up(replay, c.batch_sequences)
+    tokens.fork = s.start, round_half_up(d.replay, c.batch_sequences)
     return tokens
-
-
-def replayed(c: Config, s: Segment) -> int:
-    """Rows of a segment's batches that are of earlier increments."""
-    own = s.paradigm == "branch" and c.data.replay_branch is not None
-    part = c.data.replay_branch if own else c.data.replay
-    return round_half_up(part or 0.0, c.batch_sequences) if s.paradigm in ("main", "branch", "cpt") else 0
 
 
 def open_tokenizer(path: Path, meta: dict[str, Any], folder: str | None = None) -> Tokenizer:

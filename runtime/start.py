@@ -1,7 +1,7 @@
 """The start of a segment: open its data, find the checkpoint that it goes on from, take its folder; or say so only."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +24,12 @@ from text.examples import Examples, MixedData, SFTData, prepare_examples
 from text.tokenizer import Tokenizer
 
 
-def open_data(run: Run, world: World, beat: Callable[[str], None], home: Path) -> tuple[Run, Tokens | SFTData]:
+def open_data(run: Run, world: World, home: Path) -> tuple[Run, Tokens | SFTData]:
     """The data that the segment reads: enough of it, and of this vocabulary. Fine-tuning gets its number of steps."""
     c, segment = run.config, run.segment
     sft = segment.paradigm == "sft"
     tokens: Any = None
     if not sft:
-        beat("checking data")
         with raise_on_all_ranks(world):
             if world.rank == 0 and prepare.ships(c.data.path):
                 check_shipped(run)
@@ -42,7 +41,6 @@ def open_data(run: Run, world: World, beat: Callable[[str], None], home: Path) -
             for name, _, _ in tokens.needs(segment.start, segment.end):
                 tokens.tokens(name)  # opened now: `data.py drop` and `add` may put another file in its place
     if run.reads_examples:
-        beat("preparing examples")
         folder = ""
         with raise_on_all_ranks(world):
             if world.rank == 0:
@@ -208,7 +206,7 @@ def preview(run: Run) -> None:
         check_shipped(run)
     else:
         with tempfile.TemporaryDirectory() as scratch:  # a fine-tuning has its number of steps only now
-            run, data = open_data(run, World(), lambda doing: None, Path(scratch))
+            run, data = open_data(run, World(), Path(scratch))
             check_start(run, data, find_start(run, data), checksums=False)
     s, last = run.segment, run.last
     origin = run.origin or "random weights" if last is None else checkpoint.path(run.folder, last)

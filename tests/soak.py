@@ -451,7 +451,8 @@ def nan_on_a_rank(t: Trial) -> None:
             llama.Transformer.forward = poisoned  # type: ignore[method-assign]
 
     codes = t.start(fault).wait(grace=60)
-    assert codes == [2] * t.ranks and t.log.read_text().count(f"step {step}: loss nan") == 1, f"ended with {codes}"
+    said = t.log.read_text()
+    assert codes == [2] * t.ranks and said.count(f"step {step}, ") == said.count("loss nan") == 1, f"ended with {codes}"
     assert max([t.first, *checkpoint.steps(t.folder)]) <= step, "saved what came after"
 
 

@@ -142,7 +142,8 @@ def test_the_spike_guard_knows_only_the_losses_before(prepared, tmp_path, monkey
     assert run(prepared, tmp_path, *args, "--train.spike", "1.0") == 2
     said = capsys.readouterr().err
     usual = statistics.median(losses[:8])
-    assert f"step 8: loss {3 * losses[8]:.4g}, more than train.spike = 1 above {usual:.4g}, the median" in said
+    spike = f"loss {3 * losses[8]:.4g}, more than train.spike = 1 above {usual:.4g}, the median"
+    assert f"step 8, batch 8 of increment v1: {spike}" in said
     assert f"{usual:.4g}" not in (
         f"{statistics.median(losses):.4g}",
         f"{statistics.median(losses[:9]):.4g}",

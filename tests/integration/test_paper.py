@@ -764,7 +764,7 @@ def test_table4_end_to_end(tmp_path, prepared, main, train_here, monkeypatch):
     assert code == 0 and {f: f.stat().st_mtime_ns for f in (root / "tasks").iterdir()} == before and len(before) == 8
     code, said, refused = main(*words(root, prepared, *args, "--sft", other, "--run", "no", what=["table4"]))
     assert (code, refused) == (0, "") and said.count("--mode sft") == 4
-    assert said.splitlines()[-1].startswith("table4: 4 of 4 fine-tunings are not trained yet")
+    assert said.splitlines()[-1].startswith("table4: 4 of 4 segments are not trained yet")
 
 
 # ---- Beyond the paper ------------------------------------------------------------------------------------------------

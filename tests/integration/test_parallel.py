@@ -486,7 +486,11 @@ def test_a_loss_that_jumps_stops_if_asked_to(train_cli, tmp_path, monkeypatch, c
     monkeypatch.setattr(train.Transformer, "forward", forward)
     assert train_cli(*args) == 2
     err = capsys.readouterr().err
-    assert "step 9: loss" in err and "more than train.spike = 1 above" in err and "step-000008" in err
+    assert (
+        "step 9, batch 9 of increment v1: loss" in err
+        and "more than train.spike = 1 above" in err
+        and "step-000008" in err
+    )
     assert checkpoint.steps(tmp_path / "run" / "ptfs-cosine" / "v2") == [4, 8]
     monkeypatch.undo()
     assert train_cli(*args) == 0

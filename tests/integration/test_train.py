@@ -279,7 +279,7 @@ def test_a_run_keeps_the_increments_that_it_began_with(prepared, tmp_path):
     copy = shutil.copytree(prepared, tmp_path / "data")
     keys = {"data.path": str(copy), "model.vocab_size": "257", "model.context": "32", "train.batch_tokens": "256"}
     c = config.load("tiny", {**keys, "plan.steps": "10", "plan.warmup": "2", "out": str(tmp_path / "out")})
-    _, tokens = start.open_data(resume.pick(c, "ptfs", 4), World(), lambda doing: None, tmp_path)
+    _, tokens = start.open_data(resume.pick(c, "ptfs", 4), World(), tmp_path)
     expected = data.Tokens(str(copy), 32, 8, [10] * 4, 1).batch(35)
     for name in ("v3", "v4"):
         (copy / f"{name}.bin").unlink()
@@ -499,7 +499,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(train_cli, tmp_path, 
     monkeypatch.setattr(model.Transformer, "forward", forward)
     assert train_cli("--mode", "ptfs", "--version", "2", "--train.checkpoint_every", "5") == 2
     error = capsys.readouterr().err
-    assert "step 12: loss nan" in error and error.rstrip().endswith(
+    assert "step 12, batch 2 of increment v2: loss nan" in error and error.rstrip().endswith(
         "The last checkpoint is " + str(tmp_path / "run" / "ptfs-cosine" / "v2" / "step-000010")
     )
     assert checkpoint.steps(tmp_path / "run" / "ptfs-cosine" / "v2") == [5, 10]
