@@ -12,6 +12,12 @@ from runtime.errors import UserError
 from schedule import Plan
 from tools import alpha, laws
 
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Fewer fits than the command makes, for speed."""
+    monkeypatch.setattr(laws, "REFITS", 6)
+
+
 PAPER = json.loads((Path(__file__).parent.parent.parent / "results" / "paper.json").read_text())
 PLAN = Plan(versions=4, steps=10_000, warmup=2000, max_lr=3e-4)
 KNOWN = {"FSL": [2.4, 0.55, 0.36, 1.2, 10, 1.7], "MPL": [2.5, 0.5, 0.4, 0.15, 6, 0.3, 1.1]}
@@ -128,7 +134,8 @@ def command(monkeypatch, capsys, *words):
 
 
 def test_what_is_printed_and_drawn(run, monkeypatch, capsys):
-    monkeypatch.setattr(laws, "REFITS", 2)
+    monkeypatch.setattr(laws, "STARTS", 1)  # seven fits of two laws, of which only the form is looked at
+    monkeypatch.setattr(laws, "REFITS", 1)
     said = command(monkeypatch, capsys, run, "--plot", run / "alpha.png", "--versions", "2")
     assert (run / "alpha.png").exists()
     assert "ours-cosine-d80/v2: " in said and "predicted from the others" in said
