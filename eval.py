@@ -192,22 +192,22 @@ def checkpoint_table(known: dict[Path, Score]) -> list[list[str]]:
     return table
 
 
-def held_out(path: Path, folder: str | None) -> dict[str, str | None]:
-    """{held-out text of a folder: SHA-256 of the increment that it was added with; None: the first ones}."""
-    meta = open_data(path, Text(folder))[0].meta
-    return {"val": None, **{p["val"]["name"]: p["sha256"]["bin"] for p in meta["increments"] if "val" in p}}
+def held_out(path: Path, folder: str | None) -> dict[str, str]:
+    """{held-out text of a folder: SHA-256 of the increment that it was made with, of several of the first}."""
+    first, *_ = increments = open_data(path, Text(folder))[0].meta["increments"]
+    return {"val": first["sha256"]["bin"], **{p["val"]["name"]: p["sha256"]["bin"] for p in increments if "val" in p}}
 
 
 def text_table(
-    rows: dict[str, Path], known: dict[str, dict[Path, Score]], increments: dict[str, str | None]
+    rows: dict[str, Path], known: dict[str, dict[Path, Score]], increments: dict[str, str]
 ) -> list[list[str]]:
     """A row a checkpoint: PPL (SE) by text, and the mean nats over those whose increment it has seen."""
     table = [["PPL (SE)", *known, "mean nats of those seen"]]
     for label, path in rows.items():
-        seen = [None, *checkpoint.read_meta(path)["data"]["increments"]]
+        seen = checkpoint.read_meta(path)["data"]["increments"]
         losses = [of[path].loss for name, of in known.items() if increments[name] in seen]
         cells = [with_se(of[path].ppl, of[path].se, ".2f") for of in known.values()]
-        table.append([label, *cells, f"{np.mean(losses):.4f} of {len(losses)}"])
+        table.append([label, *cells, f"{np.mean(losses):.4f} of {len(losses)}" if losses else "none"])
     return table
 
 
@@ -218,7 +218,7 @@ def main() -> None:
     o = a.parse_args()
     run = resume.finished(o.path[0]) if len(o.path) == 1 else {}  # nothing if it is a checkpoint
     paths = sorted({p for versions in run.values() for p in versions.values()}) or o.path
-    device, known, increments = pick_device(o.device, 0), dict[str, dict[Path, Score]](), dict[str, str | None]()
+    device, known, increments = pick_device(o.device, 0), dict[str, dict[Path, Score]](), dict[str, str]()
     for folder in o.data or [None]:
         for name, increment in held_out(paths[0], folder).items():
             label = f"{folder}/{name}" if len(o.data or ()) > 1 else name

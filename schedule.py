@@ -314,7 +314,10 @@ def problems(p: Plan, paradigm: str) -> list[str]:
     elif paradigm == "ours" and earliest < W:
         got = f"V{i}'s branch of {p.d(i)} steps would leave the main path at step {earliest}, inside the warm-up of {W}"
         most = p.end(i) - W
-        found.append(f"alpha / decay_steps: {got}; expected at most {most} steps (alpha {most / T:.3g})")
+        alpha = f" (alpha {most / T:.3g})" if most <= T else ""
+        found.append(f"alpha / decay_steps: {got}; expected at most {most} steps{alpha}")
+    if p.mean_lr < (lowest := p.lowest_lr / p.max_lr) - 1e-9:
+        found.append(f"mean_lr: got {p.mean_lr}, expected at least min_lr / max_lr = {lowest:.3g}")
     if p.cycle is not None:
         longest = {"ptfs": sum(p.T), "cpt": T, "ours": max(decays), "average": 0}[paradigm]
         if p.schedule != "cosine":

@@ -113,7 +113,7 @@ def sources_of(run: Run, given: str | None) -> tuple[list[Path], list[dict[str, 
     path = next(g for g in run.segments if s.parent and g.name == s.parent[0])  # the main path
     home = Path(c.out) / path.name
     if given is not None:
-        paths = [Path(p) for p in given.split(",") if p]
+        paths = sorted(Path(p) for p in given.split(",") if p)  # in whichever order they are given
     else:
         paths = [checkpoint.weights(home, step) for step in s.points] or [checkpoint.path(home, s.end)]
     missing = [p for p in paths if not (p / "meta.json").exists()]

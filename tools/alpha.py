@@ -3,12 +3,14 @@
     python train.py --config tiny --mode main --train.eval_every 20          the main path; it may still run
     python train.py --config tiny --mode branch --version 1 --plan.schedule step_down --plan.decay_steps 40    a probe
     python -m tools.alpha out/tiny                     the perplexity of every version by the length of its branch
-    python -m tools.alpha out/tiny main ours-step_down-d40/v1      fitted to these segments alone
+    python -m tools.alpha out/tiny ours-step_down-d40/v1     fitted to the main path and these segments alone
 
 The length of a branch is the shortest within `--tolerance` percent of the best perplexity. Its interval is over both
 laws, and over fits to randomly weighted points; wider than 0.2 of an increment, the length is undetermined.
 """
 
+import math
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -53,9 +55,13 @@ def plan_of(recorded: dict[str, Any]) -> Plan:
 
 
 def all_segments(p: Plan) -> dict[str, Segment]:
-    """The segments of all paradigms of a plan by name."""
-    paradigms = [x for x in schedule.PARADIGMS if x != "ours" or p.branches]
-    return {s.name: s for paradigm in paradigms for s in schedule.plan(paradigm, p)}
+    """The segments of all paradigms by name, but of those of which `p` is no plan."""
+    found: dict[str, Segment] = {}
+    for paradigm in schedule.PARADIGMS:
+        if p.branches or paradigm != "ours":
+            with suppress(ValueError):
+                found |= {s.name: s for s in schedule.plan(paradigm, p)}
+    return found
 
 
 def rates(segments: dict[str, Segment], name: str, end: int, max_lr: float) -> list[float]:
@@ -77,34 +83,48 @@ def lengths(p: Plan, end: int) -> list[int]:
 
 
 def read(run: Path, names: list[str]) -> list[Curve]:
-    """The curves of the segments `names`; none: of the main path and of all branches that leave it."""
+    """The curves of the main path and of the segments `names`; none: of all branches that leave it."""
+    branches = sorted(f.parent.relative_to(run).as_posix() for f in run.glob("*/v*/log.jsonl"))
     found = []
-    for name in names or ["main", *sorted(f.parent.relative_to(run).as_posix() for f in run.glob("*/v*/log.jsonl"))]:
-        if not (run / name / "log.jsonl").is_file():
-            raise UserError(f"{run / name}: has no log.jsonl; expected a segment of a run, as main or ours-cosine/v1")
-        log = read_log(run / name)
-        recorded = [r["config"] for r in log if "config" in r][-1]
-        p = plan_of(recorded)
+    for name in dict.fromkeys(["main", *(names or branches)]):
+        wanted = name == "main" or names
+        log = read_log(run / name) if (run / name / "log.jsonl").is_file() else []
+        headers = [r for r in log if "config" in r]
+        if not headers:
+            if wanted:
+                raise UserError(f"{run / name}: has no log.jsonl with a header; expected RUN, and segments of it")
+            continue
+        header = max(headers, key=lambda r: r["end"])  # a later call may have asked for a part of it
+        p = plan_of(header["config"])
         segments = all_segments(p)
         s = segments.get(name)
-        if names and s is None:
+        if wanted and s is None:
             raise UserError(f"{run / name}: is no segment of its plan; expected one of {', '.join(segments)}")
-        if s and (names or (s.paradigm in ("main", "branch") and not p.from_mean)):
-            own, average = ({r["step"]: r[k] for r in log if r.get(k)} for k in ("val_loss", "average_val_loss"))
-            first = max(s.start, p.warmup, p.T[0] // 2)  # the laws are of what follows the steep beginning
-            losses = {step: loss for step, loss in own.items() if step > first}
+        if s and (wanted or (s.paradigm == "branch" and not p.from_mean)):
+            begin = max(s.start, p.warmup, p.T[0] // 2)  # the laws are of what follows the steep beginning
+            own, average = (finite(log, key) for key in ("val_loss", "average_val_loss"))
+            losses = {step: loss for step, loss in own.items() if begin < step <= s.end}
             path = rates(segments, name, max([s.start, *losses]), p.max_lr)
             reached = max([s.start, *(r["step"] for r in log if "step" in r)])
-            found.append(Curve(name, recorded, path, losses, average, reached))
+            found.append(Curve(name, header["config"], path, losses, average, reached))
     return found
+
+
+def finite(log: list[dict[str, Any]], key: str) -> dict[int, float]:
+    """{step: loss} of a log, without those of a run that diverged."""
+    return {r["step"]: r[key] for r in log if isinstance(r.get(key), float) and 0 < r[key] < math.inf}
+
+
+# Keys in which all segments must agree
+SAME = ("plan.max_lr", "plan.warmup", "data.path", "train.seed", "train.batch_tokens", "train.eval_tokens")
 
 
 def problems(curves: list[Curve], run: Path) -> list[str]:
     """Why these curves cannot be fitted, one line each."""
     first, found = curves[0], []
     for c in curves:
-        for key in ("plan.max_lr", "train.eval_tokens", "train.batch_tokens"):
-            if (here := c.config[key]) != (there := first.config[key]):
+        for key in SAME:
+            if (here := c.config.get(key)) != (there := first.config.get(key)):
                 found.append(f"{key}: got {here} in {c.name}, {there} in {first.name}; leave out the segments of one")
         for key in ("data.repeat", "data.unique", "data.replay"):
             if c.config.get(key):
@@ -161,8 +181,8 @@ def held_out(curves: list[Curve], probes: list[Curve], bar: Any) -> list[str]:
     return said
 
 
-def compare(fit: Any, p: Plan, decays: list[int], average: dict[int, float]) -> list[list[str]]:
-    """A row a paradigm: its cost and predicted PPL with their intervals; of averaging the measured ones."""
+def compare(fit: Any, p: Plan, decays: list[int], average: dict[int, float]) -> tuple[list[list[str]], str]:
+    """(a row a paradigm: its cost and predicted PPL, of averaging the measured; which versions need no branch)."""
     alphas = [d for part in (0.2, 0.4, 0.6, 0.8) if (d := round_half_up(part, p.T[0])) <= p.T[0] - p.warmup]
     plans = {"ptfs": p, "cpt": p, **{f"ours, {d:,} steps": replace(p, alpha=None, decay_steps=[d]) for d in alphas}}
     plans["ours, lengths as above"] = replace(p, alpha=None, decay_steps=decays)
@@ -173,10 +193,11 @@ def compare(fit: Any, p: Plan, decays: list[int], average: dict[int, float]) -> 
         found = ppl(fit, [rates(segments, s.name, s.end, p.max_lr) for s in versions])
         cells = [f"{x:.2f} ({low:.2f}..{high:.2f})" for x, low, high in found.T]
         rows.append([name, f"{cost.steps(paradigm, q) / whole:.2f}x", *cells])
-    measured = [float(np.exp(average.get(p.end(i), np.nan))) for i in range(1, len(p.T) + 1)]
-    needless = [" (no branch needed)" * bool(x <= branch) for x, branch in zip(measured, found[0], strict=True)]
-    cells = [f"{x:.2f}{why}" for x, why in zip(measured, needless, strict=True)]
-    return [*rows, ["running mean, measured", f"{cost.steps('average', p) / whole:.2f}x", *cells]]
+    measured = {i: float(np.exp(average[p.end(i)])) for i in range(1, len(p.T) + 1) if p.end(i) in average}
+    cells = [f"{measured[i]:.2f}" if i in measured else "-" for i in range(1, len(p.T) + 1)]
+    rows.append(["running mean, measured", f"{cost.steps('average', p) / whole:.2f}x", *cells])
+    enough = [f"V{i}" for i, x in measured.items() if x <= found[0, i - 1]]
+    return rows, f"The running mean is at least as good as the branches above for {', '.join(enough) or 'no version'}."
 
 
 def now(fit: Any, p: Plan, step: int) -> list[list[str]]:
@@ -237,15 +258,20 @@ def picture(chosen: dict[int, dict[str, tuple[int, int, int]]], fit: Any, p: Pla
 def main() -> None:
     a = Parser(prog="tools.alpha", description=__doc__, usage="python -m tools.alpha RUN [SEGMENT ..] [--option ..]")
     a.add_argument("run", type=Path, help="the folder of a run, as out/tiny")
-    a.add_argument("segment", nargs="*", help="fit to these alone [the main path and all branches]")
+    a.add_argument("segment", nargs="*", help="fit to these beside the main path [all branches]")
     a.add_argument("--tolerance", type=float, default=0.5, help="percent of PPL above the best [0.5]")
     a.add_argument("--versions", type=int, help="to predict [those of the plan]")
     a.add_argument("--plot", metavar="FILE", help="draw PPL by length, and how the lengths settled as the log grew")
     o = a.parse_args()
-    for name, value, low, high in (("tolerance", o.tolerance, 0.01, 10), ("versions", o.versions or 2, 2, 100)):
+    for name, value, low, high in (
+        ("tolerance", o.tolerance, 0.01, 10),
+        ("versions", 2 if o.versions is None else o.versions, 2, 100),
+    ):
         if not low <= value <= high:
             raise UserError(f"--{name}: got {value}, expected {low} to {high}")
-    curves = read(o.run, list(dict.fromkeys(o.segment)))
+    if o.plot and Path(o.plot).suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--plot: got {o.plot}, expected a file that ends in .png, .pdf or .svg")
+    curves = read(o.run, [Path(name).as_posix() for name in o.segment])
     refuse(problems(curves, o.run))
     optional("scipy", "scipy", "fitting the laws")
     from tools.laws import FITS
@@ -275,7 +301,8 @@ def main() -> None:
         d, low, high = found
         rows.append([name, f"{d:,}", f"{d / T:.2f}", f"{low / T:.2f}..{high / T:.2f}", "undetermined" * wide(found, p)])
     print(aligned(rows))
-    print("\nPredicted PPL (interval)\n" + aligned(compare(fit, p, ends, curves[0].average)))
+    table, needless = compare(fit, p, ends, curves[0].average)
+    print(f"\nPredicted PPL (interval)\n{aligned(table)}\n{needless}")
     print(f"\nA branch that leaves the main path now, at step {curves[0].reached:,}")
     print(aligned(now(fit, p, curves[0].reached)))
     print("\nNot safe to believe\n" + "\n".join(f"- {line}" for line in warnings(curves, p, lasts)))

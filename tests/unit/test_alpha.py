@@ -12,6 +12,7 @@ from runtime.errors import UserError
 from schedule import Plan
 from tools import alpha, laws
 
+
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
     """Fewer fits than the command makes, for speed."""
@@ -88,7 +89,7 @@ def write(run, name, plan, every=20, noise=0.0, **keys):
     s, law = alpha.all_segments(plan)[name], laws.LAWS["FSL"][0]
     recorded = {f"plan.{k}": v for k, v in vars(plan).items()}
     recorded |= {"train.eval_tokens": 1000, "train.batch_tokens": 4096, "data.repeat": False, **keys}
-    lines = [{"segment": name, "config": recorded}]
+    lines = [{"segment": name, "end": s.end, "config": recorded}]
     draw = np.random.default_rng(len(name))
     for step in range(s.start + every, s.end + 1, every):
         rates = alpha.rates(alpha.all_segments(plan), name, step, plan.max_lr)
@@ -170,10 +171,32 @@ def test_curves_that_do_not_go_together_are_refused(run, monkeypatch, capsys, ch
 
 
 def test_too_little_is_refused_with_what_to_do(tmp_path, run, monkeypatch, capsys):
-    assert "has no log.jsonl; expected a segment" in command(monkeypatch, capsys, tmp_path / "nowhere")
+    assert "has no log.jsonl with a header; expected RUN" in command(monkeypatch, capsys, tmp_path / "nowhere")
+    assert "has no log.jsonl with a header; expected RUN" in command(monkeypatch, capsys, run, "nothing/v1")
     assert "got no loss at a low rate, expected a probe" in command(monkeypatch, capsys, run, "main")
-    assert "got 6 validation losses after step 100, expected 14" in command(
-        monkeypatch, capsys, run, "ours-cosine-d80/v2", "ours-step_down-d40/v1"
-    )
+    main = run / "main" / "log.jsonl"
+    main.write_text("\n".join(main.read_text().splitlines()[:8]) + "\n")  # up to step 140
+    assert "got 8 validation losses after step 100, expected 14" in command(monkeypatch, capsys, run)
     assert "--tolerance: got 0.0" in command(monkeypatch, capsys, run, "--tolerance", "0")
-    assert "is no segment of its plan" not in command(monkeypatch, capsys, run, "main", "nothing/v1")
+    assert "--plot: got x.xyz, expected a file that ends" in command(monkeypatch, capsys, run, "--plot", "x.xyz")
+
+
+def test_logs_that_others_left_do_not_matter(run):
+    """A part of the main path that was asked for later, a header alone, losses that are none, plans of no schedule."""
+    with open(run / "main" / "log.jsonl", "a") as f:
+        part = {
+            "segment": "main",
+            "end": 200,
+            "config": json.loads((run / "main" / "log.jsonl").read_text().split("\n")[0])["config"],
+        }
+        part["config"] = {**part["config"], "plan.versions": 1}
+        lines = [part, {"step": 590, "val_loss": math.nan}, {"step": 595, "val_loss": math.inf}]
+        f.write("".join(json.dumps(line) + "\n" for line in lines))
+    before = alpha.read(run, [])
+    write(run, "cpt-cosine/v2", TINY)
+    write(run, "ours-cosine-d60/v2", Plan(**{**vars(TINY), "decay_steps": [60]}), **{"plan.schedule": "circle"})
+    (run / "ours-knee" / "v1").mkdir(parents=True)
+    (run / "ours-knee" / "v1" / "log.jsonl").touch()
+    assert alpha.read(run, []) == before and len(before) == 3 and max(before[0].losses) == 600
+    chosen = alpha.read(run, ["ours-step_down-d40/v1", "main"])
+    assert [c.name for c in chosen] == ["main", "ours-step_down-d40/v1"]

@@ -86,6 +86,8 @@ def test_a_branch_from_the_mean_may_begin_at_a_lower_rate():
     assert (lower.name, lower.parent) == ("ours-cosine-from-mean-lr0.2/v4", whole.parent)
     assert whole.lr(34000) == pytest.approx(3e-4, rel=1e-6) and lower.lr(34000) == pytest.approx(6e-5, rel=1e-6)
     assert whole.lr(39999) == lower.lr(39999) == 3e-5
+    with pytest.raises(ValueError, match="mean_lr: got 0.05, expected at least min_lr / max_lr = 0.1"):
+        plan("ours", variant(from_mean=True, mean_lr=0.05))
 
 
 def test_where_branches_leave_the_main_path():
