@@ -107,7 +107,9 @@ def drift(s: Setup) -> Table:
             keys = {**NO_BRANCHES, "plan.average": str(window)}
             runs[f"Average, {window:.0%}", part] = replaying("average", part, keys)
     if ("Ours", "0.5") in runs and ("Ours", "0.25") in runs:
-        runs["Ours", "0.25, branch 0.5"] = replaying("ours", "0.25", {"data.replay_branch": "0.5"})
+        keys = {**DRIFT, "data.replay": "0.25", "data.replay_branch": "0.5"}
+        more = Setting("drift-0.25-branch-0.5", keys, derived=tuple(DRIFT))
+        runs["Ours", "0.25, branch 0.5"] = Run("ours", more, runs["Ours", "0.25"])
 
     old, new = ["val", "val-v2", "val-v3"], "val-v4"
     texts = {kind: [text] for kind, text in zip(KINDS, (*old, new), strict=True)}

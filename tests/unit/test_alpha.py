@@ -200,3 +200,50 @@ def test_logs_that_others_left_do_not_matter(run):
     assert alpha.read(run, []) == before and len(before) == 3 and max(before[0].losses) == 600
     chosen = alpha.read(run, ["ours-step_down-d40/v1", "main"])
     assert [c.name for c in chosen] == ["main", "ours-step_down-d40/v1"]
+
+
+# ---- The demo: a main path, a step down and a branch of each of three seeds ------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT.parent / "results" / "tiny"
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_alpha_of_the_demo_is_that_of_a_measured_grid(seed):
+    """Within 0.1 for all versions together; of single versions the interval says how little two probes tell."""
+    fit = alpha.fitted(alpha.read(ROOT / "fixtures" / "alpha" / f"s{seed}", []))
+    demo = Plan(versions=4, steps=200, warmup=40, max_lr=4e-3)
+    chosen = alpha.choose(fit, demo, 0.005)
+    rows = json.loads((RESULTS / "decays.json").read_text())["rows"]
+    grid = {int(r["labels"]["steps"]): r["ppl"] for r in rows if r["name"].startswith("alpha")}
+    mean = {d: sum(ppl[v] for v in ("V2", "V3", "V4")) / 3 for d, ppl in grid.items()}
+    best = min(d for d, ppl in mean.items() if ppl <= 1.005 * min(mean.values()))
+    assert abs(chosen["all"][0] - best) <= 20
+    for version in ("V2", "V3", "V4"):  # a part of all steps is measured beyond 160 steps
+        longer = {
+            int(r["labels"]["steps"].split(", ")[int(version[1]) - 1]): r["ppl"] for r in rows if "%" in r["name"]
+        }
+        measured = {d: ppl[version] for d, ppl in (grid | longer).items()}
+        best = min(d for d, ppl in measured.items() if ppl <= 1.005 * min(measured.values()))
+        assert chosen[version][1] <= best <= chosen[version][2]
+
+
+def test_the_order_of_the_demos_paradigms_is_predicted():
+    """Where a paired difference of Table 3 is more than twice its standard error, means over seeds."""
+    demo, record = (
+        Plan(versions=4, steps=200, warmup=40, max_lr=4e-3),
+        json.loads((RESULTS / "table3.json").read_text()),
+    )
+    fits = [alpha.fitted(alpha.read(ROOT / "fixtures" / "alpha" / f"s{seed}", [])) for seed in (1, 2, 3)]
+    told, right = 0, 0
+    for d in (d for d in record["differences"] if "Average" not in d["minus"]):
+        p = Plan(**{**vars(demo), "schedule": d["group"]})
+        for v in (v for v in d["value"] if abs(d["value"][v]) > 2 * d["se"][v]):
+            paths = []
+            for name in d["minus"]:
+                s = [s for s in schedule.plan(name.lower(), p) if f"V{s.version}" == v and s.paradigm != "main"][-1]
+                paths.append(alpha.rates(alpha.all_segments(p), s.name, s.end, p.max_lr))
+            a, b = np.mean([alpha.ppl(fit, paths)[0] for fit in fits], axis=0)
+            told, right = told + 1, right + ((a < b) == (d["value"][v] < 0))
+    print(told, right)
+    assert told > 20 and right == told
