@@ -24,8 +24,7 @@ results-tiny: .venv/dev
 
 # Averaging beside its rivals in two settings, and increments that differ in kind (docs/beyond.md)
 results-beyond: .venv/dev
-	$(PY) -m paper beyond --scale tiny --seeds 3
-	$(PY) -m paper drift --scale tiny
+	$(PY) -m paper beyond decays drift --scale tiny --seeds 3
 	test -e data/bytes/meta.json || $(PY) data.py prepare --out data/bytes --tokenizer bytes
 	$(PY) -m paper beyond --scale bytes
 	mkdir -p results/tiny results/bytes && cp out/tiny/results/* results/tiny/ && cp out/bytes/results/* results/bytes/

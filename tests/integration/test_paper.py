@@ -643,7 +643,7 @@ def test_a_report_begins_with_every_statement_and_folds_the_settings_away(tmp_pa
 def test_the_committed_results_are_whole():
     """The README cites tables of three seeds, judged, with their pictures and logs."""
     folder = ROOT / "results" / "tiny"
-    for name in ("table1", "table2", "table3", "table10", "table13", "fig4", "fig5"):
+    for name in ("table1", "table2", "table3", "table10", "table13", "fig4", "fig5", "beyond", "decays", "drift"):
         record = json.loads((folder / f"{name}.json").read_text())
         assert (folder / f"{name}.md").read_text() == report.markdown(record) and (folder / f"{name}.png").exists()
         assert record["seeds"] == [1, 2, 3] and {c["verdict"] for c in record["claims"]} <= {"HOLDS", "FAILS", "OPEN"}
