@@ -13,7 +13,7 @@ independent, so a document is the unit, and two checkpoints are compared documen
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -114,7 +114,7 @@ def open_data(path: Path, text: Text = OWN) -> tuple[data.Tokens, str]:
 
 
 @torch.no_grad()
-def score(path: Path, device: torch.device, text: Text = OWN) -> Score:
+def score(path: Path, device: torch.device, text: Text = OWN, progress: Callable = lambda n: None) -> Score:
     """Score a checkpoint on the whole of a text; every token but the very first is a target once."""
     tokens, _ = open_data(path, text)
     net, _ = load_model(path, device)
@@ -123,18 +123,17 @@ def score(path: Path, device: torch.device, text: Text = OWN) -> Score:
     # the document of each target, by the <|endoftext|> before it: one belongs to the document that it ends
     document = np.cumsum(stream[:-1] == tokens.meta["eot"])
     losses = []
-    with progress_bar(str(path), len(document), "token") as bar:
-        for arrays in tokens.validation(rows=16, name=text.name):
-            x, y = (torch.from_numpy(a).to(device) for a in arrays)
-            losses.append(net(x, y, reduction="none").flatten().cpu().numpy().astype(np.float64))
-            bar.update(y.numel())
+    for arrays in tokens.validation(rows=16, name=text.name):
+        x, y = (torch.from_numpy(a).to(device) for a in arrays)
+        losses.append(net(x, y, reduction="none").flatten().cpu().numpy().astype(np.float64))
+        progress(y.numel())
     scored = Score(np.bincount(document, np.concatenate(losses)), np.bincount(document))
     if not scored.loss < 700:  # exp overflows at 710; not a number is not below
         raise UserError(f"{path}: {scored.loss:g} nats a token, no perplexity; its training diverged, leave it out")
     return scored
 
 
-def kept_score(path: Path, device: torch.device, text: Text) -> Score:
+def kept_score(path: Path, device: torch.device, text: Text, progress: Callable) -> Score:
     """The score in scores/ beside a checkpoint; where there is none, or it is damaged, it is measured and put there."""
     (tokens, sha256), root = open_data(path, text), Path(__file__).parent
     code = [f.read_text("utf-8") for f in (root / "model.py", *sorted((root / "kernels").glob("*.py")))]
@@ -143,8 +142,9 @@ def kept_score(path: Path, device: torch.device, text: Text) -> Score:
     with suppress(Exception), np.load(file) as kept:  # any, where the file is damaged
         s = Score(kept["nats"], kept["tokens"])
         assert s.tokens.sum() == len(tokens.tokens(text.name)) - 1
+        progress(int(s.tokens.sum()))
         return s
-    s = score(path, device, text)
+    s = score(path, device, text, progress)
     with suppress(OSError):  # a folder that is read-only or full
         file.parent.mkdir(exist_ok=True)
         with replacing(file) as partial, open(partial, "wb") as f:
@@ -154,13 +154,15 @@ def kept_score(path: Path, device: torch.device, text: Text) -> Score:
 
 def scores(paths: Sequence[Path], device: torch.device, text: Text = OWN, jobs: int = 1) -> dict[Path, Score]:
     """Scores of checkpoints on a text, `jobs` at a time. UserError unless the text is the same for all."""
-    if len({open_data(path, text)[1] for path in paths}) > 1:
+    opened = [open_data(path, text) for path in paths]
+    if len({sha256 for _, sha256 in opened}) > 1:
         raise UserError("the checkpoints have different validation sets; choose the data of one with --data")
     for path in paths:
         checkpoint.verify(path, checksums=False)  # also of those whose score is kept
-    with ThreadPoolExecutor(jobs) as pool:
+    total = sum(len(tokens.tokens(text.name)) - 1 for tokens, _ in opened)
+    with progress_bar(f"{len(paths)} checkpoints", total, "token") as bar, ThreadPoolExecutor(jobs) as pool:
         apply = pool.map if jobs > 1 else map  # Ctrl-C ends a thread only after its checkpoint
-        return dict(zip(paths, apply(lambda path: kept_score(path, device, text), paths), strict=True))
+        return dict(zip(paths, apply(lambda path: kept_score(path, device, text, bar.update), paths), strict=True))
 
 
 def with_se(value: float, se: float | None, form: str) -> str:

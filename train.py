@@ -204,7 +204,7 @@ def main() -> None:
     watchdog = Watchdog(c.train.timeout, world.rank, run.folder)
     with errors, distributed.lost_rank_errors(world), watchdog:
         if kind != "none":
-            say(f"{world.ranks} ranks, {kind}")
+            say(f"{world.ranks} rank{'s' * (world.ranks > 1)}, {kind}")
             watchdog.beat("meeting the other ranks")
             distributed.join(world, c.train.timeout)
         asked = {"mode": o.mode, "version": o.version, "torch": torch.__version__, "ranks": world.ranks}

@@ -11,6 +11,7 @@ turn with the others. `--json FILE` keeps everything.
 
 import argparse
 import json
+import math
 import shlex
 import signal
 import sys
@@ -20,17 +21,33 @@ from typing import Any
 import torch
 
 import config
-from bench import disk, kernels, peers, step
+import kernels
+from bench import disk, peers, step
+from bench import kernels as kernel_rows
 from bench.measure import environment, table
-from kernels import problems
 from runtime import logger
 from runtime.command_line import Parser
 from runtime.device import activations, pick_device
 from runtime.errors import UserError, refuse, user_errors
 from runtime.files import write_text
 
-VERBS: Any = {"step": step.run, "kernels": kernels.run, "data": disk.run_data, "checkpoint": disk.run_checkpoint}
+VERBS: Any = {"step": step.run, "kernels": kernel_rows.run}
+VERBS |= {"data": disk.run_data, "checkpoint": disk.run_checkpoint}
 PEERS = f"some of {' '.join(peers.PEERS)}, and ours-K with a value K of train.kernels, such as ours-torch; none: ours"
+ALL = " ".join(VERBS)
+# (commands, option, its argparse arguments, help)
+OPTIONS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
+    (ALL, "--size", {"dest": "config"}, "a name in configs/ or a .toml file, as --config [kernels on a GPU: several]"),
+    ("step", "--peers", {"nargs": "*"}, f"{PEERS} [hf-compile hf-liger; on a CPU hf nanogpt]"),
+    ("step", "--micro", {"nargs": "+", "type": int}, "micro-batches to try [16 32 8 4 2 1; on a CPU 8 16 4]"),
+    ("step", "--minutes", {"type": float, "default": 8.0}, "for everything; what it ends or leaves out is named [8]"),
+    ("step", "--updates", {"type": int, "default": 20}, "updates whose last loss is compared; 0: none [20]"),
+    ("step", "--profile", {"action": "store_true"}, "also an update's milliseconds by kind of operation"),
+    ("step", "--row", {}, argparse.SUPPRESS),  # measure this row alone, in this process
+    ("step data checkpoint", "--rounds", {"type": int}, "rounds, all rows in turn [3; step on a GPU 1]"),
+    ("data", "--megabytes", {"type": float, "default": 64.0}, "of text to tokenize [64]"),
+    (ALL, "--json", {}, "write everything to this file"),
+)
 LOWEST = {"micro": 1, "rounds": 1, "megabytes": 0.1, "minutes": 0, "updates": 0}
 
 
@@ -40,35 +57,28 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
     commands = top.add_subparsers(dest="verb", required=True, parser_class=Parser)
     for verb in VERBS:
         command = commands.add_parser(verb, usage=f"bench {verb} [--flag VALUE ..] [--section.key VALUE ..]")
-        add = command.add_argument
-        add("--size", dest="config", help="a name in configs/ or a .toml file, as --config [kernels on a GPU: several]")
-        add("--json", help="write everything to this file")
-        if verb == "step":
-            add("--peers", nargs="*", help=f"{PEERS} [hf-compile hf-liger; on a CPU hf nanogpt]")
-            add("--micro", nargs="+", type=int, help="micro-batches to try [16 32 8 4 2 1; on a CPU 8 16 4]")
-            add("--minutes", type=float, default=8.0, help="for everything; what it ends or leaves out is named [8]")
-            add("--updates", type=int, default=20, help="updates whose last loss is compared; 0: none [20]")
-            add("--row", help=argparse.SUPPRESS)  # measure this row alone, in this process
-        if verb == "data":
-            add("--megabytes", type=float, default=64.0, help="of text to tokenize [64]")
-        if verb != "kernels":
-            add("--rounds", type=int, help="rounds, all rows in turn [3; step on a GPU 1]")
+        for verbs, option, arguments, says in OPTIONS:
+            if verb in verbs.split():
+                command.add_argument(option, help=says, **arguments)
         command.add_config()
     default = {"checkpoint": "small", "step": "203m" if torch.cuda.is_available() else "tiny"}.get(argv[0], "tiny")
     o, c = top.parse_config(argv, default=default)
     cuda = torch.cuda.is_available() and c.train.device != "cpu"
+    for key, value in (step.DEFAULTS[cuda] if o.verb == "step" else {}).items():
+        if getattr(o, key) is None:
+            setattr(o, key, value)
     for key, low in LOWEST.items():
         value = getattr(o, key, None)
-        if value is not None and not low <= min(value if isinstance(value, list) else [value]) <= 1e9:
+        if value is not None and not low <= min(value if isinstance(value, list) else [value]) < math.inf:
             raise UserError(f"--{key}: got {value}, expected {low} or more")
     if o.json and (Path(o.json).is_dir() or not Path(o.json).absolute().parent.is_dir()):
         raise UserError(f"--json: got {o.json}, expected a file in a folder that exists")
     if c.train.device == "mps":
         raise UserError("train.device: got mps, expected auto, cuda or cpu")
-    found = problems(c.train.kernels, cuda, c.model)
-    for peer in getattr(o, "peers", None) or []:
+    found = kernels.problems(c.train.kernels, cuda, c.model)
+    for peer in o.peers if o.verb == "step" else []:
         if peer.startswith("ours-"):
-            found += problems(peer.removeprefix("ours-"), cuda, c.model)
+            found += kernels.problems(peer.removeprefix("ours-"), cuda, c.model)
         elif peer not in peers.PEERS:
             found.append(f"--peers: got {peer}, expected {PEERS}")
     refuse(found)
@@ -78,9 +88,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, config.Config]:
 def main() -> None:
     o, c = parse(sys.argv[1:] or ["--help"])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C, it ends the process of a row as well
-    cpu = c.train.device == "auto" and not torch.cuda.is_available()  # not mps
-    device = pick_device("cpu" if cpu else c.train.device, 0)
-    dtype = activations(c.train.dtype, device)
+    t = c.train
+    device = pick_device("cpu" if t.device == "auto" and not torch.cuda.is_available() else t.device, 0)
+    dtype = activations(t.dtype, device)
     if o.verb == "step" and device.type == "cpu":
         torch.set_num_threads(1)
     if o.verb == "step" and o.row:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import config
 import data
 import model as llama
-from bench.measure import Row, check_memory, child, timed
+from bench.measure import Row, child, timed, total_memory
 from runtime import checkpoint
 from runtime.errors import UserError
 from runtime.files import fsync
@@ -66,7 +66,10 @@ def run_data(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype)
 
 def run_checkpoint(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> Row:
     """A checkpoint's save, its stall and its load beside a plain write, copy and read of the same bytes, in turn."""
-    check_memory(5.0 * checkpoint.BYTES * c.model.parameters, torch.device("cpu"))
+    need, have = 5.0 * checkpoint.BYTES * c.model.parameters, total_memory(torch.device("cpu"))
+    if need > have:
+        sizes = f"needs about {need / 1e9:,.1f} GB of the host's memory, and {have / 1e9:,.1f} GB are there"
+        raise UserError(f"--size: {sizes}; take a smaller one")
     with device:
         net = llama.Transformer(c.model)
     state = checkpoint.state(net, torch.optim.AdamW(net.parameters(), fused=True))

@@ -14,6 +14,7 @@ import config
 from bench.measure import Row, capture, copy_speed, timed
 from bench.peers import liger, missing
 from kernels import check
+from kernels.rope import rope_table
 from runtime.command_line import given
 from runtime.errors import first_line
 
@@ -37,7 +38,7 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
                 if row["note"]:
                     continue
                 try:
-                    row |= times(call, inputs, device, waits=(case, name) == ("cross_entropy", "liger"))
+                    row |= times(call, inputs, device)
                 except Exception as e:  # this device or shape cannot run it; the other rows go on
                     row["note"] = f"failed: {first_line(e)[:120]}"
                 else:
@@ -45,26 +46,40 @@ def run(o: Any, c: config.Config, device: torch.device, dtype: torch.dtype) -> R
     return {"copy_bytes_per_second": copy, "sequences": sequences, "rows": rows}
 
 
-def times(call: Callable[..., Any], inputs: list[Tensor], device: torch.device, waits: bool = False) -> Row:
-    """Seconds of the forward and of both passes; on CUDA as graphs, unless the call waits for the device."""
+def times(call: Callable[..., Any], inputs: list[Tensor], device: torch.device) -> Row:
+    """Seconds of the forward and of both passes; on CUDA the peak bytes of both, beside inputs and gradients.
+
+    On CUDA graphs are timed. `eager` names a pass that could not be one: its time is the host's too.
+    """
 
     def forward() -> list[Tensor]:
         y = call(*inputs)
         return [t for t in (y if isinstance(y, tuple) else (y,)) if t.requires_grad]
 
-    grads = [torch.randn_like(y) for y in forward()]
+    own = torch.Generator(device).manual_seed(1)  # a capture that failed leaves the default one unusable
+    grads = [torch.randn(y.shape, device=device, dtype=y.dtype, generator=own) for y in forward()]
 
     def both() -> tuple[Tensor, ...]:
         return torch.autograd.grad(forward(), inputs, grads)
 
-    if device.type == "cuda" and not waits:
-        return {"forward": timed(capture(forward).replay, device), "both": timed(capture(both).replay, device)}
-    return {"forward": timed(forward, device), "both": timed(both, device)}
+    if device.type != "cuda":
+        return {"forward": timed(forward, device), "both": timed(both, device)}
+    both()  # compiles the kernels, which must not happen in what follows
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    extra = -sum(g.nbytes for g in both()) - before
+    out = Row(extra_bytes=extra + torch.cuda.max_memory_allocated())
+    for one in (forward, both):
+        graph = capture(one)
+        out[one.__name__] = timed(graph.replay if graph else one, device)
+        if not graph:
+            out["eager"] = f"{out.get('eager', '')} {one.__name__}".strip()
+    return out
 
 
 def candidates(case: str, m: config.Model, B: int, device: torch.device, dtype: torch.dtype) -> dict[str, check.Case]:
     """{row: (function, inputs)}; `triton` and `torch` are the choices of train.kernels."""
-    h, T, eps = m.hidden, m.context, m.norm_eps
+    h, H, K, T, eps = m.hidden, m.n_head, m.n_kv_head or m.n_head, m.context, m.norm_eps
     ours, inputs = check.case(case, m, B, T, dtype, device)
     for x in inputs:
         x.requires_grad_()
@@ -78,11 +93,17 @@ def candidates(case: str, m: config.Model, B: int, device: torch.device, dtype: 
     elif case == "swiglu":
         gate_up = [t.contiguous().requires_grad_() for t in inputs[0].detach().chunk(2, dim=-1)]
         rows["liger"] = (lambda gate, up: liger("swiglu")(gate, up), gate_up)
+    elif case == "rope":
+        tables = rope_table(T, h // H, m.rope_theta)
+        wide = [torch.cat((t, t), 1)[None].to(device, dtype) for t in tables]  # (1, T, D), as transformers has them
+        queries_and_keys = inputs[0].detach().split((H, K, K), dim=2)[:2]
+        views = [t.contiguous().transpose(1, 2).requires_grad_() for t in queries_and_keys]
+        rows["liger"] = (lambda q, k: liger("rope")(q, k, *wide), views)
     elif case == "attention":
         for name in ("flash", "cudnn", "efficient"):
             backend = sdpa_kernel(SDPBackend.__members__[f"{name.upper()}_ATTENTION"])
             rows[f"sdpa {name}"] = (backend(partial(ours, "torch")), inputs)
-    elif case == "cross_entropy":
+    else:
         y, fused = torch.randint(m.vocab_size, (B * T,), device=device), "fused_linear_cross_entropy"
         rows["liger"] = (lambda x, w: liger(fused)(x.view(-1, h), w.type_as(x), y), inputs)
     return rows

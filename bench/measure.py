@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,6 @@ from torch.utils.benchmark import Timer
 
 from runtime.command_line import aligned
 from runtime.device import device_name
-from runtime.errors import UserError
 
 Row = dict[str, Any]
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel")
@@ -26,30 +26,47 @@ PACKAGES = ("torch", "triton", "transformers", "liger-kernel")
 def environment(device: torch.device) -> Row:
     """What the figures depend on: the device, versions, the date."""
     found: Row = {"device": device_name(device), "memory": total_memory(device), "threads": torch.get_num_threads()}
-    found |= {"python": platform.python_version(), "cuda": torch.version.cuda}
+    found |= {"python": platform.python_version(), "cuda": torch.version.cuda, "driver": None}
+    if device.type == "cuda" and shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "-i", "0", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
     found |= {p: version(p) if find_spec(p.replace("-", "_")) else None for p in PACKAGES}
     return found | {"date": time.strftime("%Y-%m-%dT%H:%M:%S")}
 
 
-def timed(call: Callable[[], Any], device: torch.device, seconds: float = 0.1) -> float:
-    """Median seconds of a call, repeated for so long; on CUDA by device events, the L2 cache flushed before each."""
+def timed(call: Callable[[], Any], device: torch.device) -> float:
+    """Median seconds of a call; on CUDA by device events, with the L2 cache flushed before each call."""
     if device.type == "cuda":
-        return import_module("triton.testing").do_bench(call, rep=1e3 * seconds, return_mode="median") / 1e3
+        return import_module("triton.testing").do_bench(call, return_mode="median") / 1e3
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=seconds).median
+    return timer.blocked_autorange(min_run_time=0.1).median
 
 
 def capture(call: Callable[[], Any]) -> Any:
-    """A CUDA graph of the call on the current stream, not the default one; the call must not wait for the device.
+    """A CUDA graph of the call on the current stream, not the default one; None for a call that waits for the device.
 
     Its replay takes the host a few microseconds; the call itself takes 70 to 100, which would hide a kernel of 20.
     """
     call()  # compiles its kernels and gets its workspaces, which must not happen in a capture
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+    graph: Any = torch.cuda.CUDAGraph()
+    try:
+        torch.cuda.set_sync_debug_mode("error")  # raises here: a capture that fails leaves its memory pool open
         call()
+        torch.cuda.set_sync_debug_mode("default")
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            call()
+    except RuntimeError:
+        graph = None
+    torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
     return graph
+
+
+def product_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a 1024^3 matrix product, the roof of the arithmetic on a CPU."""
+    a, b = (torch.randn(1024, 1024, device=device, dtype=dtype) for _ in range(2))
+    return 2 * 1024**3 / timed(lambda: a @ b, device)
 
 
 def copy_speed(device: torch.device) -> float:
@@ -74,12 +91,6 @@ def total_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def check_memory(needed: float, device: torch.device) -> None:
-    """UserError if a device has fewer bytes."""
-    if needed > (have := total_memory(device)):
-        raise UserError(f"--size: needs at least {needed / 1e9:,.1f} GB, got {have / 1e9:,.1f} GB; take a smaller one")
 
 
 def table(rows: list[Row]) -> None:

@@ -7,6 +7,8 @@ A node can start once the checkpoint that it starts from is there. For a branch 
 """
 
 import itertools
+import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -73,15 +75,25 @@ class Node:
         """The records of its log, none if there is no log yet."""
         return read_log(self.folder) if (self.folder / "log.jsonl").is_file() else []
 
+    def logged(self) -> int:
+        """Steps that the log has recorded, read from its last line alone: the bar asks several times a second."""
+        s = self.segment
+        try:
+            with open(self.folder / "log.jsonl", "rb") as f:
+                f.seek(max(0, f.seek(0, os.SEEK_END) - 4096))
+                last = json.loads(f.read().splitlines()[-1])
+        except (OSError, ValueError, IndexError):  # no log yet, or no complete line
+            return 0
+        return max(s.start, min(s.end, last.get("step", last.get("start", s.start) - 1) + 1)) - s.start
+
     def reached(self) -> int:
         """Steps that need not be trained again; those in the log of a node that is trained now."""
-        s = self.segment
         if self.done():
             return self.steps
         if self.at_work():
-            last = (self.log() or [{}])[-1]
-            return max(s.start, min(s.end, last.get("step", last.get("start", s.start) - 1) + 1)) - s.start
-        return (resume.resume_step(self.folder, sorted(self.required), self.points) or s.start) - s.start
+            return self.logged()
+        start = self.segment.start
+        return (resume.resume_step(self.folder, sorted(self.required), self.points) or start) - start
 
 
 Graph = dict[str, Node]  # by name, parents first

@@ -34,7 +34,12 @@ class Workers:
         self.nodes, self.machine = nodes, machine
         self.output = root / "output"
         self.output.mkdir(parents=True, exist_ok=True)
-        self.waiting = sorted((n for n in nodes if not nodes[n].done()), key=lambda n: -nodes[n].steps)
+        chain = {n: node.steps for n, node in nodes.items()}  # steps of the longest chain that begins with each
+        for name, node in reversed(nodes.items()):  # children before their parents
+            if node.parent:
+                parent = node.parent[0]
+                chain[parent] = max(chain[parent], nodes[parent].steps + chain[name])
+        self.waiting = sorted((n for n in nodes if not nodes[n].done()), key=lambda n: -chain[n])
         self.running: dict[str, tuple[subprocess.Popen, int]] = {}  # with its slot
         self.failed: dict[str, str] = {}  # the last error that it printed
         self.free = list(range(machine.jobs))  # slots
@@ -50,6 +55,12 @@ class Workers:
     def file(self, name: str) -> Path:
         """Where a child prints."""
         return self.output / f"{name.replace('/', '-')}.txt"
+
+    def steps(self) -> int:
+        """Steps done, those of running nodes as far as they are logged."""
+        undone = {*self.waiting, *self.running, *self.failed}
+        done = sum(node.steps for name, node in self.nodes.items() if name not in undone)
+        return done + sum(self.nodes[name].logged() for name in self.running)
 
     def start(self) -> None:
         self.waiting = [n for n in self.waiting if not self.nodes[n].done()]  # another process may have made it
@@ -101,8 +112,7 @@ class Workers:
 def run(nodes: graph.Graph, root: Path, machine: Machine) -> None:
     """Train what is missing. UserError at the end if a segment failed. SIGTERM and Ctrl-C stop all, which save."""
     workers = Workers(nodes, root, machine)
-    total, every = sum(n.steps for n in nodes.values()), 0.5 if sys.stderr.isatty() else 30
-    done = total - graph.left(nodes)[1]
+    total, done, every = sum(n.steps for n in nodes.values()), workers.steps(), 0.5 if sys.stderr.isatty() else 30
     bar = tqdm(total=total, initial=done, unit="step", desc=f"{len(nodes)} segments", mininterval=every)
     caught: list[int] = []
     handlers = {n: signal.signal(n, lambda n, frame: caught.append(n)) for n in (signal.SIGTERM, signal.SIGINT)}
@@ -115,7 +125,7 @@ def run(nodes: graph.Graph, root: Path, machine: Machine) -> None:
                 break  # all that wait start from one that failed
             names = [*workers.running, *(f"{n} (another process)" for n in elsewhere)]
             bar.set_postfix_str(", ".join(names), refresh=False)
-            bar.update(max(0, total - graph.left(nodes)[1] - bar.n))
+            bar.update(max(0, workers.steps() - bar.n))
             time.sleep(0.2)
     finally:
         workers.stop(caught)

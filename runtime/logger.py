@@ -109,5 +109,8 @@ def warn(message: str) -> None:
 
 def git_commit() -> str:
     """The commit of this tree, with a + if its files have changed since; an empty text where there is none."""
-    command = "git describe --always --abbrev=40 --exclude='*' --dirty=+"
-    return subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    command = "git describe --always --abbrev=40 --exclude=* --dirty=+".split()
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""

@@ -10,6 +10,7 @@ laws, and over fits to randomly weighted points; wider than 0.2 of an increment,
 """
 
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
@@ -142,11 +143,12 @@ def problems(curves: list[Curve], run: Path) -> list[str]:
 # ---- Predictions -----------------------------------------------------------------------------------------------------
 
 
-def fitted(curves: list[Curve], bar: Any = None) -> Any:
+def fitted(curves: list[Curve], progress: Callable = lambda: None) -> Any:
+    """tools.laws.Fit of all losses of the curves."""
     from tools.laws import Fit  # needs scipy
 
     points = [(c.rates[:step], loss) for c in curves for step, loss in c.losses.items()]
-    return Fit([path for path, _ in points], [loss for _, loss in points], plan_of(curves[0].config).T[0], bar)
+    return Fit([path for path, _ in points], [loss for _, loss in points], plan_of(curves[0].config).T[0], progress)
 
 
 def ppl(fit: Any, paths: list[list[float]]) -> np.ndarray:
@@ -170,12 +172,12 @@ def choose(fit: Any, p: Plan, tolerance: float) -> dict[str, tuple[int, int, int
     return found
 
 
-def held_out(curves: list[Curve], probes: list[Curve], bar: Any) -> list[str]:
+def held_out(curves: list[Curve], probes: list[Curve], progress: Callable) -> list[str]:
     """Each of several probes, predicted by a fit to all other curves."""
     said = []
     for probe in probes:
         end = max(probe.losses)
-        ((x,), (low,), (high,)) = ppl(fitted([c for c in curves if c is not probe], bar), [probe.rates[:end]])
+        ((x,), (low,), (high,)) = ppl(fitted([c for c in curves if c is not probe], progress), [probe.rates[:end]])
         got = np.exp(probe.losses[end])
         said.append(f"{probe.name}: {x:.2f} ({low:.2f}..{high:.2f}) predicted from the others, {got:.2f} measured")
     return said
@@ -260,15 +262,10 @@ def main() -> None:
     a.add_argument("run", type=Path, help="the folder of a run, as out/tiny")
     a.add_argument("segment", nargs="*", help="fit to these beside the main path [all branches]")
     a.add_argument("--tolerance", type=float, default=0.5, help="percent of PPL above the best [0.5]")
-    a.add_argument("--versions", type=int, help="to predict [those of the plan]")
     a.add_argument("--plot", metavar="FILE", help="draw PPL by length, and how the lengths settled as the log grew")
     o = a.parse_args()
-    for name, value, low, high in (
-        ("tolerance", o.tolerance, 0.01, 10),
-        ("versions", 2 if o.versions is None else o.versions, 2, 100),
-    ):
-        if not low <= value <= high:
-            raise UserError(f"--{name}: got {value}, expected {low} to {high}")
+    if not 0.01 <= o.tolerance <= 10:
+        raise UserError(f"--tolerance: got {o.tolerance}, expected 0.01 to 10")
     if o.plot and Path(o.plot).suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--plot: got {o.plot}, expected a file that ends in .png, .pdf or .svg")
     curves = read(o.run, [Path(name).as_posix() for name in o.segment])
@@ -277,16 +274,14 @@ def main() -> None:
     from tools.laws import FITS
 
     p, tolerance = plan_of(curves[0].config), o.tolerance / 100
-    if o.versions:
-        p = replace(p, increments=[*p.T, *[p.T[-1]] * o.versions][: o.versions])
     steps = sorted({s for c in curves for s in c.losses})
     early = [s for s in steps[:-1] if not problems(until(curves, s), o.run)]  # the log could be fitted there
     shown = [*early[:: max(1, len(early) // 4)][:4], steps[-1]] if o.plot else steps[-1:]
     probes = [c for c in curves if c.rates[-1] < LOW]
     others = probes if len(probes) > 1 else []
     with progress_bar("fitting", FITS * (len(shown) + len(others)), "fit") as bar:
-        fits = {step: fitted(until(curves, step), bar) for step in shown}
-        predicted = held_out(curves, others, bar)
+        fits = {step: fitted(until(curves, step), bar.update) for step in shown}
+        predicted = held_out(curves, others, bar.update)
     fit = fits[steps[-1]]
     chosen = {step: choose(of, p, tolerance) for step, of in fits.items()}
     lasts = chosen[steps[-1]]

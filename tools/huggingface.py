@@ -140,7 +140,8 @@ def import_model(source: str, out: str) -> Path:
         checkpoint.save(work / "import", 0, weights, {**made, **state, "data": data})
         write_text(work / "model.toml", model_toml(c, source))
     where = checkpoint.path(target / "import", 0)
-    print(f"{where}: {m.parameters:,} parameters, {len(files)} tensors of {folder}; a config for it: model.toml")
+    print(f"{where}: {m.parameters:,} parameters, {len(files)} tensors of {folder}")
+    print(f"Go on with: python train.py --config {shlex.quote(str(target / 'model.toml'))} --mode main")
     return where
 
 

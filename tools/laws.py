@@ -61,30 +61,38 @@ LAWS: dict[str, tuple[Callable[[Array, Paths], Array], list[tuple[float, float]]
 FITS = len(LAWS) * (STARTS + REFITS)
 
 
+def solve(f: Callable[[Array, Paths], Array], x: Paths, y: Array, weights: Array, start: Array, bounds: Any) -> Any:
+    """scipy's least squares of weighted residuals, from a start of log-parameters."""
+
+    def residuals(p: Array) -> Array:
+        return weights * (f(p, x) - y)
+
+    return least_squares(residuals, start, bounds=bounds, loss="soft_l1", f_scale=NOISE, max_nfev=300)
+
+
 class Fit:
     """Both laws, fitted to losses (nats) at the ends of paths: the best fits, and refits.
 
     A refit gives the points exponential weights (a Bayesian bootstrap): it says what another log might have said.
     """
 
-    def __init__(self, paths: list[list[float]], losses: list[float], T: float, bar: Any = None) -> None:
+    def __init__(self, paths: list[list[float]], losses: list[float], T: float, progress: Callable = lambda: None):
+        """progress: called after each of the FITS."""
         self.T, x, y = T, Paths(paths, T), np.array(losses)
         self.parameters: dict[str, list[Array]] = {}  # by law, the best fit first
-        for law, (f, bounds) in LAWS.items():
-            low, high = np.log([(0.3 * y.min(), y.min()), *bounds]).T
-            draw = np.random.default_rng(0)
-
-            def solve(start: Array, weights: Any = 1.0, f: Any = f, bounds: Any = (low, high)) -> Any:
-                def residuals(p: Array) -> Array:
-                    return weights * (f(p, x) - y)
-
-                bar.update() if bar else None
-                return least_squares(residuals, start, bounds=bounds, loss="soft_l1", f_scale=NOISE, max_nfev=300)
-
-            best = min((solve(draw.uniform(low, high)) for _ in range(STARTS)), key=lambda found: found.cost).x
+        for law, (f, limits) in LAWS.items():
+            low, high = np.log([(0.3 * y.min(), y.min()), *limits]).T
+            draw, found = np.random.default_rng(0), []
+            for _ in range(STARTS):
+                found.append(solve(f, x, y, np.ones(len(y)), draw.uniform(low, high), (low, high)))
+                progress()
+            best = min(found, key=lambda fit: fit.cost).x
+            self.parameters[law] = [best]
             inside = np.clip(best, low + 1e-6, high - 1e-6)
-            refits = [solve(inside, np.sqrt(draw.exponential(size=len(y)))).x for _ in range(REFITS)]
-            self.parameters[law] = [best, *refits]
+            for _ in range(REFITS):
+                weights = np.sqrt(draw.exponential(size=len(y)))
+                self.parameters[law].append(solve(f, x, y, weights, inside, (low, high)).x)
+                progress()
         self.residuals = self.losses(paths)[:, 0] - y  # (laws, points)
 
     def losses(self, paths: list[list[float]]) -> Array:

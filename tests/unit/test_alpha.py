@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -137,12 +138,12 @@ def command(monkeypatch, capsys, *words):
 def test_what_is_printed_and_drawn(run, monkeypatch, capsys):
     monkeypatch.setattr(laws, "STARTS", 1)  # seven fits of two laws, of which only the form is looked at
     monkeypatch.setattr(laws, "REFITS", 1)
-    said = command(monkeypatch, capsys, run, "--plot", run / "alpha.png", "--versions", "2")
+    said = command(monkeypatch, capsys, run, "--plot", run / "alpha.png")
     assert (run / "alpha.png").exists()
     assert "ours-cosine-d80/v2: " in said and "predicted from the others" in said
     rows = {line.split("  ")[0]: line for line in said.splitlines()}
-    assert {"V1", "V2", "all", "ptfs", "cpt", "ours, 40 steps", "running mean, measured"} <= rows.keys()
-    assert "1.00x" in rows["ptfs"] and "0.67x" in rows["cpt"] and "V3" not in rows
+    assert {"V1", "V2", "V3", "all", "ptfs", "cpt", "ours, 40 steps", "running mean, measured"} <= rows.keys()
+    assert "1.00x" in rows["ptfs"] and "0.50x" in rows["cpt"]
     assert "leaves the main path now, at step 600" in said and "CPT: no rate that rises again was seen" in said
 
 
@@ -173,6 +174,9 @@ def test_curves_that_do_not_go_together_are_refused(run, monkeypatch, capsys, ch
 def test_too_little_is_refused_with_what_to_do(tmp_path, run, monkeypatch, capsys):
     assert "has no log.jsonl with a header; expected RUN" in command(monkeypatch, capsys, tmp_path / "nowhere")
     assert "has no log.jsonl with a header; expected RUN" in command(monkeypatch, capsys, run, "nothing/v1")
+    shutil.copytree(run / "ours-cosine-d80", run / "ours-knee-d80")
+    stranger = command(monkeypatch, capsys, run, "ours-knee-d80/v2")
+    assert "ours-knee-d80/v2: is no segment of its plan; expected one of ptfs-cosine/v1" in stranger
     assert "got no loss at a low rate, expected a probe" in command(monkeypatch, capsys, run, "main")
     main = run / "main" / "log.jsonl"
     main.write_text("\n".join(main.read_text().splitlines()[:8]) + "\n")  # up to step 140
@@ -245,5 +249,4 @@ def test_the_order_of_the_demos_paradigms_is_predicted():
                 paths.append(alpha.rates(alpha.all_segments(p), s.name, s.end, p.max_lr))
             a, b = np.mean([alpha.ppl(fit, paths)[0] for fit in fits], axis=0)
             told, right = told + 1, right + ((a < b) == (d["value"][v] < 0))
-    print(told, right)
     assert told > 20 and right == told
