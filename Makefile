@@ -27,6 +27,7 @@ results-beyond: .venv/dev
 	$(PY) -m paper beyond decays drift --scale tiny --seeds 3
 	test -e data/bytes/meta.json || $(PY) data.py prepare --out data/bytes --tokenizer bytes
 	$(PY) -m paper beyond --scale bytes
+	$(PY) -m paper decays --scale bytes --seeds 3
 	mkdir -p results/tiny results/bytes && cp out/tiny/results/* results/tiny/ && cp out/bytes/results/* results/bytes/
 
 # The same at 25M parameters, for a GPU; TEXT is some 200 MB of text: make results-small TEXT='my/*.jsonl' [PY=python3]
