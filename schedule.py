@@ -281,6 +281,7 @@ def round_half_up(part: float, steps: int) -> int:
 def problems(p: Plan, paradigm: str) -> list[str]:
     """The problems of a plan, one line each: key, value, expected."""
     W, most, longest = p.warmup, 10_000, 10**12  # more versions or steps are a typing error
+    given = p.decay_steps or []
     checks = [  # key, value, expected, valid
         ("paradigm", paradigm, f"one of {', '.join(PARADIGMS)}", paradigm in PARADIGMS),
         ("schedule", p.schedule, f"one of {', '.join(SCHEDULES)}", p.schedule in SCHEDULES),
@@ -292,11 +293,12 @@ def problems(p: Plan, paradigm: str) -> list[str]:
         ("min_lr", p.min_lr, f"1e-30 to max_lr = {p.max_lr}", p.min_lr is None or 1e-30 <= p.min_lr <= p.max_lr),
         ("warmup", W, "0 or more, for inverse_sqrt 1 or more", p.warmup >= int(p.schedule == "inverse_sqrt")),
         ("alpha", p.alpha, "0 to 1", p.alpha is None or 0 <= p.alpha <= 1),
-        ("decay_steps", p.decay_steps, "1 or more", p.decay_steps is None or all(d >= 1 for d in p.decay_steps)),
+        ("decay_steps", given, "1 or more", all(d >= 1 for d in given)),
+        ("decay_steps", len(given), "at most 16 numbers, since they name a folder", len(given) <= 16),
         ("average", p.average, "above 0 and at most 1", 0 < p.average <= 1),
         ("average_points", p.average_points, "0 to 1000", 0 <= p.average_points <= 1000),
         ("mean_lr", p.mean_lr, "above 0 and at most 1", 0 < p.mean_lr <= 1),
-        ("decay_steps", p.decay_steps, f"none beside alpha = {p.alpha}", not p.decay_steps or p.alpha is None),
+        ("decay_steps", given, f"none beside alpha = {p.alpha}", not given or p.alpha is None),
     ]
     if found := [f"{name}: got {got!r}, expected {expected}" for name, got, expected, fine in checks if not fine]:
         return found

@@ -91,7 +91,7 @@ def find_source(name: str, flag: str = "--source") -> Source:
             source.files.append(f)
     if not source.files:
         problem = f"has nothing to read: {source.listed()}" if source.left_out else "there is no file"
-        expected = f"{', '.join(served)}, also with {', '.join(OPENERS)}, a folder or glob of them"
+        expected = f"{', '.join(served)}, text and JSON also with {', '.join(OPENERS)}, a folder or glob of them"
         raise UserError(f"{flag} {name!r}: {problem}; expected {expected}")
     return source
 
@@ -188,6 +188,8 @@ def token_texts(file: Path, progress: Progress, tok: Tokenizer) -> Iterator[str]
             if (magic, version) not in LLMC:
                 raise UserError(f"{file}: got magic number and version {magic, version}, expected one of {[*LLMC]}")
             start, dtype = head.nbytes, np.dtype(LLMC[magic, version])
+        elif len(head) > 8 and not (head >> 16).any():  # every second one of 2 bytes would be 0
+            raise UserError(f"{file}: got ids of 4 bytes without a header, expected 2, or llm.c's header; convert it")
         if size != (need := start + count * dtype.itemsize):
             raise UserError(f"{file}: got {size:,} bytes, expected {need:,}; fetch it again")
         if tok.vocab_size > 1 << 8 * dtype.itemsize:

@@ -680,6 +680,7 @@ def material(tmp_path_factory, prepared):
     llmc(t / "version.bin", [1, 2, 3], version=2)
     llmc(t / "magic.bin", [1, 2, 3], magic=20240521)
     llmc(t / "head.bin", [], count=0)
+    np.arange(20, dtype="<u4").tofile(t / "wide.bin")
     return t
 
 
@@ -753,6 +754,7 @@ VOCAB = "vocab --vocab_size 300 --out {t}/new/deeper/r.tiktoken"
         (f"{BINS} {{t}}/version.bin", "magic number and version (20240520, 2), expected one of [(20240520, 1)"),
         (f"{BINS} {{t}}/magic.bin", "magic.bin: got magic number and version (20240521, 1), expected"),
         (f"{BINS} {{t}}/head.bin", "the text is empty"),
+        (f"{BINS} {{t}}/wide.bin", "wide.bin: got ids of 4 bytes without a header, expected 2"),
         (f"{VOCAB} --source {{t}}/good.bin", "good.bin: holds token ids, expected text"),
         (f"{VOCAB} --source {{t}}/nowhere.jsonl", "there is no file"),
         (f"{VOCAB} --source {{t}}/bad.jsonl", "bad.jsonl:2: got"),

@@ -224,6 +224,7 @@ def test_cycles_longer_than_the_run():
         ("--plan.alpha 0.9", "inside the warm-up of 2000; expected at most 8000 steps (alpha 0.8)"),
         ("--plan.alpha 0.5 --plan.decay_steps 10", "decay_steps: got [10], expected none beside alpha = 0.5"),
         ("--plan.decay_steps 0", "decay_steps: got [0]"),
+        ("--plan.decay_steps " + ",".join(["70"] * 17), "decay_steps: got 17, expected at most 16 numbers"),
         ("--plan.max_lr 0", "max_lr: got 0.0"),
         ("--plan.max_lr inf", "max_lr: got inf"),
         ("--plan.min_lr 1", "min_lr: got 1.0"),
