@@ -172,15 +172,14 @@ def choose(fit: Any, p: Plan, tolerance: float) -> dict[str, tuple[int, int, int
     return found
 
 
-def held_out(curves: list[Curve], probes: list[Curve], progress: Callable) -> list[str]:
-    """Each of several probes, predicted by a fit to all other curves."""
-    said = []
+def held_out(curves: list[Curve], probes: list[Curve], progress: Callable) -> dict[str, tuple[float, ...]]:
+    """{probe: the last PPL that a fit to all other curves predicts, its interval's ends, the measured one}."""
+    found = {}
     for probe in probes:
         end = max(probe.losses)
-        ((x,), (low,), (high,)) = ppl(fitted([c for c in curves if c is not probe], progress), [probe.rates[:end]])
-        got = np.exp(probe.losses[end])
-        said.append(f"{probe.name}: {x:.2f} ({low:.2f}..{high:.2f}) predicted from the others, {got:.2f} measured")
-    return said
+        fit = fitted([c for c in curves if c is not probe], progress)
+        found[probe.name] = (*ppl(fit, [probe.rates[:end]])[:, 0], np.exp(probe.losses[end]))
+    return found
 
 
 def compare(fit: Any, p: Plan, decays: list[int], average: dict[int, float]) -> tuple[list[list[str]], str]:
@@ -213,17 +212,22 @@ def now(fit: Any, p: Plan, step: int) -> list[list[str]]:
     return [["branch", "released at step", "PPL"], *rows]
 
 
-def warnings(curves: list[Curve], p: Plan, chosen: dict[str, tuple[int, int, int]]) -> list[str]:
+def warnings(
+    curves: list[Curve], p: Plan, chosen: dict[str, tuple[int, int, int]], predicted: dict[str, tuple[float, ...]]
+) -> list[str]:
     """What must not be believed without a measurement."""
     seen, lowest = max(len(c.rates) for c in curves), min(min(c.rates[p.warmup :]) for c in curves)
     said = ["where increments differ in kind: the laws are of one mixture of text"]
+    if missed := [name for name, (_, low, high, got) in predicted.items() if not low <= got <= high]:
+        said.append(f"any interval: {', '.join(missed)} measured outside its own, so the laws miss more than they say")
     if later := [f"V{i}" for i in range(1, len(p.T) + 1) if p.end(i) > seen]:
         said.append(f"{', '.join(later)}: extrapolated from {seen:,} steps")
     if (least := p.lowest_lr / p.max_lr) < 0.99 * lowest:
         said.append(f"any length: rates down to {least:.3g} of the maximal one are predicted, {lowest:.3g} was seen")
     if not any(b > a for c in curves for a, b in pairwise(c.rates[p.warmup :])):
         said.append("CPT: no rate that rises again was seen")
-    said += [f"{name}: undetermined; another probe narrows its interval" for name in chosen if wide(chosen[name], p)]
+    for name in (name for name in chosen if wide(chosen[name], p)):
+        said.append(f"{name}: undetermined; a branch of {chosen[name][2]:,} steps as a probe narrows its interval")
     return said
 
 
@@ -289,7 +293,8 @@ def main() -> None:
     T, ends = p.T[0], [lasts[f"V{i}"][0] for i in range(1, len(p.T) + 1)]
     names, (fsl, mpl) = ", ".join(c.name for c in curves), 1e3 * abs(fit.residuals).mean(1)
     print(f"{fit.residuals.shape[1]} losses of {names}; FSL misses them by {fsl:.1f} milli-nats, MPL by {mpl:.1f}")
-    print("\n".join(predicted))
+    for name, (x, low, high, got) in predicted.items():
+        print(f"{name}: {x:.2f} ({low:.2f}..{high:.2f}) predicted from the others, {got:.2f} measured")
     print(f"\nThe shortest branch within {tolerance:.2%} of the best PPL, and its interval")
     rows = [["", "steps", "alpha", "interval", ""]]
     for name, found in lasts.items():
@@ -300,7 +305,7 @@ def main() -> None:
     print(f"\nPredicted PPL (interval)\n{aligned(table)}\n{needless}")
     print(f"\nA branch that leaves the main path now, at step {curves[0].reached:,}")
     print(aligned(now(fit, p, curves[0].reached)))
-    print("\nNot safe to believe\n" + "\n".join(f"- {line}" for line in warnings(curves, p, lasts)))
+    print("\nNot safe to believe\n" + "\n".join(f"- {line}" for line in warnings(curves, p, lasts, predicted)))
     if o.plot:
         picture(chosen, fit, p, o.plot)
         print(f"\n{o.plot}")

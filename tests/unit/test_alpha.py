@@ -210,12 +210,13 @@ def test_logs_that_others_left_do_not_matter(run):
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT.parent / "results" / "tiny"
+TWO = ["ours-step_down-d40/v1", "ours-cosine-d80/v2"]
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_alpha_of_the_demo_is_that_of_a_measured_grid(seed):
     """Within 0.1 for all versions together; of single versions the interval says how little two probes tell."""
-    fit = alpha.fitted(alpha.read(ROOT / "fixtures" / "alpha" / f"s{seed}", []))
+    fit = alpha.fitted(alpha.read(ROOT / "fixtures" / "alpha" / f"s{seed}", TWO))
     demo = Plan(versions=4, steps=200, warmup=40, max_lr=4e-3)
     chosen = alpha.choose(fit, demo, 0.005)
     rows = json.loads((RESULTS / "decays.json").read_text())["rows"]
@@ -232,13 +233,27 @@ def test_alpha_of_the_demo_is_that_of_a_measured_grid(seed):
         assert chosen[version][1] <= best <= chosen[version][2]
 
 
+def test_a_third_probe_of_twice_the_length_narrows_the_intervals():
+    """To lengths that are determined, but shorter than the best measured ones: the laws miss, and that is said."""
+    demo, folder = Plan(versions=4, steps=200, warmup=40, max_lr=4e-3), ROOT / "fixtures" / "alpha" / "s1"
+    two, three = (alpha.read(folder, names) for names in (TWO, [*TWO, "ours-cosine-d160/v3"]))
+    wide, narrow = (alpha.choose(alpha.fitted(curves), demo, 0.005) for curves in (two, three))
+    assert all(2 * (narrow[v][2] - narrow[v][1]) < wide[v][2] - wide[v][1] for v in ("V2", "V3", "V4", "all"))
+    assert alpha.wide(wide["all"], demo) and not alpha.wide(narrow["all"], demo)
+    probes = [c for c in three if c.name in TWO]
+    predicted = alpha.held_out(three, probes, lambda: None)
+    said = "\n".join(alpha.warnings(three, demo, narrow, predicted))
+    assert "any interval: ours-cosine-d80/v2 measured outside its own" in said
+    assert "all: undetermined" not in said
+
+
 def test_the_order_of_the_demos_paradigms_is_predicted():
     """Where a paired difference of Table 3 is more than twice its standard error, means over seeds."""
     demo, record = (
         Plan(versions=4, steps=200, warmup=40, max_lr=4e-3),
         json.loads((RESULTS / "table3.json").read_text()),
     )
-    fits = [alpha.fitted(alpha.read(ROOT / "fixtures" / "alpha" / f"s{seed}", [])) for seed in (1, 2, 3)]
+    fits = [alpha.fitted(alpha.read(ROOT / "fixtures" / "alpha" / f"s{seed}", TWO)) for seed in (1, 2, 3)]
     told, right = 0, 0
     for d in (d for d in record["differences"] if "Average" not in d["minus"]):
         p = Plan(**{**vars(demo), "schedule": d["group"]})
