@@ -6,7 +6,7 @@
     python -m paper table8 --scale paper       the paper's own settings: the plan, its cost, the commands to submit
     python -m paper table4 --sft FILE.jsonl    fine-tune each version, then the harness's downstream tasks
 
-Tables: 1 to 13, and the paper's not: order, moments, footnote2, beyond, drift. Figures: 1 to 6, and `loss`.
+Tables: 1 to 13, and the paper's not: order, moments, footnote2, beyond, decays, drift. Figures: 1 to 6, and `loss`.
 Scales: files in configs/scales. Results go to out/<scale>/results.
 """
 

@@ -39,11 +39,13 @@ class Curve:
     """The validation losses of a segment, and the rates of all updates that led to them."""
 
     name: str
+    paradigm: str
     config: dict[str, Any]  # as the log records it
     rates: list[float]  # parts of the maximal one
     losses: dict[int, float]  # by step, from the middle of the first increment on
     average: dict[int, float]  # of a main path's running mean
     reached: int  # the last step in the log
+    diverged: list[int]  # steps whose loss is not finite
 
 
 # ---- Logs and paths --------------------------------------------------------------------------------------------------
@@ -80,40 +82,58 @@ def branch(p: Plan, end: int, d: int) -> list[float]:
 
 def lengths(p: Plan, end: int) -> list[int]:
     """Steps of the branches to try that end at a step: by STEP up to two increments, or to the warm-up."""
-    return [d for k in range(1, round(2 / STEP) + 1) if (d := round_half_up(k * STEP, p.T[0])) <= end - p.warmup]
+    tried = (round_half_up(k * STEP, p.T[0]) for k in range(1, round(2 / STEP) + 1))
+    return sorted({min(max(1, d), end - p.warmup) for d in tried})
 
 
-def read(run: Path, names: list[str]) -> list[Curve]:
-    """The curves of the main path and of the segments `names`; none: of all branches that leave it."""
-    branches = sorted(f.parent.relative_to(run).as_posix() for f in run.glob("*/v*/log.jsonl"))
-    found = []
-    for name in dict.fromkeys(["main", *(names or branches)]):
-        wanted = name == "main" or names
-        log = read_log(run / name) if (run / name / "log.jsonl").is_file() else []
-        headers = [r for r in log if "config" in r]
-        if not headers:
-            if wanted:
-                raise UserError(f"{run / name}: has no log.jsonl with a header; expected RUN, and segments of it")
+def read(run: Path, names: list[str]) -> tuple[list[Curve], list[str]]:
+    """The curves of the main path and of the segments `names`; none: of all branches that leave it. What is left out.
+
+    In the order of their names, since refits weight the points at random, one after another.
+    """
+    there = sorted(f.parent.relative_to(run).as_posix() for f in run.glob("*/v*/log.jsonl"))
+    found, left_out = [], []
+    for name in dict.fromkeys(["main", *sorted(names or there)]):
+        try:
+            c = curve(run, name)
+        except ValueError as e:
+            if names or name == "main":
+                raise UserError(f"{run / name}: {e}") from None
+            left_out.append(f"{name}: left out, it {e}")
             continue
-        header = max(headers, key=lambda r: r["end"])  # a later call may have asked for a part of it
-        p = plan_of(header["config"])
-        segments = all_segments(p)
-        s = segments.get(name)
-        if wanted and s is None:
-            raise UserError(f"{run / name}: is no segment of its plan; expected one of {', '.join(segments)}")
-        if s and (wanted or (s.paradigm == "branch" and not p.from_mean)):
-            begin = max(s.start, p.warmup, p.T[0] // 2)  # the laws are of what follows the steep beginning
-            own, average = (finite(log, key) for key in ("val_loss", "average_val_loss"))
-            losses = {step: loss for step, loss in own.items() if begin < step <= s.end}
-            path = rates(segments, name, max([s.start, *losses]), p.max_lr)
-            reached = max([s.start, *(r["step"] for r in log if "step" in r)])
-            found.append(Curve(name, header["config"], path, losses, average, reached))
-    return found
+        if names or c.paradigm in ("main", "branch"):
+            found.append(c)
+            if c.diverged:
+                left_out.append(f"{name}: no finite loss at step {', '.join(map(str, c.diverged))}")
+    return found, left_out
+
+
+def curve(run: Path, name: str) -> Curve:
+    """The curve of a segment. ValueError says why there is none."""
+    log = read_log(run / name) if (run / name / "log.jsonl").is_file() else []
+    header = max((r for r in log if "config" in r), key=lambda r: r["end"], default=None)  # others may be of a part
+    if header is None:
+        raise ValueError("has no log.jsonl with a header; expected RUN, and segments of it")
+    p = plan_of(header["config"])
+    segments = all_segments(p)
+    if (s := segments.get(name)) is None:
+        raise ValueError(f"is no segment of its plan; expected one of {', '.join(segments)}")
+    if s.parent and p.from_mean:
+        raise ValueError("starts from a mean of weights, which the laws do not describe")
+    begin = max(s.start, p.warmup, p.T[0] // 2)  # the laws are of what follows the steep beginning
+    own, average = (finite(log, key) for key in ("val_loss", "average_val_loss"))
+    losses = {step: loss for step, loss in own.items() if begin < step <= s.end}
+    if not losses:
+        raise ValueError(f"has no validation loss after step {begin:,} yet; wait, or lower train.eval_every")
+    path = rates(segments, name, max(losses), p.max_lr)
+    reached = min(s.end, max(r["step"] for r in log if "step" in r))
+    diverged = sorted({r["step"] for r in log if "val_loss" in r} - own.keys())
+    return Curve(name, s.paradigm, header["config"], path, losses, average, reached, diverged)
 
 
 def finite(log: list[dict[str, Any]], key: str) -> dict[int, float]:
     """{step: loss} of a log, without those of a run that diverged."""
-    return {r["step"]: r[key] for r in log if isinstance(r.get(key), float) and 0 < r[key] < math.inf}
+    return {r["step"]: r[key] for r in log if key in r and 0 < r[key] < math.inf}
 
 
 # Keys in which all segments must agree
@@ -134,7 +154,7 @@ def problems(curves: list[Curve], run: Path) -> list[str]:
     if points < FEWEST:
         got = f"{points} validation losses after step {begin:,}"
         found.append(f"{run}: got {got}, expected {FEWEST}; lower train.eval_every")
-    if not any(c.losses and c.rates[-1] < LOW for c in curves):
+    if not any(c.rates[-1] < LOW for c in curves):
         probe = "train.py .. --mode branch --version 1 --plan.schedule step_down --plan.decay_steps STEPS"
         found.append(f"{run}: got no loss at a low rate, expected a probe; train one: {probe}")
     return found
@@ -160,9 +180,10 @@ def ppl(fit: Any, paths: list[list[float]]) -> np.ndarray:
 
 def choose(fit: Any, p: Plan, tolerance: float) -> dict[str, tuple[int, int, int]]:
     """(steps, the interval's ends) of each version's branch, and of one length for all versions from the second on."""
-    ends = {f"V{i}": [p.end(i)] for i in range(1, len(p.T) + 1)}
-    found = {}
-    for name, of in (ends | {"all": [p.end(i) for i in range(2, len(p.T) + 1)]}).items():
+    ends, found = {f"V{i}": [p.end(i)] for i in range(1, len(p.T) + 1)}, {}
+    if len(p.T) > 1:
+        ends["all"] = [p.end(i) for i in range(2, len(p.T) + 1)]
+    for name, of in ends.items():
         tried = lengths(p, p.end(1) if name == "all" else of[0])
         mean = np.exp([fit.losses([branch(p, end, d) for d in tried]) for end in of]).mean(0)
         short = (mean <= (1 + tolerance) * mean.min(-1, keepdims=True)).argmax(-1)  # (laws, fits)
@@ -190,6 +211,9 @@ def compare(fit: Any, p: Plan, decays: list[int], average: dict[int, float]) -> 
     rows, whole = [["", "cost", *(f"V{i}" for i in range(1, len(p.T) + 1))]], cost.steps("ptfs", p)
     for name, q in plans.items():
         paradigm, segments = name.split(",")[0], all_segments(q)
+        if schedule.problems(q, paradigm):  # such as a CPT that warms up for longer than an increment
+            rows.append([f"{name}: no such plan", *["-"] * (1 + len(p.T))])
+            continue
         versions = [s for s in schedule.plan(paradigm, q) if s.paradigm != "main"]
         found = ppl(fit, [rates(segments, s.name, s.end, p.max_lr) for s in versions])
         cells = [f"{x:.2f} ({low:.2f}..{high:.2f})" for x, low, high in found.T]
@@ -270,14 +294,16 @@ def main() -> None:
     o = a.parse_args()
     if not 0.01 <= o.tolerance <= 10:
         raise UserError(f"--tolerance: got {o.tolerance}, expected 0.01 to 10")
-    if o.plot and Path(o.plot).suffix not in (".png", ".pdf", ".svg"):
+    if o.plot is not None and Path(o.plot).suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--plot: got {o.plot}, expected a file that ends in .png, .pdf or .svg")
-    curves = read(o.run, [Path(name).as_posix() for name in o.segment])
+    curves, left_out = read(o.run, [Path(name).as_posix() for name in o.segment])
     refuse(problems(curves, o.run))
     optional("scipy", "scipy", "fitting the laws")
+    if o.plot:
+        optional("matplotlib", "matplotlib", "--plot")
     from tools.laws import FITS
 
-    p, tolerance = plan_of(curves[0].config), o.tolerance / 100
+    p, tolerance = replace(plan_of(curves[0].config), cycle=None), o.tolerance / 100  # complete decays are predicted
     steps = sorted({s for c in curves for s in c.losses})
     early = [s for s in steps[:-1] if not problems(until(curves, s), o.run)]  # the log could be fitted there
     shown = [*early[:: max(1, len(early) // 4)][:4], steps[-1]] if o.plot else steps[-1:]
@@ -293,6 +319,8 @@ def main() -> None:
     T, ends = p.T[0], [lasts[f"V{i}"][0] for i in range(1, len(p.T) + 1)]
     names, (fsl, mpl) = ", ".join(c.name for c in curves), 1e3 * abs(fit.residuals).mean(1)
     print(f"{fit.residuals.shape[1]} losses of {names}; FSL misses them by {fsl:.1f} milli-nats, MPL by {mpl:.1f}")
+    for line in left_out:
+        print(line)
     for name, (x, low, high, got) in predicted.items():
         print(f"{name}: {x:.2f} ({low:.2f}..{high:.2f}) predicted from the others, {got:.2f} measured")
     print(f"\nThe shortest branch within {tolerance:.2%} of the best PPL, and its interval")

@@ -115,7 +115,7 @@ def run(tmp_path):
 
 
 def test_the_length_is_the_one_that_the_true_law_says(run):
-    curves = alpha.read(run, [])
+    curves = alpha.read(run, [])[0]
     assert [c.name for c in curves] == ["main", "ours-cosine-d80/v2", "ours-step_down-d40/v1"]
     chosen = alpha.choose(alpha.fitted(curves), TINY, 0.005)
     for i in (1, 2, 3):
@@ -148,7 +148,7 @@ def test_what_is_printed_and_drawn(run, monkeypatch, capsys):
 
 
 def test_a_log_that_grows_narrows_the_interval(run):
-    curves = alpha.read(run, [])
+    curves = alpha.read(run, [])[0]
     for c in curves:  # noise, the same in both
         draw = np.random.default_rng(0)
         c.losses.update({step: loss + 0.003 * draw.normal() for step, loss in c.losses.items()})
@@ -185,6 +185,56 @@ def test_too_little_is_refused_with_what_to_do(tmp_path, run, monkeypatch, capsy
     assert "--plot: got x.xyz, expected a file that ends" in command(monkeypatch, capsys, run, "--plot", "x.xyz")
 
 
+@pytest.mark.parametrize(
+    "keys, row",
+    [
+        ({"versions": 1}, "V1"),  # no version from the second on: no length for all of those
+        ({"versions": 17}, "all"),  # a list of as many lengths
+        ({"warmup": 195}, "V1"),  # hardly a step is left for its branch
+        ({"steps": 8, "versions": 60, "warmup": 2}, "V1"),  # a twentieth of an increment is no step
+        ({"cpt_variant": "rewarm_max", "versions": 4, "increments": [200, 200, 200, 40]}, "cpt: no such plan"),
+        ({"cycle": 300}, "ptfs"),  # of the main path's config, and shorter than PTFS: complete decays are predicted
+    ],
+)
+def test_plans_of_other_shapes(tmp_path, monkeypatch, capsys, keys, row):
+    monkeypatch.setattr(laws, "STARTS", 1)
+    monkeypatch.setattr(laws, "REFITS", 1)
+    base = {**vars(TINY), **keys}
+    write(tmp_path, "main", Plan(**{**base, "alpha": 0}), every=4)
+    version = 30 if "steps" in keys else 1
+    name = f"ours-step_down-d4/v{version}"
+    write(tmp_path, name, Plan(**{**base, "schedule": "step_down", "decay_steps": [4], "cycle": None}), every=1)
+    said = command(monkeypatch, capsys, tmp_path)
+    (found,) = (line for line in said.splitlines() if line.startswith(f"{row} "))
+    assert "nan" not in said and "inf " not in said and " 0   0.00" not in found
+    assert ("all " in said) == (keys.get("versions") != 1)
+
+
+def test_what_is_left_out_is_said(run, monkeypatch, capsys):
+    monkeypatch.setattr(laws, "STARTS", 1)
+    monkeypatch.setattr(laws, "REFITS", 1)
+    for name in ("ours-cosine-d30/v1", "ours-cosine-d90/v2"):
+        (run / name).mkdir(parents=True)
+    (run / "ours-cosine-d30/v1/log.jsonl").write_text('{"segment": "ours-cos')
+    shutil.copy(run / "ours-cosine-d80/v2/log.jsonl", run / "ours-cosine-d90/v2")
+    write(run, "ours-cosine-d20-from-mean/v1", Plan(**{**vars(TINY), "decay_steps": [20], "from_mean": True}))
+    write(run, "ours-cosine-d60/v2", Plan(**{**vars(TINY), "decay_steps": [60]}), every=100)
+    with open(run / "main" / "log.jsonl", "a") as f:
+        f.write('{"step": 599, "val_loss": NaN}\n')
+    said = command(monkeypatch, capsys, run)
+    assert "ours-cosine-d30/v1: left out, it has no log.jsonl with a header" in said
+    assert "ours-cosine-d90/v2: left out, it is no segment of its plan" in said
+    assert "ours-cosine-d20-from-mean/v1: left out, it starts from a mean" in said
+    assert "ours-cosine-d60/v2: left out, it has no validation loss after step 340 yet" in said
+    assert "main: no finite loss at step 599" in said
+    assert "starts from a mean" in command(monkeypatch, capsys, run, "ours-cosine-d20-from-mean/v1")
+
+
+def test_the_order_of_the_names_does_not_matter():
+    folder = ROOT / "fixtures" / "alpha" / "s1"
+    assert alpha.read(folder, TWO) == alpha.read(folder, TWO[::-1])
+
+
 def test_logs_that_others_left_do_not_matter(run):
     """A part of the main path that was asked for later, a header alone, losses that are none, plans of no schedule."""
     with open(run / "main" / "log.jsonl", "a") as f:
@@ -196,13 +246,13 @@ def test_logs_that_others_left_do_not_matter(run):
         part["config"] = {**part["config"], "plan.versions": 1}
         lines = [part, {"step": 590, "val_loss": math.nan}, {"step": 595, "val_loss": math.inf}]
         f.write("".join(json.dumps(line) + "\n" for line in lines))
-    before = alpha.read(run, [])
+    before = alpha.read(run, [])[0]
     write(run, "cpt-cosine/v2", TINY)
     write(run, "ours-cosine-d60/v2", Plan(**{**vars(TINY), "decay_steps": [60]}), **{"plan.schedule": "circle"})
     (run / "ours-knee" / "v1").mkdir(parents=True)
     (run / "ours-knee" / "v1" / "log.jsonl").touch()
-    assert alpha.read(run, []) == before and len(before) == 3 and max(before[0].losses) == 600
-    chosen = alpha.read(run, ["ours-step_down-d40/v1", "main"])
+    assert alpha.read(run, [])[0] == before and len(before) == 3 and max(before[0].losses) == 600
+    chosen = alpha.read(run, ["ours-step_down-d40/v1", "main"])[0]
     assert [c.name for c in chosen] == ["main", "ours-step_down-d40/v1"]
 
 
@@ -216,7 +266,7 @@ TWO = ["ours-step_down-d40/v1", "ours-cosine-d80/v2"]
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_alpha_of_the_demo_is_that_of_a_measured_grid(seed):
     """Within 0.1 for all versions together; of single versions the interval says how little two probes tell."""
-    fit = alpha.fitted(alpha.read(ROOT / "fixtures" / "alpha" / f"s{seed}", TWO))
+    fit = alpha.fitted(alpha.read(ROOT / "fixtures" / "alpha" / f"s{seed}", TWO)[0])
     demo = Plan(versions=4, steps=200, warmup=40, max_lr=4e-3)
     chosen = alpha.choose(fit, demo, 0.005)
     rows = json.loads((RESULTS / "decays.json").read_text())["rows"]
@@ -236,7 +286,7 @@ def test_alpha_of_the_demo_is_that_of_a_measured_grid(seed):
 def test_a_third_probe_of_twice_the_length_narrows_the_intervals():
     """To lengths that are determined, but shorter than the best measured ones: the laws miss, and that is said."""
     demo, folder = Plan(versions=4, steps=200, warmup=40, max_lr=4e-3), ROOT / "fixtures" / "alpha" / "s1"
-    two, three = (alpha.read(folder, names) for names in (TWO, [*TWO, "ours-cosine-d160/v3"]))
+    two, three = (alpha.read(folder, names)[0] for names in (TWO, [*TWO, "ours-cosine-d160/v3"]))
     wide, narrow = (alpha.choose(alpha.fitted(curves), demo, 0.005) for curves in (two, three))
     assert all(2 * (narrow[v][2] - narrow[v][1]) < wide[v][2] - wide[v][1] for v in ("V2", "V3", "V4", "all"))
     assert alpha.wide(wide["all"], demo) and not alpha.wide(narrow["all"], demo)
@@ -250,13 +300,13 @@ def test_a_third_probe_of_twice_the_length_narrows_the_intervals():
 @pytest.mark.parametrize("seed", [1, 2])
 def test_perplexities_of_a_second_setting(seed):
     """Of branches that were not trained for the fit. The lengths are too long there: docs/alpha.md."""
-    fit = alpha.fitted(alpha.read(ROOT / "fixtures" / "alpha" / f"bytes-s{seed}", []))
+    fit = alpha.fitted(alpha.read(ROOT / "fixtures" / "alpha" / f"bytes-s{seed}", [])[0])
     p = Plan(versions=4, steps=150, warmup=30, max_lr=4e-3)
     for row in json.loads((RESULTS.parent / "bytes" / "decays.json").read_text())["rows"]:
         if row["name"].startswith("alpha") and 30 <= (d := int(row["labels"]["steps"])) <= 120:
             predicted = alpha.ppl(fit, [alpha.branch(p, p.end(i), d) for i in (2, 3, 4)])[0]
             measured = [row["seeds"][f"V{i}"][seed - 1] for i in (2, 3, 4)]
-            assert abs(predicted / measured - 1).max() < 0.025  # PTFS and CPT are 5 to 11 % above ours there
+            assert abs(predicted / measured - 1).max() < 0.025  # PTFS and CPT are 5 to 12 % above ours there
 
 
 def test_the_order_of_the_demos_paradigms_is_predicted():
@@ -265,7 +315,7 @@ def test_the_order_of_the_demos_paradigms_is_predicted():
         Plan(versions=4, steps=200, warmup=40, max_lr=4e-3),
         json.loads((RESULTS / "table3.json").read_text()),
     )
-    fits = [alpha.fitted(alpha.read(ROOT / "fixtures" / "alpha" / f"s{seed}", TWO)) for seed in (1, 2, 3)]
+    fits = [alpha.fitted(alpha.read(ROOT / "fixtures" / "alpha" / f"s{seed}", TWO)[0]) for seed in (1, 2, 3)]
     told, right = 0, 0
     for d in (d for d in record["differences"] if "Average" not in d["minus"]):
         p = Plan(**{**vars(demo), "schedule": d["group"]})

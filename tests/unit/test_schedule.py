@@ -199,6 +199,12 @@ def test_cpt_variants():
     assert {keep[2].lr(s) for s in range(20000, 30000)} == {3e-5}
 
 
+def test_many_lengths_of_branches_have_a_name_that_a_folder_can_have():
+    lengths = [[100 + i] * 400 for i in (1, 2)]
+    names = {plan("ours", variant(alpha=None, decay_steps=d))[1].name for d in lengths}
+    assert len(names) == 2 and all(len(name) < 100 for name in names)
+
+
 def test_cycles_longer_than_the_run():
     """Figures 4 and 5: a cycle as long as the run is the ordinary cosine, an infinite one the main path."""
     one, two, inf = (plan("ptfs", variant(increments=[10000], cycle=c))[0] for c in (10000, 20000, math.inf))
@@ -224,7 +230,6 @@ def test_cycles_longer_than_the_run():
         ("--plan.alpha 0.9", "inside the warm-up of 2000; expected at most 8000 steps (alpha 0.8)"),
         ("--plan.alpha 0.5 --plan.decay_steps 10", "decay_steps: got [10], expected none beside alpha = 0.5"),
         ("--plan.decay_steps 0", "decay_steps: got [0]"),
-        ("--plan.decay_steps " + ",".join(["70"] * 17), "decay_steps: got 17, expected at most 16 numbers"),
         ("--plan.max_lr 0", "max_lr: got 0.0"),
         ("--plan.max_lr inf", "max_lr: got inf"),
         ("--plan.min_lr 1", "min_lr: got 1.0"),
