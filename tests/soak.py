@@ -452,7 +452,9 @@ def nan_on_a_rank(t: Trial) -> None:
 
     codes = t.start(fault).wait(grace=60)
     said = t.log.read_text()
-    assert codes == [2] * t.ranks and said.count(f"step {step}, ") == said.count("loss nan") == 1, f"ended with {codes}"
+    once = said.count(f"error: step {step}, batch ") == said.count("loss nan") == 1  # beside a validation at it
+    assert codes == [2] * t.ranks and once, f"ended with {codes}"
+    assert f"step {step}, tokens {512 * (step + 1)}, lr" not in said, "logged an update that was not made"
     assert max([t.first, *checkpoint.steps(t.folder)]) <= step, "saved what came after"
 
 
