@@ -13,7 +13,7 @@ from paper.scales import Setup
 from runtime.command_line import Parser
 from runtime.errors import UserError, user_errors
 from runtime.files import read_log
-from tools.paths import COLOURS, LEGEND, canvas, finish
+from tools.paths import COLOURS, LEGEND, canvas, check_picture, finish
 
 OF = {"PTFS": COLOURS[0], "CPT": COLOURS[1], "Ours": COLOURS[2], tables.MIXED: COLOURS[3], tables.MEAN: COLOURS[4]}
 MARKERS = "os^DvP"
@@ -205,6 +205,7 @@ def main() -> None:
     a.add_argument("--x", default="steps", choices=["steps", "tokens"])
     a.add_argument("--out", default="out/loss.png", metavar="FILE", help="a .png, .pdf or .svg [out/loss.png]")
     o = a.parse_args()
+    check_picture(o.out)
     logs = {str(f): read_log(f) for folder in o.folder for f in segments(folder)}
     losses({"training loss (thin), validation loss (dots; crosses: of the running mean)": logs}, o.out, o.x)
     print(o.out)

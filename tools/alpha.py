@@ -12,7 +12,7 @@ laws, and over fits to randomly weighted points; wider than 0.2 of an increment,
 import math
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from runtime.errors import UserError, optional, refuse, user_errors
 from runtime.files import read_log
 from schedule import Plan, Segment, round_half_up
 from text.sources import progress_bar
-from tools.paths import COLOURS, canvas, finish
+from tools.paths import COLOURS, canvas, check_picture, finish
 
-FEWEST = 14  # validation losses: twice the parameters of the larger law
+FEWEST, MOST = 14, 100  # validation losses in all: twice the parameters of the larger law; in a segment
+LONGEST = 10**6  # updates of a path, each of which is computed
 WIDEST = 0.2  # interval of a length, in increments, that still determines it
 STEP = 0.05  # between the lengths that are tried, in increments
 LOW = 0.5  # of the maximal rate: a segment that ends below it is a probe
@@ -53,7 +54,7 @@ class Curve:
 
 def plan_of(recorded: dict[str, Any]) -> Plan:
     """The plan in the config that a log records; a key that came later has its default."""
-    p = Plan(**{f.name: recorded.get(f"plan.{f.name}", getattr(Plan(), f.name)) for f in fields(Plan)})
+    p = Plan(**{k: recorded.get(f"plan.{k}", default) for k, default in vars(Plan()).items()})
     return replace(p, decay_steps=[p.decay_steps]) if isinstance(p.decay_steps, int) else p
 
 
@@ -76,8 +77,10 @@ def rates(segments: dict[str, Segment], name: str, end: int, max_lr: float) -> l
 
 def branch(p: Plan, end: int, d: int) -> list[float]:
     """The rates of the main path and of a branch of d steps that ends at step `end`, as parts of the maximal one."""
-    on_main, decaying = schedule.path(p, 0, end - d, p.warmup, 0), schedule.path(p, end - d, end, 0, d)
-    return [(on_main(i) if i < end - d else decaying(i)) / p.max_lr for i in range(end)]
+    fork, W = end - d, min(p.warmup, end - d)
+    warming, decaying = schedule.path(p, 0, fork, p.warmup, 0), schedule.path(p, fork, end, 0, d)
+    path = (*map(warming, range(W)), *[p.max_lr] * (fork - W), *map(decaying, range(fork, end)))
+    return [lr / p.max_lr for lr in path]
 
 
 def lengths(p: Plan, end: int) -> list[int]:
@@ -96,13 +99,18 @@ def read(run: Path, names: list[str]) -> tuple[list[Curve], list[str]]:
     for name in dict.fromkeys(["main", *sorted(names or there)]):
         try:
             c = curve(run, name)
+        except (LookupError, TypeError):
+            raise UserError(f"{run / name}: log.jsonl has records that train.py does not write; restore it") from None
         except ValueError as e:
             if names or name == "main":
                 raise UserError(f"{run / name}: {e}") from None
             left_out.append(f"{name}: left out, it {e}")
             continue
         if names or c.paradigm in ("main", "branch"):
-            found.append(c)
+            steps, every = list(c.losses), -(-len(c.losses) // MOST)
+            found.append(replace(c, losses={step: c.losses[step] for step in steps[::-1][::every][::-1]}))
+            if every > 1:  # they hardly say more, and a fit takes as much longer
+                left_out.append(f"{name}: of its {len(steps)} validation losses {len(found[-1].losses)} are read")
             if c.diverged:
                 left_out.append(f"{name}: no finite loss at step {', '.join(map(str, c.diverged))}")
     return found, left_out
@@ -122,7 +130,7 @@ def curve(run: Path, name: str) -> Curve:
         raise ValueError("starts from a mean of weights, which the laws do not describe")
     begin = max(s.start, p.warmup, p.T[0] // 2)  # the laws are of what follows the steep beginning
     own, average = (finite(log, key) for key in ("val_loss", "average_val_loss"))
-    losses = {step: loss for step, loss in own.items() if begin < step <= s.end}
+    losses = {step: loss for step, loss in sorted(own.items()) if begin < step <= s.end}
     if not losses:
         raise ValueError(f"has no validation loss after step {begin:,} yet; wait, or lower train.eval_every")
     path = rates(segments, name, max(losses), p.max_lr)
@@ -150,7 +158,10 @@ def problems(curves: list[Curve], run: Path) -> list[str]:
         for key in ("data.repeat", "data.unique", "data.replay"):
             if c.config.get(key):
                 found.append(f"{key}: got {c.config[key]} in {c.name}; the laws are of text that is read once")
-    points, begin = sum(len(c.losses) for c in curves), plan_of(first.config).T[0] // 2
+    p = plan_of(first.config)
+    if (end := p.end(len(p.T))) > LONGEST:
+        found.append(f"plan.steps: got {end:,} in all versions, expected at most {LONGEST:,}")
+    points, begin = sum(len(c.losses) for c in curves), p.T[0] // 2
     if points < FEWEST:
         got = f"{points} validation losses after step {begin:,}"
         found.append(f"{run}: got {got}, expected {FEWEST}; lower train.eval_every")
@@ -262,6 +273,12 @@ def wide(found: tuple[int, int, int], p: Plan) -> bool:
 # ---- The command -----------------------------------------------------------------------------------------------------
 
 
+def inside(run: Path, segment: Path) -> str:
+    """The name of a segment that is given by it, or by its folder."""
+    folder, home = segment.resolve(), run.resolve()
+    return (folder.relative_to(home) if folder.is_relative_to(home) else segment).as_posix()
+
+
 def until(curves: list[Curve], step: int) -> list[Curve]:
     """The curves as they were when the main path was at a step."""
     return [
@@ -294,13 +311,11 @@ def main() -> None:
     o = a.parse_args()
     if not 0.01 <= o.tolerance <= 10:
         raise UserError(f"--tolerance: got {o.tolerance}, expected 0.01 to 10")
-    if o.plot is not None and Path(o.plot).suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--plot: got {o.plot}, expected a file that ends in .png, .pdf or .svg")
-    curves, left_out = read(o.run, [Path(name).as_posix() for name in o.segment])
+    if o.plot is not None:
+        check_picture(o.plot)
+    curves, left_out = read(o.run, [inside(o.run, Path(name)) for name in o.segment])
     refuse(problems(curves, o.run))
     optional("scipy", "scipy", "fitting the laws")
-    if o.plot:
-        optional("matplotlib", "matplotlib", "--plot")
     from tools.laws import FITS
 
     p, tolerance = replace(plan_of(curves[0].config), cycle=None), o.tolerance / 100  # complete decays are predicted

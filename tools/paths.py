@@ -6,6 +6,7 @@ Neither a GPU nor torch is needed; matplotlib for the picture alone.
 """
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,18 @@ def canvas(titles: list[str], width: float = 3.4, height: float = 3.4, rows: int
     return fig, axes if rows > 1 else axes[0]
 
 
+def check_picture(file: str) -> None:
+    """UserError, before the work that it is to show, if a picture cannot be written to a file."""
+    kinds = optional("matplotlib.backend_bases", "matplotlib", "drawing").FigureCanvasBase.get_supported_filetypes()
+    if (kind := Path(file).suffix[1:].lower()) not in kinds:
+        raise UserError(f"{file!r}: got the ending {kind!r}, expected one of {', '.join(kinds)}")
+    folder = next(p for p in Path(file).absolute().parents if p.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(file).is_dir():
+        raise UserError(f"{file}: cannot be written; choose another file")
+
+
 def finish(fig: Any, file: str, axes: Any = (), columns: int = 6) -> None:
-    """Save a figure, with one legend of these axes below all. UserError for an ending that is no picture's."""
-    if (kind := Path(file).suffix[1:].lower()) not in (kinds := fig.canvas.get_supported_filetypes()):
-        raise UserError(f"{file}: got the ending {kind!r}, expected one of {', '.join(kinds)}")
+    """Save a figure, with one legend of these axes below all."""
     key = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     if names := sorted(key):
         fig.legend([key[n] for n in names], names, loc="lower center", ncols=min(len(names), columns), **LEGEND)
@@ -74,7 +83,8 @@ def main() -> None:
     o, c = a.parse_config()
     paradigm = o.paradigm or ("ours" if c.plan.branches else "average")
     segments = config.segments(paradigm, c.plan)
-    if o.plot:
+    if o.plot is not None:
+        check_picture(o.plot)
         draw({paradigm: segments}, o.plot)
     if o.csv:
         print("segment,step,lr")

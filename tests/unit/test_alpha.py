@@ -182,7 +182,13 @@ def test_too_little_is_refused_with_what_to_do(tmp_path, run, monkeypatch, capsy
     main.write_text("\n".join(main.read_text().splitlines()[:8]) + "\n")  # up to step 140
     assert "got 8 validation losses after step 100, expected 14" in command(monkeypatch, capsys, run)
     assert "--tolerance: got 0.0" in command(monkeypatch, capsys, run, "--tolerance", "0")
-    assert "--plot: got x.xyz, expected a file that ends" in command(monkeypatch, capsys, run, "--plot", "x.xyz")
+    assert "'x.xyz': got the ending 'xyz', expected one of" in command(monkeypatch, capsys, run, "--plot", "x.xyz")
+    assert "cannot be written; choose another file" in command(monkeypatch, capsys, run, "--plot", main / "a.png")
+    main.write_text(main.read_text().replace('"end": 600, ', ""))
+    assert "log.jsonl has records that train.py does not write" in command(monkeypatch, capsys, run)
+    write(tmp_path / "long", "main", Plan(**{**vars(TINY), "versions": 1, "steps": 10**6 + 1, "alpha": 0}), every=10**6)
+    said = command(monkeypatch, capsys, tmp_path / "long")
+    assert "plan.steps: got 1,000,001 in all versions, expected at most 1,000,000" in said
 
 
 @pytest.mark.parametrize(
@@ -233,6 +239,22 @@ def test_what_is_left_out_is_said(run, monkeypatch, capsys):
 def test_the_order_of_the_names_does_not_matter():
     folder = ROOT / "fixtures" / "alpha" / "s1"
     assert alpha.read(folder, TWO) == alpha.read(folder, TWO[::-1])
+
+
+def test_a_segment_is_named_by_its_folder_too(run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    for given in ("ours-cosine-d80/v2", f"{run.name}/ours-cosine-d80/v2", run / "ours-cosine-d80/v2/"):
+        for home in (run, Path(run.name)):
+            assert alpha.inside(home, Path(given)) == "ours-cosine-d80/v2"
+
+
+def test_of_many_losses_some_are_read_and_that_is_said(tmp_path):
+    write(tmp_path, "main", Plan(**{**vars(TINY), "alpha": 0}), every=2)
+    (main,), left_out = alpha.read(tmp_path, [])
+    assert (
+        list(main.losses) == list(range(105, 601, 1))[::-6][::-1] or list(main.losses) == [*range(600, 100, -6)][::-1]
+    )
+    assert left_out == ["main: of its 250 validation losses 84 are read"]
 
 
 def test_logs_that_others_left_do_not_matter(run):
