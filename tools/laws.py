@@ -15,7 +15,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 NOISE = 0.003  # nats: residuals beyond it count less than squared (soft L1)
-STARTS, REFITS = 8, 20  # fits of a law: from random parameters; to randomly weighted points
+STARTS, REFITS = 8, 20  # fits of a law: from random parameters, of which the best counts; to randomly weighted points
 Array = np.ndarray
 
 
@@ -58,44 +58,65 @@ LAWS: dict[str, tuple[Callable[[Array, Paths], Array], list[tuple[float, float]]
     "FSL": (fsl, [(0.01, 8), (0.05, 2), (1e-3, 20), (1e-2, 1e4), (0.2, 5)]),
     "MPL": (mpl, [(0.01, 8), (0.05, 2), (1e-3, 5), (1e-2, 1e4), (0.01, 1.5), (0.05, 3)]),
 }
-FITS = len(LAWS) * (STARTS + REFITS)
 
 
-def solve(f: Callable[[Array, Paths], Array], x: Paths, y: Array, weights: Array, start: Array, bounds: Any) -> Any:
-    """scipy's least squares of weighted residuals, from a start of log-parameters."""
+def count(probes: int) -> int:
+    """Fits that a Fit makes."""
+    return len(LAWS) * (STARTS * (1 + probes) + REFITS)
 
-    def residuals(p: Array) -> Array:
-        return weights * (f(p, x) - y)
 
-    return least_squares(residuals, start, bounds=bounds, loss="soft_l1", f_scale=NOISE, max_nfev=300)
+def fit_law(law: str, x: Paths, y: Array, probes: Array, progress: Callable) -> list[Array]:
+    """Log-parameters of a law by least squares: for all points; refitted; for all but the points of each probe."""
+    f, limits = LAWS[law]
+    low, high = np.log([(0.3 * y.min(), y.min()), *limits]).T
+    draw = np.random.default_rng(0)
+
+    def fit(weights: Array, start: Array) -> Any:
+        def residuals(p: Array) -> Array:
+            return weights * (f(p, x) - y)
+
+        found = least_squares(residuals, start, bounds=(low, high), loss="soft_l1", f_scale=NOISE, max_nfev=300)
+        progress()
+        return found
+
+    def best(weights: Array) -> Array:
+        return min((fit(weights, draw.uniform(low, high)) for _ in range(STARTS)), key=lambda found: found.cost).x
+
+    own = best(np.ones(len(y)))
+    inside = np.clip(own, low + 1e-6, high - 1e-6)
+    refits = [fit(np.sqrt(draw.exponential(size=len(y))), inside).x for _ in range(REFITS)]
+    return [own, *refits, *(best(1.0 * (probes != k)) for k in range(1, probes.max() + 1))]
 
 
 class Fit:
-    """Both laws, fitted to losses (nats) at the ends of paths: the best fits, and refits.
+    """Both laws, fitted to losses (nats) at the ends of paths, and fitted again to see how sure that is.
 
-    A refit gives the points exponential weights (a Bayesian bootstrap): it says what another log might have said.
+    A refit gives the points exponential weights (a Bayesian bootstrap): it says what another log might have said. A fit
+    without the points of one probe says how far a law misses what it has not seen.
     """
 
-    def __init__(self, paths: list[list[float]], losses: list[float], T: float, progress: Callable = lambda: None):
-        """progress: called after each of the FITS."""
-        self.T, x, y = T, Paths(paths, T), np.array(losses)
-        self.parameters: dict[str, list[Array]] = {}  # by law, the best fit first
-        for law, (f, limits) in LAWS.items():
-            low, high = np.log([(0.3 * y.min(), y.min()), *limits]).T
-            draw, found = np.random.default_rng(0), []
-            for _ in range(STARTS):
-                found.append(solve(f, x, y, np.ones(len(y)), draw.uniform(low, high), (low, high)))
-                progress()
-            best = min(found, key=lambda fit: fit.cost).x
-            self.parameters[law] = [best]
-            inside = np.clip(best, low + 1e-6, high - 1e-6)
-            for _ in range(REFITS):
-                weights = np.sqrt(draw.exponential(size=len(y)))
-                self.parameters[law].append(solve(f, x, y, weights, inside, (low, high)).x)
-                progress()
+    def __init__(
+        self,
+        paths: list[list[float]],
+        losses: list[float],
+        T: float,
+        probes: list[int] | None = None,  # the number of each point's probe, from 1 on; 0: of none
+        progress: Callable = lambda: None,  # called after each fit
+    ) -> None:
+        self.T, x, y, of = T, Paths(paths, T), np.array(losses), np.array(probes or [0] * len(losses))
+        self.parameters = [fit_law(law, x, y, of, progress) for law in LAWS]
         self.residuals = self.losses(paths)[:, 0] - y  # (laws, points)
 
     def losses(self, paths: list[list[float]]) -> Array:
-        """(laws, 1 + refits, paths): predicted nats."""
+        """(laws, fits, paths): predicted nats, of the best fit first."""
         x = Paths(paths, self.T)
-        return np.array([[LAWS[law][0](p, x) for p in of] for law, of in self.parameters.items()])
+        return np.array([[f(p, x) for p in of] for (f, _), of in zip(LAWS.values(), self.parameters, strict=True)])
+
+
+def spread(values: Array) -> tuple[Array, Array]:
+    """(laws, fits, ..) -> the lowest and highest of both laws: of 90 % of the refits, of all fits without a probe."""
+    refits, without = np.split(values, [1 + REFITS], axis=1)
+    low, high = np.quantile(refits, (0.05, 0.95), axis=1)  # (laws, ..)
+    return np.concatenate((low[:, None], without), 1).min((0, 1)), np.concatenate((high[:, None], without), 1).max(
+        (0, 1)
+    )
