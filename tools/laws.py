@@ -35,26 +35,40 @@ class Paths:
             before = np.concatenate((eta[:1], eta))  # the rate of the update before
             left = u[-1] - (u[edges[1:]] + u[edges[:-1]]) / 2  # from the middle of a piece to the end
             mean = np.diff(u[edges]) * T / np.diff(edges)
-            found.append(np.array([-np.diff(before[edges]), np.diff(fade[edges]), mean, left]))
-        self.drop, self.fade, self.eta, self.R = np.zeros((4, len(paths), max(x.shape[1] for x in found)))
-        self.eta += 1  # of pieces that other paths have, and which count for nothing
+            found.append(np.array([-np.diff(before[edges]), np.diff(fade[edges]), np.log(mean), left]))
+        # zeros for pieces that only other paths have: they count for nothing
+        self.drop, self.fade, self.log_eta, self.R = np.zeros((4, len(paths), max(x.shape[1] for x in found)))
         for i, of in enumerate(found):
             n = of.shape[1]
-            self.drop[i, :n], self.fade[i, :n], self.eta[i, :n], self.R[i, :n] = of
+            self.drop[i, :n], self.fade[i, :n], self.log_eta[i, :n], self.R[i, :n] = of
 
 
-def fsl(p: Array, x: Paths) -> Array:
+def fsl(p: Array, x: Paths, slopes: bool = False) -> Array:
+    """(paths,) losses, or (6, paths) their slopes along the logarithms of the parameters."""
     L0, A, a, B, c, q = np.exp(p)
-    return L0 + A * x.S**-a + B * (x.fade * (1 + c * x.R) ** -q).sum(1)
+    learned, u = A * x.S**-a, np.log1p(c * x.R)
+    fading = B * x.fade * np.exp(-q * u)
+    if not slopes:
+        return L0 + learned + fading.sum(1)
+    of_c, of_q = (q * fading * np.expm1(-u)).sum(1), -(q * fading * u).sum(1)
+    return np.stack([L0 + 0 * learned, learned, -a * np.log(x.S) * learned, fading.sum(1), of_c, of_q])
 
 
-def mpl(p: Array, x: Paths) -> Array:
+def mpl(p: Array, x: Paths, slopes: bool = False) -> Array:
+    """(paths,) losses, or (7, paths) their slopes along the logarithms of the parameters."""
     L0, A, a, B, C, g, b = np.exp(p)
-    return L0 + A * x.S**-a - B * (x.drop * (1 - (1 + C * x.eta**-g * x.R) ** -b)).sum(1)
+    learned, u = A * x.S**-a, np.log1p(C * np.exp(-g * x.log_eta) * x.R)
+    missing = B * x.drop * np.exp(-b * u)  # of what each fall of the rate gains in the end
+    gained = B * x.drop.sum(1) - missing.sum(1)
+    if not slopes:
+        return L0 + learned - gained
+    of_C = b * missing * np.expm1(-u)
+    of_g, of_b = -(g * x.log_eta * of_C).sum(1), -(b * missing * u).sum(1)
+    return np.stack([L0 + 0 * learned, learned, -a * np.log(x.S) * learned, -gained, of_C.sum(1), of_g, of_b])
 
 
 # name: (law, bounds of its parameters after L0, which lies between 0.3 of the lowest loss and that loss)
-LAWS: dict[str, tuple[Callable[[Array, Paths], Array], list[tuple[float, float]]]] = {
+LAWS: dict[str, tuple[Callable[..., Array], list[tuple[float, float]]]] = {
     "FSL": (fsl, [(0.01, 8), (0.05, 2), (1e-3, 20), (1e-2, 1e4), (0.2, 5)]),
     "MPL": (mpl, [(0.01, 8), (0.05, 2), (1e-3, 5), (1e-2, 1e4), (0.01, 1.5), (0.05, 3)]),
 }
@@ -72,10 +86,8 @@ def fit_law(law: str, x: Paths, y: Array, probes: Array, progress: Callable) -> 
     draw = np.random.default_rng(0)
 
     def fit(weights: Array, start: Array) -> Any:
-        def residuals(p: Array) -> Array:
-            return weights * (f(p, x) - y)
-
-        found = least_squares(residuals, start, bounds=(low, high), loss="soft_l1", f_scale=NOISE, max_nfev=300)
+        how: Any = {"bounds": (low, high), "loss": "soft_l1", "f_scale": NOISE, "max_nfev": 300}
+        found = least_squares(lambda p: weights * (f(p, x) - y), start, lambda p: (weights * f(p, x, True)).T, **how)
         progress()
         return found
 
