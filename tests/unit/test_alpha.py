@@ -170,8 +170,9 @@ def test_a_log_that_grows_narrows_the_interval(run):
 
 def test_a_fit_without_a_probe_has_not_seen_it(run, monkeypatch):
     monkeypatch.setattr(laws, "STARTS", 2)
-    curves = alpha.read(run, [])[0]
-    before = alpha.fitted(curves)
+    curves, fits = alpha.read(run, [])[0], []
+    before = alpha.fitted(curves, lambda: fits.append(1))
+    assert len(fits) == laws.count(2)  # what the bar counts to
     odd = curves[2]
     for step in odd.losses:
         odd.losses[step] += 0.5
