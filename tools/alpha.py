@@ -195,7 +195,7 @@ def ppl(fit: Any, paths: list[list[float]]) -> np.ndarray:
     from tools.laws import spread
 
     nats = fit.losses(paths)
-    return np.exp([nats[:, 0].mean(0), *spread(nats)])
+    return np.exp([nats[:, 0].mean(0), *spread(nats, fit.missed[:, :, None])])
 
 
 def choose(fit: Any, p: Plan, tolerance: float) -> dict[str, tuple[int, int, int]]:

@@ -117,7 +117,11 @@ class Fit:
     ) -> None:
         self.T, x, y, of = T, Paths(paths, T), np.array(losses), np.array(probes or [0] * len(losses))
         self.parameters = [fit_law(law, x, y, of, progress) for law in LAWS]
-        self.residuals = self.losses(paths)[:, 0] - y  # (laws, points)
+        errors = self.losses(paths) - y  # (laws, fits, points)
+        self.residuals = errors[:, 0]
+        ends = np.array([np.flatnonzero(of == k)[-1] for k in range(1, of.max() + 1)], int)
+        # (laws, probes): by how much the fit without a probe misses its last loss
+        self.missed = abs(errors[:, 1 + REFITS :][:, range(len(ends)), ends])
 
     def losses(self, paths: list[list[float]]) -> Array:
         """(laws, fits, paths): predicted nats, of the best fit first."""
@@ -125,10 +129,12 @@ class Fit:
         return np.array([[f(p, x) for p in of] for (f, _), of in zip(LAWS.values(), self.parameters, strict=True)])
 
 
-def spread(values: Array) -> tuple[Array, Array]:
-    """(laws, fits, ..) -> the lowest and highest of both laws: of 90 % of the refits, of all fits without a probe."""
+def spread(values: Array, missed: Any = 0.0) -> tuple[Array, Array]:
+    """(laws, fits, ..) -> the lowest and highest of both laws: of 90 % of the refits, of all fits without a probe.
+
+    missed: what the latter missed is added on either side (jackknife+, arXiv:1905.02928).
+    """
     refits, without = np.split(values, [1 + REFITS], axis=1)
-    low, high = np.quantile(refits, (0.05, 0.95), axis=1)  # (laws, ..)
-    return np.concatenate((low[:, None], without), 1).min((0, 1)), np.concatenate((high[:, None], without), 1).max(
-        (0, 1)
-    )
+    low, high = np.quantile(refits, (0.05, 0.95), axis=1)[:, :, None]  # (laws, 1, ..) each
+    low, high = np.concatenate((low, without - missed), 1), np.concatenate((high, without + missed), 1)
+    return low.min((0, 1)), high.max((0, 1))

@@ -188,6 +188,9 @@ def test_the_interval_is_of_both_laws_of_refits_and_of_fits_without_a_probe():
     values = np.array([[0.0, *np.linspace(0, 1, laws.REFITS), 5, -2], [3.0, *[3.0] * laws.REFITS, 4, 3]])
     low, high = laws.spread(values)
     assert (low, high) == (-2, 5)
+    missed = np.array([[2.0, 1.0], [0.5, 0.25]])
+    assert laws.spread(values, missed) == (-3, 7)
+    assert laws.spread(values[..., None], missed[..., None]) == (-3, 7)
     low, high = laws.spread(values[:, :-2])  # of 90 % of the refits
     assert 0 < low + 1e-9 < 0.2 and high == 3
 
@@ -319,6 +322,8 @@ def test_logs_that_others_left_do_not_matter(run):
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT.parent / "results"
 TWO = ("ours-step_down-d40/v1", "ours-cosine-d80/v2")
+THREE = (*TWO, "ours-cosine-d160/v3")
+FOUR = (*THREE, "ours-cosine-d60-120-180-240/v4")
 DEMO = Plan(versions=4, steps=200, warmup=40, max_lr=4e-3)
 BYTES = Plan(versions=4, steps=150, warmup=30, max_lr=4e-3)
 
@@ -361,30 +366,35 @@ def test_alpha_of_the_demo_is_that_of_a_measured_grid(seed):
     assert abs(chosen["all"][0] - best("tiny", 2, 3, 4)) <= 20
     for v in (2, 3, 4):
         assert chosen[f"V{v}"][1] <= best("tiny", v) <= chosen[f"V{v}"][2]
-    assert inside(fit_of(f"s{seed}", TWO), DEMO, "tiny", seed) >= 28
+    assert inside(fit_of(f"s{seed}", TWO), DEMO, "tiny", seed) == 30
 
 
-def test_a_third_probe_of_twice_the_length_narrows_the_intervals():
-    """They still hold the best measured lengths, which the point estimates are below."""
-    curves, fit = alpha.read(ROOT / "fixtures" / "alpha" / "s1", [])[0], fit_of("s1")
-    wide, narrow = (alpha.choose(f, DEMO, 0.005) for f in (fit_of("s1", TWO), fit))
+def test_a_probe_that_is_longer_narrows_the_intervals():
+    """They still hold what was measured."""
+    chosen = [alpha.choose(fit_of("s1", probes), DEMO, 0.005) for probes in (TWO, THREE, FOUR)]
     for name, versions in {"V2": [2], "V3": [3], "V4": [4], "all": [2, 3, 4]}.items():
-        assert narrow[name][2] - narrow[name][1] < 0.75 * (wide[name][2] - wide[name][1])
-        assert narrow[name][1] <= best("tiny", *versions) <= narrow[name][2]
-    assert inside(fit, DEMO, "tiny", 1) >= 25
-    said = "\n".join(alpha.warnings(curves, DEMO, narrow, alpha.held_out(fit, curves)))
+        two, three, four = (found[name][2] - found[name][1] for found in chosen)
+        assert four < 0.8 * three < 0.8 * 0.8 * two
+        for found in chosen:
+            assert found[name][1] <= best("tiny", *versions) <= found[name][2]
+    assert all(inside(fit_of("s1", probes), DEMO, "tiny", 1) == 30 for probes in (THREE, FOUR, ()))  # (): all six
+    low, high = alpha.choose(fit_of("s1"), DEMO, 0.005)["all"][1:]
+    assert low <= best("tiny", 2, 3, 4) <= high < low + chosen[2]["all"][2] - chosen[2]["all"][1]
+    curves, fit = alpha.read(ROOT / "fixtures" / "alpha" / "s1", [*FOUR])[0], fit_of("s1", FOUR)
+    said = "\n".join(alpha.warnings(curves, DEMO, chosen[2], alpha.held_out(fit, curves)))
     assert re.search(r"any PPL: that of a probe was predicted \d\.\d% off", said) and "all: undetermined" in said
+    assert "V1: undetermined" not in said
 
 
-@pytest.mark.parametrize("seed, least", [(1, 19), (2, 27)])
-def test_perplexities_of_a_second_setting(seed, least):
+@pytest.mark.parametrize("seed", [1, 2])
+def test_perplexities_of_a_second_setting(seed):
     """Of branches that were not trained for the fit. The lengths are too long there: docs/alpha.md."""
     fit = fit_of(f"bytes-s{seed}")
     for steps, values in measured("bytes", seed):
         if min(steps) >= 30 and max(steps) <= 120:
             predicted = alpha.ppl(fit, [alpha.branch(BYTES, BYTES.end(i), steps[i - 1]) for i in (2, 3, 4)])[0]
             assert abs(predicted / values[1:] - 1).max() < 0.025
-    assert inside(fit, BYTES, "bytes", seed) >= least
+    assert inside(fit, BYTES, "bytes", seed) == 30
     chosen = alpha.choose(fit, BYTES, 0.005)
     for name, versions in {"V2": [2], "V3": [3], "all": [2, 3, 4]}.items():  # V4's lies below that of seed 1
         assert chosen[name][1] <= best("bytes", *versions) <= chosen[name][2]
