@@ -22,10 +22,12 @@ import numpy as np
 import cost
 import schedule
 from runtime.command_line import Parser, aligned
-from runtime.errors import UserError, optional, refuse, user_errors
+from runtime.errors import UserError, refuse, user_errors
 from runtime.files import read_log
 from schedule import Plan, Segment, round_half_up
 from text.sources import progress_bar
+from tools import laws
+from tools.laws import Fit
 from tools.paths import COLOURS, canvas, check_picture, finish
 
 FEWEST, MOST = 14, 100  # validation losses in all: twice the parameters of the larger law; in a segment
@@ -180,28 +182,22 @@ def probes_of(curves: list[Curve]) -> list[Curve]:
     return probes if len(probes) > 1 else []
 
 
-def fitted(curves: list[Curve], progress: Callable = lambda: None) -> Any:
-    """tools.laws.Fit of all losses of the curves."""
-    from tools.laws import Fit  # needs scipy
-
+def fitted(curves: list[Curve], progress: Callable = lambda: None) -> Fit:
+    """The laws fitted to all losses of the curves."""
     number = {c.name: k for k, c in enumerate(probes_of(curves), 1)}
     points = [(c.rates[:step], loss, number.get(c.name, 0)) for c in curves for step, loss in c.losses.items()]
     paths, losses, numbers = map(list, zip(*points, strict=True))
     return Fit(paths, losses, plan_of(curves[0].config).T[0], numbers, progress)
 
 
-def ppl(fit: Any, paths: list[list[float]]) -> np.ndarray:
+def ppl(fit: Fit, paths: list[list[float]]) -> np.ndarray:
     """(3, paths): perplexities, the mean of both laws; their lowest and highest."""
-    from tools.laws import spread
-
     nats = fit.losses(paths)
-    return np.exp([nats[:, 0].mean(0), *spread(nats, fit.missed[:, :, None])])
+    return np.exp([nats[:, 0].mean(0), *laws.spread(nats, fit.missed[:, :, None])])
 
 
-def choose(fit: Any, p: Plan, tolerance: float) -> dict[str, tuple[int, int, int]]:
+def choose(fit: Fit, p: Plan, tolerance: float) -> dict[str, tuple[int, int, int]]:
     """(steps, the interval's ends) of each version's branch, and of one length for all versions from the second on."""
-    from tools.laws import REFITS, spread
-
     ends, found = {f"V{i}": [p.end(i)] for i in range(1, len(p.T) + 1)}, {}
     if len(p.T) > 1:
         ends["all"] = [p.end(i) for i in range(2, len(p.T) + 1)]
@@ -209,15 +205,14 @@ def choose(fit: Any, p: Plan, tolerance: float) -> dict[str, tuple[int, int, int
         tried = lengths(p, p.end(1) if name == "all" else of[0])
         mean = np.exp([fit.losses([branch(p, end, d) for d in tried]) for end in of]).mean(0)
         short = (mean <= (1 + tolerance) * mean.min(-1, keepdims=True)).argmax(-1)  # (laws, fits)
-        best, interval = short[:, 0].mean(), tuple[Any, Any]((0, len(tried) - 1))
-        if short.shape[1] > 1 + REFITS:  # with one probe there is no fit without it: nothing says how far the laws miss
-            interval = spread(short)
-        low, high = int(min(interval[0], best)), int(np.ceil(max(interval[1], best)))
-        found[name] = (tried[round(best)], tried[low], tried[high])
+        best, (low, high) = short[:, 0].mean(), laws.spread(short)
+        if not fit.missed.size:  # one probe, and no fit without it: nothing says how far the laws miss
+            low, high = 0, len(tried) - 1
+        found[name] = (tried[round(best)], tried[int(min(low, best))], tried[int(np.ceil(max(high, best)))])
     return found
 
 
-def held_out(fit: Any, curves: list[Curve]) -> dict[str, tuple[float, float]]:
+def held_out(fit: Fit, curves: list[Curve]) -> dict[str, tuple[float, float]]:
     """{probe: (the last PPL that the fits without it predict, the measured one)}."""
     found, probes = {}, probes_of(curves)
     for k, c in enumerate(probes, -len(probes)):  # the last fits are those without a probe
@@ -225,7 +220,7 @@ def held_out(fit: Any, curves: list[Curve]) -> dict[str, tuple[float, float]]:
     return found
 
 
-def compare(fit: Any, p: Plan, decays: list[int], average: dict[int, float]) -> tuple[list[list[str]], str]:
+def compare(fit: Fit, p: Plan, decays: list[int], average: dict[int, float]) -> tuple[list[list[str]], str]:
     """(a row a paradigm: its cost and predicted PPL, of averaging the measured; which versions need no branch)."""
     alphas = [d for part in (0.2, 0.4, 0.6, 0.8) if (d := round_half_up(part, p.T[0])) <= p.T[0] - p.warmup]
     plans = {"ptfs": p, "cpt": p, **{f"ours, {d:,} steps": replace(p, alpha=None, decay_steps=[d]) for d in alphas}}
@@ -247,7 +242,7 @@ def compare(fit: Any, p: Plan, decays: list[int], average: dict[int, float]) -> 
     return rows, f"The running mean is at least as good as the branches above for {', '.join(enough) or 'no version'}."
 
 
-def now(fit: Any, p: Plan, step: int) -> list[list[str]]:
+def now(fit: Fit, p: Plan, step: int) -> list[list[str]]:
     """What a branch that leaves the main path at `step` would cost and reach, by its length."""
     tried = [d for part in (0.1, 0.2, 0.4, 0.6, 0.8, 1) if (d := round_half_up(part, p.T[0]))]
     found = ppl(fit, [branch(p, step + d, d) for d in tried]).T
@@ -294,12 +289,14 @@ def inside(run: Path, segment: Path) -> str:
 
 def until(curves: list[Curve], step: int) -> list[Curve]:
     """The curves as they were when the main path was at a step."""
-    return [
-        c for c in (replace(c, losses={s: x for s, x in c.losses.items() if s <= step}) for c in curves) if c.losses
-    ]
+    found = []
+    for c in curves:
+        if losses := {s: loss for s, loss in c.losses.items() if s <= step}:
+            found.append(replace(c, losses=losses, rates=c.rates[: max(losses)]))
+    return found
 
 
-def picture(chosen: dict[int, dict[str, tuple[int, int, int]]], fit: Any, p: Plan, file: str) -> None:
+def picture(chosen: dict[int, dict[str, tuple[int, int, int]]], fit: Fit, p: Plan, file: str) -> None:
     """Predicted PPL by length, with its interval, and the lengths by how much of the log was read."""
     fig, (left, right) = canvas(["PPL by the length of the branch", "the length, as the log grew"], 5)
     for i in range(1, len(p.T) + 1):
@@ -328,15 +325,12 @@ def main() -> None:
         check_picture(o.plot)
     curves, left_out = read(o.run, [inside(o.run, Path(name)) for name in o.segment])
     refuse(problems(curves, o.run))
-    optional("scipy", "scipy", "fitting the laws")
-    from tools.laws import count
-
     p, tolerance = replace(plan_of(curves[0].config), cycle=None), o.tolerance / 100  # complete decays are predicted
     steps = sorted({s for c in curves for s in c.losses})
     early = [s for s in steps[:-1] if not problems(until(curves, s), o.run)]  # the log could be fitted there
     shown = [*early[:: max(1, len(early) // 4)][:4], steps[-1]] if o.plot else steps[-1:]
     parts = {step: until(curves, step) for step in shown}
-    with progress_bar("fitting", sum(count(len(probes_of(part))) for part in parts.values()), "fit") as bar:
+    with progress_bar("fitting", sum(laws.count(len(probes_of(part))) for part in parts.values()), "fit") as bar:
         fits = {step: fitted(part, bar.update) for step, part in parts.items()}
     fit = fits[steps[-1]]
     predicted = held_out(fit, curves)

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares
+
+from runtime.errors import optional
 
 NOISE = 0.003  # nats: residuals beyond it count less than squared (soft L1)
 STARTS, REFITS = 8, 20  # fits of a law: from random parameters, of which the best counts; to randomly weighted points
@@ -83,7 +84,10 @@ def fit_law(law: str, x: Paths, y: Array, probes: Array, progress: Callable) -> 
     """Log-parameters of a law by least squares: for all points; refitted; for all but the points of each probe."""
     f, limits = LAWS[law]
     low, high = np.log([(0.3 * y.min(), y.min()), *limits]).T
-    draw = np.random.default_rng(0)
+    draw, least_squares = (
+        np.random.default_rng(0),
+        optional("scipy.optimize", "scipy", "fitting the laws").least_squares,
+    )
 
     def fit(weights: Array, start: Array) -> Any:
         how: Any = {"bounds": (low, high), "loss": "soft_l1", "f_scale": NOISE, "max_nfev": 300}
@@ -129,7 +133,7 @@ class Fit:
         return np.array([[f(p, x) for p in of] for (f, _), of in zip(LAWS.values(), self.parameters, strict=True)])
 
 
-def spread(values: Array, missed: Any = 0.0) -> tuple[Array, Array]:
+def spread(values: Array, missed: Any = 0.0) -> tuple[Any, Any]:
     """(laws, fits, ..) -> the lowest and highest of both laws: of 90 % of the refits, of all fits without a probe.
 
     missed: what the latter missed is added on either side (jackknife+, arXiv:1905.02928).
