@@ -155,7 +155,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     """The records of a segment's log; a line that a kill or a full disk cut short is skipped."""
     records = []
     for line in (folder / "log.jsonl").read_text("utf-8", errors="replace").splitlines():
-        with suppress(json.JSONDecodeError):
+        with suppress(ValueError, RecursionError):
             records.append(json.loads(line))
     return [r for r in records if isinstance(r, dict)]
 

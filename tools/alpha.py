@@ -21,7 +21,7 @@ import numpy as np
 
 import cost
 import schedule
-from runtime.command_line import Parser, aligned
+from runtime.command_line import Parser, aligned, folder
 from runtime.errors import UserError, refuse, user_errors
 from runtime.files import read_log
 from schedule import Plan, Segment, round_half_up
@@ -35,6 +35,7 @@ LONGEST = 10**6  # updates of a path, each of which is computed
 WIDEST = 0.2  # interval of a length, in increments, that still determines it
 STEP = 0.05  # between the lengths that are tried, in increments
 LOW = 0.5  # of the maximal rate: a segment that ends below it is a probe
+HIGHEST = 50.0  # nats: the loss of a run that diverged
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Curve:
     rates: list[float]  # parts of the maximal one
     losses: dict[int, float]  # by step, from the middle of the first increment on
     average: dict[int, float]  # of a main path's running mean
-    reached: int  # the last step in the log
+    reached: int  # the last step in the log; of a run that diverged, the last one before
     diverged: list[int]  # steps whose loss is not finite
 
 
@@ -60,11 +61,16 @@ def plan_of(recorded: dict[str, Any]) -> Plan:
     return replace(p, decay_steps=[p.decay_steps]) if isinstance(p.decay_steps, int) else p
 
 
+def unit(p: Plan) -> int:
+    """Steps of an increment; their mean, where increments differ."""
+    return max(1, round_half_up(1 / len(p.T), sum(p.T)))
+
+
 def all_segments(p: Plan) -> dict[str, Segment]:
-    """The segments of all paradigms by name, but of those of which `p` is no plan."""
+    """The segments by name of all paradigms of which `p` is a plan; of averaging only if it has no branches."""
     found: dict[str, Segment] = {}
     for paradigm in schedule.PARADIGMS:
-        if p.branches or paradigm != "ours":
+        if paradigm != ("average" if p.branches else "ours"):
             with suppress(ValueError):
                 found |= {s.name: s for s in schedule.plan(paradigm, p)}
     return found
@@ -87,7 +93,7 @@ def branch(p: Plan, end: int, d: int) -> list[float]:
 
 def lengths(p: Plan, end: int) -> list[int]:
     """Steps of the branches to try that end at a step: by STEP up to two increments, or to the warm-up."""
-    tried = (round_half_up(k * STEP, p.T[0]) for k in range(1, round(2 / STEP) + 1))
+    tried = (round_half_up(k * STEP, unit(p)) for k in range(1, round(2 / STEP) + 1))
     return sorted({min(max(1, d), end - p.warmup) for d in tried})
 
 
@@ -97,18 +103,20 @@ def read(run: Path, names: list[str]) -> tuple[list[Curve], list[str]]:
     In the order of their names, since refits weight the points at random, one after another.
     """
     there = sorted(f.parent.relative_to(run).as_posix() for f in run.glob("*/v*/log.jsonl"))
-    found, left_out = [], []
+    found, left_out = list[Curve](), list[str]()
     for name in dict.fromkeys(["main", *sorted(names or there)]):
         try:
             c = curve(run, name)
-        except (LookupError, TypeError):
+        except (LookupError, TypeError, AttributeError):
             raise UserError(f"{run / name}: log.jsonl has records that train.py does not write; restore it") from None
         except ValueError as e:
             if names or name == "main":
                 raise UserError(f"{run / name}: {e}") from None
             left_out.append(f"{name}: left out, it {e}")
             continue
-        if names or c.paradigm in ("main", "branch"):
+        if twin := next((d.name for d in found if "main" not in (name, d.name) and same_path(c, d)), ""):
+            left_out.append(f"{name}: left out, its learning rates are those of {twin}")
+        elif names or c.paradigm in ("main", "branch"):
             steps, every = list(c.losses), -(-len(c.losses) // MOST)
             found.append(replace(c, losses={step: c.losses[step] for step in steps[::-1][::every][::-1]}))
             if every > 1:  # they hardly say more, and a fit takes as much longer
@@ -118,32 +126,43 @@ def read(run: Path, names: list[str]) -> tuple[list[Curve], list[str]]:
     return found, left_out
 
 
+def same_path(a: Curve, b: Curve) -> bool:
+    """Such as V2 of branches of 80 and of 60,80 steps: it is one probe."""
+    n = min(len(a.rates), len(b.rates))
+    return a.rates[:n] == b.rates[:n]
+
+
 def curve(run: Path, name: str) -> Curve:
     """The curve of a segment. ValueError says why there is none."""
     log = read_log(run / name) if (run / name / "log.jsonl").is_file() else []
-    header = max((r for r in log if "config" in r), key=lambda r: r["end"], default=None)  # others may be of a part
-    if header is None:
-        raise ValueError("has no log.jsonl with a header; expected RUN, and segments of it")
+    headers = [r for r in log if "config" in r and r.get("segment") == name]
+    if not headers:
+        raise ValueError("has no log.jsonl with a header of its own; expected RUN, and segments of it")
+    header = max(headers, key=lambda r: r["end"])  # others may be of a part
     p = plan_of(header["config"])
+    if (end := p.end(len(p.T))) > LONGEST:
+        raise ValueError(f"has a plan of {end:,} steps; expected at most {LONGEST:,}")
     segments = all_segments(p)
     if (s := segments.get(name)) is None:
         raise ValueError(f"is no segment of its plan; expected one of {', '.join(segments)}")
     if s.parent and p.from_mean:
         raise ValueError("starts from a mean of weights, which the laws do not describe")
-    begin = max(s.start, p.warmup, p.T[0] // 2)  # the laws are of what follows the steep beginning
+    begin = max(s.start, p.warmup, unit(p) // 2)  # the laws are of what follows the steep beginning
     own, average = (finite(log, key) for key in ("val_loss", "average_val_loss"))
     losses = {step: loss for step, loss in sorted(own.items()) if begin < step <= s.end}
     if not losses:
-        raise ValueError(f"has no validation loss after step {begin:,} yet; wait, or lower train.eval_every")
+        raise ValueError(f"has no finite validation loss after step {begin:,} yet; wait, or lower train.eval_every")
     path = rates(segments, name, max(losses), p.max_lr)
-    reached = min(s.end, max(r["step"] for r in log if "step" in r))
     diverged = sorted({r["step"] for r in log if "val_loss" in r} - own.keys())
+    reached = min(s.end, max(r["step"] for r in log if "step" in r))
+    if diverged and diverged[-1] > max(losses):
+        reached = max(losses)
     return Curve(name, s.paradigm, header["config"], path, losses, average, reached, diverged)
 
 
 def finite(log: list[dict[str, Any]], key: str) -> dict[int, float]:
     """{step: loss} of a log, without those of a run that diverged."""
-    return {r["step"]: r[key] for r in log if key in r and 0 < r[key] < math.inf}
+    return {r["step"]: r[key] for r in log if key in r and 0 < r[key] < HIGHEST}
 
 
 # Keys in which all segments must agree
@@ -161,9 +180,9 @@ def problems(curves: list[Curve], run: Path) -> list[str]:
             if c.config.get(key):
                 found.append(f"{key}: got {c.config[key]} in {c.name}; the laws are of text that is read once")
     p = plan_of(first.config)
-    if (end := p.end(len(p.T))) > LONGEST:
-        found.append(f"plan.steps: got {end:,} in all versions, expected at most {LONGEST:,}")
-    points, begin = sum(len(c.losses) for c in curves), p.T[0] // 2
+    if p.schedule in ("constant", "step_down"):
+        found.append(f"plan.schedule: got {p.schedule} in main, expected that of the branches to come")
+    points, begin = sum(len(c.losses) for c in curves), unit(p) // 2
     if points < FEWEST:
         got = f"{points} validation losses after step {begin:,}"
         found.append(f"{run}: got {got}, expected {FEWEST}; lower train.eval_every")
@@ -187,7 +206,7 @@ def fitted(curves: list[Curve], progress: Callable = lambda: None) -> Fit:
     number = {c.name: k for k, c in enumerate(probes_of(curves), 1)}
     points = [(c.rates[:step], loss, number.get(c.name, 0)) for c in curves for step, loss in c.losses.items()]
     paths, losses, numbers = map(list, zip(*points, strict=True))
-    return Fit(paths, losses, plan_of(curves[0].config).T[0], numbers, progress)
+    return Fit(paths, losses, unit(plan_of(curves[0].config)), numbers, progress)
 
 
 def ppl(fit: Fit, paths: list[list[float]]) -> np.ndarray:
@@ -196,8 +215,11 @@ def ppl(fit: Fit, paths: list[list[float]]) -> np.ndarray:
     return np.exp([nats[:, 0].mean(0), *laws.spread(nats, fit.missed[:, :, None])])
 
 
-def choose(fit: Fit, p: Plan, tolerance: float) -> dict[str, tuple[int, int, int]]:
-    """(steps, the interval's ends) of each version's branch, and of one length for all versions from the second on."""
+Length = tuple[int, int, int, bool]  # steps, the interval's ends, is it determined?
+
+
+def choose(fit: Fit, p: Plan, tolerance: float) -> dict[str, Length]:
+    """The length of each version's branch, and one for all versions from the second on."""
     ends, found = {f"V{i}": [p.end(i)] for i in range(1, len(p.T) + 1)}, {}
     if len(p.T) > 1:
         ends["all"] = [p.end(i) for i in range(2, len(p.T) + 1)]
@@ -208,7 +230,9 @@ def choose(fit: Fit, p: Plan, tolerance: float) -> dict[str, tuple[int, int, int
         best, (low, high) = short[:, 0].mean(), laws.spread(short)
         if not fit.missed.size:  # one probe, and no fit without it: nothing says how far the laws miss
             low, high = 0, len(tried) - 1
-        found[name] = (tried[round(best)], tried[int(min(low, best))], tried[int(np.ceil(max(high, best)))])
+        steps, low, high = tried[round(best)], tried[int(min(low, best))], tried[int(np.ceil(max(high, best)))]
+        narrow = high - low <= WIDEST * unit(p) + 1e-9 and high < tried[-1]  # longer ones were not tried
+        found[name] = (steps, low, high, bool(narrow and fit.missed.size))
     return found
 
 
@@ -222,7 +246,7 @@ def held_out(fit: Fit, curves: list[Curve]) -> dict[str, tuple[float, float]]:
 
 def compare(fit: Fit, p: Plan, decays: list[int], average: dict[int, float]) -> tuple[list[list[str]], str]:
     """(a row a paradigm: its cost and predicted PPL, of averaging the measured; which versions need no branch)."""
-    alphas = [d for part in (0.2, 0.4, 0.6, 0.8) if (d := round_half_up(part, p.T[0])) <= p.T[0] - p.warmup]
+    alphas = [d for part in (0.2, 0.4, 0.6, 0.8) if 0 < (d := round_half_up(part, unit(p))) <= p.T[0] - p.warmup]
     plans = {"ptfs": p, "cpt": p, **{f"ours, {d:,} steps": replace(p, alpha=None, decay_steps=[d]) for d in alphas}}
     plans["ours, lengths as above"] = replace(p, alpha=None, decay_steps=decays)
     rows, whole = [["", "cost", *(f"V{i}" for i in range(1, len(p.T) + 1))]], cost.steps("ptfs", p)
@@ -244,7 +268,7 @@ def compare(fit: Fit, p: Plan, decays: list[int], average: dict[int, float]) -> 
 
 def now(fit: Fit, p: Plan, step: int) -> list[list[str]]:
     """What a branch that leaves the main path at `step` would cost and reach, by its length."""
-    tried = [d for part in (0.1, 0.2, 0.4, 0.6, 0.8, 1) if (d := round_half_up(part, p.T[0]))]
+    tried = [d for part in (0.1, 0.2, 0.4, 0.6, 0.8, 1) if (d := round_half_up(part, unit(p)))]
     found = ppl(fit, [branch(p, step + d, d) for d in tried]).T
     rows = [
         [f"{d:,} steps", f"{step + d:,}", f"{x:.2f} ({a:.2f}..{b:.2f})"]
@@ -254,7 +278,7 @@ def now(fit: Fit, p: Plan, step: int) -> list[list[str]]:
 
 
 def warnings(
-    curves: list[Curve], p: Plan, chosen: dict[str, tuple[int, int, int]], predicted: dict[str, tuple[float, float]]
+    curves: list[Curve], p: Plan, chosen: dict[str, Length], predicted: dict[str, tuple[float, float]]
 ) -> list[str]:
     """What must not be believed without a measurement."""
     seen, lowest = max(len(c.rates) for c in curves), min(min(c.rates[p.warmup :]) for c in curves)
@@ -269,13 +293,10 @@ def warnings(
         said.append(f"any length: rates down to {least:.3g} of the maximal one are predicted, {lowest:.3g} was seen")
     if not any(b > a for c in curves for a, b in pairwise(c.rates[p.warmup :])):
         said.append("CPT: no rate that rises again was seen")
-    for name in (name for name in chosen if wide(chosen[name], p)):
-        said.append(f"{name}: undetermined; a branch of {chosen[name][2]:,} steps as a probe narrows its interval")
+    for name, (_, _, high, determined) in chosen.items():
+        if predicted and not determined:
+            said.append(f"{name}: undetermined; a branch of {high:,} steps as a probe narrows its interval")
     return said
-
-
-def wide(found: tuple[int, int, int], p: Plan) -> bool:
-    return (found[2] - found[1]) / p.T[0] > WIDEST + 1e-9
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
@@ -296,7 +317,7 @@ def until(curves: list[Curve], step: int) -> list[Curve]:
     return found
 
 
-def picture(chosen: dict[int, dict[str, tuple[int, int, int]]], fit: Fit, p: Plan, file: str) -> None:
+def picture(chosen: dict[int, dict[str, Length]], fit: Fit, p: Plan, file: str) -> None:
     """Predicted PPL by length, with its interval, and the lengths by how much of the log was read."""
     fig, (left, right) = canvas(["PPL by the length of the branch", "the length, as the log grew"], 5)
     for i in range(1, len(p.T) + 1):
@@ -304,7 +325,7 @@ def picture(chosen: dict[int, dict[str, tuple[int, int, int]]], fit: Fit, p: Pla
         x, low, high = ppl(fit, [branch(p, p.end(i), d) for d in tried])
         left.plot(tried, x, color=colour, label=f"V{i}")
         left.fill_between(tried, low, high, color=colour, alpha=0.2)
-        best, low, high = np.array([of[f"V{i}"] for of in chosen.values()]).T
+        best, low, high = np.array([of[f"V{i}"][:3] for of in chosen.values()]).T
         right.plot(list(chosen), best, color=colour, marker="o", markersize=3)
         right.fill_between(list(chosen), low, high, color=colour, alpha=0.2)
     left.set(xlabel="steps of the branch", ylabel="PPL")
@@ -314,7 +335,7 @@ def picture(chosen: dict[int, dict[str, tuple[int, int, int]]], fit: Fit, p: Pla
 
 def main() -> None:
     a = Parser(prog="tools.alpha", description=__doc__, usage="python -m tools.alpha RUN [SEGMENT ..] [--option ..]")
-    a.add_argument("run", type=Path, help="the folder of a run, as out/tiny")
+    a.add_argument("run", type=lambda name: Path(folder(name)), help="the folder of a run, as out/tiny")
     a.add_argument("segment", nargs="*", help="fit to these beside the main path [all branches]")
     a.add_argument("--tolerance", type=float, default=0.5, help="percent of PPL above the best [0.5]")
     a.add_argument("--plot", metavar="FILE", help="draw PPL by length, and how the lengths settled as the log grew")
@@ -325,7 +346,8 @@ def main() -> None:
         check_picture(o.plot)
     curves, left_out = read(o.run, [inside(o.run, Path(name)) for name in o.segment])
     refuse(problems(curves, o.run))
-    p, tolerance = replace(plan_of(curves[0].config), cycle=None), o.tolerance / 100  # complete decays are predicted
+    # complete decays are predicted, of branches from the main path itself
+    p, tolerance = replace(plan_of(curves[0].config), cycle=None, from_mean=False), o.tolerance / 100
     steps = sorted({s for c in curves for s in c.losses})
     early = [s for s in steps[:-1] if not problems(until(curves, s), o.run)]  # the log could be fitted there
     shown = [*early[:: max(1, len(early) // 4)][:4], steps[-1]] if o.plot else steps[-1:]
@@ -344,11 +366,12 @@ def main() -> None:
         print(line)
     for name, (told, got) in predicted.items():
         print(f"{name}: {told:.2f} predicted from the others, {got:.2f} measured")
-    print(f"\nThe shortest branch within {tolerance:.2%} of the best PPL, and its interval")
+    print(f"\nThe shortest {p.schedule} branch within {tolerance:.2%} of the best PPL, and its interval")
     rows = [["", "steps", "alpha", "interval", ""]]
     for name, found in lasts.items():
-        d, low, high = found
-        rows.append([name, f"{d:,}", f"{d / T:.2f}", f"{low / T:.2f}..{high / T:.2f}", "undetermined" * wide(found, p)])
+        d, low, high, determined = found
+        interval, word = f"{low / T:.2f}..{high / T:.2f}", "" if determined else "undetermined"
+        rows.append([name, f"{d:,}", f"{d / T:.2f}", interval, word])
     print(aligned(rows))
     table, needless = compare(fit, p, ends, curves[0].average)
     print(f"\nPredicted PPL (interval)\n{aligned(table)}\n{needless}")

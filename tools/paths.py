@@ -35,11 +35,12 @@ def canvas(titles: list[str], width: float = 3.4, height: float = 3.4, rows: int
 
 def check_picture(file: str) -> None:
     """UserError, before the work that it is to show, if a picture cannot be written to a file."""
-    kinds = optional("matplotlib.backend_bases", "matplotlib", "drawing").FigureCanvasBase.get_supported_filetypes()
-    if (kind := Path(file).suffix[1:].lower()) not in kinds:
-        raise UserError(f"{file!r}: got the ending {kind!r}, expected one of {', '.join(kinds)}")
-    folder = next(p for p in Path(file).absolute().parents if p.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(file).is_dir():
+    optional("matplotlib", "matplotlib", "drawing")
+    path = Path(file)
+    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise UserError(f"{file!r}: got the ending {path.suffix!r}, expected .png, .pdf or .svg")
+    there = path if path.exists() else next(p for p in path.absolute().parents if p.exists())
+    if path.is_dir() or (there != path and not there.is_dir()) or not os.access(there, os.W_OK):
         raise UserError(f"{file}: cannot be written; choose another file")
 
 

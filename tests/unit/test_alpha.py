@@ -164,7 +164,7 @@ def test_a_log_that_grows_narrows_the_interval(run):
         c.losses.update({step: loss + 0.003 * draw.normal() for step, loss in c.losses.items()})
     early, late = (alpha.choose(alpha.fitted(alpha.until(curves, s)), TINY, 0.005)["V3"] for s in (260, 600))
     tried = alpha.lengths(TINY, 600)
-    assert early[1:] == (tried[0], tried[-1])  # one probe says nothing of how far the laws miss
+    assert early[1:] == (tried[0], tried[-1], False)  # one probe says nothing of how far the laws miss
     assert late[2] - late[1] < early[2] - early[1]
 
 
@@ -211,9 +211,15 @@ def test_curves_that_do_not_go_together_are_refused(run, monkeypatch, capsys, ch
 
 
 def test_too_little_is_refused_with_what_to_do(tmp_path, run, monkeypatch, capsys):
-    assert "has no log.jsonl with a header; expected RUN" in command(monkeypatch, capsys, tmp_path / "nowhere")
-    assert "has no log.jsonl with a header; expected RUN" in command(monkeypatch, capsys, run, "nothing/v1")
+    assert "has no log.jsonl with a header of its own; expected RUN" in command(
+        monkeypatch, capsys, tmp_path / "nowhere"
+    )
+    assert "has no log.jsonl with a header of its own; expected RUN" in command(monkeypatch, capsys, run, "nothing/v1")
+    copied = run / "ours-knee-d80" / "v2" / "log.jsonl"
     shutil.copytree(run / "ours-cosine-d80", run / "ours-knee-d80")
+    copy = command(monkeypatch, capsys, run, "ours-knee-d80/v2")
+    assert "has no log.jsonl with a header of its own" in copy  # that of another segment
+    copied.write_text(copied.read_text().replace('"segment": "ours-cosine-d80', '"segment": "ours-knee-d80'))
     stranger = command(monkeypatch, capsys, run, "ours-knee-d80/v2")
     assert "ours-knee-d80/v2: is no segment of its plan; expected one of ptfs-cosine/v1" in stranger
     assert "got no loss at a low rate, expected a probe" in command(monkeypatch, capsys, run, "main")
@@ -221,13 +227,15 @@ def test_too_little_is_refused_with_what_to_do(tmp_path, run, monkeypatch, capsy
     main.write_text("\n".join(main.read_text().splitlines()[:8]) + "\n")  # up to step 140
     assert "got 8 validation losses after step 100, expected 14" in command(monkeypatch, capsys, run)
     assert "--tolerance: got 0.0" in command(monkeypatch, capsys, run, "--tolerance", "0")
-    assert "'x.xyz': got the ending 'xyz', expected one of" in command(monkeypatch, capsys, run, "--plot", "x.xyz")
+    assert "'x.xyz': got the ending '.xyz', expected .png, .pdf or .svg" in command(
+        monkeypatch, capsys, run, "--plot", "x.xyz"
+    )
     assert "cannot be written; choose another file" in command(monkeypatch, capsys, run, "--plot", main / "a.png")
     main.write_text(main.read_text().replace('"end": 600, ', ""))
     assert "log.jsonl has records that train.py does not write" in command(monkeypatch, capsys, run)
     write(tmp_path / "long", "main", Plan(**{**vars(TINY), "versions": 1, "steps": 10**6 + 1, "alpha": 0}), every=10**6)
     said = command(monkeypatch, capsys, tmp_path / "long")
-    assert "plan.steps: got 1,000,001 in all versions, expected at most 1,000,000" in said
+    assert "main: has a plan of 1,000,001 steps; expected at most 1,000,000" in said
 
 
 @pytest.mark.parametrize(
@@ -239,6 +247,8 @@ def test_too_little_is_refused_with_what_to_do(tmp_path, run, monkeypatch, capsy
         ({"steps": 8, "versions": 60, "warmup": 2}, "V1"),  # a twentieth of an increment is no step
         ({"cpt_variant": "rewarm_max", "versions": 4, "increments": [200, 200, 200, 40]}, "cpt: no such plan"),
         ({"cycle": 300}, "ptfs"),  # of the main path's config, and shorter than PTFS: complete decays are predicted
+        ({"from_mean": True}, "V1"),  # the main path is then the first increment's
+        ({"increments": [60, 140, 400]}, "V3"),
     ],
 )
 def test_plans_of_other_shapes(tmp_path, monkeypatch, capsys, keys, row):
@@ -246,13 +256,21 @@ def test_plans_of_other_shapes(tmp_path, monkeypatch, capsys, keys, row):
     monkeypatch.setattr(laws, "REFITS", 1)
     base = {**vars(TINY), **keys}
     write(tmp_path, "main", Plan(**{**base, "alpha": 0}), every=4)
-    version = 30 if "steps" in keys else 1
+    version = 30 if "steps" in keys else 2 if "increments" in keys else 1
     name = f"ours-step_down-d4/v{version}"
-    write(tmp_path, name, Plan(**{**base, "schedule": "step_down", "decay_steps": [4], "cycle": None}), every=1)
+    write(
+        tmp_path,
+        name,
+        Plan(**{**base, "schedule": "step_down", "decay_steps": [4], "cycle": None, "from_mean": False}),
+        every=1,
+    )
     said = command(monkeypatch, capsys, tmp_path)
     (found,) = (line for line in said.splitlines() if line.startswith(f"{row} "))
     assert "nan" not in said and "inf " not in said and " 0   0.00" not in found
     assert ("all " in said) == (keys.get("versions") != 1)
+    table = said.split("its interval\n")[1].split("\n\n")[0].splitlines()[1:]
+    assert all(line.endswith("undetermined") for line in table)  # of one probe, also where few lengths are possible
+    assert alpha.lengths(TINY, 600) == alpha.lengths(Plan(increments=[60, 140, 400], warmup=40), 600)
 
 
 def test_what_is_left_out_is_said(run, monkeypatch, capsys):
@@ -261,18 +279,37 @@ def test_what_is_left_out_is_said(run, monkeypatch, capsys):
     for name in ("ours-cosine-d30/v1", "ours-cosine-d90/v2"):
         (run / name).mkdir(parents=True)
     (run / "ours-cosine-d30/v1/log.jsonl").write_text('{"segment": "ours-cos')
-    shutil.copy(run / "ours-cosine-d80/v2/log.jsonl", run / "ours-cosine-d90/v2")
+    log = (run / "ours-cosine-d80/v2/log.jsonl").read_text()
+    (run / "ours-cosine-d90/v2/log.jsonl").write_text(
+        log.replace('"segment": "ours-cosine-d80', '"segment": "ours-cosine-d90')
+    )
+    write(run, "ours-cosine-d60-80/v2", Plan(**{**vars(TINY), "decay_steps": [60, 80]}))
     write(run, "ours-cosine-d20-from-mean/v1", Plan(**{**vars(TINY), "decay_steps": [20], "from_mean": True}))
     write(run, "ours-cosine-d60/v2", Plan(**{**vars(TINY), "decay_steps": [60]}), every=100)
     with open(run / "main" / "log.jsonl", "a") as f:
         f.write('{"step": 599, "val_loss": NaN}\n')
     said = command(monkeypatch, capsys, run)
-    assert "ours-cosine-d30/v1: left out, it has no log.jsonl with a header" in said
+    assert "ours-cosine-d30/v1: left out, it has no log.jsonl with a header of its own" in said
     assert "ours-cosine-d90/v2: left out, it is no segment of its plan" in said
     assert "ours-cosine-d20-from-mean/v1: left out, it starts from a mean" in said
-    assert "ours-cosine-d60/v2: left out, it has no validation loss after step 340 yet" in said
+    assert "ours-cosine-d60/v2: left out, it has no finite validation loss after step 340 yet" in said
+    assert "ours-cosine-d80/v2: left out, its learning rates are those of ours-cosine-d60-80/v2" in said
     assert "main: no finite loss at step 599" in said
     assert "starts from a mean" in command(monkeypatch, capsys, run, "ours-cosine-d20-from-mean/v1")
+
+
+def test_a_main_path_that_diverged_has_branches_before_that_alone(run, monkeypatch, capsys):
+    monkeypatch.setattr(laws, "STARTS", 1)
+    monkeypatch.setattr(laws, "REFITS", 1)
+    log = run / "main" / "log.jsonl"
+    head, *lines = log.read_text().splitlines()
+    log.write_text("\n".join([head, *(line for line in lines if json.loads(line)["step"] <= 500)]))
+    with open(log, "a") as f:
+        f.write('\n{"step": 520, "val_loss": 81.5}\n{"step": 540, "val_loss": NaN}\n')
+    said = command(monkeypatch, capsys, run)
+    assert "main: no finite loss at step 520, 540" in said and "leaves the main path now, at step 500" in said
+    log.write_text(log.read_text().replace('"plan.schedule": "cosine"', '"plan.schedule": "constant"'))
+    assert "plan.schedule: got constant in main, expected that of the branches" in command(monkeypatch, capsys, run)
 
 
 def test_the_order_of_the_names_does_not_matter():
@@ -378,8 +415,9 @@ def test_a_probe_that_is_longer_narrows_the_intervals():
         for found in chosen:
             assert found[name][1] <= best("tiny", *versions) <= found[name][2]
     assert all(inside(fit_of("s1", probes), DEMO, "tiny", 1) == 30 for probes in (THREE, FOUR, ()))  # (): all six
-    low, high = alpha.choose(fit_of("s1"), DEMO, 0.005)["all"][1:]
+    _, low, high, _ = alpha.choose(fit_of("s1"), DEMO, 0.005)["all"]
     assert low <= best("tiny", 2, 3, 4) <= high < low + chosen[2]["all"][2] - chosen[2]["all"][1]
+    assert chosen[2]["V1"][3] and not chosen[2]["V4"][3]  # determined, and not
     curves, fit = alpha.read(ROOT / "fixtures" / "alpha" / "s1", [*FOUR])[0], fit_of("s1", FOUR)
     said = "\n".join(alpha.warnings(curves, DEMO, chosen[2], alpha.held_out(fit, curves)))
     assert re.search(r"any PPL: that of a probe was predicted \d\.\d% off", said) and "all: undetermined" in said
