@@ -84,14 +84,11 @@ def fit_law(law: str, x: Paths, y: Array, probes: Array, progress: Callable) -> 
     """Log-parameters of a law by least squares: for all points; refitted; for all but the points of each probe."""
     f, limits = LAWS[law]
     low, high = np.log([(0.3 * y.min(), y.min()), *limits]).T
-    draw, least_squares = (
-        np.random.default_rng(0),
-        optional("scipy.optimize", "scipy", "fitting the laws").least_squares,
-    )
+    scipy, draw = optional("scipy.optimize", "scipy", "fitting the laws"), np.random.default_rng(0)
 
     def fit(weights: Array, start: Array) -> Any:
-        how: Any = {"bounds": (low, high), "loss": "soft_l1", "f_scale": NOISE, "max_nfev": 300}
-        found = least_squares(lambda p: weights * (f(p, x) - y), start, lambda p: (weights * f(p, x, True)).T, **how)
+        how: Any = {"jac": lambda p: (weights * f(p, x, True)).T, "bounds": (low, high), "max_nfev": 300}
+        found = scipy.least_squares(lambda p: weights * (f(p, x) - y), start, loss="soft_l1", f_scale=NOISE, **how)
         progress()
         return found
 
