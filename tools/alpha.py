@@ -1,12 +1,13 @@
 """How long to decay: predicted from the log of a main path and of a few short probes, by two fitted laws (laws.py).
 
-    python train.py --config tiny --mode main --train.eval_every 20          the main path; it may still run
-    python train.py --config tiny --mode branch --version 1 --plan.schedule step_down --plan.decay_steps 40    a probe
-    python -m tools.alpha out/tiny                     the perplexity of every version by the length of its branch
-    python -m tools.alpha out/tiny ours-step_down-d40/v1     fitted to the main path and these segments alone
+    python -m tools.alpha out/RUN                      the perplexity of every version by the length of its branch
+    python -m tools.alpha out/RUN ours-cosine-d80/v2   fitted to the main path and these segments alone
+
+The main path may still run. Probes, and the validation losses that all of them must log: docs/alpha.md.
 
 The length of a branch is the shortest within `--tolerance` percent of the best perplexity. Its interval is over both
-laws, and over fits to randomly weighted points; wider than 0.2 of an increment, the length is undetermined.
+laws, over fits to randomly weighted points and over fits without a probe; wider than 0.2 of an increment, the length is
+undetermined.
 """
 
 import math
@@ -33,6 +34,7 @@ from tools.paths import COLOURS, canvas, check_picture, finish
 FEWEST, MOST = 14, 100  # validation losses in all: twice the parameters of the larger law; in a segment
 LONGEST = 10**6  # updates of a path, each of which is computed
 WIDEST = 0.2  # interval of a length, in increments, that still determines it
+MISFIT = 2.0  # of the laws, in tolerances: a larger one determines nothing
 STEP = 0.05  # between the lengths that are tried, in increments
 LOW = 0.5  # of the maximal rate: a segment that ends below it is a probe
 HIGHEST = 50.0  # nats: the loss of a run that diverged
@@ -50,6 +52,7 @@ class Curve:
     average: dict[int, float]  # of a main path's running mean
     reached: int  # the last step in the log; of a run that diverged, the last one before
     diverged: list[int]  # steps whose loss is not finite
+    others: list[int]  # steps of losses on more or less text than the others
 
 
 # ---- Logs and paths --------------------------------------------------------------------------------------------------
@@ -123,6 +126,9 @@ def read(run: Path, names: list[str]) -> tuple[list[Curve], list[str]]:
                 left_out.append(f"{name}: of its {len(steps)} validation losses {len(found[-1].losses)} are read")
             if c.diverged:
                 left_out.append(f"{name}: no finite loss at step {', '.join(map(str, c.diverged))}")
+            if c.others:
+                where = ", ".join(map(str, c.others))
+                left_out.append(f"{name}: left out, of another train.eval_tokens, the losses at step {where}")
     return found, left_out
 
 
@@ -148,16 +154,30 @@ def curve(run: Path, name: str) -> Curve:
     if s.parent and p.from_mean:
         raise ValueError("starts from a mean of weights, which the laws do not describe")
     begin = max(s.start, p.warmup, unit(p) // 2)  # the laws are of what follows the steep beginning
-    own, average = (finite(log, key) for key in ("val_loss", "average_val_loss"))
+    comparable, others = validated(log, header["config"])
+    own, average = (finite(comparable, key) for key in ("val_loss", "average_val_loss"))
     losses = {step: loss for step, loss in sorted(own.items()) if begin < step <= s.end}
     if not losses:
         raise ValueError(f"has no finite validation loss after step {begin:,} yet; wait, or lower train.eval_every")
     path = rates(segments, name, max(losses), p.max_lr)
-    diverged = sorted({r["step"] for r in log if "val_loss" in r} - own.keys())
+    diverged = sorted({r["step"] for r in comparable if "val_loss" in r} - own.keys())
     reached = min(s.end, max(r["step"] for r in log if "step" in r))
     if diverged and diverged[-1] > max(losses):
         reached = max(losses)
-    return Curve(name, s.paradigm, header["config"], path, losses, average, reached, diverged)
+    return Curve(name, s.paradigm, header["config"], path, losses, average, reached, diverged, others)
+
+
+def validated(log: list[dict[str, Any]], config: dict[str, Any]) -> tuple[list[dict[str, Any]], list[int]]:
+    """The validations on as much text as `config` says, and the steps of others: a later start may have read less."""
+    same, others, tokens = [], [], None
+    for r in log:
+        if "config" in r:
+            tokens = r["config"].get("train.eval_tokens")
+        elif "val_loss" in r and tokens == config.get("train.eval_tokens"):
+            same.append(r)
+        elif "val_loss" in r:
+            others.append(r["step"])
+    return same, others
 
 
 def finite(log: list[dict[str, Any]], key: str) -> dict[int, float]:
@@ -232,8 +252,13 @@ def choose(fit: Fit, p: Plan, tolerance: float) -> dict[str, Length]:
             low, high = 0, len(tried) - 1
         steps, low, high = tried[round(best)], tried[int(min(low, best))], tried[int(np.ceil(max(high, best)))]
         narrow = high - low <= WIDEST * unit(p) + 1e-9 and high < tried[-1]  # longer ones were not tried
-        found[name] = (steps, low, high, bool(narrow and fit.missed.size))
+        found[name] = (steps, low, high, bool(narrow and fit.missed.size and misfit(fit) <= MISFIT * tolerance))
     return found
+
+
+def misfit(fit: Fit) -> float:
+    """Nats by which the laws miss the losses that they are fitted to, in the mean."""
+    return float(abs(fit.residuals).mean())
 
 
 def held_out(fit: Fit, curves: list[Curve]) -> dict[str, tuple[float, float]]:
@@ -277,16 +302,18 @@ def now(fit: Fit, p: Plan, step: int) -> list[list[str]]:
     return [["branch", "released at step", "PPL"], *rows]
 
 
-def warnings(
-    curves: list[Curve], p: Plan, chosen: dict[str, Length], predicted: dict[str, tuple[float, float]]
-) -> list[str]:
+def warnings(curves: list[Curve], fit: Fit, p: Plan, tolerance: float, chosen: dict[str, Length]) -> list[str]:
     """What must not be believed without a measurement."""
+    predicted = held_out(fit, curves)
     seen, lowest = max(len(c.rates) for c in curves), min(min(c.rates[p.warmup :]) for c in curves)
     said = ["where increments differ in kind: the laws are of one mixture of text"]
     if off := max((abs(told / got - 1) for told, got in predicted.values()), default=0.0):
         said.append(f"any PPL: that of a probe was predicted {off:.1%} off from the others")
     else:
         said.append("any interval: one probe cannot say how far the laws miss; train a second one")
+    if (miss := misfit(fit)) > MISFIT * tolerance:
+        why = f"the laws miss this log by {1e3 * miss:.1f} milli-nats, and {1e3 * tolerance:g} are asked for"
+        said.append(f"any length: {why}; validate on more text (train.eval_tokens)")
     if later := [f"V{i}" for i in range(1, len(p.T) + 1) if p.end(i) > seen]:
         said.append(f"{', '.join(later)}: extrapolated from {seen:,} steps")
     if (least := p.lowest_lr / p.max_lr) < 0.99 * lowest:
@@ -355,16 +382,17 @@ def main() -> None:
     with progress_bar("fitting", sum(laws.count(len(probes_of(part))) for part in parts.values()), "fit") as bar:
         fits = {step: fitted(part, bar.update) for step, part in parts.items()}
     fit = fits[steps[-1]]
-    predicted = held_out(fit, curves)
     chosen = {step: choose(of, p, tolerance) for step, of in fits.items()}
     lasts = chosen[steps[-1]]
 
     T, ends = p.T[0], [lasts[f"V{i}"][0] for i in range(1, len(p.T) + 1)]
     names, (fsl, mpl) = ", ".join(c.name for c in curves), 1e3 * abs(fit.residuals).mean(1)
-    print(f"{fit.residuals.shape[1]} losses of {names}; FSL misses them by {fsl:.1f} milli-nats, MPL by {mpl:.1f}")
+    tokens = curves[0].config["train.eval_tokens"]
+    print(f"{fit.residuals.shape[1]} losses on at most {tokens:,} tokens of validation text, of {names}")
+    print(f"FSL misses them by {fsl:.1f} milli-nats, MPL by {mpl:.1f}")
     for line in left_out:
         print(line)
-    for name, (told, got) in predicted.items():
+    for name, (told, got) in held_out(fit, curves).items():
         print(f"{name}: {told:.2f} predicted from the others, {got:.2f} measured")
     print(f"\nThe shortest {p.schedule} branch within {tolerance:.2%} of the best PPL, and its interval")
     rows = [["", "steps", "alpha", "interval", ""]]
@@ -374,10 +402,10 @@ def main() -> None:
         rows.append([name, f"{d:,}", f"{d / T:.2f}", interval, word])
     print(aligned(rows))
     table, needless = compare(fit, p, ends, curves[0].average)
-    print(f"\nPredicted PPL (interval)\n{aligned(table)}\n{needless}")
+    print(f"\nPredicted PPL (interval); cost is that of the whole plan, PTFS = 1\n{aligned(table)}\n{needless}")
     print(f"\nA branch that leaves the main path now, at step {curves[0].reached:,}")
     print(aligned(now(fit, p, curves[0].reached)))
-    print("\nNot safe to believe\n" + "\n".join(f"- {line}" for line in warnings(curves, p, lasts, predicted)))
+    print("\nNot safe to believe\n" + "\n".join(f"- {line}" for line in warnings(curves, fit, p, tolerance, lasts)))
     if o.plot:
         picture(chosen, fit, p, o.plot)
         print(f"\n{o.plot}")
