@@ -73,16 +73,17 @@ def statements(record: dict[str, Any]) -> list[tuple[str, str]]:
     """(verdict, a claim of the paper, in how many places it holds, and where it does not clearly)."""
     out = []
     for c in record.get("claims", []):
-        others = []
+        unclear, against = list[str](), list[str]()
         for p in c["parts"]:
             if not (p["holds"] and p["clear"]):
                 printed = f" (the paper's {p['paper']:+.2f})" if p["paper"] is not None else ""
-                against = " against it" if p["clear"] else ""
                 se = "" if p["se"] is None else f" ± {p['se']:.2f}"
-                others.append(f"{p['where']} {p['value']:+.2f}{se}{printed}{against}")
+                (against if p["clear"] else unclear).append(f"{p['where']} {p['value']:+.2f}{se}{printed}")
         n, holds = len(c["parts"]), sum(p["holds"] for p in c["parts"])
-        text = f"{c['text']}: in {holds} of {n}, clearly in {n - len(others)}"
-        out.append((c["verdict"], text + (f"; not clearly: {'; '.join(others)}" if others else "")))
+        text = f"{c['text']}: in {holds} of {n}, clearly in {n - len(unclear + against)}"
+        for what, places in (("clearly against it", against), ("not clearly", unclear)):
+            text += f"; {what}: {'; '.join(places)}" if places else ""
+        out.append((c["verdict"], text))
     return out
 
 
