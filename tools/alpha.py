@@ -117,7 +117,7 @@ def read(run: Path, names: list[str]) -> tuple[list[Curve], list[str]]:
                 raise UserError(f"{run / name}: {e}") from None
             left_out.append(f"{name}: left out, it {e}")
             continue
-        if twin := next((d.name for d in found if "main" not in (name, d.name) and same_path(c, d)), ""):
+        if twin := next((d.name for d in found if same_branch(c, d)), ""):
             left_out.append(f"{name}: left out, its learning rates are those of {twin}")
         elif names or c.paradigm in ("main", "branch"):
             steps, every = list(c.losses), -(-len(c.losses) // MOST)
@@ -132,10 +132,10 @@ def read(run: Path, names: list[str]) -> tuple[list[Curve], list[str]]:
     return found, left_out
 
 
-def same_path(a: Curve, b: Curve) -> bool:
+def same_branch(a: Curve, b: Curve) -> bool:
     """Such as V2 of branches of 80 and of 60,80 steps: it is one probe."""
     n = min(len(a.rates), len(b.rates))
-    return a.rates[:n] == b.rates[:n]
+    return a.paradigm == b.paradigm == "branch" and a.rates[:n] == b.rates[:n]
 
 
 def curve(run: Path, name: str) -> Curve:
