@@ -148,7 +148,7 @@ def contents(records: dict[str, dict[str, Any]]) -> str:
         rows += f'<tr><td><a href="#{name}">{title}</a></td><td>{about}</td><td>{seeds(record)}</td>'
         rows += f"<td>{verdicts(said)}</td></tr>\n"
     judged = ", ".join(f"{count[v]} {v}" for v in ("HOLDS", "OPEN", "FAILS"))
-    return f'<p>Statements: {judged}.</p>\n<table class="contents">{rows}</table>\n'
+    return f'<p>Statements of all tables, ours among them: {judged}.</p>\n<table class="contents">{rows}</table>\n'
 
 
 def section(name: str, record: dict[str, Any], picture: bytes | None) -> str:
