@@ -150,7 +150,7 @@ def curve(run: Path, name: str) -> Curve:
         raise ValueError(f"has a plan of {end:,} steps; expected at most {LONGEST:,}")
     segments = all_segments(p)
     if (s := segments.get(name)) is None:
-        raise ValueError(f"is no segment of its plan; expected one of {', '.join(segments)}")
+        raise ValueError(f"is no segment of its plan; expected one of {', '.join(segments) or 'none'}")
     if s.parent and p.from_mean:
         raise ValueError("starts from a mean of weights, which the laws do not describe")
     begin = max(s.start, p.warmup, unit(p) // 2)  # the laws are of what follows the steep beginning
