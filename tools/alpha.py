@@ -302,9 +302,15 @@ def now(fit: Fit, p: Plan, step: int) -> list[list[str]]:
     return [["branch", "released at step", "PPL"], *rows]
 
 
-def warnings(curves: list[Curve], fit: Fit, p: Plan, tolerance: float, chosen: dict[str, Length]) -> list[str]:
+def warnings(
+    curves: list[Curve],
+    fit: Fit,
+    p: Plan,
+    tolerance: float,
+    chosen: dict[str, Length],
+    predicted: dict[str, tuple[float, float]],  # by `held_out`
+) -> list[str]:
     """What must not be believed without a measurement."""
-    predicted = held_out(fit, curves)
     seen, lowest = max(len(c.rates) for c in curves), min(min(c.rates[p.warmup :]) for c in curves)
     said = ["where increments differ in kind: the laws are of one mixture of text"]
     if off := max((abs(told / got - 1) for told, got in predicted.values()), default=0.0):
@@ -331,8 +337,8 @@ def warnings(curves: list[Curve], fit: Fit, p: Plan, tolerance: float, chosen: d
 
 def inside(run: Path, segment: Path) -> str:
     """The name of a segment that is given by it, or by its folder."""
-    folder, home = segment.resolve(), run.resolve()
-    return (folder.relative_to(home) if folder.is_relative_to(home) else segment).as_posix()
+    whole, home = segment.resolve(), run.resolve()
+    return (whole.relative_to(home) if whole.is_relative_to(home) else segment).as_posix()
 
 
 def until(curves: list[Curve], step: int) -> list[Curve]:
@@ -383,7 +389,7 @@ def main() -> None:
         fits = {step: fitted(part, bar.update) for step, part in parts.items()}
     fit = fits[steps[-1]]
     chosen = {step: choose(of, p, tolerance) for step, of in fits.items()}
-    lasts = chosen[steps[-1]]
+    lasts, predicted = chosen[steps[-1]], held_out(fit, curves)
 
     T, ends = p.T[0], [lasts[f"V{i}"][0] for i in range(1, len(p.T) + 1)]
     names, (fsl, mpl) = ", ".join(c.name for c in curves), 1e3 * abs(fit.residuals).mean(1)
@@ -392,7 +398,7 @@ def main() -> None:
     print(f"FSL misses them by {fsl:.1f} milli-nats, MPL by {mpl:.1f}")
     for line in left_out:
         print(line)
-    for name, (told, got) in held_out(fit, curves).items():
+    for name, (told, got) in predicted.items():
         print(f"{name}: {told:.2f} predicted from the others, {got:.2f} measured")
     print(f"\nThe shortest {p.schedule} branch within {tolerance:.2%} of the best PPL, and its interval")
     rows = [["", "steps", "alpha", "interval", ""]]
@@ -405,7 +411,8 @@ def main() -> None:
     print(f"\nPredicted PPL (interval); cost is that of the whole plan, PTFS = 1\n{aligned(table)}\n{needless}")
     print(f"\nA branch that leaves the main path now, at step {curves[0].reached:,}")
     print(aligned(now(fit, p, curves[0].reached)))
-    print("\nNot safe to believe\n" + "\n".join(f"- {line}" for line in warnings(curves, fit, p, tolerance, lasts)))
+    unsafe = warnings(curves, fit, p, tolerance, lasts, predicted)
+    print("\nNot safe to believe\n" + "\n".join(f"- {line}" for line in unsafe))
     if o.plot:
         picture(chosen, fit, p, o.plot)
         print(f"\n{o.plot}")

@@ -337,6 +337,9 @@ def test_one_seed_and_one_document_judge_nothing():
         assert "not clearly: cosine V2 -20.00 (the paper" in text
     several = {k: [score(s.ppl) for s in v] for k, v in found.items()}
     assert measure.measure(t, several, [1], ["V2"])["claims"][0]["verdict"] == "HOLDS"
+    worse = {**several, ("cosine", "Ours", "V2"): [score(40)]}
+    verdict, text = report.statements(measure.measure(t, worse, [1], ["V2"]))[0]
+    assert verdict == "FAILS" and "clearly against it: cosine V2 +10.00" in text and "not clearly" not in text
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
